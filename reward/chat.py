@@ -1,0 +1,155 @@
+"""From a conversation to token ids, by a reward model's own chat template, with control tokens in the texts split.
+
+The text of a message may contain `<|eot_id|>` or any other token that structures a conversation. Rendered and tokenised
+as usual it would end its turn there, and a policy could write itself a user who praises it. `split_special_tokens=True`
+alone would also split the template's own tokens, and tokenising texts and template apart would move token boundaries and
+escape the template's `trim`. So here:
+
+1. control tokens inside the texts become placeholders, and the template renders the conversation as it always does;
+2. the control tokens that are now in the rendered text are the template's: each gets a private name, an added token of a
+   private copy of the tokenizer;
+3. the placeholders become text again, and the copy, in which the public names are plain text, tokenises all in one go;
+4. private ids become the real ones.
+
+The private names contain a random number of this process: no text can guess them. Text without control tokens gets
+exactly the ids of `apply_chat_template`, which is checked at the start.
+"""
+
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from tokenizers import AddedToken, Tokenizer
+
+from reward.schema import Item
+
+PROBE = (("user", "Say hello, please."), ("assistant", " Hello: 1 + 1 = 2.\n"), ("user", "Thanks"))
+CHARS_PER_TOKEN = 64  # no text averages longer tokens; above this a text is too long without being tokenised
+SLICE = 64  # conversations tokenised at once; bounds the memory of the tokenizer's output
+
+
+class ChatEncoder:
+    """Renders and tokenises conversations; every method may be called from one thread at a time.
+
+    `tokenizer` is a fast Hugging Face tokenizer with a chat template; `max_tokens` the longest conversation accepted.
+    Raises ValueError for a tokenizer that cannot be used.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError("the tokenizer has no fast version (tokenizer.json): save one beside the model")
+        try:
+            self.template: str = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ValueError(
+                "the tokenizer has no chat template: put the one that the model was trained with into "
+                "chat_template.jinja beside its tokenizer.json"
+            ) from error
+        self.max_tokens = max_tokens
+        self._hf = tokenizer
+        self._nonce = secrets.token_hex(8)
+        added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
+        control = {token.content: i for i, token in added.items() if token.special}
+        control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        control |= self._turn_markers(tokenizer, added)
+        control = {text: i for text, i in control.items() if text}
+        # the longest first: one token may begin like another
+        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+        self._names = sorted(control)
+        self._number = {text: n for n, text in enumerate(self._names)}
+        self._placeholder = re.compile(f"<{self._nonce}-([0-9]+)>")
+
+        # the copy: public names become text, private names become the tokens
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._real: dict[int, int] = {}
+        for text, token_id in control.items():
+            like = added.get(token_id) or AddedToken(text, normalized=False)
+            flags = {"lstrip": like.lstrip, "rstrip": like.rstrip, "single_word": like.single_word}
+            # special: this is what encode_special_tokens turns into plain text
+            self._tokenizer.add_special_tokens([AddedToken(text, normalized=like.normalized, **flags)])
+            name = self._private(text)
+            self._tokenizer.add_tokens([AddedToken(name, special=False, normalized=like.normalized, **flags)])
+            self._real[self._tokenizer.token_to_id(name)] = token_id
+        # the unknown token is what some tokenizers make of plain text
+        self._forbidden = frozenset(control.values()) - {tokenizer.unk_token_id}
+        self._self_check()
+
+    def encode(self, items: Sequence[Item]) -> list[list[int] | str]:
+        """The token ids of each item, or why it has none. An item never changes what another one gets."""
+        found: list[list[int] | str] = []
+        for start in range(0, len(items), SLICE):
+            rendered = [self._render([(m.role, m.content) for m in i.messages] + [("assistant", i.response)])
+                        for i in items[start : start + SLICE]]  # fmt: skip
+            found += self._encode([text for text, _ in rendered], [reason for _, reason in rendered])
+        return found
+
+    def _render(self, turns: Sequence[tuple[str, str]]) -> tuple[str, str | None]:
+        """(text with private names, None), or ("", why not)."""
+        if sum(len(content) for _, content in turns) > CHARS_PER_TOKEN * self.max_tokens:
+            return "", f"longer than {self.max_tokens} tokens"
+        try:
+            for _, content in turns:
+                content.encode()  # a lone surrogate is no text
+        except UnicodeEncodeError:
+            return "", "text that is not valid Unicode (a lone surrogate)"
+        messages = [{"role": role, "content": self._control.sub(self._hide, content)} for role, content in turns]
+        try:
+            text = self._hf.apply_chat_template(messages, tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            return "", f"the chat template refuses the conversation: {str(error)[:200]}"
+        text = self._control.sub(lambda match: self._private(match.group()), text)
+        return self._placeholder.sub(lambda match: self._names[int(match.group(1))], text), None
+
+    def _encode(self, texts: list[str], reasons: list[str | None]) -> list[list[int] | str]:
+        found: list[list[int] | str] = []
+        for encoding, reason in zip(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False), reasons, strict=True):
+            ids: list[int] = encoding.ids
+            if reason is None and not ids:
+                reason = "an empty conversation"
+            elif reason is None and len(ids) > self.max_tokens:
+                reason = f"longer than {self.max_tokens} tokens ({len(ids)})"
+            elif reason is None and not self._forbidden.isdisjoint(ids):
+                # some vocabularies reach a control token from plain text
+                reason = "contains the text of a control token that this tokenizer cannot split"
+            found.append([self._real.get(i, i) for i in ids] if reason is None else reason)
+        return found
+
+    def _hide(self, match: re.Match[str]) -> str:
+        return f"<{self._nonce}-{self._number[match.group()]}>"
+
+    def _private(self, text: str) -> str:
+        return f"<{self._nonce}.{self._number[text]}>"
+
+    @staticmethod
+    def _turn_markers(tokenizer: Any, added: dict[int, AddedToken]) -> dict[str, int]:
+        """Added tokens that the template puts around every turn: some tokenizers do not call them special.
+
+        A finished assistant turn comes before the last one, since templates put `<think>` and the like only into the last,
+        and there a response may have it as well.
+        """
+        try:
+            text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in PROBE], tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return {}  # a template for one turn only: nothing can be added to it
+        return {token.content: i for i, token in added.items() if token.content in text}
+
+    def _self_check(self) -> None:
+        for length in (2, 3):
+            messages = [{"role": role, "content": content} for role, content in PROBE[:length]]
+            try:
+                expected = self._hf.apply_chat_template(messages, tokenize=True, return_dict=False)
+            except (jinja2.TemplateError, TypeError, ValueError) as error:
+                if length == 2:
+                    raise ValueError(f"the chat template refuses a user's message with its answer: {error}") from error
+                continue
+            text, _ = self._render(PROBE[:length])
+            got = [self._real.get(i, i) for i in self._tokenizer.encode(text, add_special_tokens=False).ids]
+            if got != expected:
+                raise ValueError(
+                    "control tokens cannot be split safely with this tokenizer: its ids differ from apply_chat_template's"
+                )

@@ -1,0 +1,210 @@
+"""A reward model: loading it, and scoring conversations in batches of like length.
+
+A score is the single logit of an `AutoModelForSequenceClassification`, raw: no sigmoid, no scaling.
+"""
+
+import hashlib
+import json
+import math
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from reward.chat import ChatEncoder
+from reward.schema import Health, Item
+
+UNLIMITED = 10**9  # tokenizers without a limit say 10**30
+DEFAULT_MAX_TOKENS = 4096  # for a model that names no limit
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class ModelRefused(ValueError):
+    """This folder or name cannot serve as a reward model; the message says why and what to do."""
+
+
+class Stopped(Exception):
+    """The server is going down; what was not scored yet is not scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One item's result: a finite `value`, or None and the `reason`."""
+
+    value: float | None = None
+    reason: str | None = None
+
+
+class RewardModel:
+    """A loaded model with its tokenizer; `score` is for one thread at a time. `load` makes one.
+
+    `batch_tokens`: the most tokens of one forward pass, padding included; a longer single item goes alone.
+    """
+
+    def __init__(self, model: Any, encoder: ChatEncoder, health: Health, batch_tokens: int) -> None:
+        self.health = health
+        self.stopping = threading.Event()
+        self._model = model
+        self._encoder = encoder
+        self._batch_tokens = batch_tokens
+        self._embeddings: int = model.get_input_embeddings().weight.shape[0]
+        pad = model.config.get_text_config().pad_token_id
+        self._pad: int | None = pad if pad is not None and 0 <= pad < self._embeddings else None
+
+    def score(self, items: Sequence[Item]) -> list[Score]:
+        """A score for each item, in order; on a CPU the same items in one call get the same bits.
+
+        Raises Stopped once `stopping` is set.
+        """
+        encoded = self._encoder.encode(items)
+        scores = [Score(reason=e) if isinstance(e, str) else Score() for e in encoded]
+        sequences = {i: e for i, e in enumerate(encoded) if not isinstance(e, str)}
+        for i in [i for i, ids in sequences.items() if max(ids) >= self._embeddings]:
+            del sequences[i]
+            scores[i] = Score(reason="has a token that the model has no embedding for")
+        for batch in batches({i: len(ids) for i, ids in sequences.items()}, self._batch_tokens):
+            if self.stopping.is_set():
+                raise Stopped
+            for i, value in zip(batch, self._forward([sequences[i] for i in batch]), strict=True):
+                scores[i] = Score(value=value) if math.isfinite(value) else Score(reason=f"the model's score is {value}")
+        return scores
+
+    @torch.inference_mode()
+    def _forward(self, sequences: Sequence[list[int]]) -> list[float]:
+        """Logits of sequences, right-padded to (B, T) whatever side the tokenizer pads on."""
+        pad, width = self._pad_id(sequences), max(map(len, sequences))
+        ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences], device=self._model.device)
+        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=self._model.device)
+        logits = self._model(input_ids=ids, attention_mask=mask).logits
+        assert logits.shape == (len(sequences), 1), f"logits of shape {tuple(logits.shape)}"
+        values: list[float] = logits[:, 0].float().tolist()
+        return values
+
+    def _pad_id(self, sequences: Sequence[list[int]]) -> int:
+        """The padding id. Decoder models read the logit of the last token that is not `config.pad_token_id`.
+
+        A model that names one was trained with that rule. One that names none, or an impossible one, reads the last
+        token, whatever it is; so the padding must differ from every last token of the batch.
+        """
+        if self._pad is not None:
+            return self._pad
+        last = {s[-1] for s in sequences}
+        pad = next(i for i in range(len(last) + 1) if i not in last)
+        self._model.config.get_text_config().pad_token_id = pad
+        return pad
+
+
+def batches(lengths: Mapping[int, int], budget: int) -> Iterator[list[int]]:
+    """Keys in batches of like length, the longest first (out of memory shows at once); count × longest ≤ `budget`."""
+    batch: list[int] = []
+    longest = 0
+    for key in sorted(lengths, key=lambda k: (-lengths[k], k)):
+        if batch and (len(batch) + 1) * longest > budget:
+            yield batch
+            batch = []
+        longest = longest if batch else lengths[key]
+        batch.append(key)
+    if batch:
+        yield batch
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    batch_tokens: int = 8192,
+    max_tokens: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> RewardModel:
+    """The reward model in a folder, or on the Hub. `dtype`: `auto` (the checkpoint's), or a name that torch knows.
+
+    Raises ModelRefused.
+    """
+    folder = _folder(name, revision, trust_remote_code)
+    own_code = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **own_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelRefused(f"{name}: {error}") from error
+    if config.num_labels != 1:
+        raise ModelRefused(
+            f"{name}: a reward model has one label, this one has num_labels = {config.num_labels}; "
+            "a classifier or a multi-head model needs its scores combined into one first"
+        )
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length, max_tokens]
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < UNLIMITED]
+    try:
+        encoder = ChatEncoder(tokenizer, min(known, default=DEFAULT_MAX_TOKENS))
+    except ValueError as error:
+        raise ModelRefused(f"{name}: {error}") from error
+    files = _weight_files(name, folder)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **own_code
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelRefused(f"{name}: {error}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ModelRefused(f"{name}: no trained reward model, its weight files lack {missing}")
+    model = model.to(device).eval().requires_grad_(False)
+    model.config.use_cache = False
+    health = Health(
+        model=name,
+        parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        max_tokens=encoder.max_tokens,
+        weights_sha256=hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+        template_sha256=hashlib.sha256(encoder.template.encode()).hexdigest(),
+        files=files,
+    )
+    return RewardModel(model, encoder, health, batch_tokens)
+
+
+def _folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelRefused(f"{name}: no model here, the folder has no config.json")
+        return path
+    if path.exists() or not HUB_NAME.fullmatch(name):
+        raise ModelRefused(f"{name}: there is no such folder; give the folder of a saved model, or owner/name on the Hub")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"] + ["*.py"] * trust_remote_code
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelRefused(f"{name}: neither a folder nor to be had from the Hub ({error})") from error
+
+
+def _weight_files(name: str, folder: Path) -> dict[str, str]:
+    """SHA-256 of each file that from_pretrained reads: one file, or the shards that an index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        raise ModelRefused(f"{name}: no model.safetensors; pickled weights are not loaded, save the model as safetensors")
+    missing = [n for n in names if not (folder / n).is_file()]
+    if missing:
+        raise ModelRefused(f"{name}: the index names {', '.join(missing[:3])}, which the folder lacks")
+    return {n: _sha256(folder / n) for n in names}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,58 @@
+"""The wire format of `/score` and `/healthz`, shared by server and client."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Request(BaseModel):
+    # strict: no number is taken for a text; forbid: a misspelt key is an error, not a default
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _Response(BaseModel):
+    # unknown keys are ignored: a newer server may say more than this client knows
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class Message(_Request):
+    role: str = Field(pattern=r"^[A-Za-z_-]{1,32}$")
+    """`system`, `user`, `assistant`, … : whatever the template of the reward model knows."""
+    content: str
+
+
+class Item(_Request):
+    messages: list[Message] = Field(min_length=1)
+    """The conversation up to the response."""
+    response: str
+    """The assistant's answer that is scored."""
+    id: str | None = None
+    """Returned as it came, so that the asker sees which score belongs to which item."""
+
+
+class ScoreRequest(_Request):
+    items: list[Item]
+
+
+class ScoreResponse(_Response):
+    scores: list[float | None]
+    """One for each item, in order. None: this item has no score, `errors` says why."""
+    errors: list[str | None] | None = None
+    ids: list[str | None] | None = None
+    """The ids of the items, in the order of `scores`."""
+    weights_sha256: str | None = None
+    """What scored them: the same value as in `/healthz`."""
+
+
+class Health(_Response):
+    model: str
+    """Path or Hub name, as it was given to the server."""
+    parameters: int
+    dtype: str
+    device: str
+    max_tokens: int
+    """A longer conversation gets no score."""
+    weights_sha256: str
+    """Over the names and SHA-256 of all weight files."""
+    template_sha256: str
+    """Of the chat template of the reward model."""
+    files: dict[str, str]
+    """SHA-256 of each weight file."""

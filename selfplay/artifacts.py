@@ -1,0 +1,186 @@
+"""Durable files: typed rows as Parquet, and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfplay.errors import DiskError, SelfplayError
+
+Row = TypeVar("Row")
+MANIFEST = "manifest.json"
+
+_ARROW = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    list[int]: pa.list_(pa.int64()),
+    list[str]: pa.list_(pa.string()),
+    list[dict[str, str]]: pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+}
+
+
+def schema(row_type: type[Any]) -> pa.Schema:
+    """Arrow schema of a record: one column a field, in order; dicts are stored as JSON text."""
+    hints = typing.get_type_hints(row_type)
+    return pa.schema([(f.name, _ARROW.get(_bare(hints[f.name]), pa.string())) for f in dataclasses.fields(row_type)])
+
+
+def _json_fields(row_type: type[Any]) -> frozenset[str]:
+    hints = typing.get_type_hints(row_type)
+    return frozenset(name for name, hint in hints.items() if typing.get_origin(_bare(hint)) is dict)
+
+
+def _bare(hint: Any) -> Any:
+    """The type behind `X | None`, and `str` behind a Literal of strings."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    return str if typing.get_origin(hint) is typing.Literal else hint
+
+
+def write_rows(path: Path, rows: Sequence[Any], row_type: type[Any]) -> None:
+    """Write records as Parquet, whole or not at all (temporary file, fsync, rename)."""
+    json_fields, names = _json_fields(row_type), [f.name for f in dataclasses.fields(row_type)]
+    columns = {
+        name: [
+            json.dumps(v, sort_keys=True) if name in json_fields else v for v in (getattr(row, name) for row in rows)
+        ]
+        for name in names
+    }
+    table = pa.table(columns, schema=schema(row_type))
+    with _whole(path) as partial:
+        pq.write_table(table, partial)
+
+
+def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
+    json_fields = _json_fields(row_type)
+    rows = pq.read_table(path, schema=schema(row_type)).to_pylist()
+    return [row_type(**{k: json.loads(v) if k in json_fields else v for k, v in row.items()}) for row in rows]
+
+
+def write_json(path: Path, value: Any) -> None:
+    with _whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; sync and rename it once it is written."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        yield partial
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; on success sync all of it and rename it to `target` in one step.
+
+    What a killed writer left is thrown away first. A failure leaves no `target`.
+    """
+    assert not target.exists(), f"{target} exists already"
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(target):
+        partial.mkdir(parents=True)
+        yield partial
+        sync_tree(partial)
+        partial.rename(target)
+        sync(target.parent)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn «no space left» into a DiskError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(
+                f"the disk of {path.parent} is full",
+                "free some space and run the same command again: finished stages are kept",
+            ) from error
+        raise
+
+
+def sync_tree(root: Path) -> None:
+    for path in root.rglob("*"):
+        if not path.is_symlink():
+            sync(path)
+    sync(root)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_free(path: Path, needed: int) -> None:
+    """Raise DiskError unless the disk of `path` has `needed` bytes free."""
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise DiskError(
+            f"{path} has {free / 1e9:.2f} GB free, the next stage needs about {needed / 1e9:.2f} GB",
+            "free some space, or keep fewer policies (retention.last), then run the same command again",
+        )
+
+
+_hashes: dict[tuple[str, int, int, int], str] = {}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file; computed once for a file that has not changed (inode, size, time)."""
+    stat = path.stat()
+    key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if key not in _hashes:
+        with path.open("rb") as file:
+            _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashes[key]
+
+
+def hash_files(root: Path, ignore: Iterable[str] = (MANIFEST,)) -> dict[str, str]:
+    """SHA-256 of every file below `root` by its relative name."""
+    skip = set(ignore)
+    return {
+        name: sha256(path)
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and (name := path.relative_to(root).as_posix()) not in skip
+    }
+
+
+def verify_files(root: Path, files: dict[str, str], error: type[SelfplayError]) -> None:
+    """Raise `error` naming the first file below `root` that is missing or not what its hash says."""
+    for name, expected in files.items():
+        if not (root / name).is_file():
+            raise error(f"{root / name} is missing")
+        if sha256(root / name) != expected:
+            raise error(f"{root / name} is not what its manifest says (SHA-256 differs)")
+
+
+def seed(*parts: object) -> int:
+    """A 63-bit seed from what it is for: (run seed, round, stage, item, …)."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,433 @@
+"""The one schema of the configuration: YAML files under configs/, overrides `a.b=c`, errors that name the key.
+
+Relative paths start at the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from selfplay.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run; its folder is `<dir>/<name>`."""
+    dir: Path = Path("runs")
+    """Folder that holds the runs."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random choice of the run derives from this number."""
+
+
+class PolicyConfig(Section):
+    model: str
+    """Checkpoint folder or Hub id of the initial policy."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Dtype = "bfloat16"
+    """Serving precision: of the engine, of exported checkpoints and of the canaries."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class PromptsConfig(Section):
+    source: str
+    """JSONL or Parquet file with `prompt` or `messages` (and optional `meta`), or a Hub dataset id."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    column: str | None = None
+    """Column of a Hub dataset that holds the prompt (a string or a list of messages)."""
+    heldout: str | None = None
+    """File of held-out prompts; without one a share of `source` is held out."""
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of `source` that is held out, by hash, when `heldout` is not set."""
+    audit_fraction: Share = 0.4
+    """Share of the held-out prompts kept apart as the audit set, which never gates."""
+    per_round: Positive = 192
+    """Prompts drawn in a round."""
+    max_tokens: Positive = 256
+    """Longest rendered prompt (tokens); longer ones are set aside and counted."""
+    at_end: Literal["reshuffle", "stop"] = "reshuffle"
+    """What happens when every prompt was drawn once."""
+
+
+class EngineConfig(Section):
+    max_model_len: Positive | None = None
+    """Context of the engine (tokens); by default prompts.max_tokens + generate.max_tokens, with room for the canaries."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of the GPU's memory for vLLM (GPU only)."""
+    tensor_parallel: Positive = 1
+    """GPUs that one copy of the policy is split over."""
+    max_num_seqs: Positive = 256
+    """Sequences decoded at a time."""
+    cpu_threads: Positive = 1
+    """OpenMP threads of the engine (CPU only)."""
+    cpu_kv_cache_gib: Positive = 1
+    """Memory for the KV cache (GiB, CPU only)."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Times a dead engine is started again within one call, with back-off."""
+    silence: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds without a sign of progress after which the engine is taken for hung."""
+
+
+class GenerateConfig(Section):
+    candidates: Annotated[int, Field(ge=2)] = 8
+    """Responses sampled for a prompt (K)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; stored log-probabilities are those at temperature 1 whatever this is."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; 1 keeps every token."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Tokens to sample from; 0 keeps every token."""
+    max_tokens: Positive = 512
+    """Longest response (tokens)."""
+    stop_token_ids: list[int] | None = None
+    """Tokens that end a response; by default the end-of-sequence tokens of the policy's generation_config."""
+    shard_prompts: Positive = 64
+    """Prompts in a shard: the most that an interruption can lose."""
+    engine: EngineConfig = EngineConfig()
+    """The vLLM engine."""
+
+
+class RewardConfig(Section):
+    model: str | None = None
+    """Checkpoint folder or Hub id of a sequence-classification reward model, served by a child process."""
+    url: list[str] = []
+    """Reward servers that run already (`/score`); used instead of `model`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the served reward model."""
+    device: str = "auto"
+    """Device of the served reward model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the reward model."""
+    batch: Positive = 64
+    """Items in a request."""
+    concurrency: Positive = 2
+    """Requests in flight."""
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds before one request counts as failed."""
+    deadline: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds of retries after which the reward counts as down and the stage fails."""
+    max_missing: Share = 0.05
+    """Share of candidates that may have no score; past it the stage fails."""
+    noise: Annotated[float, Field(ge=0)] = 1e-4
+    """Explicit margins at or below this are the reward's own noise and make no pair."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardConfig:
+        if (self.model is None) == (not self.url):
+            raise ValueError("give exactly one of `model` (served by a child process) and `url` (a server that runs)")
+        return self
+
+
+class PairsConfig(Section):
+    selection: Literal["potential", "explicit", "implicit", "random"] = "potential"
+    """What pairs are ranked by: alignment potential or one of its baselines."""
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the base pairs that is kept."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """w of the alignment potential: weight of the implicit margin."""
+    signed: bool = False
+    """Rank by the signed implicit margin instead of its absolute value."""
+    history: Annotated[int, Field(ge=0)] = 3
+    """Earlier rounds whose pairs join the statistics when a round has fewer than 64 pairs."""
+
+
+class DepthConfig(Section):
+    method: Literal["none", "uniform"] = "none"
+    """How further pairs of the kept prompts are chosen: none, or the same number for every prompt."""
+    pairs_per_prompt: Annotated[float, Field(ge=1)] = 2.0
+    """Budget of `uniform`: pairs trained on, the base pairs included, for each kept prompt."""
+
+
+class LoraConfig(Section):
+    r: Positive = 64
+    """Rank."""
+    alpha: Positive = 128
+    """Scale: the update is multiplied by alpha / r."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Layers that get an adapter."""
+
+
+class EveryN(Section):
+    every: Positive
+    """Rounds between refreshes of the reference."""
+
+
+class TrainConfig(Section):
+    lora: LoraConfig | None = None
+    """Train an adapter and merge it in fp32; without it all weights are trained."""
+    learning_rate: Annotated[float, Field(gt=0)] = 7e-7
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate over a round."""
+    warmup_ratio: Share = 0.1
+    """Share of a round's steps with a rising learning rate."""
+    epochs: Positive = 1
+    """Passes over a round's pairs."""
+    batch_pairs: Positive = 128
+    """Pairs in an optimizer step, over all processes."""
+    micro_batch_pairs: Positive = 1
+    """Pairs in one forward and backward of one process."""
+    max_length: Positive = 2048
+    """Longest prompt plus response (tokens). Nothing is ever truncated: the limits of prompts and responses must fit."""
+    beta: Annotated[float, Field(gt=0)] = 0.01
+    """β at the start of a round whose reference was refreshed."""
+    beta_min: Annotated[float, Field(gt=0)] = 1e-4
+    """Lower bound of β."""
+    beta_max: Annotated[float, Field(gt=0)] = 1.0
+    """Upper bound of β."""
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """ε of ε-DPO; 0 is plain DPO."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """λ: probability that a preference is the wrong way round."""
+    reference: Literal["previous", "initial"] | EveryN = "previous"
+    """The reference: the policy that sampled the round, the initial one, or one refreshed `every: n` rounds."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    save_steps: Positive = 50
+    """Optimizer steps between saves: the most that an interruption can lose."""
+    min_update: Annotated[float, Field(ge=0)] = 1e-7
+    """A round whose update is smaller than this (relative norm) fails as «no update»."""
+    agreement_mean: Annotated[float, Field(gt=0)] | None = None
+    """Bound on the mean |trainer − engine| log-probability (nats a token); by default 1e-3 in fp32, 5e-2 below."""
+    agreement_p99: Annotated[float, Field(gt=0)] | None = None
+    """Bound on the 99th percentile of the same; by default 1e-2 in fp32, 2.5e-1 below."""
+    accelerate: Path | None = None
+    """Configuration file for `accelerate launch` (processes, FSDP); without one the trainer is a single plain process."""
+    cpu_threads: Positive = 1
+    """Threads of the trainer (CPU only)."""
+    silence: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds without a sign of progress after which the trainer is taken for hung."""
+
+    @model_validator(mode="after")
+    def _beta_bounds(self) -> TrainConfig:
+        if not self.beta_min <= self.beta <= self.beta_max:
+            raise ValueError(f"beta {self.beta} is outside [beta_min, beta_max] = [{self.beta_min}, {self.beta_max}]")
+        return self
+
+
+class GateConfig(Section):
+    win_rate_lower: Share = 0.47
+    """A candidate is not inferior when the lower bound of its win rate is above this."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Two-sided confidence of the bootstrap interval."""
+    reward_up: bool = True
+    """Demand a higher mean reward than the champion's on the same prompts."""
+    max_kl: Annotated[float, Field(gt=0)] = 30.0
+    """Limit of KL(candidate ‖ current), nats an answer."""
+    max_length_ratio: Annotated[float, Field(gt=1)] = 1.5
+    """Limit of the mean answer length over the champion's; its inverse is the lower limit."""
+    max_cut_off: Share = 0.1
+    """Limit of the share of answers that hit the token limit, unless the champion's share is as high."""
+
+
+class JudgeConfig(Section):
+    model: str | None = None
+    """Reward model that judges, served by a child process."""
+    url: list[str] = []
+    """Servers of the judge that run already; used instead of `model`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> JudgeConfig:
+        if (self.model is None) == (not self.url):
+            raise ValueError("give exactly one of `model` and `url`")
+        return self
+
+
+class EvaluateConfig(Section):
+    prompts: Positive = 128
+    """Held-out prompts answered by candidate and champion, drawn anew each round."""
+    judge: JudgeConfig | None = None
+    """Another reward than the one that trains; without one the gate is not independent, and says so."""
+    gold: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """`module:function` of a rubric (messages, response, meta) → scores with `total`; reported, never gates."""
+    audit_every: Annotated[int, Field(ge=0)] = 4
+    """Rounds between comparisons with the initial policy on the audit set; 0: never."""
+    audit_prompts: Positive = 256
+    """Prompts of the audit set that are used."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Bootstrap samples."""
+    gate: GateConfig = GateConfig()
+    """When a candidate becomes the current policy."""
+
+
+class SwapConfig(Section):
+    canaries: Annotated[int, Field(ge=1)] = 8
+    """Short fixed sequences whose log-probabilities show which weights are in the engine."""
+    tolerance: Annotated[float, Field(gt=0)] | None = None
+    """Largest |engine − checkpoint| (nats a token); by default 1e-4 in fp32, 2e-2 below."""
+
+
+class PlacementConfig(Section):
+    colocated: bool = False
+    """Generator and trainer share their GPUs: the engine sleeps while the trainer works."""
+    generator: list[int] | None = None
+    """GPUs of the generator; by default all that are visible."""
+    trainer: list[int] | None = None
+    """GPUs of the trainer; by default all that are visible."""
+    reward: list[int] | None = None
+    """GPUs of the reward server; by default all that are visible."""
+
+
+class RetentionConfig(Section):
+    last: Annotated[int, Field(ge=0)] = 3
+    """The newest policies whose weights are kept, beside current, its parent, the initial one and the reference."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Every n-th policy is kept too; 0: none."""
+    pinned: list[int] = []
+    """Policies that are always kept."""
+    rejected_rounds: Annotated[int, Field(ge=0)] = 2
+    """Rounds after which the weights of a rejected policy go."""
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    """Name, folder and seed."""
+    policy: PolicyConfig
+    """The model that is aligned."""
+    prompts: PromptsConfig
+    """Where prompts come from."""
+    generate: GenerateConfig = GenerateConfig()
+    """Sampling of candidates."""
+    reward: RewardConfig
+    """The external reward."""
+    pairs: PairsConfig = PairsConfig()
+    """From scored candidates to preference pairs."""
+    depth: DepthConfig = DepthConfig()
+    """Further pairs for the kept prompts."""
+    train: TrainConfig = TrainConfig()
+    """ε-DPO."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation and gate."""
+    swap: SwapConfig = SwapConfig()
+    """Verification of new weights in the engine."""
+    placement: PlacementConfig = PlacementConfig()
+    """Which GPUs do what."""
+    retention: RetentionConfig = RetentionConfig()
+    """Which weights stay on disk."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Config:
+        longest = self.prompts.max_tokens + self.generate.max_tokens
+        if longest > self.train.max_length:
+            raise ValueError(
+                f"prompts.max_tokens + generate.max_tokens = {longest} is more than train.max_length = "
+                f"{self.train.max_length}: training never truncates; lower the first two or raise the last"
+            )
+        context = self.generate.engine.max_model_len
+        if context is not None and longest > context:
+            raise ValueError(
+                f"prompts.max_tokens + generate.max_tokens = {longest} is more than generate.engine.max_model_len = {context}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir / self.run.name
+
+    def fixed(self) -> dict[str, Any]:
+        """What cannot change within a run folder: policy, data split, seed."""
+        return {
+            "policy.model": self.policy.model,
+            "policy.revision": self.policy.revision,
+            "policy.dtype": self.policy.dtype,
+            **{
+                f"prompts.{name}": getattr(self.prompts, name)
+                for name in ("source", "split", "column", "heldout", "heldout_fraction", "audit_fraction", "max_tokens")
+            },
+            "run.seed": self.run.seed,
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the resolved configuration."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply overrides `a.b=c` (values are YAML) and validate. Raises ConfigError."""
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", "give a YAML file, configs/tiny.yaml for one") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: not a mapping of sections", "see configs/tiny.yaml for the form")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_describe(e) for e in error.errors())) from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: not of the form a.b=c")
+    *parents, last = key.split(".")
+    for name in parents:
+        below = data.setdefault(name, {})
+        if below is None:
+            below = data[name] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+        data = below
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+
+
+def _describe(error: Any) -> str:
+    """One validation error as «path: what»; an unknown key gets the nearest valid name."""
+    loc = [str(part) for part in error["loc"]]
+    where = ".".join(loc) or "configuration"
+    if error["type"] == "extra_forbidden":
+        names = _fields(Config, loc[:-1])
+        near = difflib.get_close_matches(loc[-1], names, n=1, cutoff=0.5)
+        return f"{where}: unknown key" + (
+            f", did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"; known: {', '.join(names)}"
+        )
+    if error["type"] == "missing":
+        return f"{where}: required"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" + (f" (got {error['input']!r})" if error["type"] != "value_error" else "")
+
+
+def _fields(section: type[BaseModel], loc: list[str]) -> list[str]:
+    for part in loc:
+        if part not in section.model_fields:
+            continue  # the name of a union member, which pydantic puts into the path
+        annotation = section.model_fields[part].annotation
+        members = (
+            typing.get_args(annotation)
+            if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+            else (annotation,)
+        )
+        section = next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), section)
+    return list(section.model_fields)

@@ -1,0 +1,64 @@
+"""Errors a user can act on: one class per boundary, each with what to do about it and the exit code of `round.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class SelfplayError(RuntimeError):
+    """What went wrong, and in `hint` what to do about it."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(SelfplayError, ValueError):
+    """The configuration cannot be used as it is."""
+
+    exit_code = 2
+
+
+class InputError(SelfplayError, ValueError):
+    """A model, a prompt file or a run folder that the configuration names cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(SelfplayError):
+    """A policy's files are not what its manifest says, or do not fit the running model."""
+
+
+class EngineError(SelfplayError):
+    """The generator could not do what it was asked, restarts included."""
+
+
+class SwapError(SelfplayError):
+    """New weights could not be shown to be in the engine."""
+
+
+class TrainError(SelfplayError):
+    """Training stopped; `kind` says why: oom, nonfinite, agreement, no_update, input, internal or died."""
+
+    def __init__(self, kind: str, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.kind = kind
+
+
+class RewardError(SelfplayError):
+    """Rewards are missing: an outage, or too many items without a score. They are never guessed."""
+
+
+class DiskError(SelfplayError):
+    """Too little disk space for the next stage, or the disk filled up while it wrote."""
+
+
+class StageFailed(SelfplayError):
+    """A stage of a round failed; what was finished before it is kept."""
+
+    def __init__(self, stage: str, round_index: int, cause: BaseException, log: Path | None) -> None:
+        hint = getattr(cause, "hint", "") or "run the same command again: finished stages are kept"
+        super().__init__(f"round {round_index}: stage {stage} failed: {cause}", hint)
+        self.stage, self.log = stage, log

@@ -1,0 +1,291 @@
+"""The ledger of a run folder (SQLite through SQLAlchemy), and the lock that makes its holder the only runner.
+
+The folders are the truth about what is finished; the ledger tells what happened, in what order, and how it went.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from selfplay.errors import InputError
+from selfplay.types import Pair
+
+metadata = sa.MetaData()
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("created", sa.String, nullable=False),
+    sa.Column("fixed", sa.JSON, nullable=False),  # what cannot change in this folder
+)
+rounds = sa.Table(
+    "rounds",
+    metadata,
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String, nullable=False),  # running | promoted | rejected | skipped
+    sa.Column("started", sa.String, nullable=False),
+    sa.Column("ended", sa.String),
+    sa.Column("sampler", sa.Integer, nullable=False),  # policy that samples it
+    sa.Column("policy", sa.Integer),  # policy that serves after it
+    sa.Column("cursor", sa.JSON, nullable=False),  # [epoch, offset] in the prompt pool at its start
+    sa.Column("fingerprint", sa.String, nullable=False),
+    sa.Column("config", sa.JSON, nullable=False),
+    sa.Column("reasons", sa.JSON, nullable=False),
+)
+stages = sa.Table(
+    "stages",
+    metadata,
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("stage", sa.String, primary_key=True),
+    sa.Column("ended", sa.String, nullable=False),
+    sa.Column("seconds", sa.Float, nullable=False),
+)
+policies = sa.Table(
+    "policies",
+    metadata,
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("parent", sa.Integer),
+    sa.Column("reference", sa.Integer),
+    sa.Column("beta", sa.Float),
+    sa.Column("state", sa.String, nullable=False),  # initial | candidate | promoted | rejected
+    sa.Column("weights", sa.Boolean, nullable=False),  # False once retention deleted them
+)
+pairs = sa.Table(
+    "pairs",
+    metadata,
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("row", sa.Integer, primary_key=True),
+    sa.Column("prompt_id", sa.String, nullable=False, index=True),
+    sa.Column("explicit_margin", sa.Float, nullable=False),
+    sa.Column("implicit_margin", sa.Float, nullable=False),
+    sa.Column("potential", sa.Float),
+    sa.Column("kept_because", sa.String),
+    sa.Column("dropped_because", sa.String),
+)
+metrics = sa.Table(
+    "metrics",
+    metadata,
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String, primary_key=True),  # stage/name
+    sa.Column("value", sa.Float, nullable=False),
+)
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("time", sa.String, nullable=False),
+    sa.Column("round", sa.Integer),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("text", sa.String, nullable=False),
+)
+schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, nullable=False))
+
+MIGRATIONS: list[Callable[[sa.Connection], None]] = [
+    metadata.create_all,  # 1: everything above
+]
+
+
+class Store:
+    """Reads and writes the ledger. All times are UTC, ISO 8601."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "ledger.sqlite"
+        self._engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 30})
+        sa.event.listen(self._engine, "connect", _wal)
+        with self._engine.begin() as connection:
+            self._migrate(connection)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _migrate(self, connection: sa.Connection) -> None:
+        has = sa.inspect(connection).has_table("schema_version")
+        done = connection.scalar(sa.select(schema_version.c.version)) if has else None
+        if done is not None and done > len(MIGRATIONS):
+            raise InputError(
+                f"{self.path} was written by a newer version of selfplay", "upgrade, or use another run folder"
+            )
+        for migrate in MIGRATIONS[done or 0 :]:
+            migrate(connection)
+        if done is None:
+            connection.execute(schema_version.insert().values(version=len(MIGRATIONS)))
+        elif done < len(MIGRATIONS):
+            connection.execute(schema_version.update().values(version=len(MIGRATIONS)))
+
+    # writing
+
+    def open_run(self, name: str, fixed: dict[str, Any]) -> None:
+        """Record the run, or check that this folder belongs to it. Raises InputError for another policy, split or seed."""
+        with self._engine.begin() as connection:
+            row = connection.execute(sa.select(runs)).mappings().first()
+            if row is None:
+                connection.execute(runs.insert().values(name=name, created=now(), fixed=fixed))
+                return
+        different = [
+            f"{k} ({row['fixed'].get(k)!r} there, {v!r} here)" for k, v in fixed.items() if row["fixed"].get(k) != v
+        ]
+        if different:
+            raise InputError(
+                f"{self.path.parent} is a folder made by another config: {', '.join(different)} cannot change within a run",
+                "use the values of the run, or another folder (--run-dir, or run.name)",
+            )
+
+    def open_round(self, index: int, sampler: int, cursor: tuple[int, int], fingerprint: str, config: Any) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(
+                rounds.insert().values(
+                    round=index,
+                    state="running",
+                    started=now(),
+                    sampler=sampler,
+                    cursor=list(cursor),
+                    fingerprint=fingerprint,
+                    config=config,
+                    reasons=[],
+                )
+            )
+
+    def close_round(self, index: int, state: str, policy: int, reasons: list[str]) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(
+                rounds.update()
+                .where(rounds.c.round == index)
+                .values(state=state, ended=now(), policy=policy, reasons=reasons)
+            )
+
+    def record_stage(self, index: int, stage: str, seconds: float, values: dict[str, float]) -> None:
+        """Record a finished stage with its metrics (names without the stage). Recording it again changes nothing."""
+        with self._engine.begin() as connection:
+            if connection.execute(
+                sa.select(stages.c.stage).where(stages.c.round == index, stages.c.stage == stage)
+            ).first():
+                return
+            connection.execute(stages.insert().values(round=index, stage=stage, ended=now(), seconds=seconds))
+            rows = [
+                {"round": index, "name": f"{stage}/{name}", "value": float(value)} for name, value in values.items()
+            ]
+            if rows:
+                connection.execute(metrics.insert(), rows)
+
+    def record_pairs(self, index: int, rows: Iterable[Pair]) -> None:
+        """Index a round's pairs; the pairs themselves are in the artifacts. Replaces what was indexed for the round."""
+        values = [
+            {
+                "round": index,
+                "row": i,
+                "prompt_id": p.prompt_id,
+                "explicit_margin": p.explicit_margin,
+                "implicit_margin": p.implicit_margin,
+                "potential": p.potential,
+                "kept_because": p.kept_because,
+                "dropped_because": p.dropped_because,
+            }
+            for i, p in enumerate(rows)
+        ]
+        with self._engine.begin() as connection:
+            connection.execute(pairs.delete().where(pairs.c.round == index))
+            if values:
+                connection.execute(pairs.insert(), values)
+
+    def record_policy(self, version: int, state: str, **fields: Any) -> None:
+        """Insert a policy, or change the state of one that is there."""
+        with self._engine.begin() as connection:
+            changed = connection.execute(
+                policies.update().where(policies.c.version == version).values(state=state, **fields)
+            )
+            if not changed.rowcount:
+                connection.execute(policies.insert().values(version=version, state=state, weights=True, **fields))
+
+    def weights_deleted(self, versions: list[int]) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(policies.update().where(policies.c.version.in_(versions)).values(weights=False))
+
+    def event(self, kind: str, text: str, index: int | None = None) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(events.insert().values(time=now(), round=index, kind=kind, text=text))
+
+    # reading
+
+    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """All rounds, oldest first."""
+        return self._rows(sa.select(rounds).order_by(rounds.c.round))
+
+    def unfinished(self) -> dict[str, Any] | None:
+        rows = self._rows(sa.select(rounds).where(rounds.c.state == "running"))
+        return rows[0] if rows else None
+
+    def metrics(self, index: int) -> dict[str, float]:
+        rows = self._rows(sa.select(metrics).where(metrics.c.round == index).order_by(metrics.c.name))
+        return {row["name"]: row["value"] for row in rows}
+
+    def seconds(self, index: int) -> dict[str, float]:
+        """Seconds of each finished stage of a round, in the order they ended."""
+        rows = self._rows(sa.select(stages).where(stages.c.round == index).order_by(stages.c.ended))
+        return {row["stage"]: row["seconds"] for row in rows}
+
+    def policies(self) -> list[dict[str, Any]]:
+        return self._rows(sa.select(policies).order_by(policies.c.version))
+
+    def events(self, index: int | None = None) -> list[dict[str, Any]]:
+        query = sa.select(events).order_by(events.c.id)
+        return self._rows(query if index is None else query.where(events.c.round == index))
+
+
+def _wal(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class RunLock:
+    """The right to run in a folder, held by one process at a time; the kernel releases it however that process ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / ".lock"
+        self._file: Any = None
+
+    def __enter__(self) -> RunLock:
+        self._file = self._path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            text = self._file.read()
+            self._file.close()
+            try:
+                holder = json.loads(text)
+                who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+            except (ValueError, KeyError):
+                who = "another process"
+            raise InputError(
+                f"{self._path.parent} is in use by {who}", "wait for it or end it; another run needs another folder"
+            ) from None
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump(
+            {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, self._file
+        )
+        self._file.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

@@ -1,0 +1,98 @@
+"""Records that pass between stages. Field names are the column names on disk (Parquet)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = dict[str, str]  # {"role": …, "content": …}
+Split = Literal["train", "heldout", "audit"]
+KeptBecause = Literal["base", "depth"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    prompt_id: str  # content hash of the messages
+    messages: list[Message]
+    prompt_ids: list[int]  # rendered once by the policy's chat template; vLLM and the trainer get these ids
+    split: Split
+    meta: dict[str, Any] = field(default_factory=dict)  # gold answers and such: held-out rows only
+    parent: str | None = None  # prompt_id of the root ancestor
+    source: str = ""  # file or Hub id it came from
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    prompt_id: str
+    index: int  # 0 … K−1 within its prompt
+    text: str  # decoded without special tokens: what the reward model reads
+    token_ids: list[int]  # as sampled, the stop token included
+    logp: float  # nats, summed over token_ids, at temperature 1
+    n_tokens: int
+    finish_reason: str  # stop | length
+    policy: int  # version that sampled it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    prompt_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logp: float
+    n_tokens: int
+    finish_reason: str
+    policy: int
+    reward: float | None  # None: this item could not be scored
+    reward_parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    prompt_id: str
+    prompt_ids: list[int]
+    chosen_index: int
+    rejected_index: int
+    chosen: str
+    rejected: str
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_reward: float
+    rejected_reward: float
+    chosen_logp: float  # nats, summed, under the policy that sampled
+    rejected_logp: float
+    explicit_margin: float  # reward units, > 0
+    implicit_margin: float  # |r̂_w − r̂_l|
+    implicit_signed: float  # r̂_w − r̂_l
+    potential: float | None = None  # alignment potential, in standard deviations
+    cluster: int | None = None
+    closeness: float | None = None  # cosine to the centre of its gradient cluster
+    kept_because: str | None = None  # base | depth
+    dropped_because: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    version: int
+    path: str  # folder of a plain Hugging Face checkpoint
+    parent: int | None
+    round: int  # the round that trained it; 0 for the initial policy
+    beta: float | None  # β at the end of training
+    reference: int | None  # version of the reference it was trained against
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    promoted: bool
+    reasons: list[str]  # why not; empty when promoted
+    independent: bool  # the judge is another reward than the one that trains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundReport:
+    round: int
+    outcome: Literal["promoted", "rejected", "skipped"]
+    policy: int  # version that serves after the round
+    metrics: dict[str, float]  # flat stage/name
+    seconds: dict[str, float]  # by stage
+    reasons: list[str]
