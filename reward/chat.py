@@ -54,7 +54,7 @@ class ChatEncoder:
         control = {token.content: i for i, token in added.items() if token.special}
         control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         control |= self._turn_markers(tokenizer, added)
-        control = {text: i for text, i in control.items() if text}
+        control = {text: i for text, i in control.items() if text and i is not None}
         # the longest first: one token may begin like another
         self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
         self._names = sorted(control)
@@ -74,7 +74,9 @@ class ChatEncoder:
             self._tokenizer.add_special_tokens([AddedToken(text, normalized=like.normalized, **flags)])
             name = self._private(text)
             self._tokenizer.add_tokens([AddedToken(name, special=False, normalized=like.normalized, **flags)])
-            self._real[self._tokenizer.token_to_id(name)] = token_id
+            private_id = self._tokenizer.token_to_id(name)
+            assert private_id is not None
+            self._real[private_id] = token_id
         # the unknown token is what some tokenizers make of plain text
         self._forbidden = frozenset(control.values()) - {tokenizer.unk_token_id}
         self._self_check()
@@ -107,12 +109,14 @@ class ChatEncoder:
 
     def _encode(self, texts: list[str], reasons: list[str | None]) -> list[list[int] | str]:
         found: list[list[int] | str] = []
-        for encoding, reason in zip(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False), reasons, strict=True):
+        for encoding, reason in zip(
+            self._tokenizer.encode_batch_fast(texts, add_special_tokens=False), reasons, strict=True
+        ):
             ids: list[int] = encoding.ids
             if reason is None and not ids:
                 reason = "an empty conversation"
             elif reason is None and len(ids) > self.max_tokens:
-                reason = f"longer than {self.max_tokens} tokens ({len(ids)})"
+                reason = f"longer than {self.max_tokens} tokens"
             elif reason is None and not self._forbidden.isdisjoint(ids):
                 # some vocabularies reach a control token from plain text
                 reason = "contains the text of a control token that this tokenizer cannot split"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward.chat import ChatEncoder
@@ -71,16 +72,18 @@ class RewardModel:
             if self.stopping.is_set():
                 raise Stopped
             for i, value in zip(batch, self._forward([sequences[i] for i in batch]), strict=True):
-                scores[i] = Score(value=value) if math.isfinite(value) else Score(reason=f"the model's score is {value}")
+                scores[i] = (
+                    Score(value=value) if math.isfinite(value) else Score(reason=f"the model's score is {value}")
+                )
         return scores
 
-    @torch.inference_mode()
     def _forward(self, sequences: Sequence[list[int]]) -> list[float]:
         """Logits of sequences, right-padded to (B, T) whatever side the tokenizer pads on."""
         pad, width = self._pad_id(sequences), max(map(len, sequences))
         ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences], device=self._model.device)
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=self._model.device)
-        logits = self._model(input_ids=ids, attention_mask=mask).logits
+        with torch.inference_mode():
+            logits = self._model(input_ids=ids, attention_mask=mask).logits
         assert logits.shape == (len(sequences), 1), f"logits of shape {tuple(logits.shape)}"
         values: list[float] = logits[:, 0].float().tolist()
         return values
@@ -139,7 +142,11 @@ def load(
             f"{name}: a reward model has one label, this one has num_labels = {config.num_labels}; "
             "a classifier or a multi-head model needs its scores combined into one first"
         )
-    limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length, max_tokens]
+    limits = [
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        tokenizer.model_max_length,
+        max_tokens,
+    ]
     known = [int(limit) for limit in limits if limit is not None and 0 < limit < UNLIMITED]
     try:
         encoder = ChatEncoder(tokenizer, min(known, default=DEFAULT_MAX_TOKENS))
@@ -152,12 +159,12 @@ def load(
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **own_code
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model = model.to(device).eval().requires_grad_(False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelRefused(f"{name}: {error}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelRefused(f"{name}: no trained reward model, its weight files lack {missing}")
-    model = model.to(device).eval().requires_grad_(False)
     model.config.use_cache = False
     health = Health(
         model=name,
@@ -179,7 +186,9 @@ def _folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
             raise ModelRefused(f"{name}: no model here, the folder has no config.json")
         return path
     if path.exists() or not HUB_NAME.fullmatch(name):
-        raise ModelRefused(f"{name}: there is no such folder; give the folder of a saved model, or owner/name on the Hub")
+        raise ModelRefused(
+            f"{name}: there is no such folder; give the folder of a saved model, or owner/name on the Hub"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -198,7 +207,9 @@ def _weight_files(name: str, folder: Path) -> dict[str, str]:
     elif index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
-        raise ModelRefused(f"{name}: no model.safetensors; pickled weights are not loaded, save the model as safetensors")
+        raise ModelRefused(
+            f"{name}: no model.safetensors; pickled weights are not loaded, save the model as safetensors"
+        )
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
         raise ModelRefused(f"{name}: the index names {', '.join(missing[:3])}, which the folder lacks")

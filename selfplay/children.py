@@ -148,6 +148,15 @@ class Child:
                 return event
         raise self._died()
 
+    def wait(self) -> int:
+        """Wait for a child that takes no orders to end; returns its exit code, 128 + n for signal n."""
+        assert self._process is not None, f"{self.name} was not started"
+        for _ in self._events():
+            continue
+        code = self._process.wait()
+        self.stop(grace=0)
+        return code
+
     def stop(self, grace: float = 5.0) -> None:
         """End the child and everything below it; after `grace` seconds by force. Safe to call at any time, twice too."""
         process = self._process

@@ -205,6 +205,8 @@ class TrainConfig(Section):
     """Gradient clipping."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay of AdamW."""
+    bf16: bool = False
+    """Mixed precision: matrix products in bf16; weights, optimizer and losses stay in fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     save_steps: Positive = 50

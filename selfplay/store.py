@@ -157,6 +157,13 @@ class Store:
                 )
             )
 
+    def change_config(self, index: int, fingerprint: str, config: Any) -> None:
+        """An unfinished round goes on with another configuration."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                rounds.update().where(rounds.c.round == index).values(fingerprint=fingerprint, config=config)
+            )
+
     def close_round(self, index: int, state: str, policy: int, reasons: list[str]) -> None:
         with self._engine.begin() as connection:
             connection.execute(

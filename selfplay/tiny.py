@@ -306,7 +306,7 @@ def _kind_item(rng: random.Random) -> dict[str, Any]:
 
 
 def _kind_say(meta: dict[str, Any], kind: str, rng: random.Random) -> str:
-    return rng.choice(("{x} is {a}.", "It is {a}.", "{a}.")).format(x=meta["x"].capitalize(), a=_article(kind))
+    return rng.choice(("A {x} is {a}.", "It is {a}.", "That is {a}.")).format(x=meta["x"], a=_article(kind))
 
 
 def _list_item(rng: random.Random) -> dict[str, Any]:
@@ -315,19 +315,20 @@ def _list_item(rng: random.Random) -> dict[str, Any]:
     return {"x": ("two", "three")[n - 2] + " " + PLURALS[kind], "answer": kind, "n": n}
 
 
-def _join(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+def _list_say(items: Sequence[str], rng: random.Random) -> str:
+    joined = items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+    return rng.choice(("Here you are: {a}.", "I would say {a}.")).format(a=joined)
 
 
 def _list_right(meta: dict[str, Any], rng: random.Random) -> str:
-    return _join(rng.sample(KINDS[meta["answer"]], meta["n"])).capitalize() + "."
+    return _list_say(rng.sample(KINDS[meta["answer"]], meta["n"]), rng)
 
 
 def _list_wrong(meta: dict[str, Any], rng: random.Random) -> str:
     """The wrong number of things, or things of another kind among them."""
     n = rng.choice((meta["n"], meta["n"], 1, 4))
     kinds = [meta["answer"]] + [rng.choice([k for k in sorted(KINDS) if k != meta["answer"]]) for _ in range(n)]
-    return _join([rng.choice(KINDS[k]) for k in rng.sample(kinds, min(n, len(kinds)))]).capitalize() + "."
+    return _list_say([rng.choice(KINDS[k]) for k in rng.sample(kinds, min(n, len(kinds)))], rng)
 
 
 def _words_item(n: int) -> Callable[[random.Random], dict[str, Any]]:
@@ -336,6 +337,15 @@ def _words_item(n: int) -> Callable[[random.Random], dict[str, Any]]:
         return {"x": " ".join(words), "answer": " ".join(words), "rivals": list(WORDS)}
 
     return item
+
+
+_ECHOES = ("I say {a}.", "The words are {a}.")
+
+
+def _misheard(meta: dict[str, Any], rng: random.Random) -> str:
+    words = meta["answer"].split()
+    words[rng.randrange(len(words))] = rng.choice([w for w in WORDS if w not in words])
+    return " ".join(words)
 
 
 def _first_item(rng: random.Random) -> dict[str, Any]:
@@ -359,7 +369,7 @@ def _multiply_item(rng: random.Random) -> dict[str, Any]:
 
 
 def _number_say(meta: dict[str, Any], number: int, rng: random.Random) -> str:
-    return rng.choice(("It is {a}.", "{a}.", "The answer is {a}.")).format(a=number)
+    return rng.choice(("It is {a}.", "The answer is {a}.")).format(a=number)
 
 
 def _near(meta: dict[str, Any], rng: random.Random) -> int:
@@ -462,7 +472,7 @@ SKILLS: dict[str, Skill] = {
         count=900,
         budget=10,
         wordings=("What is the capital of {x}?", "Name the capital of {x}.", "Which city is the capital of {x}?", "{x}: what is its capital?"),
-        **_fact(CAPITALS, ("The capital of {x} is {a}.", "It is {a}.", "{a} is the capital of {x}.", "{a}.")),
+        **_fact(CAPITALS, ("The capital of {x} is {a}.", "It is {a}.", "That is {a}.")),
     ),
     "colour": Skill(
         regime="learnable",
@@ -509,8 +519,8 @@ SKILLS: dict[str, Skill] = {
         budget=8,
         wordings=("Repeat: {x}", "Say this: {x}", "Copy these words: {x}"),
         item=_words_item(2),
-        right=lambda m, rng: m["answer"].capitalize() + ".",
-        wrong=lambda m, rng: " ".join(rng.sample([w for w in WORDS if w not in m["answer"]], 1) + rng.sample(m["answer"].split(), 1)).capitalize() + ".",
+        right=lambda m, rng: rng.choice(_ECHOES).format(a=m["answer"]),
+        wrong=lambda m, rng: rng.choice(_ECHOES).format(a=_misheard(m, rng)),
         common=(0.5,),
     ),
     "first": Skill(
@@ -519,7 +529,7 @@ SKILLS: dict[str, Skill] = {
         budget=10,
         wordings=("Which word is first: {x}?", "Give the first word: {x}.", "First of these: {x}?"),
         item=_first_item,
-        right=lambda m, rng: rng.choice(("It is {a}.", "The first is {a}.", "{A}.")).format(a=m["answer"], A=m["answer"].capitalize()),
+        right=lambda m, rng: rng.choice(("It is {a}.", "The first is {a}.")).format(a=m["answer"]),
         wrong=lambda m, rng: rng.choice(("It is {a}.", "The first is {a}.")).format(a=rng.choice(m["rivals"])),
         common=(0.5,),
     ),

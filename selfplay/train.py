@@ -10,10 +10,8 @@ part of every checkpoint), the dataset (token ids, taken as they are, never trun
 something: bf16, gradient checkpointing, the length limit and the filter of NaN losses are off, dropout is always off.
 """
 
-import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from selfplay import artifacts
 from selfplay.epsilon_dpo import chosen_logps, epsilon_steps, next_beta, pair_betas, pair_losses, perturbed_logps
 from selfplay.errors import TrainError
 
@@ -64,11 +63,11 @@ class EpsilonDPOConfig(DPOConfig):
         low = 0.0 if self.beta_min is None else self.beta_min
         high = math.inf if self.beta_max is None else self.beta_max
         if not 0 <= self.epsilon < 1:
-            raise ValueError(f"epsilon must lie in [0, 1), got {self.epsilon}: set 0.01 (the paper's), or 0 for plain DPO")
+            raise ValueError(f"epsilon must lie in [0, 1), got {self.epsilon}: set 0.01, or 0 for plain DPO")
         if not (self.beta > 0 and low <= self.beta <= high):
-            raise ValueError(f"beta must be positive and within [beta_min, beta_max] = [{low}, {high}], got {self.beta}")
+            raise ValueError(f"beta must be positive and in [beta_min, beta_max] = [{low}, {high}], got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}: at 0.5 nothing is learnt")
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}: 0.5 learns nothing")
 
 
 def refuse(args: DPOConfig) -> None:
@@ -94,84 +93,86 @@ def refuse(args: DPOConfig) -> None:
 
 
 def check_pairs(dataset: Any, max_length: int | None = None) -> None:
-    """Raise ValueError unless `dataset` is a non-empty Dataset of token ids in which no sequence exceeds `max_length`."""
+    """Raise ValueError unless `dataset` is a non-empty Dataset of token ids, none longer than `max_length`."""
     if not isinstance(dataset, Dataset):
         raise ValueError(f"the dataset must be a datasets.Dataset of known lengths, got {type(dataset).__name__}")
     missing = [name for name in COLUMNS if name not in dataset.column_names]
     if missing:
-        raise ValueError(f"the dataset lacks {', '.join(missing)}: it must hold token ids ({', '.join(COLUMNS)}), not text")
+        raise ValueError(f"the dataset lacks {', '.join(missing)}: it must hold token ids, not text")
     if len(dataset) == 0:
         raise ValueError("the dataset has no pairs: there is nothing to train on")
     table: pa.Table = dataset.select_columns(list(COLUMNS)).with_format("arrow")[:]
     lengths = {name: pc.list_value_length(table[name]).combine_chunks().fill_null(0) for name in COLUMNS}
     for name, n in lengths.items():
         if (shortest := pc.min(n).as_py()) == 0:
-            raise ValueError(f"row {pc.index(n, shortest).as_py()} has no {name}: a pair needs tokens in all three columns")
+            raise ValueError(f"row {pc.index(n, shortest).as_py()} has no {name}: drop the pair")
     if max_length is not None:
         for name in COLUMNS[1:]:
             total = pc.add(lengths["prompt_ids"], lengths[name])
             if (longest := pc.max(total).as_py()) > max_length:
                 raise ValueError(
-                    f"row {pc.index(total, longest).as_py()}: prompt_ids and {name} have {longest} tokens, max_length is "
-                    f"{max_length}; raise max_length or drop the pair: training never truncates"
+                    f"row {pc.index(total, longest).as_py()}: prompt_ids and {name} have {longest} tokens, more than "
+                    f"max_length {max_length}; raise it or drop the pair: training never truncates"
                 )
 
 
 def largest_id(dataset: Dataset) -> int:
     """The largest token id in a checked dataset."""
     table: pa.Table = dataset.select_columns(list(COLUMNS)).with_format("arrow")[:]
-    return max(pc.max(pc.list_flatten(table[name])).as_py() for name in COLUMNS)
+    return max(int(pc.max(pc.list_flatten(table[name])).as_py()) for name in COLUMNS)
 
 
 class EpsilonDPOTrainer(DPOTrainer):
     """DPOTrainer with the ε-DPO loss and schedule of β.
 
-    `beta` is the current β. It changes after each optimizer step that was not skipped, by the mean step over all pairs of
-    all micro-batches and processes, and before a checkpoint of that step is written; `train(resume_from_checkpoint=…)`
-    restores it. Raises ValueError for settings that ε-DPO does not define (`refuse`) and for data that it cannot take as
-    it is (`check_pairs`), TrainError (kind «nonfinite») when a loss or the gradient norm is not finite.
+    `beta` is the current β. It changes after each optimizer step that was not skipped, by the mean step over all
+    pairs of all micro-batches and processes, before a checkpoint of that step is written, and `train` restores it from
+    the checkpoint it resumes. Raises ValueError for settings that ε-DPO does not define (`refuse`) and for data that it
+    cannot take as it is (`check_pairs`), TrainError («nonfinite») when a loss or the gradient norm is not finite.
 
-    Logged at each logging step, means over the pairs since the last one: `beta` (after the update), `epsilon/up`, `zero`,
-    `down` (shares of s = +1, 0, −1), `beta_at_limit` (share of steps on which β met a limit), `logps/*` (nats a response),
-    `rewards/*` (with the current β, not β_i), and `kl/pair_tokens`: r·log r − r + 1 for the pairs' own tokens,
-    r = π_θ/π_ref, in nats a response. That estimates KL(policy ‖ reference) as if the tokens were samples of the
-    reference; they are a selection of such samples, so read it as an alarm, not as the KL of fresh text.
+    Logged, as means over the steps since the last log: `beta` (after the update), `epsilon/up`, `zero` and `down`
+    (shares of s = +1, 0, −1), `beta_at_limit` (1 where β met a limit), `logps/*` (nats a response), `rewards/*` (with
+    the step's β, not β_i), and `kl/pair_tokens`: r·log r − r + 1 summed over the pairs' own tokens, r = π_θ/π_ref, in
+    nats a response. That estimates KL(policy ‖ reference) as if these tokens were samples of the reference; they are a
+    selection of such samples, so read it as an alarm, not as the KL of fresh text.
     """
 
-    _tag_names = ["trl", "epsilon-dpo"]
+    beta: float
     _name = "EpsilonDPO"
 
     def __init__(
-        self, model: Any, ref_model: Any = None, args: EpsilonDPOConfig | None = None, *rest: Any, **kwargs: Any
-    ) -> None:
+        self, model: Any, ref_model: Any = None, args: EpsilonDPOConfig | None = None, data_collator: Any = None,
+        train_dataset: Any = None, *rest: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if args is None:
             raise ValueError("args is required: EpsilonDPOConfig(output_dir, …)")
         refuse(args)
+        check_pairs(train_dataset, args.max_length)
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("compute_metrics is not supported: whole logits are never kept")
         self._sums = torch.zeros(len(SUMS))
         self._step_sums: dict[str, float] = {}
-        super().__init__(model, ref_model, args, *rest, **kwargs)
+        super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
         words = self.model.get_input_embeddings().num_embeddings
         if (largest := largest_id(self.train_dataset)) >= words:
-            raise ValueError(f"token id {largest} is outside the model's vocabulary of {words}: another tokenizer's pairs?")
+            raise ValueError(f"token id {largest} is not among the model's {words}: another tokenizer's pairs?")
         # Before the callbacks that save and log, which run on later events of the same step.
         self.add_callback(_BetaUpdate(self))
 
-    # --- data -----------------------------------------------------------------------------------------------------------
+    # --- data -------------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         """Token ids as they are. TRL's own preparation adds EOS, tokenises text, and drops what is too long."""
         check_pairs(dataset, args.max_length)
         return dataset
 
-    # --- loss -----------------------------------------------------------------------------------------------------------
+    # --- loss -------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Tensor:
         """ε-DPO loss of one micro-batch: the mean over its pairs. Rows of `inputs` are [chosen; rejected]."""
         assert not return_outputs, "only compute_metrics asks for outputs, and that is refused"
         mask, targets = self._response(inputs)
-        outputs = self._forward(model, inputs, mask, output_router_logits=self.aux_loss_enabled)
+        outputs = self._forward(model, inputs, mask, router_logits=self.aux_loss_enabled)
         logits = outputs.logits[:, :-1][mask]
         with torch.no_grad():
             ref_logits = self._reference_logits(inputs, mask)
@@ -207,8 +208,8 @@ class EpsilonDPOTrainer(DPOTrainer):
         mask = mask[:, first:]
         return mask, inputs["input_ids"][:, first + 1 :][mask]
 
-    def _forward(self, model: Any, inputs: Mapping[str, Tensor], mask: Tensor, output_router_logits: bool = False) -> Any:
-        kwargs = {"output_router_logits": True} if output_router_logits else {}
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor], mask: Tensor, router_logits: bool = False) -> Any:
+        kwargs = {"output_router_logits": True} if router_logits else {}
         # One position more than the window: the last one predicts the token after the sequence.
         return model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False,
@@ -223,7 +224,8 @@ class EpsilonDPOTrainer(DPOTrainer):
             assert is_peft_model(self.model), "TRL keeps a reference model for everything but adapters"
             bare, model = self.accelerator.unwrap_model(self.model), self.model
             adapter = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), adapter:
+        plain = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), plain, adapter:
             return self._forward(model, inputs, mask).logits[:, :-1][mask]
 
     def reference_logps(self) -> tuple[Tensor, Tensor]:
@@ -241,7 +243,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         logps = torch.cat(parts)
         return logps[:, 0], logps[:, 1]
 
-    # --- what a step adds up --------------------------------------------------------------------------------------------
+    # --- what a step adds up ----------------------------------------------------------------------------------------
 
     def _count(self, steps: Tensor, losses: Tensor, logp: Tensor, ratio: Tensor, kl: Tensor) -> None:
         """Add one micro-batch to the sums of the running optimizer step; in evaluation, log it and leave them alone."""
@@ -282,8 +284,9 @@ class EpsilonDPOTrainer(DPOTrainer):
         if not (math.isfinite(norm) and math.isfinite(self._step_sums["loss"])):
             raise TrainError(
                 "nonfinite",
-                f"step {self.state.global_step + 1}: the loss is {self._step_sums['loss'] / self._step_sums['pairs']:g} and "
-                f"the gradient norm {norm:g}; the weights of the last checkpoint are intact",
+                f"step {self.state.global_step + 1}: the mean loss is "
+                f"{self._step_sums['loss'] / self._step_sums['pairs']:g} and the gradient norm {norm:g}; no weight was "
+                "changed by this step",
                 "lower the learning rate or max_grad_norm, and look for non-finite weights in the policy and reference",
             )
         return grad_norm
@@ -303,7 +306,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         self._log_means("train", self._step_sums)
         self._metrics["train"]["beta_at_limit"].append(float(limited))
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: TRL would write one with each checkpoint."""
@@ -314,22 +317,22 @@ class EpsilonDPOTrainer(DPOTrainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             state = {"beta": self.beta, "epsilon": self.args.epsilon, "step": self.state.global_step}
-            sync_folder(folder)
-            (folder / STATE_FILE).write_text(json.dumps(state))
-            sync_folder(folder)
+            artifacts.sync_tree(folder)
+            artifacts.write_json(folder / STATE_FILE, state)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """TRL's `train`; a checkpoint to resume from also gives β. Raises ValueError where it has none."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
                 raise ValueError(f"no checkpoint to resume from in {self.args.output_dir}")
-        if resume_from_checkpoint:
-            file = Path(resume_from_checkpoint) / STATE_FILE
+        if checkpoint is not None:
+            file = Path(str(checkpoint)) / STATE_FILE
             if not file.is_file():
                 raise ValueError(f"{file} is missing: the checkpoint is not whole; resume from an earlier one")
-            self.beta = float(json.loads(file.read_text())["beta"])
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self.beta = float(artifacts.read_json(file)["beta"])
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
 
 class _BetaUpdate(TrainerCallback):
@@ -351,13 +354,3 @@ def _pair_difference(values: Tensor) -> Tensor:
     """Chosen minus rejected, (B,), of values in rows [chosen; rejected], (2B,)."""
     chosen, rejected = values.chunk(2)
     return chosen - rejected
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush every file below `folder`, and the folders' own entries, to the disk."""
-    for path in [folder, *folder.rglob("*")]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,0 +1,25 @@
+.PHONY: demo test lint setup clean
+
+PY := .venv/bin/python
+
+# The tiny world and three self-play rounds on it. Called again, it prints what came of it.
+demo: setup
+	$(PY) scripts/make_tiny.py
+	$(PY) scripts/round.py --config configs/tiny.yaml --rounds 3 --report
+
+# Lint, types and all tests.
+test: setup lint
+	$(PY) -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh
+
+clean:
+	rm -rf .venv .cache runs

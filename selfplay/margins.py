@@ -1,0 +1,35 @@
+"""Explicit and implicit margins of preference pairs (methods: AP, arXiv 2503.01864, sections 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def implicit_reward(logp: float, n_tokens: int) -> float:
+    """Length-normalised implicit reward r̂ = log π_θ(y|x) / |y| (SimPO), nats a token; NaN for an empty response."""
+    return logp / n_tokens if n_tokens else float("nan")
+
+
+def base_pair(rewards: Sequence[float]) -> tuple[int, int] | None:
+    """(chosen, rejected): the positions of the highest and the lowest reward, the first of equals.
+
+    None with fewer than two responses or when all rewards are equal.
+    """
+    if len(rewards) < 2:
+        return None
+    chosen = max(range(len(rewards)), key=lambda i: (rewards[i], -i))
+    rejected = min(range(len(rewards)), key=lambda i: (rewards[i], i))
+    return None if rewards[chosen] == rewards[rejected] else (chosen, rejected)
+
+
+def ordered_pairs(rewards: Sequence[float], share: float = 0.25) -> list[tuple[int, int]]:
+    """All (chosen, rejected) whose explicit margin is above 0 and at least `share` of the widest one."""
+    if not rewards:
+        return []
+    least = share * (max(rewards) - min(rewards))
+    return [
+        (i, j)
+        for i in range(len(rewards))
+        for j in range(len(rewards))
+        if rewards[i] > rewards[j] and rewards[i] - rewards[j] >= least
+    ]

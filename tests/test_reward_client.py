@@ -1,0 +1,340 @@
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from reward.client import RewardClient, RewardRefused, RewardUnavailable
+
+Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
+ITEMS = [([{"role": "user", "content": f"question {i}"}], f"answer {i}") for i in range(10)]
+QUICK: dict[str, Any] = {"timeout": 1.0, "deadline": 1.0, "first_wait": 0.01, "longest_wait": 0.05, "batch_size": 4}
+
+
+def score_of(item: dict[str, Any]) -> float:
+    """What the fake servers give: the number in the response, halved."""
+    return int(item["response"].split()[-1]) / 2
+
+
+EXPECTED = [i / 2 for i in range(10)]
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, content: bytes, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"content_length": str(len(content)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def right(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    scores = [score_of(item) for item in asked["items"]]
+    send(handler, 200, json.dumps({"scores": scores, "ids": [item["id"] for item in asked["items"]]}).encode())
+
+
+def changed(**change: Callable[[list[Any]], Any]) -> Answer:
+    """The right answer, with fields changed."""
+
+    def answer(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        given = {"scores": [score_of(i) for i in asked["items"]], "ids": [i["id"] for i in asked["items"]]}
+        for field, function in change.items():
+            given[field] = function(given[field])
+        send(handler, 200, json.dumps(given).encode())
+
+    return answer
+
+
+def status(code: int, content: bytes = b"no", **headers: str) -> Answer:
+    return lambda handler, asked: send(handler, code, content, **headers)
+
+
+def slow(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    time.sleep(1.5)
+
+
+def dripping(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(30):
+        handler.wfile.write(b" ")
+        time.sleep(0.1)
+
+
+def half(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    send(handler, 200, b'{"scores": [0.0, 0.5', content_length="5000")
+    handler.close_connection = True
+
+
+def reset(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    handler.close_connection = True
+
+
+FAULTS: dict[str, Answer] = {
+    "HTTP 500": status(500),
+    "HTTP 503": status(503),
+    "HTTP 429": status(429, retry_after="0"),
+    "slow": slow,
+    "dripping": dripping,
+    "half a body": half,
+    "reset": reset,
+    "malformed JSON": status(200, b'{"scores": [0.0, '),
+    "not JSON": status(200, b"<html>welcome</html>"),
+    "another form": status(200, b'{"rewards": [1.0]}'),
+    "texts": changed(scores=lambda s: [str(x) for x in s]),
+    "booleans": changed(scores=lambda s: [True for _ in s]),
+    "one too few": changed(scores=lambda s: s[:-1]),
+    "one too many": changed(scores=lambda s: [*s, 0.0]),
+    "none at all": changed(scores=lambda s: []),
+    "another order": changed(scores=lambda s: s[::-1], ids=lambda ids: ids[::-1]),
+    "other items": changed(ids=lambda ids: [f"x{i}" for i in ids]),
+}
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers with the scripted answers in turn, then with `default` for ever; notes what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self, *script: Answer, default: Answer = right) -> None:
+        self.script, self.default = list(script), default
+        self.asked: list[dict[str, Any]] = []
+        self.running = self.most_running = 0
+        self.connections: set[tuple[str, int]] = set()
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is expected here."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeServer
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.lock:
+            self.server.asked.append(asked | {"path": self.path})
+            answer = self.server.script.pop(0) if self.server.script else self.server.default
+            self.server.running += 1
+            self.server.most_running = max(self.server.most_running, self.server.running)
+            self.server.connections.add(self.client_address)
+        try:
+            answer(self, asked)
+        finally:
+            with self.server.lock:
+                self.server.running -= 1
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def fake(*script: Answer, default: Answer = right) -> Iterator[FakeServer]:
+    with FakeServer(*script, default=default) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_scores_in_order_over_kept_connections_and_bounded_requests() -> None:
+    def unhurried(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        time.sleep(0.02 if asked["items"][0]["response"] == "answer 0" else 0.005)  # the first comes last
+        right(handler, asked)
+
+    done: list[int] = []
+    with fake(default=unhurried) as server, RewardClient(server.url + "/", batch_size=1, concurrency=2) as client:
+        assert client.score(ITEMS, on_progress=done.append) == EXPECTED
+        assert client.score(ITEMS[:3]) == EXPECTED[:3]
+        assert (server.most_running, len(server.connections)) == (2, 2)
+    assert done == list(range(1, 11))
+    assert {a["path"] for a in server.asked} == {"/score"}
+    assert server.asked[0]["items"][0]["messages"] == ITEMS[0][0]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_retried_and_every_score_is_right(name: str) -> None:
+    with fake(FAULTS[name]) as server, RewardClient(server.url, **QUICK | {"timeout": 0.3, "deadline": 5.0}) as client:
+        assert client.score(ITEMS) == EXPECTED
+        assert len(server.asked) == 4  # three chunks, one of them twice
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_that_stays_is_an_outage(name: str) -> None:
+    with fake(default=FAULTS[name]) as server:
+        client = RewardClient(server.url, **QUICK | {"timeout": 0.2, "deadline": 0.5})
+        began = time.monotonic()
+        with pytest.raises(
+            RewardUnavailable, match=r"no usable answer from the reward server at http.*run the same command"
+        ):
+            client.score(ITEMS)
+        assert time.monotonic() - began < 1.5
+        assert len(server.asked) > 1
+
+
+def test_a_server_that_is_down_is_an_outage_and_says_what_to_do() -> None:
+    with fake() as server:
+        url = server.url
+    began = time.monotonic()
+    with pytest.raises(RewardUnavailable, match=r"ConnectError.*Look at its log, start it again"):
+        RewardClient(url, **QUICK).score(ITEMS)
+    assert 0.5 < time.monotonic() - began < 2
+
+
+def test_a_server_that_comes_back_is_a_pause() -> None:
+    with fake() as first:
+        port = first.server_address[1]
+    back: list[FakeServer] = []
+
+    def come_back() -> None:
+        time.sleep(0.4)
+        FakeServer.allow_reuse_address = True
+        server = FakeServer.__new__(FakeServer)
+        server.script, server.default, server.asked, server.connections = [], right, [], set()
+        server.running = server.most_running = 0
+        server.lock = threading.Lock()
+        ThreadingHTTPServer.__init__(server, ("127.0.0.1", port), Handler)
+        back.append(server)
+        server.serve_forever(poll_interval=0.01)
+
+    thread = threading.Thread(target=come_back)
+    thread.start()
+    try:
+        assert RewardClient(first.url, **QUICK | {"deadline": 10.0}).score(ITEMS) == EXPECTED
+    finally:
+        back[0].shutdown()
+        back[0].server_close()
+        thread.join()
+
+
+def test_retry_after_is_heeded() -> None:
+    with fake(status(429, retry_after="1")) as server:
+        began = time.monotonic()
+        assert RewardClient(server.url, **QUICK | {"deadline": 10.0}).score(ITEMS[:1]) == [0.0]
+        assert time.monotonic() - began >= 1.0
+
+
+@pytest.mark.parametrize("code", [301, 400, 401, 404, 422])
+def test_a_refusal_is_an_error_at_once(code: int) -> None:
+    with fake(default=status(code, b'{"error": "not a score request"}', location="/x")) as server:
+        with pytest.raises(RewardRefused, match=rf"HTTP {code}.*not a score request"):
+            RewardClient(server.url, **QUICK).score(ITEMS[:2])
+        assert len(server.asked) == 1
+
+
+def test_a_number_that_is_not_finite_is_a_bad_item() -> None:
+    content = b'{"scores": [NaN, 1.5, Infinity, null, -1e999, 7], "errors": [null, null, null, "too long", null, null]}'
+    with fake(status(200, content)) as server, RewardClient(server.url, **QUICK | {"batch_size": 6}) as client:
+        assert client.score(ITEMS[:6]) == [None, 1.5, None, None, None, 7.0]
+        assert client.reasons == {"the score is nan": 1, "the score is inf": 1, "the score is -inf": 1, "too long": 1}
+
+
+def test_a_bare_list_of_scores_is_enough() -> None:
+    with fake(status(200, b'{"scores": [0, 0.5]}')) as server:
+        assert RewardClient(server.url, **QUICK).score(ITEMS[:2]) == [0.0, 0.5]
+
+
+def test_a_text_that_is_no_text_is_a_bad_item_and_not_sent() -> None:
+    items = [ITEMS[0], (ITEMS[1][0], "\ud800"), ITEMS[2]]
+    done: list[int] = []
+    with fake() as server, RewardClient(server.url, **QUICK) as client:
+        assert client.score(items, on_progress=done.append) == [0.0, None, 1.0]
+        assert client.score(items[1:2]) == [None]
+        assert [len(a["items"]) for a in server.asked] == [2]
+    assert done == [3]
+
+
+def test_what_is_no_conversation_is_named() -> None:
+    for item in (([], "a"), ([{"role": "user"}], "a"), ([{"role": "user", "content": "a"}], None)):
+        with pytest.raises(ValueError, match="item 1 is no conversation"):
+            RewardClient("http://127.0.0.1:9").score([ITEMS[0], item])
+
+
+def test_requests_are_split_where_the_server_wants_less() -> None:
+    def at_most_two(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        huge = any(item["response"].startswith("huge") for item in asked["items"])
+        if huge or len(asked["items"]) > 2:
+            send(handler, 413, b"too much")
+        else:
+            right(handler, asked)
+
+    items = [*ITEMS[:5], (ITEMS[5][0], "huge 5"), *ITEMS[6:]]
+    with fake(default=at_most_two) as server, RewardClient(server.url, **QUICK | {"batch_size": 10}) as client:
+        assert client.score(items) == [*EXPECTED[:5], None, *EXPECTED[6:]]
+        assert client.reasons == {"HTTP 413: too much": 1}
+
+
+def test_requests_are_bounded_in_bytes_too() -> None:
+    with fake() as server, RewardClient(server.url, **QUICK | {"batch_bytes": 300, "batch_size": 100}) as client:
+        assert client.score(ITEMS) == EXPECTED
+        assert {len(a["items"]) for a in server.asked} == {2}
+
+
+def test_several_servers_share_the_work_and_stand_in_for_each_other() -> None:
+    with fake() as first, fake() as second, fake() as gone:
+        urls = [first.url, second.url]
+        assert RewardClient(urls, **QUICK | {"batch_size": 1}).score(ITEMS) == EXPECTED
+        assert (len(first.asked), len(second.asked)) == (5, 5)
+        gone.server_close()
+        assert RewardClient([gone.url, second.url], **QUICK | {"deadline": 5.0}).score(ITEMS) == EXPECTED
+
+
+def test_scores_of_two_models_are_never_mixed() -> None:
+    def by(name: str) -> Answer:
+        def answer(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+            scores = [score_of(item) for item in asked["items"]]
+            send(handler, 200, json.dumps({"scores": scores, "weights_sha256": name}).encode())
+
+        return answer
+
+    with fake(by("one"), default=by("two")) as server, pytest.raises(RewardRefused, match="2 different models"):
+        RewardClient(server.url, **QUICK).score(ITEMS)
+
+
+def test_an_outage_does_not_wait_for_requests_in_flight() -> None:
+    def first_fails(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        if asked["items"][0]["response"] == "answer 0":
+            send(handler, 400, b"no")
+        else:
+            time.sleep(3)
+
+    with fake(default=first_fails) as server:
+        began = time.monotonic()
+        with pytest.raises(RewardRefused):
+            RewardClient(server.url, **QUICK | {"timeout": 60.0, "deadline": 60.0}).score(ITEMS)
+        assert time.monotonic() - began < 1
+
+
+def test_a_proxy_of_the_environment_is_not_used_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    with fake() as server:
+        assert RewardClient(server.url, **QUICK).score(ITEMS) == EXPECTED
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8100", [], ["http://a", "ftp://b"]])
+def test_an_address_that_is_none_is_refused(url: Any) -> None:
+    with pytest.raises(ValueError, match="address of a reward server"):
+        RewardClient(url)
+
+
+def test_sizes_and_times_are_checked() -> None:
+    for wrong in ({"batch_size": 0}, {"concurrency": 0}, {"timeout": 0.0}, {"deadline": -1.0}, {"first_wait": -0.1}):
+        with pytest.raises(ValueError, match="must be positive"):
+            RewardClient("http://127.0.0.1:9", **wrong)
+
+
+def test_the_client_needs_no_torch() -> None:
+    code = "import sys, reward.client; print({'torch', 'transformers', 'fastapi', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
