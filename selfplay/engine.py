@@ -6,7 +6,8 @@ Orders (JSON lines, see children.py), each answered by a result or by an error o
     generate         {requests: [{prompt_ids, seed}], sampling: {n, temperature, top_p, top_k, max_tokens, stop_token_ids}}
                      → for each request n candidates [{text, token_ids, logp, finish_reason}]
     logps            {sequences: [{token_ids, start}]}                      → summed nats of tokens start … T-1, each
-    reload           {path}                                                 → weights in place, prefix cache emptied
+    reload           {path}                                                 → weights in place
+    reset            {}                                                     → the prefix cache emptied
     canary_generate  {prompt_ids, seed, n}                                  → {token_ids, logps, cached_tokens}
     compare_weights  {path}                                                 → {supported, compared, max_abs_diff, why}
     sleep {level}, wake {tags}                                              → {supported}
@@ -123,8 +124,8 @@ class Engine:
 
         sampling, room = order["sampling"], self._model_config.max_model_len
         stops, params = sampling["stop_token_ids"], []
-        for request in order["requests"]:
-            self._check(request["prompt_ids"], room - sampling["max_tokens"], "prompt")
+        for i, request in enumerate(order["requests"]):
+            self._check(request["prompt_ids"], room - sampling["max_tokens"], f"prompt (number {i})")
             params.append(
                 SamplingParams(
                     n=sampling["n"],
@@ -144,8 +145,8 @@ class Engine:
         from vllm import SamplingParams
 
         sequences = order["sequences"]
-        for sequence in sequences:
-            self._check(sequence["token_ids"], self._model_config.max_model_len - 1, "sequence")
+        for i, sequence in enumerate(sequences):
+            self._check(sequence["token_ids"], self._model_config.max_model_len - 1, f"sequence (number {i})")
             if not 1 <= sequence["start"] < len(sequence["token_ids"]):
                 raise OrderError("input", f"start {sequence['start']} leaves no token of {len(sequence['token_ids'])}")
         # Such a request never reads the prefix cache.
@@ -204,10 +205,10 @@ class Engine:
 
     def _check(self, ids: Sequence[int], most: int, what: str) -> None:
         if not 1 <= len(ids) <= most:
-            raise OrderError("input", f"a {what} of {len(ids)} tokens; the engine has room for 1 to {most}")
+            raise OrderError("input", f"{what} has {len(ids)} tokens; the engine has room for 1 to {most}")
         vocabulary = self._model_config.get_vocab_size()
         if min(ids) < 0 or max(ids) >= vocabulary:
-            raise OrderError("input", f"a {what} has token ids outside 0 … {vocabulary - 1}")
+            raise OrderError("input", f"{what} has token ids outside 0 … {vocabulary - 1}")
 
     def _run(self, order: Event, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         """Outputs of all prompts, in order; tells now and then how many are done, and how many tokens that took."""
@@ -273,14 +274,14 @@ class WorkerOrders:
             if not names:
                 return _unsupported(f"the checkpoint has nothing under the name of {name}")
             left.difference_update(names)
-            wanted = torch.cat([where[n].get_tensor(n) for n in names])
-            wanted = wanted.to(device=parameter.device, dtype=parameter.dtype)
+            wanted = torch.cat([where[n].get_tensor(n) for n in names]).to(parameter.dtype)
             module = model.get_submodule(name.rpartition(".")[0])
             for held in _held(module, name, parameter):
                 # The vocabulary is padded in the engine.
                 if held.shape[0] < wanted.shape[0] or held.shape[1:] != wanted.shape[1:]:
                     return _unsupported(f"{name} has shape {tuple(held.shape)}, not {tuple(wanted.shape)}")
-                difference = (held[: wanted.shape[0]].float() - wanted.float()).abs().max().item()
+                # In main memory: the accelerator's is full.
+                difference = (held[: wanted.shape[0]].cpu().float() - wanted.float()).abs().max().item()
                 worst = max(worst, difference if math.isfinite(difference) else math.inf)
             compared += wanted.numel()
         # A tied output layer may be stored twice; rotary frequencies are computed.

@@ -116,12 +116,13 @@ def build_pool(config: Config, render: Any) -> tuple[list[Prompt], Counter[str]]
     train = read_prompts(settings.source, config, counts)
     heldout = read_prompts(settings.heldout, config, counts) if settings.heldout else {}
     roots = {root for _, _, root in heldout.values()}
+    leaks = [key for key, (_, _, root) in train.items() if key in heldout or root in roots]
+    for key in leaks:
+        del train[key]
+        counts["also held out"] += 1
     pool = []
     for key, (messages, meta, root) in {**train, **heldout}.items():
         kept_apart = key in heldout
-        if not kept_apart and root in roots:
-            counts["also held out"] += 1
-            continue
         if not settings.heldout:
             kept_apart = artifacts.seed(config.run.seed, "heldout", root) < settings.heldout_fraction * 2**63
         split: Split = "train"

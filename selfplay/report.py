@@ -48,7 +48,8 @@ COLOURS = {
 C = {name: light for name, (light, _) in COLOURS.items()}
 STAGE_COLOURS = {"generate": "blue", "score": "teal", "train": "orange", "evaluate": "purple", "promote": "green"}
 MANY = 40  # rounds past which markers and bars give way to plain lines and areas
-SAMPLE_KEPT, SAMPLE_DROPPED, LONGEST_TEXT, LATEST = 6, 3, 4000, 20
+SAMPLE_KEPT, SAMPLE_DROPPED, LONGEST_TEXT, LATEST = 6, 3, 4000, 8
+NOISE = 0.01  # relative fall of a gold score that a few hundred answers cannot tell from none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ class Run:
         return [r.index for r in having], [r.metrics[name] for r in having]
 
     def has(self, *names: str) -> bool:
-        return any(name in r.metrics for r in self.rounds for name in names)
+        return any(self.series(name)[0] for name in names)
 
     @property
     def independent(self) -> bool:
@@ -94,7 +95,9 @@ class Run:
 def read(run_dir: Path) -> Run:
     """Read a run folder. Raises InputError where there is none; missing artifacts only make the report shorter."""
     if not (run_dir / "ledger.sqlite").is_file():
-        raise InputError(f"{run_dir} is not a run folder: it has no ledger", "give the folder of a run, such as runs/tiny")
+        raise InputError(
+            f"{run_dir} is not a run folder: it has no ledger", "give the folder of a run, such as runs/tiny"
+        )
     store = Store(run_dir)
     try:
         name, rounds = run_dir.resolve().name, []
@@ -177,7 +180,17 @@ def draw_gold(ax: Any, run: Run) -> None:
     for part, colour in (("total", "orange"), ("content", "green")):
         line(ax, run, f"evaluate/gold_{part}", part, colour)
         hollow(ax, run, f"evaluate/gold_{part}", colour)
-        line(ax, run, f"evaluate/audit_gold_{part}", f"{part}, audit", colour, marker="D", markersize=3, linewidth=1, linestyle=":")
+        line(
+            ax,
+            run,
+            f"evaluate/audit_gold_{part}",
+            f"{part}, audit",
+            colour,
+            marker="D",
+            markersize=3,
+            linewidth=1,
+            linestyle=":",
+        )
     ax.set_ylabel("gold score (mean)")
 
 
@@ -196,27 +209,60 @@ def draw_win_rate(ax: Any, run: Run) -> None:
     limits = [(r.index, r.gate["win_rate_lower"]) for r in run.rounds if r.index in x and "win_rate_lower" in r.gate]
     if limits:  # the configuration may change between rounds
         edges = [e for i, _ in limits for e in (i - 0.5, i + 0.5)]
-        ax.plot(edges, [v for _, v in limits for _ in (0, 1)], color=C["red"], linewidth=1, linestyle="--", label="gate's bound")
-    line(ax, run, "evaluate/audit_win_rate", "against initial", "purple", marker="D", markersize=3, linewidth=1, linestyle=":")
-    line(ax, run, "evaluate/audit_gold_win_rate", "same, by gold", "orange", marker="D", markersize=3, linewidth=1, linestyle=":")
+        ax.plot(
+            edges,
+            [v for _, v in limits for _ in (0, 1)],
+            color=C["red"],
+            linewidth=1,
+            linestyle="--",
+            label="gate's bound",
+        )
+    line(
+        ax,
+        run,
+        "evaluate/audit_win_rate",
+        "against initial",
+        "purple",
+        marker="D",
+        markersize=3,
+        linewidth=1,
+        linestyle=":",
+    )
+    line(
+        ax,
+        run,
+        "evaluate/audit_gold_win_rate",
+        "same, by gold",
+        "orange",
+        marker="D",
+        markersize=3,
+        linewidth=1,
+        linestyle=":",
+    )
     ax.set_ylabel("win rate")
 
 
 def draw_margins(ax: Any, run: Run) -> None:
     for name, colour in (("explicit", "blue"), ("implicit", "purple")):
         line(ax, run, f"pairs/{name}_margin", f"{name}, kept", colour)
-        line(ax, run, f"pairs/base_{name}_margin", f"{name}, all", colour, marker="", linestyle="--", linewidth=1)
+        line(ax, run, f"pairs/base_{name}_margin", f"{name}, all", colour, markersize=2, linestyle="--", linewidth=1)
     ax.set_ylabel("mean margin")
 
 
 def draw_pairs(ax: Any, run: Run) -> None:
-    names = sorted({n for r in run.rounds for n in r.metrics if n.startswith("pairs/dropped_") and r.metrics[n]})
-    x = [r.index for r in run.rounds if "pairs/kept" in r.metrics]
-    shown = [("pairs/kept", "kept", "blue")]
-    greys = iter(("grey", "orange", "red", "purple", "teal"))
-    shown += [(n, n.removeprefix("pairs/dropped_"), next(greys, "soft")) for n in sorted(names, key=lambda n: n in ("pairs/dropped_noise", "pairs/dropped_nonfinite"))]
-    values = [[r.metrics.get(n, 0.0) for r in run.rounds if r.index in set(x)] for n, _, _ in shown]
-    stacked(ax, x, values, [label if n == "pairs/kept" else f"dropped: {label}" for n, label, _ in shown], [c for _, _, c in shown])
+    counted = [r for r in run.rounds if "pairs/kept" in r.metrics]
+    dropped = {n for r in counted for n, v in r.metrics.items() if n.startswith("pairs/dropped_") and v}
+    faults = ["pairs/dropped_noise", "pairs/dropped_nonfinite"]  # last and loud; the selection's own drops are grey
+    names = ["pairs/kept", *sorted(dropped - set(faults)), *(n for n in faults if n in dropped)]
+    colours = dict(zip(names, ("blue", "grey", "teal", "purple", "green", "soft"), strict=False))
+    colours |= dict(zip(faults, ("orange", "red"), strict=True))
+    stacked(
+        ax,
+        [r.index for r in counted],
+        [[r.metrics.get(n, 0.0) for r in counted] for n in names],
+        [n.removeprefix("pairs/").replace("_", ": ") for n in names],
+        [colours.get(n, "soft") for n in names],
+    )
     ax.set_ylabel("base pairs")
 
 
@@ -272,15 +318,15 @@ def draw_implicit(ax: Any, run: Run) -> None:
 
 
 def draw_time(ax: Any, run: Run) -> None:
-    x = [r.index for r in run.rounds if r.seconds]
-    own = {stage for r in run.rounds for stage in r.seconds if stage in STAGE_COLOURS}
-    groups: list[tuple[str, str, Callable[[str], bool]]] = [
-        (s, STAGE_COLOURS[s], lambda stage, s=s: stage == s) for s in STAGES if s in own  # type: ignore[misc]
-    ]
-    if any(stage not in STAGE_COLOURS for r in run.rounds for stage in r.seconds):
-        groups.append(("others", "grey", lambda stage: stage not in STAGE_COLOURS))
-    values = [[sum(v for s, v in r.seconds.items() if of(s)) for r in run.rounds if r.seconds] for _, _, of in groups]
-    stacked(ax, x, values, [name for name, _, _ in groups], [colour for _, colour, _ in groups])
+    timed = [r for r in run.rounds if r.seconds]
+    groups = {stage: (colour, {stage}) for stage, colour in STAGE_COLOURS.items()}
+    groups["others"] = ("grey", {stage for r in timed for stage in r.seconds} - set(STAGE_COLOURS))
+    bars = {
+        name: (colour, [sum(v for stage, v in r.seconds.items() if stage in members) for r in timed])
+        for name, (colour, members) in groups.items()
+    }
+    bars = {name: bar for name, bar in bars.items() if any(bar[1])}
+    stacked(ax, [r.index for r in timed], [v for _, v in bars.values()], list(bars), [c for c, _ in bars.values()])
     ax.set_ylabel("seconds")
 
 
@@ -316,7 +362,15 @@ def histogram(ax: Any, run: Run, field: str) -> None:
         for kept in (True, False)
     ]
     bins = min(30, max(8, round(math.sqrt(len(run.pairs)) * 1.5)))
-    ax.hist(groups, bins=bins, stacked=True, color=[C["blue"], C["grey"]], label=["kept", "dropped"], rwidth=0.92, linewidth=0)
+    ax.hist(
+        groups,
+        bins=bins,
+        stacked=True,
+        color=[C["blue"], C["grey"]],
+        label=["kept", "dropped"],
+        rwidth=0.92,
+        linewidth=0,
+    )
     ax.set_ylabel("base pairs")
 
 
@@ -384,7 +438,9 @@ def svg(run: Run, chart: Chart) -> Markup:
         figure = Figure(figsize=(4.3, 2.9), layout="constrained")
         finish(figure.add_subplot(), run, chart)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     text = out.getvalue()[out.getvalue().index("<svg") :]
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML needs none
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
@@ -441,37 +497,42 @@ def warnings(run: Run) -> list[str]:
     found = [] if run.independent else [NOT_INDEPENDENT]
     if drift := gold_against_reward(run):
         found.append(drift)
-    found += [
+    stopped = [
         f"round {r.index} {verdict(r.state, r.policy, r.reasons)}"
-        for r in _latest([r for r in run.rounds if r.state in ("rejected", "skipped")], found)
+        for r in run.rounds
+        if r.state in ("rejected", "skipped")
     ]
-    shown = [e for e in run.events if e["kind"] in ("warning", "error", "alert")]
-    found += [
+    told = [
         f"{e['time'][:16].replace('T', ' ')} UTC"
         + (f", round {e['round']}" if e["round"] is not None else "")
         + f": {e['text']}"
-        for e in _latest(shown, found)
+        for e in run.events
+        if e["kind"] in ("warning", "failed", "error", "alert")
     ]
+    for texts, where in (
+        (stopped, "rejected or skipped rounds are in the table"),
+        (told, "warnings are in the ledger"),
+    ):
+        if len(texts) > LATEST:
+            found.append(f"{len(texts) - LATEST} earlier {where}")
+        found += texts[-LATEST:]
     return found
-
-
-def _latest(rows: list[Any], found: list[str]) -> list[Any]:
-    if len(rows) > LATEST:
-        found.append(f"{len(rows) - LATEST} earlier ones like the next {LATEST} are not repeated here")
-    return rows[-LATEST:]
 
 
 def gold_against_reward(run: Run) -> str:
     """A warning where the reward says better and the gold rubric, on the same audit answers, says worse."""
-    for r in reversed(run.rounds):
-        m = r.metrics
-        if m.get("evaluate/audit_reward", 0) <= m.get("evaluate/audit_reward_initial", math.inf):
-            continue
-        fell = [p for p in ("total", "content") if m.get(f"evaluate/audit_gold_{p}", 0) < m.get(f"evaluate/audit_gold_{p}_initial", 0)]
-        if fell:
-            what = ", ".join(f"gold {p} {change(m, f'evaluate/audit_gold_{p}_initial', f'evaluate/audit_gold_{p}')}" for p in fell)
-            return f"against the initial policy the reward rose but {what} (audit set, round {r.index}): training may exploit the reward"
-        return ""
+    audited = [r for r in run.rounds if r.state != "rejected" and "evaluate/audit_reward" in r.metrics]
+    for r in audited[-1:]:
+        m, fell = r.metrics, []
+        for part in ("total", "content"):
+            before, after = (m.get(f"evaluate/audit_gold_{part}{of}") for of in ("_initial", ""))
+            if before is not None and after is not None and after < before - NOISE * abs(before):
+                fell.append(f"gold {part} {number(before, '.3f')} → {number(after, '.3f')}")
+        if fell and m["evaluate/audit_reward"] > m.get("evaluate/audit_reward_initial", math.inf):
+            return (
+                f"against the initial policy the reward rose but {', '.join(fell)} (audit set, round {r.index}): "
+                "training may be exploiting the reward"
+            )
     return ""
 
 
@@ -485,18 +546,36 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
         after = won[-1].metrics.get(f"evaluate/{key}") if won else before
         if before is not None:
             found.append((name, f"{number(before, '.3f')} → {number(after, '.3f')}", "first champion → last promoted; prompts drawn anew each round"))  # fmt: skip
-    audited = [r for r in run.rounds if "evaluate/audit_win_rate" in r.metrics]
+    audited = [r for r in run.rounds if r.state != "rejected" and "evaluate/audit_win_rate" in r.metrics]
     if audited:
         m = audited[-1].metrics
-        gold = f"; by gold {number(m['evaluate/audit_gold_win_rate'], '.3f')}" if "evaluate/audit_gold_win_rate" in m else ""
-        found.append(("win rate against initial", number(m["evaluate/audit_win_rate"], ".3f"), f"audit set, candidate of round {audited[-1].index}{gold}"))
+        gold = (
+            f"; by gold {number(m['evaluate/audit_gold_win_rate'], '.3f')}"
+            if "evaluate/audit_gold_win_rate" in m
+            else ""
+        )
+        found.append(
+            (
+                "win rate against initial",
+                number(m["evaluate/audit_win_rate"], ".3f"),
+                f"audit set, round {audited[-1].index}{gold}",
+            )
+        )
     if judged:
         m = judged[-1].metrics
         bounds = interval(m).partition(" ")[2]
-        found.append(("last win rate", number(m.get("evaluate/win_rate"), ".3f"), join([bounds, f"against the champion, round {judged[-1].index}"], " ")))
+        found.append(
+            (
+                "last win rate",
+                number(m.get("evaluate/win_rate"), ".3f"),
+                join([bounds, f"against the champion, round {judged[-1].index}"], " "),
+            )
+        )
     seconds = [sum(r.seconds.values()) for r in run.rounds if r.state != "running"]
     if seconds:
-        found.append(("seconds a round", number(sorted(seconds)[len(seconds) // 2], ".1f"), "median of the stages' sum"))
+        found.append(
+            ("seconds a round", number(sorted(seconds)[len(seconds) // 2], ".1f"), "median of the stages' sum")
+        )
     return found
 
 
@@ -563,12 +642,16 @@ def sample(run: Run) -> list[dict[str, Any]]:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT} more characters)"
+    return (
+        text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT} more characters)"
+    )
 
 
 def html(run: Run, shown: Sequence[Chart]) -> str:
     """The whole page. Jinja escapes every value; only the charts, which hold our own words, go in as they are."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["number"] = number
     stages = [s for s in STAGES if any(s in r.seconds for r in run.rounds)]
     stages += sorted({s for r in run.rounds for s in r.seconds} - set(STAGES))
@@ -716,7 +799,9 @@ def write(run_dir: Path) -> tuple[Path, Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     die_with_parent()
-    parser = argparse.ArgumentParser(prog="python -m selfplay.report", description="Write report.html and report.png of a run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m selfplay.report", description="Write report.html and report.png of a run."
+    )
     parser.add_argument("run_dir", type=Path, help="folder of the run")
     try:
         for path in write(parser.parse_args(arguments).run_dir):

@@ -21,9 +21,9 @@ from selfplay.children import ChildDied, ChildError
 from selfplay.config import EveryN
 from selfplay.display import Line
 from selfplay.errors import CheckpointError, InputError, SelfplayError, StageFailed, TrainError
-from selfplay.generator import SwapReport
 from selfplay.run import Run, packages, size
 from selfplay.score import RewardService, last_line
+from selfplay.swap import SwapReport
 from selfplay.trainer import LoraJob, TrainJob
 from selfplay.types import Candidate, Pair, Policy, Prompt, RoundReport, Scored
 
@@ -392,8 +392,8 @@ class Round:
         self, name: str, rows: Sequence[Prompt], candidates: int, version: int, on_progress: Callable[[int], None]
     ) -> list[Candidate]:
         """Sample with the engine as it is; `version` is checked to be the policy in it."""
-        verified = self.run.generator.verified
-        assert verified is not None and verified.version == version, f"{verified} serves, {version} was asked"
+        serving = self.run.generator.policy
+        assert serving is not None and serving.version == version, f"{serving} serves, {version} was asked"
         settings = self.config.generate
         return generate.generate(
             self.run.generator,
@@ -405,12 +405,15 @@ class Round:
             on_progress=on_progress,
         )
 
-    def _serve(self, policy: Policy) -> SwapReport | None:
-        """Have the engine serve `policy`; a verified swap unless it is in already."""
+    def _serve(self, policy: Policy, trial: bool = True) -> SwapReport | None:
+        """Have the engine serve `policy`; a verified swap unless it is in already.
+
+        In a trial the engine, should it die, starts from the current policy and swaps this one in again.
+        """
         engine = self.run.engine()
-        if engine.verified is not None and engine.verified.version == policy.version:
+        if engine.policy == policy and (trial or engine.verified == policy):
             return None
-        return engine.swap(policy)
+        return engine.swap(policy, keep_verified=trial)
 
     def _champion_answers(self) -> list[Candidate]:
         """The champion's answers to this round's gate prompts; sampled once, kept as shards."""
@@ -529,7 +532,7 @@ class Round:
         """Swap in what the gate decided for, verified, and only then point `current` at it."""
         promoted = artifacts.read_json(self.dir / "evaluate" / "verdict.json")["promoted"]
         winner = self.run.policy(self.index if promoted else self.sampler)
-        report = self._serve(winner)
+        report = self._serve(winner, trial=False)
         self.run.policies.set_current(winner.version)
         line.update(text=f"policy {winner.version} serves")
         metrics = {"promoted": float(promoted)}

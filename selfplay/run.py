@@ -38,6 +38,7 @@ class Run:
         self.prompts: dict[str, Prompt] = {}
         self.gold: Gold | None = None
         self._trainer: Child | None = None
+        self._warm = False
 
     def __enter__(self) -> Run:
         self._check_models()
@@ -82,7 +83,7 @@ class Run:
 
     def _open(self) -> None:
         config = self.config
-        self.generator = Generator(config, self.dir, on_event=self.event)
+        self.generator = Generator(config, self.dir, self.dir / "logs" / "generator.log", on_event=self.event)
         self.reward = RewardService(config.reward, self.dir, gpus=config.placement.reward, on_event=self.event)
         self.judge = self.reward
         if (judge := config.evaluate.judge) is not None:
@@ -115,8 +116,7 @@ class Run:
     def _import(self, out: Path) -> None:
         log = self.dir / "logs" / "importer.log"
         child = Child("importer", [sys.executable, "-m", "selfplay.importer"], run_dir=self.dir, log=log)
-        if not self.config.placement.colocated:
-            self.generator.start()
+        self.warm_up()
         child.start()
         try:
             child.wait_for("ready")
@@ -134,9 +134,9 @@ class Run:
     # services
 
     def event(self, kind: str, text: str) -> None:
-        """Record an event; warnings are shown too."""
+        """Record an event; what a person should know of is shown too."""
         self.store.event(kind, text)
-        if kind == "warning":
+        if kind in ("warning", "engine_restart", "swap_restart"):
             self.display.warn(text)
 
     def policy(self, version: int) -> Policy:
@@ -150,7 +150,8 @@ class Run:
 
     def engine(self) -> Generator:
         """The generator, with the current policy in it if it has none yet."""
-        if self.generator.verified is None:
+        if self.generator.policy is None:
+            self.warm_up()
             with self.display.stage(None, "engine") as line:
                 line.update(text=f"loading policy {self.policies.current}")
                 self.generator.load(self.current)
@@ -158,9 +159,11 @@ class Run:
 
     def warm_up(self) -> None:
         """Start generator and reward server, so that they import while other things happen; returns at once."""
-        self.generator.start()
-        self.reward.start()
-        self.judge.start()
+        if not self._warm:
+            self.generator.start()
+            self.reward.start()
+            self.judge.start()
+        self._warm = True
 
     def trainer(self) -> Child:
         """The trainer of this round; started at the first call, when it begins its imports."""

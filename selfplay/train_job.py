@@ -103,6 +103,7 @@ def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
                          f"{job.micro_batch_pairs} × {world} processes", "change one of the two")  # fmt: skip
     args = EpsilonDPOConfig(
         output_dir=str(job.work), report_to="none", disable_tqdm=True, logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),  # unless it is told, accelerate runs CPU processes each for itself
         beta=job.beta, epsilon=job.epsilon, beta_min=job.beta_min, beta_max=job.beta_max,
         label_smoothing=job.label_smoothing, learning_rate=job.learning_rate, lr_scheduler_type=job.schedule,
         warmup_steps=job.warmup_ratio, max_grad_norm=job.max_grad_norm, weight_decay=job.weight_decay,
@@ -128,6 +129,7 @@ def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
         processing_class=AutoTokenizer.from_pretrained(job.initial, trust_remote_code=job.trust_remote_code),
         peft_config=_lora_config(job.lora),
     )  # fmt: skip
+    assert trainer.accelerator.num_processes == world, "the processes do not know of each other"
     trainer.remove_callback(PrinterCallback)
     return trainer
 
