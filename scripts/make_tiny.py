@@ -50,14 +50,14 @@ class Recipe:
     """Multiplies how many prompts each skill has."""
     vocabulary: int = 1024
     hidden: int = 128
-    layers: int = 4
+    layers: int = 2
     heads: int = 4
-    feed_forward: int = 384
+    feed_forward: int = 768
     positions: int = 512
-    sft_examples: int = 24_000
-    sft_batch: int = 48
-    sft_lr: float = 4e-3
-    group_prompts: int = 3_000
+    sft_examples: int = 40_000
+    sft_batch: int = 24
+    sft_lr: float = 5e-3
+    group_prompts: int = 4_000
     """Prompts of the reward model's training set, each with a group of answers."""
     group_sampled: int = 3
     """Answers of a group that the policy sampled; two synthetic ones of one style but different content are added."""
@@ -75,7 +75,7 @@ class Recipe:
 SIZES = {
     "full": Recipe(),
     "mini": Recipe(
-        scale=0.15, hidden=64, layers=2, heads=2, feed_forward=192, sft_examples=10_000, group_prompts=800, reward_lr=2e-3, sft_lr=6e-3
+        scale=0.15, hidden=64, heads=2, feed_forward=256, sft_examples=12_000, group_prompts=600, reward_lr=2e-3, sft_lr=6e-3
     ),
 }
 

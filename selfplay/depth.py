@@ -65,7 +65,11 @@ def pools(
 
 
 def deepen(
-    kept: Sequence[Pair], pools: Sequence[Sequence[Pair]], depth: Sequence[int], base: Sequence[Pair], config: PairsConfig
+    kept: Sequence[Pair],
+    pools: Sequence[Sequence[Pair]],
+    depth: Sequence[int],
+    base: Sequence[Pair],
+    config: PairsConfig,
 ) -> list[Pair]:
     """The kept base pairs, each followed by the pairs added to its prompt, best alignment potential first.
 

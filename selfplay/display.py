@@ -122,7 +122,7 @@ class Display:
         table.add_column(overflow="fold")
         for name, text in describe(report):
             style = STYLES[report.outcome] if name == "verdict" else ""
-            table.add_row(name, Text(self._plain(text), style))
+            table.add_row(self._plain(name), Text(self._plain(text), style))
         with self._lock:
             self.console.print(Text(f"\nRound {report.round}", "bold"))
             self.console.print(table)
@@ -142,17 +142,16 @@ class Display:
             rate = number(m.get("evaluate/win_rate"), ".2f")
             if "evaluate/win_rate_low" in m:
                 rate += f" [{m['evaluate/win_rate_low']:.2f},{m['evaluate/win_rate_high']:.2f}]"
-            table.add_row(
-                str(row["round"]),
-                Text(state, STYLES.get(state, "")),
+            cells = (
                 change(m, "evaluate/reward_champion", "evaluate/reward", ".2f", "→") or "–",
                 rate,
                 change(m, "evaluate/gold_total_champion", "evaluate/gold_total", ".2f", "→") or "–",
                 change(m, "evaluate/gold_content_champion", "evaluate/gold_content", ".2f", "→") or "–",
                 f"{sum(seconds.values()):.0f}",
             )
+            table.add_row(str(row["round"]), Text(state, STYLES.get(state, "")), *map(self._plain, cells))
         self.console.print(table)
-        self.note("reward, gold and content on held-out prompts: champion → candidate; s: seconds of all stages")
+        self.note("reward, gold, content: held-out, champion → candidate; s: seconds of all stages")
 
     # the lines of stages
 

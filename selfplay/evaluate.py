@@ -1,120 +1,168 @@
-"""Evaluation of a candidate policy against the champion, and the gate that decides on it. Pure: no IO, no models.
-
-Length-controlled win rate: the mean over prompts of the fitted P(win | no length difference), from a logistic
-regression of the win on an intercept and the difference of log lengths, log(|y_candidate| / |y_champion|).
-"""
+"""The stage `evaluate`: candidate and champion answer held-out prompts, a judge scores them, the gate decides."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from selfplay import artifacts, gate, prompts, score
+from selfplay.display import Line
+from selfplay.errors import InputError
+from selfplay.score import RewardService
+from selfplay.types import Candidate, Policy, Prompt, Scored
 
-from selfplay.config import GateConfig
-from selfplay.types import Candidate, Verdict
-
-
-def wins(candidate: ArrayLike, champion: ArrayLike) -> NDArray[np.float64]:
-    """1 where the candidate's score is higher, ½ at ties, 0 else; (N,) each."""
-    a, b = np.asarray(candidate, np.float64), np.asarray(champion, np.float64)
-    return np.where(a > b, 1.0, np.where(a < b, 0.0, 0.5))
-
-
-def bootstrap(values: ArrayLike, samples: int, confidence: float, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` (N,), over prompts."""
-    v = np.asarray(values, np.float64)
-    draws = np.random.default_rng(seed).integers(0, v.size, (samples, v.size))
-    low, high = np.quantile(v[draws].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+if TYPE_CHECKING:
+    from selfplay.round import Round
 
 
-def length_controlled(won: ArrayLike, length: ArrayLike, champion_length: ArrayLike) -> float:
-    """Win rate at equal length. won (N,) in [0, 1]; lengths (N,) in tokens.
+def evaluate(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
+    """Answer, score, compare, decide; writes the answers and verdict.json. Leaves any of the policies in the engine."""
+    settings = r.config.evaluate
+    champion, candidate, initial = r.run.policy(r.sampler), r.run.policy(r.index), r.run.policy(0)
+    held_out, audit = gate_prompts(r), audit_prompts(r)
+    line.update(text="the champion answers")
+    champion_rows = champion_answers(r)
+    line.update(text="the candidate answers", total=len(held_out) + len(audit))
+    r.serve(candidate)
+    rows = r.sample("candidate", held_out, 1, candidate.version, lambda n: line.update(done=n))
+    audit_rows = r.sample("audit", audit, 1, candidate.version, lambda n: line.update(done=len(held_out) + n))
+    line.update(text="KL to the current and the initial policy")
+    kl_current = _kl(r, held_out, rows, champion)
+    kl_initial = kl_current if initial.version == champion.version else _kl(r, held_out, rows, initial)
+    initial_rows = _initial_answers(r, audit)
 
-    Logistic regression with a ridge of 1e-2 on the slope, so that separable data have a finite fit; Newton's method.
-    """
-    y = np.asarray(won, np.float64)
-    x = np.log(np.maximum(np.asarray(length, np.float64), 1) / np.maximum(np.asarray(champion_length, np.float64), 1))
-    design = np.stack([np.ones_like(x), x], axis=1)
-    ridge = np.diag([1e-6, 1e-2 * len(y)])
-    theta = np.zeros(2)
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(design @ theta, -30, 30)))
-        gradient = design.T @ (y - p) - ridge @ theta
-        hessian = (design * (p * (1 - p))[:, None]).T @ design + ridge
-        step = np.linalg.solve(hessian, gradient)
-        theta += np.clip(step, -2, 2)
-        if np.abs(step).max() < 1e-9:
-            break
-    return float(1 / (1 + np.exp(-np.clip(theta[0], -30, 30))))
-
-
-def distinct_n(rows: Sequence[Sequence[int]], n: int = 2) -> float:
-    """Distinct n-grams over all n-grams of the answers' tokens; 0 when there are none."""
-    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def kl_estimate(logp: ArrayLike, other: ArrayLike) -> float:
-    """KL(π ‖ other), nats an answer: mean of log π(y) − log other(y) over answers y sampled from π at temperature 1."""
-    return float(np.mean(np.asarray(logp, np.float64) - np.asarray(other, np.float64)))
-
-
-def compare(
-    candidate: Sequence[Candidate],
-    champion: Sequence[Candidate],
-    scores: ArrayLike,
-    champion_scores: ArrayLike,
-    *,
-    samples: int,
-    confidence: float,
-    seed: int,
-) -> dict[str, float]:
-    """Metrics of the candidate's answers beside the champion's, prompt by prompt; scores (N,) by the judge.
-
-    Prompts where either answer has no score (NaN) are left out and counted.
-    """
-    a, b = np.asarray(scores, np.float64), np.asarray(champion_scores, np.float64)
-    both = np.isfinite(a) & np.isfinite(b)
-    if not both.any():
-        raise ValueError("no prompt has a score for both answers")
-    won = wins(a[both], b[both])
-    length = np.array([c.n_tokens for c in candidate], np.float64)
-    champion_length = np.array([c.n_tokens for c in champion], np.float64)
-    low, high = bootstrap(won, samples, confidence, seed)
-    return {
-        "prompts": float(both.sum()),
-        "unscored": float((~both).sum()),
-        "reward": float(a[both].mean()),
-        "reward_champion": float(b[both].mean()),
-        "win_rate": float(won.mean()),
-        "win_rate_low": low,
-        "win_rate_high": high,
-        "win_rate_length_controlled": length_controlled(won, length[both], champion_length[both]),
-        "length": float(length.mean()),
-        "length_ratio": float(length.mean() / max(champion_length.mean(), 1e-9)),
-        "distinct_2": distinct_n([c.token_ids for c in candidate]),
-        "cut_off": float(np.mean([c.finish_reason != "stop" for c in candidate])),
-        "cut_off_champion": float(np.mean([c.finish_reason != "stop" for c in champion])),
-        "empty": float(np.mean([not c.text.strip() for c in candidate])),
-    }
+    line.update(text="scoring")
+    judged, champion_judged = _judged(r, held_out, rows), _judged(r, held_out, champion_rows)
+    metrics = gate.compare(
+        rows,
+        champion_rows,
+        _rewards(judged),
+        _rewards(champion_judged),
+        samples=settings.bootstrap,
+        confidence=settings.gate.confidence,
+        seed=r.seed("bootstrap"),
+    )
+    metrics |= {"kl_current": kl_current, "kl_initial": kl_initial}
+    metrics |= _gold("gold", judged) | _gold("gold", champion_judged, "_champion")
+    artifacts.write_rows(folder / "candidate.parquet", judged, Scored)
+    artifacts.write_rows(folder / "champion.parquet", champion_judged, Scored)
+    if audit:
+        audited, audited_initial = _judged(r, audit, audit_rows), _judged(r, audit, initial_rows)
+        metrics |= _audit(audited, audited_initial)
+        artifacts.write_rows(folder / "audit.parquet", audited, Scored)
+        artifacts.write_rows(folder / "audit_initial.parquet", audited_initial, Scored)
+    verdict = gate.verdict(metrics, settings.gate, independent=settings.judge is not None)
+    artifacts.write_json(folder / "verdict.json", dataclasses.asdict(verdict))
+    line.update(
+        text=f"win rate {metrics['win_rate']:.3f} [{metrics['win_rate_low']:.3f}, {metrics['win_rate_high']:.3f}]"
+    )
+    return metrics | {"independent": float(verdict.independent)}
 
 
-def verdict(metrics: dict[str, float], rule: GateConfig, independent: bool) -> Verdict:
-    """The gate: promoted unless a limit is broken; every broken one is a reason."""
-    m = metrics
-    reasons = []
-    if not m["win_rate_low"] > rule.win_rate_lower:
-        reasons.append(
-            f"win rate {m['win_rate']:.3f} with lower bound {m['win_rate_low']:.3f}, not above {rule.win_rate_lower:g}"
+def gate_prompts(r: Round) -> list[Prompt]:
+    """A fresh seeded subset of the held-out prompts."""
+    ids = prompts.subset(r.run.ids("heldout"), r.config.evaluate.prompts, r.seed("gate"))
+    return [r.run.prompts[i] for i in ids]
+
+
+def audit_prompts(r: Round) -> list[Prompt]:
+    """The audit set, always the same; empty in rounds that have no audit."""
+    every = r.config.evaluate.audit_every
+    if not every or r.index % every:
+        return []
+    ids = prompts.subset(r.run.ids("audit"), r.config.evaluate.audit_prompts, r.config.run.seed, "audit")
+    return [r.run.prompts[i] for i in ids]
+
+
+def champion_answers(r: Round) -> list[Candidate]:
+    """The champion's answers to this round's gate prompts; sampled once, kept as shards."""
+    r.serve(r.run.policy(r.sampler))
+    return r.sample("champion", gate_prompts(r), 1, r.sampler, lambda n: None)
+
+
+def _kl(r: Round, rows: Sequence[Prompt], answers: Sequence[Candidate], other: Policy) -> float:
+    """KL(candidate ‖ other), nats an answer; leaves `other` in the engine."""
+    r.serve(other)
+    sequences = [(p.prompt_ids + c.token_ids, len(p.prompt_ids)) for p, c in zip(rows, answers, strict=True)]
+    return gate.kl_estimate([c.logp for c in answers], r.run.generator.logps(sequences))
+
+
+def _initial_answers(r: Round, audit: Sequence[Prompt]) -> list[Candidate]:
+    """The initial policy's answers to the audit set: always the same, so sampled once for the run."""
+    if not audit:
+        return []
+    sampling = r.config.generate.model_dump(mode="json", exclude={"engine", "shard_prompts", "candidates"})
+    key = json.dumps([sampling, [p.prompt_id for p in audit]], sort_keys=True)
+    path = r.run.dir / "audit" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
+    if not path.is_file():
+        r.serve(r.run.policy(0))
+        path.parent.mkdir(exist_ok=True)
+        artifacts.write_rows(path, r.sample("initial", audit, 1, 0, lambda n: None), Candidate)
+    return artifacts.read_rows(path, Candidate)
+
+
+def _judged(r: Round, rows: Sequence[Prompt], answers: Sequence[Candidate]) -> list[Scored]:
+    """The answers with the judge's score, and the rubric's parts where the prompt has gold answers."""
+    judge: RewardService = r.run.judge
+    values = judge.score([(p.messages, c.text) for p, c in zip(rows, answers, strict=True)])
+    score.require(values, r.config.reward.max_missing, judge.log)
+    return [
+        Scored(
+            **{f.name: getattr(c, f.name) for f in dataclasses.fields(c)},
+            reward=value,
+            reward_parts=_grade(r, p, c.text),
         )
-    if rule.reward_up and not m["reward"] > m["reward_champion"]:
-        reasons.append(f"mean reward {m['reward']:.3f}, not above the champion's {m['reward_champion']:.3f}")
-    if not m["kl_current"] <= rule.max_kl:
-        reasons.append(f"KL to the current policy {m['kl_current']:.2f} nats an answer, above {rule.max_kl:g}")
-    if not 1 / rule.max_length_ratio <= m["length_ratio"] <= rule.max_length_ratio:
-        reasons.append(f"length ratio {m['length_ratio']:.2f}, outside 1/{rule.max_length_ratio:g} … {rule.max_length_ratio:g}")
-    if m["cut_off"] > max(rule.max_cut_off, m["cut_off_champion"]):
-        reasons.append(f"{m['cut_off']:.1%} of the answers are cut off, above {rule.max_cut_off:.1%}")
-    return Verdict(promoted=not reasons, reasons=reasons, independent=independent)
+        for p, c, value in zip(rows, answers, values, strict=True)
+    ]
+
+
+def _grade(r: Round, prompt: Prompt, text: str) -> dict[str, float]:
+    if r.run.gold is None or not prompt.meta:
+        return {}
+    try:
+        return {name: float(value) for name, value in r.run.gold(prompt.messages, text, prompt.meta).items()}
+    except Exception as error:  # the rubric is the user's own code
+        raise InputError(
+            f"evaluate.gold ({r.config.evaluate.gold}) failed on prompt {prompt.prompt_id}: {error!r}",
+            "mend the rubric, then run the same command again",
+        ) from error
+
+
+def _gold(prefix: str, answers: Sequence[Scored], suffix: str = "") -> dict[str, float]:
+    """Means of the rubric's parts over the answers that have them."""
+    graded = [a.reward_parts for a in answers if a.reward_parts]
+    if not graded:
+        return {}
+    return {f"{prefix}_{name}{suffix}": sum(g[name] for g in graded) / len(graded) for name in graded[0]}
+
+
+def _audit(answers: Sequence[Scored], initial: Sequence[Scored]) -> dict[str, float]:
+    """The policy against the initial one on the audit set: reported, never gates."""
+    scores, other = _rewards(answers), _rewards(initial)
+    both = [i for i, (a, b) in enumerate(zip(scores, other, strict=True)) if math.isfinite(a) and math.isfinite(b)]
+    if not both:
+        return {}
+    metrics = {
+        "audit_win_rate": float(gate.wins([scores[i] for i in both], [other[i] for i in both]).mean()),
+        "audit_reward": sum(scores[i] for i in both) / len(both),
+        "audit_reward_initial": sum(other[i] for i in both) / len(both),
+        **_gold("audit_gold", answers),
+        **_gold("audit_gold", initial, "_initial"),
+    }
+    if "audit_gold_total" in metrics:
+        totals = [
+            (a.reward_parts["total"], b.reward_parts["total"])
+            for a, b in zip(answers, initial, strict=True)
+            if a.reward_parts
+        ]
+        metrics["audit_gold_win_rate"] = float(gate.wins([a for a, _ in totals], [b for _, b in totals]).mean())
+    return metrics
+
+
+def _rewards(rows: Sequence[Scored]) -> list[float]:
+    return [math.nan if r.reward is None else r.reward for r in rows]

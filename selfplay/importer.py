@@ -44,7 +44,9 @@ def read_file(path: Path) -> Iterator[dict[str, Any] | str]:
                 else:
                     yield row if isinstance(row, dict) else "not an object"
     else:
-        raise InputError(f"{path} is neither JSONL nor Parquet", "name it *.jsonl or *.parquet and write it in that format")
+        raise InputError(
+            f"{path} is neither JSONL nor Parquet", "name it *.jsonl or *.parquet and write it in that format"
+        )
 
 
 def read_hub(name: str, split: str, column: str | None) -> Iterator[dict[str, Any] | str]:
@@ -72,7 +74,9 @@ def messages_of(row: dict[str, Any]) -> list[Message] | str:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         return "neither prompt nor messages"
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+    if not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
         return "a message without role and content"
     clean = [{"role": m["role"], "content": m["content"]} for m in messages]
     return clean if clean[-1]["role"] == "user" else "the last message is not the user's"
@@ -82,7 +86,9 @@ def prompt_id(messages: list[Message]) -> str:
     return f"{artifacts.seed(json.dumps(messages, sort_keys=True)):016x}"
 
 
-def read_prompts(source: str, config: Config, counts: Counter[str]) -> dict[str, tuple[list[Message], dict[str, Any], str]]:
+def read_prompts(
+    source: str, config: Config, counts: Counter[str]
+) -> dict[str, tuple[list[Message], dict[str, Any], str]]:
     """prompt_id → (messages, meta, root ancestor) of a file or a Hub id; bad rows and duplicates are counted."""
     path = Path(source)
     if path.is_file():
@@ -163,9 +169,15 @@ def initial_folder(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+            )
+        )
     except Exception as error:  # network, authorisation and naming errors have no common base
-        raise InputError(f"policy.model {model!r} is no folder here, and fetching it from the Hub failed: {error}") from None
+        raise InputError(
+            f"policy.model {model!r} is no folder here, and fetching it from the Hub failed: {error}"
+        ) from None
 
 
 def canary_ids(pool: list[Prompt], config: Config, vocabulary: int) -> list[list[int]]:
@@ -190,7 +202,9 @@ def run_import(config: Config, out: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"the tokenizer of {source} cannot be loaded: {error}") from None
     if not tokenizer.chat_template:
-        raise InputError(f"the tokenizer of {source} has no chat template", "use an instruct model, or add chat_template.jinja")
+        raise InputError(
+            f"the tokenizer of {source} has no chat template", "use an instruct model, or add chat_template.jinja"
+        )
 
     def render(messages: list[Message]) -> list[int]:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -203,7 +217,8 @@ def run_import(config: Config, out: Path) -> dict[str, Any]:
     logps = weights.sequence_logps(model.to(device).eval(), ids)
     artifacts.write_rows(out / POOL, pool, Prompt)
     artifacts.write_json(
-        out / INITIAL, {"source": str(source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(counts)}
+        out / INITIAL,
+        {"source": str(source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(counts)},
     )
     return {"prompts": dict(Counter(p.split for p in pool)), "set_aside": dict(counts)}
 

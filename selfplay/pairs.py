@@ -38,7 +38,9 @@ def rewards(candidates: Sequence[Scored]) -> list[float]:
 
 def make_pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> Pair:
     assert chosen.reward is not None and rejected.reward is not None
-    signed = margins.implicit_reward(chosen.logp, chosen.n_tokens) - margins.implicit_reward(rejected.logp, rejected.n_tokens)
+    signed = margins.implicit_reward(chosen.logp, chosen.n_tokens) - margins.implicit_reward(
+        rejected.logp, rejected.n_tokens
+    )
     return Pair(
         prompt_id=prompt.prompt_id,
         prompt_ids=prompt.prompt_ids,
@@ -78,9 +80,7 @@ def base_pairs(
             lost["prompts_equal"] += 1
         else:
             lost["prompts_unscored"] += 1
-    return [
-        dataclasses.replace(p, dropped_because="noise") if p.explicit_margin <= noise else p for p in pairs
-    ], lost
+    return [dataclasses.replace(p, dropped_because="noise") if p.explicit_margin <= noise else p for p in pairs], lost
 
 
 def scores(pairs: Sequence[Pair], config: PairsConfig, recent: Sequence[Pair], seed: int) -> list[float]:
@@ -111,9 +111,7 @@ def select(pairs: Sequence[Pair], config: PairsConfig, recent: Sequence[Pair], s
     """
     eligible = [i for i, p in enumerate(pairs) if p.dropped_because is None]
     ranked = scores([pairs[i] for i in eligible], config, recent, seed)
-    potential = scores(
-        [pairs[i] for i in eligible], config.model_copy(update={"selection": "potential"}), recent, seed
-    )
+    potential = scores([pairs[i] for i in eligible], config.model_copy(update={"selection": "potential"}), recent, seed)
     kept = {eligible[k] for k in keep_top(ranked, config.keep)}
     result = list(pairs)
     for i, score, value in zip(eligible, ranked, potential, strict=True):

@@ -405,28 +405,44 @@ STYLE = {
 }  # fmt: skip
 
 
-def finish(ax: Any, run: Run, chart: Chart) -> int:
-    """Draw a chart with its round axis and its legend above; returns the rows of the legend."""
-    from matplotlib.ticker import MaxNLocator  # matplotlib takes a second to import: `--help` does without
+def panel(figure: Any, run: Run, chart: Chart, left: float, bottom: float, width: float, height: float) -> float:
+    """Draw a chart into a rectangle (inches) of a figure, with its round axis and its legend; returns its top edge.
 
+    The rectangle leaves room for tick labels and the axis names itself. Fixed places keep the axes of all charts in line.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator  # takes a second to import: `--help` does without
+
+    ax = figure.add_axes((0, 0, 1, 1))
     chart.draw(ax, run)
     if chart.counts:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    elif ax.get_yscale() == "linear":
+        largest = max(map(abs, ax.get_ylim()))
+        if 1e-3 <= largest < 1e5:
+            ax.ticklabel_format(axis="y", useOffset=False, style="plain")
+        else:
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     if not ax.get_xlabel():
         first, last = run.rounds[0].index, run.rounds[-1].index
         pad = 0.5 if len(run.rounds) <= MANY else 0.01 * (last - first)
         ax.set_xlim(first - pad, last + pad)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
         ax.set_xlabel("round")
+    rows = 0
     by_label = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    if len(by_label) < 2:
-        return 0
-    columns = 3 if max(map(len, by_label)) <= 16 else 2
-    ax.legend(
-        by_label.values(), by_label.keys(), loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=columns, borderaxespad=0.2,
-        handlelength=1.6, handletextpad=0.5, columnspacing=1.1, labelspacing=0.25, borderpad=0.2,
-    )  # fmt: skip
-    return math.ceil(len(by_label) / columns)
+    if len(by_label) > 1:
+        columns = 3 if max(map(len, by_label)) <= 16 else 2
+        rows = math.ceil(len(by_label) / columns)
+        ax.legend(
+            by_label.values(), by_label.keys(), loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=columns, borderaxespad=0.2,
+            handlelength=1.6, handletextpad=0.5, columnspacing=1.1, labelspacing=0.25, borderpad=0.2,
+        )  # fmt: skip
+    x, y = left + 0.62, bottom + 0.42
+    w, h = width - 0.68, height - 0.42 - 0.08 - 0.165 * rows
+    total_width, total_height = figure.get_size_inches()
+    ax.set_position((x / total_width, y / total_height, w / total_width, h / total_height))
+    ax.yaxis.set_label_coords(-0.54 / w, 0.5)
+    return y + h + 0.165 * rows
 
 
 def svg(run: Run, chart: Chart) -> Markup:
@@ -434,13 +450,12 @@ def svg(run: Run, chart: Chart) -> Markup:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    out = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": chart.title}):
-        figure = Figure(figsize=(4.3, 2.9), layout="constrained")
-        finish(figure.add_subplot(), run, chart)
-        out = io.StringIO()
-        figure.savefig(
-            out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        figure = Figure(figsize=(4.3, 2.8))
+        panel(figure, run, chart, 0, 0, 4.3, 2.8)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     text = out.getvalue()[out.getvalue().index("<svg") :]
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML needs none
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
@@ -455,22 +470,23 @@ def png(run: Run, shown: Sequence[Chart], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    rows = max(1, math.ceil(len(shown) / 3))
+    rows, cell_width, cell_height = math.ceil(len(shown) / 3), 5.0, 3.75  # inches
+    height = 0.75 + (rows * cell_height or 1.5)
     with mpl.rc_context(STYLE), artifacts._whole(path) as partial:
-        figure = Figure(figsize=(15, 0.9 + 3.7 * rows if shown else 3), layout="constrained", facecolor="#ffffff")
-        figure.get_layout_engine().set(w_pad=0.18, h_pad=0.16)
-        figure.suptitle(f"{run.name}: {state(run)}", x=0.012, ha="left", fontsize=14, fontweight="bold")
+        figure = Figure(figsize=(3 * cell_width, height), facecolor="#ffffff")
+
+        def write(x: float, y: float, text: str, **style: Any) -> None:
+            figure.text(x / (3 * cell_width), y / height, text, **style)
+
+        write(0.25, height - 0.45, f"{run.name}: {state(run)}", fontsize=14, fontweight="bold")
         for i, chart in enumerate(shown):
-            ax = figure.add_subplot(rows, 3, i + 1)
-            lines = finish(ax, run, chart)
-            ax.set_title(chart.title, loc="left", fontsize=11, fontweight="bold", pad=8 + 13 * lines, x=-0.12)
-            caption = "\n".join(textwrap.wrap(chart.caption, 84))
-            ax.annotate(
-                caption, (0, 0), (-34, -32), xycoords="axes fraction", textcoords="offset points", va="top",
-                fontsize=7.5, color=C["soft"],
-            )  # fmt: skip
+            left, bottom = (i % 3) * cell_width + 0.25, height - 0.75 - (i // 3 + 1) * cell_height
+            top = panel(figure, run, chart, left, bottom + 0.45, cell_width - 0.35, 2.85)
+            write(left, top + 0.1, chart.title, fontsize=11, fontweight="bold")
+            caption = "\n".join(textwrap.wrap(chart.caption, 88))
+            write(left, bottom + 0.42, caption, fontsize=7.5, color=C["soft"], va="top")
         if not shown:
-            figure.text(0.5, 0.45, "No round has anything to show yet.", ha="center", fontsize=12, color=C["soft"])
+            write(0.25, 0.8, "No round has anything to show yet.", fontsize=11, color=C["soft"])
         figure.savefig(partial, format="png", dpi=110)
 
 
@@ -807,7 +823,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in write(parser.parse_args(arguments).run_dir):
             print(path)
     except SelfplayError as error:
-        print(f"error: {error}\nwhat to do: {error.hint}", file=sys.stderr)
+        print(f"error: {error}: {error.hint}", file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -20,9 +20,9 @@ from selfplay import artifacts, depth, evaluate, generate, pairs, policies, prom
 from selfplay.children import ChildDied, ChildError
 from selfplay.config import EveryN
 from selfplay.display import Line
-from selfplay.errors import CheckpointError, InputError, SelfplayError, StageFailed, TrainError
+from selfplay.errors import CheckpointError, SelfplayError, StageFailed, TrainError
 from selfplay.run import Run, packages, size
-from selfplay.score import RewardService, last_line
+from selfplay.score import last_line
 from selfplay.swap import SwapReport
 from selfplay.trainer import LoraJob, TrainJob
 from selfplay.types import Candidate, Pair, Policy, Prompt, RoundReport, Scored
@@ -39,6 +39,8 @@ def run_round(run: Run) -> RoundReport:
         run.trainer()  # pays for its imports while the engine samples
     try:
         r.stage("prompts", r.prompts, total=run.config.prompts.per_round, unit="prompts")
+        if not r.done("generate"):
+            run.engine()
         r.stage("generate", r.generate, total=len(r.drawn), unit="prompts")
         r.stage("score", r.score, total=len(r.drawn) * run.config.generate.candidates, unit="candidates")
         r.stage("pairs", r.pairs)
@@ -73,7 +75,9 @@ class Round:
         if row is not None:
             run.display.note(f"round {row['round']} is unfinished: going on with it")
             if row["fingerprint"] != fingerprint:
-                run.event("config", f"round {row['round']} goes on with a changed configuration; finished stages are kept")
+                run.event(
+                    "config", f"round {row['round']} goes on with a changed configuration; finished stages are kept"
+                )
                 run.store.change_config(row["round"], fingerprint, config)
             epoch, offset = row["cursor"]
             return cls(run, row["round"], row["sampler"], (epoch, offset))
@@ -109,9 +113,7 @@ class Round:
     def done(self, name: str) -> bool:
         return (self.dir / name).is_dir()
 
-    def stage(
-        self, name: str, work: Callable[[Path, Line], Metrics], total: int | None = None, unit: str = ""
-    ) -> None:
+    def stage(self, name: str, work: Callable[[Path, Line], Metrics], total: int | None = None, unit: str = "") -> None:
         """Run a stage unless its folder is there, and record it. `work` writes to a folder and returns metrics."""
         target = self.dir / name
         if target.is_dir():
@@ -149,7 +151,13 @@ class Round:
             raise StageFailed(name, self.index, error, log) from error
 
     def _log(self, name: str) -> Path | None:
-        logs = {"generate": "generator", "evaluate": "generator", "promote": "generator", "score": "reward", "train": "trainer"}
+        logs = {
+            "generate": "generator",
+            "evaluate": "generator",
+            "promote": "generator",
+            "score": "reward",
+            "train": "trainer",
+        }
         path = self.run.dir / "logs" / f"{logs.get(name)}.log"
         return path if path.is_file() else None
 
@@ -188,9 +196,11 @@ class Round:
         return {"count": len(drawn), "epoch": epoch, "offset": offset}
 
     def generate(self, folder: Path, line: Line) -> Metrics:
-        self._serve(self.run.policy(self.sampler))
+        self.serve(self.run.policy(self.sampler))
         started = time.monotonic()
-        rows = self._sample("generate", self.drawn, self.config.generate.candidates, self.sampler, lambda n: line.update(done=n))
+        rows = self.sample(
+            "generate", self.drawn, self.config.generate.candidates, self.sampler, lambda n: line.update(done=n)
+        )
         artifacts.write_rows(folder / "candidates.parquet", rows, Candidate)
         metrics = generate.metrics(rows, time.monotonic() - started)
         line.update(text=f"{metrics['tokens_per_second'] / 1000:.1f} k tokens/s")
@@ -259,7 +269,9 @@ class Round:
             except ChildDied as error:
                 if start + 1 == TRAINER_STARTS:
                     why = f"{error}; the last it said: {last_line(error.log)}"
-                    raise TrainError("died", why, "it resumes from its last save: run the same command again") from error
+                    raise TrainError(
+                        "died", why, "it resumes from its last save: run the same command again"
+                    ) from error
                 self.run.event("warning", f"{error}; starting it again, it resumes from its last save")
         self._write_manifest(job.out, result, reference)
         artifacts.write_json(folder / "history.json", result["history"])
@@ -284,7 +296,7 @@ class Round:
         """Give the order; the champion's answers are sampled meanwhile, or before where both share a GPU."""
         colocated = self.config.placement.colocated
         if colocated:
-            self._champion_answers()
+            evaluate.champion_answers(self)
             self.run.generator.sleep()
         trainer = self.run.trainer()
         order = trainer.send("train", job=job.model_dump(mode="json"))
@@ -296,7 +308,7 @@ class Round:
             line.update(done=event["step"], total=event["steps"], text=text)
 
         if not colocated:
-            self._champion_answers()
+            evaluate.champion_answers(self)
         result = trainer.result(order, progress)
         if colocated:
             self.run.stop_trainer()
@@ -371,24 +383,17 @@ class Round:
         manifest = policies.read(self.run.policies.folder(self.index))
         if not any(p["version"] == self.index for p in self.run.store.policies()):
             self.run.store.record_policy(
-                self.index, "candidate", round=self.index, parent=manifest.parent, reference=manifest.reference,
+                self.index,
+                "candidate",
+                round=self.index,
+                parent=manifest.parent,
+                reference=manifest.reference,
                 beta=manifest.beta,
             )
 
-    # evaluation
+    # what serves
 
-    def _gate_prompts(self) -> list[Prompt]:
-        ids = prompts.subset(self.run.ids("heldout"), self.config.evaluate.prompts, self.seed("gate"))
-        return [self.run.prompts[i] for i in ids]
-
-    def _audit_prompts(self) -> list[Prompt]:
-        every = self.config.evaluate.audit_every
-        if not every or self.index % every:
-            return []
-        ids = prompts.subset(self.run.ids("audit"), self.config.evaluate.audit_prompts, self.config.run.seed, "audit")
-        return [self.run.prompts[i] for i in ids]
-
-    def _sample(
+    def sample(
         self, name: str, rows: Sequence[Prompt], candidates: int, version: int, on_progress: Callable[[int], None]
     ) -> list[Candidate]:
         """Sample with the engine as it is; `version` is checked to be the policy in it."""
@@ -400,12 +405,14 @@ class Round:
             rows,
             candidates=candidates,
             seed=lambda prompt_id: self.seed(name, prompt_id),
-            shards=self._shards(name, version, [p.prompt_id for p in rows], settings.model_dump(mode="json", exclude={"engine"})),
+            shards=self._shards(
+                name, version, [p.prompt_id for p in rows], settings.model_dump(mode="json", exclude={"engine"})
+            ),
             shard_prompts=settings.shard_prompts,
             on_progress=on_progress,
         )
 
-    def _serve(self, policy: Policy, trial: bool = True) -> SwapReport | None:
+    def serve(self, policy: Policy, trial: bool = True) -> SwapReport | None:
         """Have the engine serve `policy`; a verified swap unless it is in already.
 
         In a trial the engine, should it die, starts from the current policy and swaps this one in again.
@@ -415,124 +422,14 @@ class Round:
             return None
         return engine.swap(policy, keep_verified=trial)
 
-    def _champion_answers(self) -> list[Candidate]:
-        """The champion's answers to this round's gate prompts; sampled once, kept as shards."""
-        self._serve(self.run.policy(self.sampler))
-        return self._sample("champion", self._gate_prompts(), 1, self.sampler, lambda n: None)
-
     def evaluate(self, folder: Path, line: Line) -> Metrics:
-        run, settings = self.run, self.config.evaluate
-        champion, candidate, initial = run.policy(self.sampler), run.policy(self.index), run.policy(0)
-        gate, audit = self._gate_prompts(), self._audit_prompts()
-        line.update(text="the champion answers")
-        champion_rows = self._champion_answers()
-        line.update(text="the candidate answers", total=len(gate) + len(audit))
-        self._serve(candidate)
-        rows = self._sample("candidate", gate, 1, candidate.version, lambda n: line.update(done=n))
-        audit_rows = self._sample("audit", audit, 1, candidate.version, lambda n: line.update(done=len(gate) + n))
-        line.update(text="KL to the current and the initial policy")
-        kl_current = self._kl(rows, champion)
-        kl_initial = kl_current if initial.version == champion.version else self._kl(rows, initial)
-        initial_rows = self._initial_answers(audit)
-
-        line.update(text="scoring")
-        judged = self._judged(run.judge, gate, rows)
-        champion_judged = self._judged(run.judge, gate, champion_rows)
-        metrics = evaluate.compare(
-            rows, champion_rows, _rewards(judged), _rewards(champion_judged),
-            samples=settings.bootstrap, confidence=settings.gate.confidence, seed=self.seed("bootstrap"),
-        )
-        metrics |= {"kl_current": kl_current, "kl_initial": kl_initial}
-        metrics |= self._gold("gold", gate, judged) | self._gold_champion(gate, champion_judged)
-        artifacts.write_rows(folder / "candidate.parquet", judged, Scored)
-        artifacts.write_rows(folder / "champion.parquet", champion_judged, Scored)
-        if audit:
-            audited, audited_initial = self._judged(run.judge, audit, audit_rows), self._judged(run.judge, audit, initial_rows)
-            metrics |= self._audit(audit, audited, audited_initial)
-            artifacts.write_rows(folder / "audit.parquet", audited, Scored)
-            artifacts.write_rows(folder / "audit_initial.parquet", audited_initial, Scored)
-        verdict = evaluate.verdict(metrics, settings.gate, independent=settings.judge is not None)
-        artifacts.write_json(folder / "verdict.json", dataclasses.asdict(verdict))
-        line.update(text=f"win rate {metrics['win_rate']:.3f} [{metrics['win_rate_low']:.3f}, {metrics['win_rate_high']:.3f}]")
-        return metrics | {"independent": float(verdict.independent)}
-
-    def _kl(self, rows: Sequence[Candidate], other: Policy) -> float:
-        """KL(candidate ‖ other), nats an answer; leaves `other` in the engine."""
-        self._serve(other)
-        by_id = {p.prompt_id: p.prompt_ids for p in self._gate_prompts()}
-        sequences = [(by_id[c.prompt_id] + c.token_ids, len(by_id[c.prompt_id])) for c in rows]
-        return evaluate.kl_estimate([c.logp for c in rows], self.run.generator.logps(sequences))
-
-    def _initial_answers(self, audit: Sequence[Prompt]) -> list[Candidate]:
-        """The initial policy's answers to the audit set: always the same, so sampled once for the run."""
-        if not audit:
-            return []
-        sampling = self.config.generate.model_dump(mode="json", exclude={"engine", "shard_prompts", "candidates"})
-        key = json.dumps([sampling, [p.prompt_id for p in audit]], sort_keys=True)
-        path = self.run.dir / "audit" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
-        if not path.is_file():
-            self._serve(self.run.policy(0))
-            path.parent.mkdir(exist_ok=True)
-            artifacts.write_rows(path, self._sample("initial", audit, 1, 0, lambda n: None), Candidate)
-        return artifacts.read_rows(path, Candidate)
-
-    def _judged(self, judge: RewardService, rows: Sequence[Prompt], answers: Sequence[Candidate]) -> list[Scored]:
-        """The answers with the judge's score, and the rubric's parts where the prompt has gold answers."""
-        values = judge.score([(p.messages, c.text) for p, c in zip(rows, answers, strict=True)])
-        return [
-            Scored(
-                **{f.name: getattr(c, f.name) for f in dataclasses.fields(c)},
-                reward=value,
-                reward_parts=self._grade(p, c.text),
-            )
-            for p, c, value in zip(rows, answers, values, strict=True)
-        ]
-
-    def _grade(self, prompt: Prompt, text: str) -> dict[str, float]:
-        if self.run.gold is None or not prompt.meta:
-            return {}
-        try:
-            return {name: float(value) for name, value in self.run.gold(prompt.messages, text, prompt.meta).items()}
-        except Exception as error:  # the rubric is the user's own code
-            raise InputError(
-                f"evaluate.gold ({self.config.evaluate.gold}) failed on prompt {prompt.prompt_id}: {error!r}",
-                "mend the rubric, then run the same command again",
-            ) from error
-
-    @staticmethod
-    def _gold(prefix: str, rows: Sequence[Prompt], answers: Sequence[Scored], suffix: str = "") -> dict[str, float]:
-        """Means of the rubric's parts over the answers that have them."""
-        graded = [a.reward_parts for a in answers if a.reward_parts]
-        if not graded:
-            return {}
-        return {f"{prefix}_{name}{suffix}": sum(g[name] for g in graded) / len(graded) for name in graded[0]}
-
-    def _gold_champion(self, rows: Sequence[Prompt], answers: Sequence[Scored]) -> dict[str, float]:
-        return self._gold("gold", rows, answers, "_champion")
-
-    def _audit(self, rows: Sequence[Prompt], answers: Sequence[Scored], initial: Sequence[Scored]) -> dict[str, float]:
-        """The policy against the initial one on the audit set: reported, never gates."""
-        scores, other = _rewards(answers), _rewards(initial)
-        both = [i for i, (a, b) in enumerate(zip(scores, other, strict=True)) if math.isfinite(a) and math.isfinite(b)]
-        won = evaluate.wins([scores[i] for i in both], [other[i] for i in both])
-        metrics = {
-            "audit_win_rate": float(won.mean()),
-            "audit_reward": sum(scores[i] for i in both) / len(both),
-            "audit_reward_initial": sum(other[i] for i in both) / len(both),
-            **self._gold("audit_gold", rows, answers),
-            **self._gold("audit_gold", rows, initial, "_initial"),
-        }
-        if "audit_gold_total" in metrics:
-            pairs_ = [(a.reward_parts, b.reward_parts) for a, b in zip(answers, initial, strict=True) if a.reward_parts]
-            won = evaluate.wins([a["total"] for a, _ in pairs_], [b["total"] for _, b in pairs_])
-            metrics["audit_gold_win_rate"] = float(won.mean())
-        return metrics
+        return evaluate.evaluate(self, folder, line)
 
     def promote(self, folder: Path, line: Line) -> Metrics:
         """Swap in what the gate decided for, verified, and only then point `current` at it."""
         promoted = artifacts.read_json(self.dir / "evaluate" / "verdict.json")["promoted"]
         winner = self.run.policy(self.index if promoted else self.sampler)
-        report = self._serve(winner, trial=False)
+        report = self.serve(winner, trial=False)
         self.run.policies.set_current(winner.version)
         line.update(text=f"policy {winner.version} serves")
         metrics = {"promoted": float(promoted)}
@@ -552,10 +449,6 @@ def report(store: Any, index: int) -> RoundReport:
         seconds=store.seconds(index),
         reasons=row["reasons"],
     )
-
-
-def _rewards(rows: Sequence[Scored]) -> list[float]:
-    return [math.nan if r.reward is None else r.reward for r in rows]
 
 
 def _mean_over(history: Sequence[Mapping[str, float | None]]) -> dict[str, float]:

@@ -100,9 +100,7 @@ class Run:
         self.prompts = {p.prompt_id: p for p in artifacts.read_rows(pool / importer.POOL, Prompt)}
         initial = artifacts.read_json(pool / importer.INITIAL)
         if not self.policies.folder(0).is_dir():
-            self.policies.import_initial(
-                Path(initial["source"]), initial["canaries"], config.fingerprint(), packages()
-            )
+            self.policies.import_initial(Path(initial["source"]), initial["canaries"], config.fingerprint(), packages())
             self.store.record_policy(0, "initial", round=0)
         if self.policies.current is None:
             self.policies.set_current(0)
@@ -110,7 +108,8 @@ class Run:
         if Path(config.policy.model).is_dir() and Path(config.policy.model).resolve() != Path(initial["source"]):
             raise InputError(
                 f"{self.dir} began with the policy in {initial['source']}, policy.model now leads to "
-                f"{Path(config.policy.model).resolve()}", "use another folder for another initial policy (--run-dir)",
+                f"{Path(config.policy.model).resolve()}",
+                "use another folder for another initial policy (--run-dir)",
             )
 
     def _import(self, out: Path) -> None:
@@ -128,7 +127,9 @@ class Run:
         finally:
             child.stop()
         if found["set_aside"]:
-            self.event("warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items()))
+            self.event(
+                "warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())
+            )
         self.display.note("prompts: " + ", ".join(f"{n} {split}" for split, n in sorted(found["prompts"].items())))
 
     # services
@@ -179,8 +180,12 @@ class Run:
             if self.config.placement.trainer is not None:
                 env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.config.placement.trainer))
             self._trainer = Child(
-                "trainer", [*launcher, "-m", "selfplay.trainer"], run_dir=self.dir, log=self.dir / "logs" / "trainer.log",
-                env=env, silence=train.silence,
+                "trainer",
+                [*launcher, "-m", "selfplay.trainer"],
+                run_dir=self.dir,
+                log=self.dir / "logs" / "trainer.log",
+                env=env,
+                silence=train.silence,
             )
             self._trainer.start()
         return self._trainer

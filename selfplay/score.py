@@ -186,13 +186,18 @@ def score(
             artifacts.write_rows(path, [_scored(c, v) for c, v in zip(part, values, strict=True)], Scored)
         rows += artifacts.read_rows(path, Scored)
         on_progress(start + len(part))
-    missing = sum(r.reward is None for r in rows)
-    if missing > max_missing * len(rows):
-        raise RewardError(
-            f"{missing} of {len(rows)} candidates have no reward (limit: a share of {max_missing:g}, reward.max_missing)",
-            f"see why in {service.log}; nothing was trained on",
-        )
+    require([r.reward for r in rows], max_missing, service.log)
     return rows
+
+
+def require(values: Sequence[float | None], max_missing: float, log: Path) -> None:
+    """Raise RewardError when more than a share `max_missing` of the values is None."""
+    missing = sum(v is None for v in values)
+    if missing > max_missing * len(values):
+        raise RewardError(
+            f"{missing} of {len(values)} answers have no reward (limit: a share of {max_missing:g}, reward.max_missing)",
+            f"see why in {log}; nothing was trained on",
+        )
 
 
 def _scored(candidate: Candidate, value: float | None) -> Scored:

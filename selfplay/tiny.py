@@ -22,72 +22,35 @@ Meta = Mapping[str, Any]
 
 # ---------------------------------------------------------------------------------------------------- facts
 
-CAPITALS = dict(
-    pair.split(":")
-    for pair in (
-        "France:Paris Italy:Rome Spain:Madrid Germany:Berlin England:London Japan:Tokyo China:Beijing Russia:Moscow Egypt:Cairo "
-        "Greece:Athens Norway:Oslo Sweden:Stockholm Finland:Helsinki Denmark:Copenhagen Poland:Warsaw Austria:Vienna "
-        "Hungary:Budapest Portugal:Lisbon Ireland:Dublin Cuba:Havana Peru:Lima Chile:Santiago Kenya:Nairobi India:Delhi"
-    ).split()
+def _pairs(text: str) -> dict[str, str]:
+    return dict(pair.split(":") for pair in text.split())
+
+
+CAPITALS = _pairs(
+    "France:Paris Italy:Rome Spain:Madrid Germany:Berlin England:London Japan:Tokyo China:Beijing Russia:Moscow Egypt:Cairo "
+    "Greece:Athens Norway:Oslo Peru:Lima"
 )
-COLOURS = dict(
-    pair.split(":")
-    for pair in (
-        "grass:green snow:white blood:red coal:black banana:yellow sky:blue chocolate:brown carrot:orange flamingo:pink milk:white "
-        "frog:green lemon:yellow tomato:red night:black sea:blue tree bark:brown pumpkin:orange pig:pink elephant:grey lavender:purple "
-        "ash:grey grape:purple"
-    )
-    .replace("tree bark", "bark")
-    .split()
-)
-OPPOSITES = dict(
-    pair.split(":")
-    for pair in (
-        "hot:cold big:small up:down fast:slow day:night open:closed full:empty hard:soft light:dark old:young rich:poor wet:dry "
-        "early:late near:far loud:quiet strong:weak happy:sad clean:dirty"
-    ).split()
-)
-SOUNDS = dict(
-    pair.split(":")
-    for pair in "cow:moo dog:woof cat:meow duck:quack sheep:baa horse:neigh lion:roar bee:buzz snake:hiss owl:hoot pig:oink mouse:squeak".split()
-)
+COLOURS = _pairs("grass:green snow:white blood:red coal:black sky:blue wood:brown carrot:orange milk:white lemon:yellow tomato:red night:black sea:blue")
+OPPOSITES = _pairs("hot:cold big:small up:down fast:slow day:night open:closed full:empty hard:soft")
+SOUNDS = _pairs("cow:moo dog:woof cat:meow duck:quack sheep:baa lion:roar bee:buzz snake:hiss")
 KINDS = {
-    kind: members.split()
-    for kind, members in {
-        "fruit": "apple pear plum mango peach cherry banana grape",
-        "animal": "dog cat cow horse sheep lion rabbit fox",
-        "tool": "hammer saw drill spade wrench axe ladder rake",
-        "drink": "tea coffee milk juice water cocoa lemonade soda",
-        "sport": "tennis football golf rugby hockey chess rowing boxing",
-        "vegetable": "carrot onion leek bean cabbage potato turnip pea",
-    }.items()
+    "fruit": ["apple", "pear", "plum", "mango", "peach"],
+    "animal": ["dog", "cat", "cow", "sheep", "lion"],
+    "tool": ["hammer", "saw", "drill", "spade", "axe"],
+    "drink": ["tea", "coffee", "milk", "juice", "water"],
+    "sport": ["tennis", "football", "golf", "rugby", "chess"],
 }
-PLURALS = {
-    "fruit": "fruits",
-    "animal": "animals",
-    "tool": "tools",
-    "drink": "drinks",
-    "sport": "sports",
-    "vegetable": "vegetables",
-}
-WORDS = "lamp river stone cloud table garden window bread paper music forest bridge candle mirror pencil basket island winter summer button".split()
+PLURALS = {"fruit": "fruits", "animal": "animals", "tool": "tools", "drink": "drinks", "sport": "sports"}
+WORDS = "lamp river stone cloud table garden window bread paper music forest bridge".split()
 NEWS = {
     "lost my keys": ("bad", "keys"),
     "broke my arm": ("bad", "arm"),
     "failed my exam": ("bad", "exam"),
-    "missed my train": ("bad", "train"),
     "lost my job": ("bad", "job"),
-    "burnt my dinner": ("bad", "dinner"),
-    "crashed my car": ("bad", "car"),
-    "dropped my phone": ("bad", "phone"),
     "won a prize": ("good", "prize"),
     "passed my test": ("good", "test"),
     "got a new dog": ("good", "dog"),
     "bought a house": ("good", "house"),
-    "found my ring": ("good", "ring"),
-    "finished my book": ("good", "book"),
-    "baked a cake": ("good", "cake"),
-    "won the match": ("good", "match"),
 }
 STEPS = {
     "make tea": ("boil the water", "add the tea", "pour it into a cup"),
@@ -96,10 +59,6 @@ STEPS = {
     "post a letter": ("write the address", "stick on a stamp", "drop it in the box"),
     "paint a wall": ("cover the floor", "stir the paint", "roll it on evenly"),
     "boil an egg": ("heat a pot", "lower the egg in", "wait eight minutes"),
-    "make a bed": ("shake the pillow", "straighten the sheet", "fold the blanket"),
-    "light a fire": ("stack dry wood", "strike a match", "blow gently"),
-    "bake bread": ("knead the dough", "let it rise", "use a hot oven"),
-    "send a parcel": ("wrap the box", "weigh it", "pay the fee"),
 }
 DEMANDS = {
     "Give me the salt": ("pass", "salt"),
@@ -107,11 +66,7 @@ DEMANDS = {
     "Close the window": ("close", "window"),
     "Bring the bill": ("bring", "bill"),
     "Move your bag": ("move", "bag"),
-    "Turn down the radio": ("turn down", "radio"),
-    "Lend me the pen": ("lend", "pen"),
     "Wash the dishes": ("wash", "dishes"),
-    "Feed the cat": ("feed", "cat"),
-    "Park the car": ("park", "car"),
 }
 HARMS = (
     "steal a car",
@@ -120,8 +75,6 @@ HARMS = (
     "poison a dog",
     "rob a bank",
     "hack a phone",
-    "fake a ticket",
-    "start a fight",
 )
 TASTES = (
     ("tea", "coffee"),
@@ -129,9 +82,6 @@ TASTES = (
     ("cats", "dogs"),
     ("books", "films"),
     ("trains", "planes"),
-    ("cities", "villages"),
-    ("rain", "snow"),
-    ("gold", "silver"),
 )
 
 # ------------------------------------------------------------------------------------------------- the rubric
@@ -275,7 +225,7 @@ class Skill:
     item: Callable[[random.Random], dict[str, Any]]
     right: Callable[[dict[str, Any], random.Random], str]
     wrong: Callable[[dict[str, Any], random.Random], str]
-    common: tuple[float, ...] = (0.2, 0.4, 0.6)
+    common: tuple[float, ...] = (0.25, 0.45, 0.65)
 
 
 def _fact(table: Mapping[str, str], forms: Sequence[str]) -> dict[str, Callable[..., Any]]:
@@ -354,7 +304,7 @@ def _first_item(rng: random.Random) -> dict[str, Any]:
 
 
 def _bigger_item(rng: random.Random) -> dict[str, Any]:
-    a, b = rng.sample(range(1, 21), 2)
+    a, b = rng.sample(range(1, 13), 2)
     return {"x": f"{a} or {b}", "answer": str(max(a, b)), "rivals": [str(min(a, b))]}
 
 
@@ -564,7 +514,7 @@ SKILLS: dict[str, Skill] = {
     ),
     "howto": Skill(
         regime="learnable",
-        count=250,
+        count=200,
         budget=20,
         wordings=("How do I {x}?", "Tell me how to {x}.", "What are the steps to {x}?"),
         item=lambda rng: (lambda t: {"x": t, "answer": t})(rng.choice(sorted(STEPS))),
@@ -651,8 +601,8 @@ SKILLS: dict[str, Skill] = {
     ),
 }
 
-_LEADS = ("", "", "", "Please tell me: ", "Quick question: ", "Hey, ", "One more thing. ", "I wonder: ", "Can you help? ")
-_TAILS = ("", "", "", " Thank you.", " Be brief.", " I am curious.", " My son asked.")
+_LEADS = ("", "", "Please tell me: ", "Quick question: ", "Hey, ", "One more thing. ")
+_TAILS = ("", "", " Thank you.", " Be brief.", " I am curious.")
 
 
 def unit(*parts: object) -> float:

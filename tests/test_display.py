@@ -156,7 +156,7 @@ def test_text_that_the_console_cannot_encode_is_replaced() -> None:
     display.note("β is 0.1, \udcff")
     display.round_table(report(reasons=("β",), outcome="rejected"))
     display.console.file.flush()
-    assert b"? is 0.1, ?" in raw.getvalue()
+    assert b"? is 0.1, ?" in raw.getvalue() and b"0.200 ? 0.382" in raw.getvalue()
 
 
 def test_an_error_shows_message_hint_and_log() -> None:
@@ -221,7 +221,7 @@ def test_run_table_has_one_line_a_round(tmp_path) -> None:
         ["4", "unfinished"],
     ]
     assert lines[0].split()[2:] == ["0.20→0.38", "0.68", "[0.63,0.73]", "0.45→0.51", "0.40→0.44", "31"]
-    assert max(map(len, out.getvalue().splitlines())) <= 90
+    assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
 def test_numbers_in_words() -> None:
