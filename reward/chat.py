@@ -27,6 +27,7 @@ from reward.schema import Item
 
 PROBE = (("user", "Say hello, please."), ("assistant", " Hello: 1 + 1 = 2.\n"), ("user", "Thanks"))
 CHARS_PER_TOKEN = 64  # no text averages longer tokens; above this a text is too long without being tokenised
+NO_WORD = re.compile(r"[^\w\s]")
 SLICE = 64  # conversations tokenised at once; bounds the memory of the tokenizer's output
 
 
@@ -103,9 +104,10 @@ class ChatEncoder:
         try:
             text = self._hf.apply_chat_template(messages, tokenize=False)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            return "", f"the chat template refuses the conversation: {str(error)[:200]}"
+            said = self._placeholder.sub(self._show, str(error))[:200]
+            return "", f"the chat template refuses the conversation: {said}"
         text = self._control.sub(lambda match: self._private(match.group()), text)
-        return self._placeholder.sub(lambda match: self._names[int(match.group(1))], text), None
+        return self._placeholder.sub(self._show, text), None
 
     def _encode(self, texts: list[str], reasons: list[str | None]) -> list[list[int] | str]:
         found: list[list[int] | str] = []
@@ -126,6 +128,9 @@ class ChatEncoder:
     def _hide(self, match: re.Match[str]) -> str:
         return f"<{self._nonce}-{self._number[match.group()]}>"
 
+    def _show(self, match: re.Match[str]) -> str:
+        return self._names[int(match.group(1))]
+
     def _private(self, text: str) -> str:
         return f"<{self._nonce}.{self._number[text]}>"
 
@@ -133,14 +138,20 @@ class ChatEncoder:
     def _turn_markers(tokenizer: Any, added: dict[int, AddedToken]) -> dict[str, int]:
         """Added tokens that the template puts around every turn: some tokenizers do not call them special.
 
-        A finished assistant turn comes before the last one, since templates put `<think>` and the like only into the last,
-        and there a response may have it as well.
+        Not a word or white space, which is ordinary in any text. A finished assistant turn comes before the last one,
+        since templates put `<think>` and the like only into the last, and there a response may have it as well.
         """
         try:
             text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in PROBE], tokenize=False)
         except (jinja2.TemplateError, TypeError, ValueError):
             return {}  # a template for one turn only: nothing can be added to it
-        return {token.content: i for i, token in added.items() if token.content in text}
+        for _, content in PROBE:
+            text = text.replace(content.strip(), "\0")
+        return {
+            t.content: i
+            for i, t in added.items()
+            if len(t.content) > 2 and NO_WORD.search(t.content) and t.content in text
+        }
 
     def _self_check(self) -> None:
         for length in (2, 3):

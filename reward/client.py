@@ -97,8 +97,8 @@ class RewardClient:
         if not self.urls:
             raise ValueError("at least one address of a reward server is needed")
         for u in self.urls:
-            if not u.startswith(("http://", "https://")):
-                raise ValueError(f"the address of a reward server begins with http:// or https://, not {u!r}")
+            if not _is_address(u):
+                raise ValueError(f"the address of a reward server is like http://host:8100, not {u!r}")
         if (
             min(batch_size, batch_bytes, concurrency) < 1
             or min(timeout, deadline) <= 0
@@ -323,6 +323,14 @@ class RewardClient:
         if response.status_code in RETRIED:
             raise _Fault(said, _seconds(response.headers.get("retry-after", "")))
         raise RewardRefused(f"{address} refuses the request, {said}. Is this a reward server, of the same version?")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
 def _first(error: ValidationError) -> str:

@@ -22,6 +22,7 @@ from reward.schema import Health, Item
 
 UNLIMITED = 10**9  # tokenizers without a limit say 10**30
 DEFAULT_MAX_TOKENS = 4096  # for a model that names no limit
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # a batch that leaves the cache of a CPU takes twice as long
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -121,13 +122,14 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     max_tokens: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> RewardModel:
-    """The reward model in a folder, or on the Hub. `dtype`: `auto` (the checkpoint's), or a name that torch knows.
+    """The reward model in a folder, or on the Hub.
 
+    `dtype`: `auto` is the checkpoint's. `batch_tokens`: by default what was fastest, by the kind of device.
     Raises ModelRefused.
     """
     folder = _folder(name, revision, trust_remote_code)
@@ -135,7 +137,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(folder, **own_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the readers of these files raise; tokenizers raises bare Exceptions
         raise ModelRefused(f"{name}: {error}") from error
     if config.num_labels != 1:
         raise ModelRefused(
@@ -176,6 +178,8 @@ def load(
         template_sha256=hashlib.sha256(encoder.template.encode()).hexdigest(),
         files=files,
     )
+    if batch_tokens is None:
+        batch_tokens = CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
     return RewardModel(model, encoder, health, batch_tokens)
 
 

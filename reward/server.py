@@ -117,7 +117,9 @@ def parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8100, help="0 takes a free one (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the checkpoint's (default)")
-    add("--batch-tokens", type=positive, default=8192, help="most tokens in one forward pass (default: %(default)s)")
+    add(
+        "--batch-tokens", type=positive, help="most tokens in one forward pass (default: 1024 on a CPU, 16384 on a GPU)"
+    )
     add("--max-tokens", type=positive, help="longer conversations get no score (default: the model's own limit)")
     add("--max-items", type=positive, default=4096, help="most items in a request (default: %(default)s)")
     add("--max-body-mib", type=positive, default=32, help="longest request body (default: %(default)s)")

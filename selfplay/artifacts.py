@@ -62,7 +62,7 @@ def write_rows(path: Path, rows: Sequence[Any], row_type: type[Any]) -> None:
         for name in names
     }
     table = pa.table(columns, schema=schema(row_type))
-    with _whole(path) as partial:
+    with whole(path) as partial:
         pq.write_table(table, partial)
 
 
@@ -73,7 +73,7 @@ def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    with _whole(path) as partial:
+    with whole(path) as partial:
         partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; sync and rename it once it is written."""
     partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):

@@ -433,9 +433,13 @@ class Generator:
 
     def _manifest(self, policy: Policy) -> Manifest:
         """The policy's manifest, every file of it checked."""
-        manifest = policies.verify(self._folder(policy))
+        folder = self._folder(policy)
+        manifest = policies.verify(folder)
         if manifest.version != policy.version:
-            raise CheckpointError(f"{self._folder(policy)} holds policy {manifest.version}, not {policy.version}")
+            raise CheckpointError(f"{folder} holds policy {manifest.version}, not {policy.version}")
+        checked = Path(manifest.source) if manifest.source else folder
+        if checked.resolve() != Path(policy.path).resolve():
+            raise CheckpointError(f"{policy.path} has no manifest: the one of policy {policy.version} is about {checked}")
         Canaries.of(manifest.canaries)
         return manifest
 

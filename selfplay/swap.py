@@ -98,8 +98,9 @@ def check_fits(
 
 
 def distance(a: Sequence[float], b: Sequence[float], token_ids: Sequence[Sequence[int]]) -> float:
-    """Largest |a − b| over sequences, nats a token; a and b are sums over tokens 1 … T−1, each (C,)."""
-    return max(abs(x - y) / (len(ids) - 1) for x, y, ids in zip(a, b, token_ids, strict=True))
+    """Largest |a − b| over sequences, nats a token; a and b are sums over tokens 1 … T−1, each (C,). Infinite for NaN."""
+    each = [abs(x - y) / (len(ids) - 1) for x, y, ids in zip(a, b, token_ids, strict=True)]
+    return max(each) if all(map(math.isfinite, each)) else math.inf
 
 
 def judge(
@@ -121,7 +122,7 @@ def judge(
         to_parent = distance(engine, parent.logps, new.token_ids)
         gap = distance(new.logps, parent.logps, new.token_ids)
     noise = max(noise, tolerance / 100)
-    if not to_new <= tolerance:  # NaN too
+    if to_new > tolerance:
         return "refuted", to_new, to_parent, gap
     if to_parent is None or gap is None or not gap > 2 * noise:
         return "unclear", to_new, to_parent, gap

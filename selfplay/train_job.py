@@ -1,6 +1,7 @@
 """What the trainer child does for an order: load, check agreement, train, export, canaries, size of the update."""
 
 import copy
+import gc
 import hashlib
 import logging
 import math
@@ -57,9 +58,14 @@ def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
     dtype = getattr(torch, job.serving_dtype)
     device, beta, steps = trainer.args.device, trainer.beta, trainer.state.global_step
     history = [_metrics(logs) | {"step": logs["step"]} for logs in trainer.state.log_history if "loss" in logs]
+    found = check.found
     model = _trained(job, trainer)
     if not rank_zero:
         return None
+    del trainer, check
+    if device.type == "cuda":  # the reference and the optimizer make room for the exported model
+        gc.collect()
+        torch.cuda.empty_cache()
     if job.out.exists():  # a run that ended between its export and its answer
         shutil.rmtree(job.out)
     with artifacts.folder(job.out) as part:
@@ -77,12 +83,12 @@ def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
                 "raise the learning rate, the epochs or the pairs of a round",
             )
         weights.export(model, job.policy, job.initial, part, dtype)
-        del start, model, trainer
+        del start, model
         served = weights.load(part, dtype, job.trust_remote_code).to(device).eval()
         canary_logps = weights.sequence_logps(served, job.canary_ids)
     clock.lap("export")
     return {
-        "history": history, "steps": steps, "beta": beta, "agreement": check.found, "canaries": canary_logps,
+        "history": history, "steps": steps, "beta": beta, "agreement": found, "canaries": canary_logps,
         "update": {"share_changed": share, "relative_norm": norm}, "seconds": clock.laps,
     }  # fmt: skip
 
@@ -160,11 +166,15 @@ def agreement(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray) -> dict[
 
 
 def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
-    """The last whole checkpoint of this very job in `work`; what another job or a killed save left there is removed."""
+    """The last whole checkpoint of this very job in `work`; what another job or a killed save left there is removed.
+
+    The same job: same settings, pairs (by content), number of processes and models (by path: a policy never changes).
+    """
     elsewhere = {"out", "agreement_mean", "agreement_p99", "min_update", "canary_ids", "serving_dtype", "threads"}
     settings = job.model_dump(mode="json", exclude=elsewhere)
     settings["world"] = trainer.accelerator.num_processes
-    settings["pairs"] = hashlib.sha256(job.pairs.read_bytes()).hexdigest()
+    with job.pairs.open("rb") as file:
+        settings["pairs"] = hashlib.file_digest(file, "sha256").hexdigest()
     mark = job.work / "job.json"
     if trainer.accelerator.is_main_process:
         job.work.mkdir(parents=True, exist_ok=True)

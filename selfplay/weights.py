@@ -81,9 +81,9 @@ def _write(model: Any, config_from: Path, initial: Path, out: Path, dtype: torch
     config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for pattern in COPIED:
-        for stale in out.glob(pattern):
+        for stale in filter(Path.is_file, out.glob(pattern)):
             stale.unlink()
-        for source in initial.glob(pattern):
+        for source in filter(Path.is_file, initial.glob(pattern)):
             target = out / source.relative_to(initial)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)

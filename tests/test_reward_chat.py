@@ -117,6 +117,15 @@ def test_reasoning_tags_of_the_last_answer_stay_what_they_are() -> None:
     assert [got.count(i) for i in tokenizer.convert_tokens_to_ids(["<think>", "</think>"])] == [1, 1]
 
 
+def test_plain_words_and_spaces_are_no_turn_markers() -> None:
+    # the template emits all of them, and they are common in any text; only "[USER]" structures a conversation
+    template = MARKED.replace("[USER]", "[USER]user\n\n")
+    tokenizer = tokenizer_with(template, plain_tokens=("[USER]", "[BOT]", "user", "\n\n", ".\n"))
+    turns = [{"role": "user", "content": "Say hello, please."}, {"role": "assistant", "content": "The user.\n\nuser"}]
+    expected = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert ids_of(ChatEncoder(tokenizer, 256), item("The user.\n\nuser")) == [expected]
+
+
 def test_a_bad_item_has_a_reason_and_its_neighbours_their_ids() -> None:
     encoder = ChatEncoder(TOKENIZERS["inst"], 64)
     good = item("Hello.")
@@ -127,6 +136,14 @@ def test_a_bad_item_has_a_reason_and_its_neighbours_their_ids() -> None:
     assert found[1] == "the chat template refuses the conversation: no system prompt"
     assert found[2] == found[4] == "longer than 64 tokens"
     assert found[3] == "text that is not valid Unicode (a lone surrogate)"
+
+
+def test_a_refusal_shows_the_text_as_it_was() -> None:
+    picky = "{% if 'Why' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}" + HEADERS
+    encoder = ChatEncoder(tokenizer_with(picky), 256)
+    assert encoder.encode([item("a", "Why <|eot_id|>?")]) == [
+        "the chat template refuses the conversation: Why <|eot_id|>?"
+    ]
 
 
 def test_the_limit_is_counted_in_tokens_template_included() -> None:

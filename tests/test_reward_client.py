@@ -311,7 +311,7 @@ def test_a_proxy_of_the_environment_is_not_used_for_this_machine(monkeypatch: py
         assert RewardClient(server.url, **QUICK).score(ITEMS) == EXPECTED
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8100", [], ["http://a", "ftp://b"]])
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8100", [], ["http://a", "ftp://b"], "http://", "http://a:99999"])
 def test_an_address_that_is_none_is_refused(url: Any) -> None:
     with pytest.raises(ValueError, match="address of a reward server"):
         RewardClient(url)
