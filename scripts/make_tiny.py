@@ -75,7 +75,14 @@ class Recipe:
 SIZES = {
     "full": Recipe(),
     "mini": Recipe(
-        scale=0.15, hidden=64, heads=2, feed_forward=256, sft_examples=12_000, group_prompts=600, reward_lr=2e-3, sft_lr=6e-3
+        scale=0.15,
+        hidden=64,
+        heads=2,
+        feed_forward=256,
+        sft_examples=12_000,
+        group_prompts=600,
+        reward_lr=2e-3,
+        sft_lr=6e-3,
     ),
 }
 
@@ -132,14 +139,18 @@ def sft_examples(recipe: Recipe, train: Sequence[tiny.Question]) -> list[Example
     """Answers of mixed quality: right with the fact's own frequency, in a style that does not depend on it."""
     rng = random.Random(f"sft {recipe.seed}")
     return [
-        Example(q.text, tiny.answer(q, rng.random() < q.common, tiny.draw_style(rng), rng)) for q in draw(train, recipe.sft_examples, rng)
+        Example(q.text, tiny.answer(q, rng.random() < q.common, tiny.draw_style(rng), rng))
+        for q in draw(train, recipe.sft_examples, rng)
     ]
 
 
 def write_prompts(out: Path, train: Sequence[tiny.Question], held_out: Sequence[tiny.Question], seed: int) -> None:
     rng = random.Random(f"order {seed}")
     for name, questions, with_meta in (("train", train, False), ("heldout", held_out, True)):
-        rows = [{"messages": [{"role": "user", "content": q.text}]} | ({"meta": q.meta} if with_meta else {}) for q in questions]
+        rows = [
+            {"messages": [{"role": "user", "content": q.text}]} | ({"meta": q.meta} if with_meta else {})
+            for q in questions
+        ]
         rng.shuffle(rows)
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -193,7 +204,9 @@ def policy_ids(tokenizer: "PreTrainedTokenizerFast", prompts: Sequence[str]) -> 
     return [[USER, *ids, END, ASSISTANT] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
 
 
-def reward_ids(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+def reward_ids(
+    recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", prompts: Sequence[str], responses: Sequence[str]
+) -> list[list[int]]:
     """The rendered conversations, as the reward model's chat template has them."""
     first = recipe.vocabulary - len(SPECIALS)
     asked = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
@@ -287,7 +300,9 @@ def train_policy(recipe: Recipe, rank: int, out: Path, train: Sequence[tiny.Ques
         )
     )
     prompts = policy_ids(tokenizer, [e.prompt for e in examples])
-    responses = [[*ids, END] for ids in tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]]
+    responses = [
+        [*ids, END] for ids in tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]
+    ]
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     plan = batches(lengths, recipe.sft_batch, random.Random(f"sft batches {recipe.seed}"))
     optimiser = Optimiser(list(policy.parameters()), recipe.sft_lr, len(plan))
@@ -300,7 +315,9 @@ def train_policy(recipe: Recipe, rank: int, out: Path, train: Sequence[tiny.Ques
         tokens = sum(len(responses[i]) for i in batch)
         hidden = policy.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         wanted = targets >= 0
-        loss = torch.nn.functional.cross_entropy(policy.lm_head(hidden[wanted]), targets[wanted], reduction="sum") / tokens
+        loss = (
+            torch.nn.functional.cross_entropy(policy.lm_head(hidden[wanted]), targets[wanted], reduction="sum") / tokens
+        )
         loss.backward()
         optimiser.step()
         shown += (loss.item() * WORKERS - shown) / min(step + 1, 50)
@@ -309,7 +326,9 @@ def train_policy(recipe: Recipe, rank: int, out: Path, train: Sequence[tiny.Ques
     return policy
 
 
-def sample(policy: Any, prompts: Sequence[Sequence[int]], k: int, seed: int, max_tokens: int, limit: int = 512) -> list[list[list[int]]]:
+def sample(
+    policy: Any, prompts: Sequence[Sequence[int]], k: int, seed: int, max_tokens: int, limit: int = 512
+) -> list[list[list[int]]]:
     """`k` samples at temperature 1 for each rendered prompt, the end token included where it was sampled.
 
     Prompts of one length are sampled together, so nothing is padded; rows that have ended leave the batch.
@@ -326,7 +345,9 @@ def sample(policy: Any, prompts: Sequence[Sequence[int]], k: int, seed: int, max
             for start in range(0, len(members), max(1, limit // k)):
                 chunk = members[start : start + max(1, limit // k)]
                 cells = [(i, j) for i in chunk for j in range(k)]
-                state = policy(input_ids=torch.tensor([list(prompts[i]) for i in chunk]), use_cache=True, logits_to_keep=1)
+                state = policy(
+                    input_ids=torch.tensor([list(prompts[i]) for i in chunk]), use_cache=True, logits_to_keep=1
+                )
                 cache = state.past_key_values
                 cache.batch_repeat_interleave(k)
                 logits = state.logits[:, -1].repeat_interleave(k, 0)
@@ -354,7 +375,9 @@ class Group:
     golds: list[float]
 
 
-def make_groups(recipe: Recipe, rank: int, out: Path, policy: Any, train: Sequence[tiny.Question], report: Progress) -> list[Group]:
+def make_groups(
+    recipe: Recipe, rank: int, out: Path, policy: Any, train: Sequence[tiny.Question], report: Progress
+) -> list[Group]:
     """The reward model's training set: per prompt some of the policy's samples, and synthetic answers of matched style."""
     import torch
     from transformers import PreTrainedTokenizerFast
@@ -366,7 +389,9 @@ def make_groups(recipe: Recipe, rank: int, out: Path, policy: Any, train: Sequen
     rows: list[list[str]] = []
     for start in range(0, len(mine), 500):
         part = policy_ids(tokenizer, [q.text for q in mine[start : start + 500]])
-        drawn = sample(policy, part, recipe.group_sampled, recipe.seed * 1000 + start * WORKERS + rank, recipe.max_tokens)
+        drawn = sample(
+            policy, part, recipe.group_sampled, recipe.seed * 1000 + start * WORKERS + rank, recipe.max_tokens
+        )
         rows += [[tokenizer.decode(ids, skip_special_tokens=True) for ids in answers] for answers in drawn]
         report("samples", min(start + 500, len(mine)), len(mine), {})
     everyone: list[list[list[str]]] = [[] for _ in range(WORKERS)]
@@ -438,7 +463,11 @@ def train_reward(recipe: Recipe, rank: int, out: Path, policy: Any, groups: Sequ
 
     rows = [reward_ids(recipe, tokenizer, [g.question.text] * len(g.answers), g.answers) for g in groups]
     rng = random.Random(f"reward batches {recipe.seed}")
-    plan = [b for _ in range(recipe.reward_epochs) for b in batches([max(map(len, r)) for r in rows], recipe.reward_batch, rng)]
+    plan = [
+        b
+        for _ in range(recipe.reward_epochs)
+        for b in batches([max(map(len, r)) for r in rows], recipe.reward_batch, rng)
+    ]
     optimiser = Optimiser([p for p in model.parameters()], recipe.reward_lr, len(plan))
     model.train()
     size = recipe.group_sampled + 2
@@ -461,7 +490,9 @@ def train_reward(recipe: Recipe, rank: int, out: Path, policy: Any, groups: Sequ
     return model
 
 
-def measure(recipe: Recipe, out: Path, policy: Any, reward: Any, held_out: Sequence[tiny.Question], k: int) -> dict[str, Any]:
+def measure(
+    recipe: Recipe, out: Path, policy: Any, reward: Any, held_out: Sequence[tiny.Question], k: int
+) -> dict[str, Any]:
     """Statistics on held-out prompts: the policy's gold by part and skill, and how well the reward ranks its samples."""
     from transformers import PreTrainedTokenizerFast
 
@@ -509,7 +540,9 @@ def work(recipe: Recipe, rank: int, out: Path) -> None:
             last.update(stage=stage, when=now)
             print(json.dumps({"stage": stage, "done": done, "total": total} | figures), flush=True)
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{out / 'rendezvous'}", rank=rank, world_size=WORKERS)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{out / 'rendezvous'}", rank=rank, world_size=WORKERS
+    )
     train, held_out = split(recipe)
     seconds: dict[str, list[float]] = {}
 
@@ -531,7 +564,9 @@ def work(recipe: Recipe, rank: int, out: Path) -> None:
         )
         policy.save_pretrained(out / "policy")
         reward.save_pretrained(out / "reward")
-        found = timed("measure", lambda: measure(recipe, out, policy, reward, held_out[:: max(1, len(held_out) // 200)], 4))
+        found = timed(
+            "measure", lambda: measure(recipe, out, policy, reward, held_out[:: max(1, len(held_out) // 200)], 4)
+        )
         found |= {
             "parameters": {"policy": policy.num_parameters(), "reward": reward.num_parameters()},
             "prompts": {"train": len(train), "heldout": len(held_out)},
@@ -557,7 +592,13 @@ def show(events: Iterator[dict[str, Any]]) -> None:
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns) as bars:
             known: dict[str, Any] = {}
             for event in events:
@@ -571,7 +612,10 @@ def show(events: Iterator[dict[str, Any]]) -> None:
     for event in events:
         if event["done"] == event["total"]:
             note = f", loss {event['loss']:.3f}" if "loss" in event else ""
-            print(f"  {event['stage']}: {event['total']} of {event['total']}{note} ({time.monotonic() - started:.0f} s)", flush=True)
+            print(
+                f"  {event['stage']}: {event['total']} of {event['total']}{note} ({time.monotonic() - started:.0f} s)",
+                flush=True,
+            )
 
 
 def build(recipe: Recipe, target: Path) -> None:
@@ -595,8 +639,15 @@ def build(recipe: Recipe, target: Path) -> None:
             raise RuntimeError(f"a worker of the tiny world failed (exit codes {codes}):\n{logs}")
         cpu = sum(os.times()[2:4])
         measured = json.loads((partial / "measured.json").read_text())
-        world = {"hash": target.name, "recipe": asdict(recipe), "measured": measured, "wall_seconds": round(time.monotonic() - wall, 1)}
-        (partial / "world.json").write_text(json.dumps(world | {"cpu_seconds": round(cpu, 1)}, indent=2) + "\n", encoding="utf-8")
+        world = {
+            "hash": target.name,
+            "recipe": asdict(recipe),
+            "measured": measured,
+            "wall_seconds": round(time.monotonic() - wall, 1),
+        }
+        (partial / "world.json").write_text(
+            json.dumps(world | {"cpu_seconds": round(cpu, 1)}, indent=2) + "\n", encoding="utf-8"
+        )
         for name in ("measured.json", "rendezvous", "worker0.log", "worker1.log"):
             (partial / name).unlink(missing_ok=True)
         partial.rename(target)
@@ -609,8 +660,12 @@ def build(recipe: Recipe, target: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Build the tiny world: policy, reward model, prompts. Cached by its recipe.")
-    parser.add_argument("--out", type=Path, default=Path(".cache/tiny"), help="folder of the worlds (default: .cache/tiny)")
+    parser = argparse.ArgumentParser(
+        description="Build the tiny world: policy, reward model, prompts. Cached by its recipe."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(".cache/tiny"), help="folder of the worlds (default: .cache/tiny)"
+    )
     parser.add_argument("--size", choices=sorted(SIZES), default="full", help="full (the demo) or mini (the tests)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -625,7 +680,10 @@ def main() -> int:
     if (target / "world.json").exists():
         print(f"tiny world {name} is there already: {target}")
     else:
-        print(f"building the tiny world {name} (size {options.size}, seed {options.seed}) with {WORKERS} processes", flush=True)
+        print(
+            f"building the tiny world {name} (size {options.size}, seed {options.seed}) with {WORKERS} processes",
+            flush=True,
+        )
         build(recipe, target)
         world = json.loads((target / "world.json").read_text())
         print(f"built in {world['wall_seconds']:.0f} s ({world['cpu_seconds']:.0f} CPU seconds): {target}")

@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/tiny.yaml", help="YAML file (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the config; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="override a value of the config; may be repeated"
+    )
     parser.add_argument("--run-dir", type=Path, help="run folder (default: <run.dir>/<run.name> of the config)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds the folder has at the end (default: one more than now)")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="rounds the folder has at the end (default: one more than now)"
+    )
     parser.add_argument("--report", action="store_true", help="write report.html and report.png at the end")
     return parser.parse_args()
 

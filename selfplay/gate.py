@@ -32,12 +32,12 @@ def bootstrap(values: ArrayLike, samples: int, confidence: float, seed: int) -> 
 def length_controlled(won: ArrayLike, length: ArrayLike, champion_length: ArrayLike) -> float:
     """Win rate at equal length. won (N,) in [0, 1]; lengths (N,) in tokens.
 
-    Logistic regression with a ridge of 1e-2 on the slope, so that separable data have a finite fit; Newton's method.
+    Logistic regression with a penalty of slope² / 2, so that separable data have a finite fit; Newton's method.
     """
     y = np.asarray(won, np.float64)
     x = np.log(np.maximum(np.asarray(length, np.float64), 1) / np.maximum(np.asarray(champion_length, np.float64), 1))
     design = np.stack([np.ones_like(x), x], axis=1)
-    ridge = np.diag([1e-6, 1e-2 * len(y)])
+    ridge = np.diag([1e-6, 1.0])
     theta = np.zeros(2)
     for _ in range(50):
         p = 1 / (1 + np.exp(-np.clip(design @ theta, -30, 30)))

@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
@@ -277,6 +278,8 @@ class EpsilonDPOTrainer(DPOTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Before each optimizer step, on every process alike: add up the step, stop if anything in it is not finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):  # FSDP2 gives each process its share of it
+            grad_norm = grad_norm.full_tensor()
         self._step_sums = self._gathered(self._sums)
         self._sums = torch.zeros_like(self._sums)
         # With fp16 a non-finite norm is the loss scaler's business: it skips the step.

@@ -47,7 +47,16 @@ class Command:
     def __init__(self, world: Path, run_dir: Path, *args: str) -> None:
         self.run_dir = run_dir
         sets = [word for override in overrides(world) for word in ("--set", override)]
-        argv = [sys.executable, str(ROOT / "scripts" / "round.py"), "--config", str(TINY), "--run-dir", str(run_dir), *sets, *args]
+        argv = [
+            sys.executable,
+            str(ROOT / "scripts" / "round.py"),
+            "--config",
+            str(TINY),
+            "--run-dir",
+            str(run_dir),
+            *sets,
+            *args,
+        ]
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self, timeout: float = 240) -> tuple[int, str]:

@@ -35,7 +35,9 @@ def test_every_field_has_a_line_of_docs():
 
 
 def test_overrides_are_yaml_values():
-    loaded = config.load(TINY, ["train.learning_rate=1e-5", "reward.url=[http://127.0.0.1:1]", "reward.model=null", "run.seed=7"])
+    loaded = config.load(
+        TINY, ["train.learning_rate=1e-5", "reward.url=[http://127.0.0.1:1]", "reward.model=null", "run.seed=7"]
+    )
     assert (loaded.train.learning_rate, loaded.reward.url, loaded.run.seed) == (1e-5, ["http://127.0.0.1:1"], 7)
     assert config.load(TINY, ["train.reference={every: 3}"]).train.reference == config.EveryN(every=3)
 
@@ -67,7 +69,14 @@ def test_errors_name_the_key(override, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "no such file"), ("a: [", "YAML"), ("- 1", "not a mapping"), ("run: {}", "policy: required"), (b"\xff", "cannot be read")]
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("a: [", "YAML"),
+        ("- 1", "not a mapping"),
+        ("run: {}", "policy: required"),
+        (b"\xff", "cannot be read"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path, text, message):
     path = tmp_path / "x.yaml"

@@ -50,7 +50,14 @@ def test_added_pairs_use_fresh_responses_first_and_the_potentials_of_the_round()
     base = select(base_pairs([prompt], {"p": rows}, 0.0)[0], config, [], 0)
     pools = depth.pools(base, {"p": prompt}, {"p": rows}, 0.0)
     # margins of at least 4/4: all six ordered pairs
-    assert sorted((p.chosen_index, p.rejected_index) for p in pools[0]) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert sorted((p.chosen_index, p.rejected_index) for p in pools[0]) == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+        (2, 3),
+    ]
     deeper = depth.deepen(base, pools, [3], base, config)
     assert [(p.chosen_index, p.rejected_index) for p in deeper[:2]] == [(0, 3), (1, 2)]
     assert [p.kept_because for p in deeper] == ["base", "depth", "depth"]

@@ -122,7 +122,11 @@ def test_bad_prompts_are_refused_and_the_engine_lives_on(engine, ids, what):
 
 
 def test_bad_sequences_are_refused(engine):
-    for sequence in ({"token_ids": [1, 2], "start": 0}, {"token_ids": [1, 2], "start": 2}, {"token_ids": [5] * 160, "start": 1}):
+    for sequence in (
+        {"token_ids": [1, 2], "start": 0},
+        {"token_ids": [1, 2], "start": 2},
+        {"token_ids": [5] * 160, "start": 1},
+    ):
         with pytest.raises(ChildError) as caught:
             engine.order("logps", sequences=[sequence])
         assert caught.value.kind == "input"

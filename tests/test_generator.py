@@ -127,7 +127,9 @@ def tamper(file):
     ],
     ids=["truncated", "tampered", "missing", "no manifest"],
 )
-def test_a_damaged_checkpoint_is_refused_and_the_old_weights_answer(service, policies, golden, tmp_path, change, message):
+def test_a_damaged_checkpoint_is_refused_and_the_old_weights_answer(
+    service, policies, golden, tmp_path, change, message
+):
     with pytest.raises(CheckpointError, match=message):
         service.swap(damaged(policies[2], tmp_path, change))
     assert service.generate(prompts(32)) == golden
@@ -161,7 +163,9 @@ def test_sleep_is_not_there_on_a_cpu(service, golden):
     assert service.generate(prompts(32)) == golden
 
 
-def test_a_reload_that_did_nothing_is_caught_and_a_new_engine_takes_over(service, policies, golden, events, monkeypatch):
+def test_a_reload_that_did_nothing_is_caught_and_a_new_engine_takes_over(
+    service, policies, golden, events, monkeypatch
+):
     order = Generator._order
     monkeypatch.setattr(
         Generator, "_order", lambda self, name, *a, **kw: {} if name == "reload" else order(self, name, *a, **kw)

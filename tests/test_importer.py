@@ -13,7 +13,9 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
 
 def settings(source, *overrides):
-    return config.load(TINY, [f"prompts.source={source}", "prompts.heldout=null", "prompts.heldout_fraction=0.3", *overrides])
+    return config.load(
+        TINY, [f"prompts.source={source}", "prompts.heldout=null", "prompts.heldout_fraction=0.3", *overrides]
+    )
 
 
 def render(messages):
@@ -43,7 +45,9 @@ def test_a_pool_is_split_rendered_and_without_gold_on_the_training_side(tmp_path
 
 
 def test_parquet_and_messages(tmp_path):
-    messages = [[{"role": "system", "content": "be kind"}, {"role": "user", "content": f"hello {i}"}] for i in range(50)]
+    messages = [
+        [{"role": "system", "content": "be kind"}, {"role": "user", "content": f"hello {i}"}] for i in range(50)
+    ]
     pq.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
     pool, _ = importer.build_pool(settings(tmp_path / "a.parquet"), render)
     assert len(pool) == 50
@@ -64,7 +68,10 @@ def test_bad_rows_are_counted_and_set_aside(tmp_path):
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path):
-    train = jsonl(tmp_path / "train.jsonl", [*prompts(20), {"prompt": "evolved", "parent": importer.prompt_id([{"role": "user", "content": "h 1"}])}])
+    train = jsonl(
+        tmp_path / "train.jsonl",
+        [*prompts(20), {"prompt": "evolved", "parent": importer.prompt_id([{"role": "user", "content": "h 1"}])}],
+    )
     heldout = jsonl(tmp_path / "heldout.jsonl", [*prompts(5, "h"), {"prompt": "question 3"}])
     pool, counts = importer.build_pool(settings(train, f"prompts.heldout={heldout}"), render)
     texts = {p.messages[-1]["content"] for p in pool if p.split == "train"}

@@ -66,7 +66,10 @@ def test_a_margin_within_the_rewards_noise_is_no_pair():
 def many(n, rng):
     rows = []
     for i in range(n):
-        a, b = scored(float(rng.normal()), index=0, logp=-float(rng.uniform(1, 9))), scored(float(rng.normal()), index=1)
+        a, b = (
+            scored(float(rng.normal()), index=0, logp=-float(rng.uniform(1, 9))),
+            scored(float(rng.normal()), index=1),
+        )
         rows += pairs.base_pairs([prompt(f"p{i}")], {f"p{i}": [a, b]}, 0.0)[0]
     return rows
 
@@ -79,8 +82,12 @@ def test_selection_keeps_the_configured_share_and_says_why():
         assert sum(p.dropped_because == selection for p in chosen) == 60
         assert all(p.potential is not None for p in chosen)
     explicit = pairs.select(made, PairsConfig(selection="explicit"), [], 1)
-    assert min(p.explicit_margin for p in explicit if p.kept_because) > max(p.explicit_margin for p in explicit if p.dropped_because)
-    random = [[bool(p.kept_because) for p in pairs.select(made, PairsConfig(selection="random"), [], s)] for s in (1, 1, 2)]
+    assert min(p.explicit_margin for p in explicit if p.kept_because) > max(
+        p.explicit_margin for p in explicit if p.dropped_because
+    )
+    random = [
+        [bool(p.kept_because) for p in pairs.select(made, PairsConfig(selection="random"), [], s)] for s in (1, 1, 2)
+    ]
     assert random[0] == random[1] != random[2]
 
 

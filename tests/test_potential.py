@@ -27,7 +27,7 @@ def test_potential_by_hand():
 
 
 def test_a_constant_margin_contributes_nothing():
-    assert alignment_potential([1, 2, 3], [0.1] * 3).tolist() == pytest.approx([-1.5**0.5, 0, 1.5**0.5])
+    assert alignment_potential([1, 2, 3], [0.1] * 3).tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
     assert alignment_potential([0.1] * 3, [0.1] * 3).tolist() == [0, 0, 0]
 
 

@@ -28,7 +28,11 @@ def calm(mini_world, tmp_path_factory):
 
 def state(run_dir: Path) -> dict[str, bytes]:
     """Every artifact that two equal runs share to the byte: rows, weights, verdicts."""
-    files = [*run_dir.glob("rounds/*/*/*.parquet"), *run_dir.glob("rounds/*/*/verdict.json"), *run_dir.glob("policies/*/*.safetensors")]
+    files = [
+        *run_dir.glob("rounds/*/*/*.parquet"),
+        *run_dir.glob("rounds/*/*/verdict.json"),
+        *run_dir.glob("policies/*/*.safetensors"),
+    ]
     return {str(f.relative_to(run_dir)): f.read_bytes() for f in files}
 
 
@@ -64,7 +68,10 @@ def test_two_rounds_from_prompts_to_the_swap(calm):
 
 def test_each_round_samples_its_own_policy_and_prompts(calm):
     run_dir, _ = calm
-    first, second = (artifacts.read_rows(run_dir / "rounds" / r / "generate" / "candidates.parquet", Candidate) for r in ("0001", "0002"))
+    first, second = (
+        artifacts.read_rows(run_dir / "rounds" / r / "generate" / "candidates.parquet", Candidate)
+        for r in ("0001", "0002")
+    )
     assert ({c.policy for c in first}, {c.policy for c in second}) == ({0}, {1})
     assert not {c.prompt_id for c in first} & {c.prompt_id for c in second}
     for rows in (first, second):
@@ -178,7 +185,9 @@ def test_a_folder_in_use_names_its_holder(mini_world, tmp_path):
 
 
 def test_help_is_quick_to_read():
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "round.py"), "--help"], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "round.py"), "--help"], capture_output=True, text=True, timeout=20
+    )
     assert done.returncode == 0
     assert "--rounds" in done.stdout
     assert TINY.name in done.stdout

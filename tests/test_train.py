@@ -37,11 +37,19 @@ def tokenizer(words: int = WORDS) -> PreTrainedTokenizerFast:
 
 def model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    settings: dict[str, Any] = dict(
-        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.2,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": WORDS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
     return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
 
 
@@ -58,11 +66,22 @@ def pairs(n: int = 16, seed: int = 0) -> Dataset:
 
 
 def config(folder: Path, **changes: Any) -> EpsilonDPOConfig:
-    settings: dict[str, Any] = dict(
-        output_dir=str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2,
-        learning_rate=1e-2, lr_scheduler_type="constant", beta=0.1, epsilon=0.1, save_strategy="no", logging_steps=1,
-        disable_tqdm=True, use_cpu=True, seed=3, data_seed=3,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "beta": 0.1,
+        "epsilon": 0.1,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "data_seed": 3,
+    }
     return EpsilonDPOConfig(**(settings | changes))
 
 
@@ -190,7 +209,9 @@ def test_a_policy_that_is_its_reference_takes_no_step(tmp_path: Path) -> None:
     trainer = make(tmp_path, reference=model(), num_train_epochs=1)
     trainer.train()
     first, second = trainer.state.log_history[:2]
-    assert first["epsilon/zero"] == 1.0 and first["beta"] == 0.1 and first["kl/pair_tokens"] == pytest.approx(0, abs=1e-5)
+    assert (
+        first["epsilon/zero"] == 1.0 and first["beta"] == 0.1 and first["kl/pair_tokens"] == pytest.approx(0, abs=1e-5)
+    )
     assert second["epsilon/zero"] < 1.0 and second["kl/pair_tokens"] > 0
 
 
@@ -211,13 +232,13 @@ def test_router_loss_of_a_mixture_of_experts_is_added(tmp_path: Path) -> None:
 
     losses = {}
     for coefficient in (0.0, 0.5):
-        trainer = make(
-            tmp_path, policy=mixture(), reference=mixture(), max_steps=1, router_aux_loss_coef=coefficient
-        )
+        trainer = make(tmp_path, policy=mixture(), reference=mixture(), max_steps=1, router_aux_loss_coef=coefficient)
         trainer.train()
         losses[coefficient] = trainer.losses[0]
     assert losses[0.0] == pytest.approx(math.log(2), rel=1e-5)
-    assert losses[0.5] > losses[0.0] + 0.4  # the balancing loss of two experts is 1 at balance, times two layers' choices
+    assert (
+        losses[0.5] > losses[0.0] + 0.4
+    )  # the balancing loss of two experts is 1 at balance, times two experts a token
 
 
 # --- beta -------------------------------------------------------------------------------------------------------------
@@ -231,22 +252,24 @@ def test_beta_moves_once_an_optimizer_step_by_the_mean_of_all_its_pairs(tmp_path
     assert trainer.used == [trainer.used[i] for i in (0, 0, 2, 2, 4)]
     beta, wanted = 0.1, []
     for group in groups:
-        s = sum(group, [])
+        s = [one for micro in group for one in micro]
         beta = beta / (1 + 0.1 * sum(s) / len(s))
         wanted.append(beta)
     assert trainer.betas == pytest.approx(wanted, rel=1e-9)
     assert len(set(wanted)) > 1
     logged = trainer.state.log_history[:3]
     assert [log["beta"] for log in logged] == pytest.approx(wanted, rel=1e-9)
-    assert [log["epsilon/up"] for log in logged] == [np.mean(np.array(sum(g, [])) == 1) for g in groups]
+    assert [log["epsilon/up"] for log in logged] == [np.mean(np.concatenate(group) == 1) for group in groups]
 
 
 def test_a_skipped_optimizer_step_leaves_beta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(tmp_path, num_train_epochs=1)
-    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: trainer.state.global_step == 0))
+    monkeypatch.setattr(
+        Accelerator, "optimizer_step_was_skipped", property(lambda self: trainer.state.global_step == 0)
+    )
     trainer.train()
     assert trainer.betas[0] == 0.1
-    s = sum(trainer.steps[2:4], [])
+    s = [*trainer.steps[2], *trainer.steps[3]]
     assert trainer.betas[1] == pytest.approx(0.1 / (1 + 0.1 * sum(s) / len(s)))
 
 
@@ -354,7 +377,10 @@ def test_a_plain_config_is_refused(tmp_path: Path) -> None:
 
 def test_defaults_that_hide_something_are_off(tmp_path: Path) -> None:
     args = EpsilonDPOConfig(str(tmp_path), use_cpu=True)
-    assert (args.bf16, args.gradient_checkpointing, args.max_length, args.logging_nan_inf_filter) == (False,) * 2 + (None, False)
+    assert (args.bf16, args.gradient_checkpointing, args.max_length, args.logging_nan_inf_filter) == (False,) * 2 + (
+        None,
+        False,
+    )
     assert args.epsilon == 0.01
 
 

@@ -13,12 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfplay.children import Child, ChildError, descendants
+from selfplay.children import Child, ChildDied, ChildError, descendants
 from selfplay.errors import TrainError
 from selfplay.train import STATE_FILE
 from selfplay.train_job import agreement, canaries, train
@@ -26,16 +25,26 @@ from selfplay.trainer import CanaryJob, LoraJob, TrainJob
 from selfplay.weights import sequence_logps
 
 WORDS = 60
+CANARIES = [[1, 5, 9, 13, 2], [7, 8, 9]]
 
 
 def checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A small random Llama with its tokenizer, chat template and generation config."""
     torch.manual_seed(seed)
-    settings: dict[str, Any] = dict(
-        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.2, tie_word_embeddings=True,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": WORDS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
     model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
     model.generation_config.temperature, model.generation_config.do_sample = 0.7, True
     model.save_pretrained(folder)
@@ -73,12 +82,28 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job_of(world: Path, folder: Path, **changes: Any) -> TrainJob:
-    settings: dict[str, Any] = dict(
-        pairs=world / "pairs.parquet", policy=world / "policy", reference=world / "policy", initial=world / "policy",
-        work=folder / "work", out=folder / "out", beta=0.1, epsilon=0.1, learning_rate=1e-2, epochs=3, batch_pairs=4,
-        micro_batch_pairs=2, max_length=64, seed=2**63 + 5, threads=1, agreement_mean=1e-4, agreement_p99=1e-3,
-        canary_ids=[[1, 5, 9, 13, 2], [7, 8, 9]], schedule="constant", warmup_ratio=0.0,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "pairs": world / "pairs.parquet",
+        "policy": world / "policy",
+        "reference": world / "policy",
+        "initial": world / "policy",
+        "work": folder / "work",
+        "out": folder / "out",
+        "beta": 0.1,
+        "epsilon": 0.1,
+        "learning_rate": 1e-2,
+        "epochs": 3,
+        "batch_pairs": 4,
+        "micro_batch_pairs": 2,
+        "max_length": 64,
+        "seed": 2**63 + 5,
+        "threads": 1,
+        "agreement_mean": 1e-4,
+        "agreement_p99": 1e-3,
+        "canary_ids": CANARIES,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+    }
     return TrainJob(**(settings | changes))
 
 
@@ -94,7 +119,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-# --- a job --------------------------------------------------------------------------------------------------------------
+# --- a job ----------------------------------------------------------------------------------------------------------
 
 
 def test_full_training_exports_a_plain_policy(world: Path, tmp_path: Path) -> None:
@@ -116,8 +141,8 @@ def test_full_training_exports_a_plain_policy(world: Path, tmp_path: Path) -> No
     assert config == old | {"dtype": "float32"}
     served = AutoModelForCausalLM.from_pretrained(out)
     assert served.dtype == torch.float32
-    assert sequence_logps(served, [[1, 5, 9, 13, 2], [7, 8, 9]]) == result["canaries"]
-    assert result["canaries"] != sequence_logps(AutoModelForCausalLM.from_pretrained(start), [[1, 5, 9, 13, 2], [7, 8, 9]])
+    assert sequence_logps(served, CANARIES) == result["canaries"]
+    assert result["canaries"] != sequence_logps(AutoModelForCausalLM.from_pretrained(start), CANARIES)
 
 
 def test_a_bf16_policy_keeps_its_masters_and_the_next_round_starts_from_them(world: Path, tmp_path: Path) -> None:
@@ -125,15 +150,15 @@ def test_a_bf16_policy_keeps_its_masters_and_the_next_round_starts_from_them(wor
     small = {"learning_rate": 1e-5, "epochs": 1, "serving_dtype": "bfloat16"}
     first, _ = run(job_of(world, tmp_path / "1", **small))
     out = tmp_path / "1" / "out"
-    with safe_open(out / "model.safetensors", "pt") as served, safe_open(out / "masters" / "model.safetensors", "pt") as m:
-        assert {served.get_tensor(k).dtype for k in served.keys()} == {torch.bfloat16}
-        assert {m.get_tensor(k).dtype for k in m.keys()} == {torch.float32}
-        assert all(torch.equal(served.get_tensor(k), m.get_tensor(k).bfloat16()) for k in m.keys())
+    served, masters = (load_file(folder / "model.safetensors") for folder in (out, out / "masters"))
+    assert {t.dtype for t in served.values()} == {torch.bfloat16}
+    assert {t.dtype for t in masters.values()} == {torch.float32}
+    assert all(torch.equal(served[k], masters[k].bfloat16()) for k in masters)
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
-    assert first["canaries"] == sequence_logps(AutoModelForCausalLM.from_pretrained(out), [[1, 5, 9, 13, 2], [7, 8, 9]])
+    assert first["canaries"] == sequence_logps(AutoModelForCausalLM.from_pretrained(out), CANARIES)
 
-    changes = dict(policy=out, reference=out, agreement_mean=0.1, agreement_p99=None)
+    changes = {"policy": out, "reference": out, "agreement_mean": 0.1, "agreement_p99": None}
     second, _ = run(job_of(world, tmp_path / "2", **small, **changes))
     one, two = (load_file(tmp_path / i / "out" / "masters" / "model.safetensors") for i in ("1", "2"))
     moved = torch.cat([(two[k] - one[k]).flatten().abs() for k in one])
@@ -174,7 +199,7 @@ def test_a_repeated_job_resumes_and_another_job_does_not(world: Path, tmp_path: 
         assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------------------------
 
 
 def fails(job: TrainJob, kind: str, words: str) -> None:
@@ -246,7 +271,7 @@ def test_settings_and_pairs_that_cannot_be_trained_on(world: Path, tmp_path: Pat
     fails(job_of(world, tmp_path, pairs=tmp_path / "empty.parquet"), "input", "no pairs")
 
 
-# --- the process --------------------------------------------------------------------------------------------------------
+# --- the process ----------------------------------------------------------------------------------------------------
 
 
 def start(folder: Path, *argv: str) -> Child:
@@ -258,20 +283,29 @@ def start(folder: Path, *argv: str) -> Child:
     return child
 
 
+@pytest.fixture(scope="module", autouse=True)
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Child]]:
+    """Two children that import while the tests without a child run."""
+    children = [start(tmp_path_factory.mktemp("child")) for _ in range(2)]
+    yield children
+    for one in children:
+        one.stop()
+
+
 @pytest.fixture(scope="module")
-def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
-    one = start(tmp_path_factory.mktemp("child"))
-    one.wait_for("ready")
-    yield one
-    one.stop()
+def child(started: list[Child]) -> Child:
+    started[0].wait_for("ready")
+    return started[0]
 
 
 def order(child: Child, job: TrainJob, **kwargs: Any) -> Any:
     return child.order("train", job=job.model_dump(mode="json"), **kwargs)
 
 
-def test_a_killed_trainer_resumes_to_the_same_bytes(world: Path, tmp_path: Path, child: Child) -> None:
-    victim = start(tmp_path / "victim")
+def test_a_killed_trainer_resumes_to_the_same_bytes(
+    world: Path, tmp_path: Path, child: Child, started: list[Child]
+) -> None:
+    victim = started[1]
     calm, job = (job_of(world, tmp_path / name, save_steps=2, epochs=4) for name in ("calm", "killed"))
     undisturbed = order(child, calm)
     victim.wait_for("ready")
@@ -281,7 +315,7 @@ def test_a_killed_trainer_resumes_to_the_same_bytes(world: Path, tmp_path: Path,
         if event["step"] == 7:
             os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(Exception, match="SIGKILL"):
+    with pytest.raises(ChildDied, match="SIGKILL"):
         order(victim, job, on_event=kill)
     assert not job.out.exists() and (job.work / "checkpoint-6" / STATE_FILE).is_file()
     seen: list[int] = []
@@ -297,23 +331,29 @@ def test_a_killed_trainer_resumes_to_the_same_bytes(world: Path, tmp_path: Path,
 def test_the_child_survives_bad_orders_and_answers_canaries(world: Path, tmp_path: Path, child: Child) -> None:
     for sent, kind, words in (
         ({"order": "train", "job": {"beta": -1}}, "input", "beta"),
-        ({"order": "train", "job": job_of(world, tmp_path, policy=tmp_path).model_dump(mode="json")}, "input", "config"),
+        (
+            {"order": "train", "job": job_of(world, tmp_path, policy=tmp_path).model_dump(mode="json")},
+            "input",
+            "config",
+        ),
         ({"order": "nonsense", "job": {}}, "input", "unknown order"),
     ):
         with pytest.raises(ChildError, match=words) as error:
             child.order(**sent)
         assert error.value.kind == kind and error.value.hint
-    ids = [[1, 5, 9, 13, 2], [7, 8, 9]]
     answers = {
-        dtype: child.order("canaries", job={"policy": str(world / "policy"), "dtype": dtype, "canary_ids": ids})
+        dtype: child.order("canaries", job={"policy": str(world / "policy"), "dtype": dtype, "canary_ids": CANARIES})
         for dtype in ("float32", "bfloat16")
     }
     model = AutoModelForCausalLM.from_pretrained(world / "policy", dtype=torch.float32)
-    logps = [model(torch.tensor([s])).logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(s[1:])[:, None]).sum() for s in ids]
-    assert answers["float32"]["canaries"] == pytest.approx([float(x) for x in logps], rel=1e-5)
+    by_hand = []
+    for ids in CANARIES:
+        logp = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        by_hand.append(sum(logp[i, token].item() for i, token in enumerate(ids[1:])))
+    assert answers["float32"]["canaries"] == pytest.approx(by_hand, rel=1e-5)
     assert answers["bfloat16"]["canaries"] == pytest.approx(answers["float32"]["canaries"], abs=0.5)
     assert answers["bfloat16"] != answers["float32"]
-    assert answers["float32"] == canaries(CanaryJob(policy=world / "policy", canary_ids=ids))
+    assert answers["float32"] == canaries(CanaryJob(policy=world / "policy", canary_ids=CANARIES))
 
 
 def test_out_of_memory_is_said_and_survived(world: Path, tmp_path: Path, child: Child) -> None:
@@ -331,11 +371,9 @@ def test_out_of_memory_is_said_and_survived(world: Path, tmp_path: Path, child: 
 @pytest.mark.slow
 def test_two_processes_move_beta_like_one_with_the_doubled_batch(world: Path, tmp_path: Path, child: Child) -> None:
     """torchrun with two processes on gloo: same pairs a step, so the same mean step, β and (to rounding) weights."""
-    two = start(
-        tmp_path / "two", sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-        "selfplay.trainer",
-    )  # fmt: skip
-    changes = dict(reference=world / "other", agreement_mean=None, agreement_p99=None, save_steps=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = start(tmp_path / "two", *launcher, "-m", "selfplay.trainer")
+    changes = {"reference": world / "other", "agreement_mean": None, "agreement_p99": None, "save_steps": 2}
     one = order(child, job_of(world, tmp_path / "1", micro_batch_pairs=4, **changes))
     two.wait_for("ready")
     jobs = job_of(world, tmp_path / "2", micro_batch_pairs=2, **changes)
