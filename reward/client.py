@@ -330,7 +330,7 @@ def _is_address(url: str) -> bool:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
         return False
-    return parsed.scheme in ("http", "https") and bool(parsed.host)
+    return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 2**16
 
 
 def _first(error: ValidationError) -> str:

@@ -184,7 +184,7 @@ def serve(options: argparse.Namespace, out: TextIO) -> int:
             trust_remote_code=options.trust_remote_code,
         )
     except ModelRefused as error:
-        log.error("%s", error)
+        log.error("%s", " ".join(str(error).split()))  # one line: a supervisor shows the last one
         listener.close()
         return 2
     log.info("serving %s at %s", model.health.model_dump_json(exclude={"files"}), url(listener))

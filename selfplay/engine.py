@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -264,7 +265,7 @@ class WorkerOrders:
         model = self.model_runner.get_model()
         packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
         files = [safe_open(file, framework="pt") for file in sorted(Path(path).glob("*.safetensors"))]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        where = {name: file for file in files for name in file.keys()}
         left, worst, compared = set(where), 0.0, 0
         # A tied parameter comes under both of its names: each layer may hold a copy of its own.
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -378,9 +379,14 @@ def main() -> None:
     options = parser.parse_args()
     cpu = cpu_build()
     prepare(cpu, options.cpu_threads, options.cpu_kv_cache_gib)
-    import vllm  # noqa: F401  (most of the start: it overlaps with what the controller does meanwhile)
+    # Imports are most of the start, and overlap with what the controller does meanwhile.
+    import vllm
     from vllm.v1.engine.exceptions import EngineDeadError
 
+    if cpu:
+        import vllm.v1.worker.cpu_worker
+
+    print(f"vLLM {vllm.__version__} is imported", file=sys.stderr)
     engine = Engine(channel, cpu)
     known: dict[str, Callable[[Event], Any]] = {
         "load": engine.load,

@@ -1,5 +1,6 @@
 """The client with a real engine. Later tests go on with the engine that earlier ones left, or left dead."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -163,70 +164,70 @@ def test_sleep_is_not_there_on_a_cpu(service, golden):
     assert service.generate(prompts(32)) == golden
 
 
-def test_a_reload_that_did_nothing_is_caught_and_a_new_engine_takes_over(
-    service, policies, golden, events, monkeypatch
-):
+def without(monkeypatch, name):
+    """Let one order of the generator do nothing."""
     order = Generator._order
-    monkeypatch.setattr(
-        Generator, "_order", lambda self, name, *a, **kw: {} if name == "reload" else order(self, name, *a, **kw)
-    )
-    report = service.swap(policies[2])
-    assert report.method == "restart" and report.restarted
-    kind, text = events.pop()
-    assert kind == "swap_restart" and "after the reload the engine is" in text
-    monkeypatch.undo()
-    assert service.swap(policies[1]).method == "canaries"
+
+    def faulty(self, asked, /, *args, **fields):
+        return {} if asked == name else order(self, asked, *args, **fields)
+
+    monkeypatch.setattr(Generator, "_order", faulty)
+
+
+def test_a_reload_that_did_nothing_is_caught(service, policies, golden, monkeypatch):
+    def give_up(self, policy, manifest, began, why):
+        raise SwapError(why)
+
+    without(monkeypatch, "reload")
+    monkeypatch.setattr(Generator, "_restart_with", give_up)
+    monkeypatch.setattr(Generator, "stop", lambda self: None)  # policy 1 is still in it: no need for another one here
+    with pytest.raises(SwapError, match="after the reload the engine is .* from policy 2, .* from the one before"):
+        service.swap(policies[2])
+    service._loaded = True
     assert service.generate(prompts(32)) == golden
 
 
 def test_an_engine_killed_in_mid_evaluation_answers_with_the_candidate(service, policies, golden, events):
-    service.swap(policies[2], keep_verified=True)
+    # Killed before the swap: the new weights come in a new engine.
+    kill(service)
+    report = service.swap(policies[2], keep_verified=True)
+    assert report.method == "restart" and report.restarted
+    kind, text = events.pop()
+    assert kind == "swap_restart" and "was killed by SIGKILL" in text
     assert service.policy == policies[2] and service.verified == policies[1]
+    # Killed with the candidate in it: from the policy verified before to the candidate, and the same answers again.
     whole = service.generate(prompts(200))
     killed = []
 
     def on_progress(done):
-        if not killed:
+        if not killed:  # a second after the start, or with the answer on its way
             killed.append(done)
             kill(service)
 
-    # The first sign of life comes after a second, or at the very end: then it was killed with its answer on the way.
-    requests = prompts(200)
-    assert service.generate(requests, on_progress=on_progress) == whole
-    kill(service)
-    assert service.generate(requests[:16]) == whole[:64]
-    assert {kind for kind, _ in events} == {"engine_restart"} and "SIGKILL" in events[0][1]
+    assert service.generate(prompts(200), on_progress=on_progress) == whole
+    kind, text = events.pop()
+    assert kind == "engine_restart" and "was killed by SIGKILL" in text and events == []
     assert service.policy == policies[2] and service.verified == policies[1]
-    service.swap(policies[1])
+    assert service.swap(policies[1]).method == "canaries"
     assert service.generate(prompts(32)) == golden
-    events.clear()
 
 
-def test_weights_that_cannot_be_shown_are_never_served(service, policies, golden, events, tmp_path, monkeypatch):
-    """A stale prefix cache first; then canaries of other weights, in the running engine and in a new one."""
-    order = Generator._order
-    monkeypatch.setattr(
-        Generator, "_order", lambda self, name, *a, **kw: {} if name == "reset" else order(self, name, *a, **kw)
-    )
-    policy = damaged(policies[2], tmp_path, lambda file: None)
+def test_weights_that_cannot_be_shown_are_never_served(service, policies, golden, events, monkeypatch):
+    """A stale prefix cache, and canaries of other weights in the new engine: the old policy goes on."""
     restart = Generator._restart_with
 
     def with_wrong_canaries(self, policy, manifest, began, why):
         assert "the prefix cache is stale" in why
         wrong = {**manifest.canaries, "logps": [x - 1 for x in manifest.canaries["logps"]]}
-        return restart(self, policy, generator.Manifest(**{**vars_of(manifest), "canaries": wrong}), began, why)
+        return restart(self, policy, dataclasses.replace(manifest, canaries=wrong), began, why)
 
+    without(monkeypatch, "reset")
     monkeypatch.setattr(Generator, "_restart_with", with_wrong_canaries)
     with pytest.raises(SwapError, match="then in a new engine: a fresh engine is"):
-        service.swap(policy)
+        service.swap(policies[2])
     monkeypatch.undo()
     assert service.policy == service.verified == policies[1]
     assert service.generate(prompts(32)) == golden
-    events.clear()
-
-
-def vars_of(record):
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
 def test_a_context_too_small_is_bad_configuration(run_dir):
