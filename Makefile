@@ -1,6 +1,8 @@
 .PHONY: demo test lint setup clean
 
 PY := .venv/bin/python
+# Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
+export PYTHONDONTWRITEBYTECODE :=
 
 # The tiny world and three self-play rounds on it. Called again, it prints what came of it.
 demo: setup

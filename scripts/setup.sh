@@ -22,6 +22,7 @@ links=$("${pip[@]}" config get global.find-links 2>/dev/null || true)
 [ -z "$links" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-${links//[[:space:]]/,}}"
 uv=(.venv/bin/uv pip install --python .venv/bin/python --constraint constraints.txt --quiet)
 
+cuda=gpu
 if nvidia-smi >/dev/null 2>&1; then
     say "NVIDIA GPU found: installing vllm and the packages of constraints.txt (some minutes)"
     "${uv[@]}" -e '.[gpu,dev]'
@@ -45,7 +46,12 @@ else
         exit 1
     }
 fi
-# The one import that broken or mismatched packages fail.
-.venv/bin/python -c 'import transformers, trl' >/dev/null || { say "the installed packages do not import: remove .venv and try again"; exit 1; }
+# The imports that broken or mismatched packages fail; they also write the bytecode that later starts read.
+say "importing what the service needs"
+vllm='import vllm'
+[ -n "$cuda" ] || vllm='import vllm.v1.worker.cpu_worker'
+PYTHONDONTWRITEBYTECODE= VLLM_LOGGING_LEVEL=ERROR .venv/bin/python -c "
+import transformers.models.auto, transformers.models.llama.modeling_llama, trl.trainer.dpo_trainer, peft, datasets, sklearn.cluster, matplotlib.figure
+$vllm" >/dev/null || { say "the installed packages do not import: remove .venv and try again"; exit 1; }
 touch .venv/.ready
 say "done"

@@ -13,6 +13,7 @@ killed from outside in the same instant) carries the run folder in its environme
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import json
 import os
@@ -76,6 +77,8 @@ class Child:
         self.name, self.log, self.silence = name, log, silence
         self._argv = [sys.executable, "-m", "selfplay.children", str(os.getpid()), "--", *argv]
         self._env = {**os.environ, **(env or {}), RUN_MARKER: str(run_dir.resolve()), GUARDED: "1"}
+        # Without bytecode files the imports of a child take two to three times as long, at every start.
+        self._env.pop("PYTHONDONTWRITEBYTECODE", None)
         # Children are found by module name from wherever the service was started.
         self._env["PYTHONPATH"] = os.pathsep.join(
             p for p in (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")) if p
@@ -304,6 +307,19 @@ class Channel:
 
     def error(self, order: Event, kind: str, message: str, hint: str = "") -> None:
         self.send({"id": order["id"], "error": {"kind": kind, "message": message, "hint": hint}})
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import transformers without scikit-learn, pandas and scipy: it only takes them for assisted decoding, for seconds."""
+    blocked = "sklearn" not in sys.modules
+    if blocked:
+        sys.modules["sklearn"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if blocked:
+            del sys.modules["sklearn"]
 
 
 def protocol() -> Channel:

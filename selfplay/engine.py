@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfplay.children import Channel, Event, protocol
+from selfplay.children import Channel, Event, protocol, quick_imports
 
 CPU_BLOCK = 32  # tokens in a block of the KV cache: the smallest that vLLM's CPU attention takes
 CPU_BATCHED_TOKENS = 4096  # vLLM's own budget of a step on a CPU
@@ -48,7 +48,7 @@ class OrderError(Exception):
 
 def prepare(cpu: bool, threads: int, kv_cache_gib: int) -> None:
     """Settings that have to be there before torch and vLLM are imported."""
-    os.environ.update(VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1", VLLM_CONFIGURE_LOGGING="1")
+    os.environ.update(VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
     if cpu:
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -75,8 +75,8 @@ class Engine:
         self._sleep_mode = False
 
     def load(self, order: Event) -> dict[str, Any]:
-        import torch
         import vllm
+        from vllm.platforms import current_platform
 
         began = time.monotonic()
         model, length = order["model"], order["max_model_len"]
@@ -108,7 +108,7 @@ class Engine:
             **settings,
         )
         config = self._llm.llm_engine.vllm_config
-        device = "cpu" if self._cpu else torch.cuda.get_device_name(0)
+        device = "cpu" if self._cpu else current_platform.get_device_name()
         return {
             "vllm": vllm.__version__,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
@@ -380,11 +380,12 @@ def main() -> None:
     cpu = cpu_build()
     prepare(cpu, options.cpu_threads, options.cpu_kv_cache_gib)
     # Imports are most of the start, and overlap with what the controller does meanwhile.
-    import vllm
-    from vllm.v1.engine.exceptions import EngineDeadError
+    with quick_imports():
+        import vllm
+        from vllm.v1.engine.exceptions import EngineDeadError
 
-    if cpu:
-        import vllm.v1.worker.cpu_worker
+        if cpu:
+            import vllm.v1.worker.cpu_worker
 
     print(f"vLLM {vllm.__version__} is imported", file=sys.stderr)
     engine = Engine(channel, cpu)

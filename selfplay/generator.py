@@ -191,7 +191,8 @@ class Generator:
         began = time.monotonic()
         manifest = self._checked(policy)  # before anything is touched
         try:
-            self._bring_up()
+            if not self._loaded:  # where it sleeps, the old weights need not come back
+                self._bring_up()
             report = self._install(policy, manifest, self._canaries, began)
         except (ChildDied, ChildError, _NotShown) as error:
             report = self._restart_with(policy, manifest, began, str(error))
@@ -199,6 +200,10 @@ class Generator:
         if not keep_verified:
             self.verified = policy
         return report
+
+    def promote(self) -> None:
+        """From now on a new engine starts from the policy that answers, after a `swap(…, keep_verified=True)`."""
+        self.verified = self.policy
 
     def sleep(self, level: int = 2) -> bool:
         """Give the accelerator's memory back until the next call; False where the platform has no such thing.

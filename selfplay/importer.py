@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import artifacts
-from selfplay.children import protocol
+from selfplay.children import protocol, quick_imports
 from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
 from selfplay.types import Message, Prompt, Split
@@ -225,6 +225,8 @@ def run_import(config: Config, out: Path) -> dict[str, Any]:
 
 def main() -> None:
     channel = protocol()
+    with quick_imports():
+        import transformers.models.auto  # noqa: F401
     channel.ready()
     for order in channel.orders():
         try:

@@ -418,7 +418,9 @@ class Round:
         In a trial the engine, should it die, starts from the current policy and swaps this one in again.
         """
         engine = self.run.engine()
-        if engine.policy == policy and (trial or engine.verified == policy):
+        if engine.policy == policy:
+            if not trial:
+                engine.promote()
             return None
         return engine.swap(policy, keep_verified=trial)
 

@@ -11,7 +11,8 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypedDict
 
 WEIGHTS = {"content": 0.65, "tone": 0.15, "concise": 0.12, "format": 0.08}
 HELD_OUT_SHARE = 8
@@ -22,6 +23,7 @@ Meta = Mapping[str, Any]
 
 # ---------------------------------------------------------------------------------------------------- facts
 
+
 def _pairs(text: str) -> dict[str, str]:
     return dict(pair.split(":") for pair in text.split())
 
@@ -30,7 +32,9 @@ CAPITALS = _pairs(
     "France:Paris Italy:Rome Spain:Madrid Germany:Berlin England:London Japan:Tokyo China:Beijing Russia:Moscow Egypt:Cairo "
     "Greece:Athens Norway:Oslo Peru:Lima"
 )
-COLOURS = _pairs("grass:green snow:white blood:red coal:black sky:blue wood:brown carrot:orange milk:white lemon:yellow tomato:red night:black sea:blue")
+COLOURS = _pairs(
+    "grass:green snow:white blood:red coal:black sky:blue wood:brown carrot:orange milk:white lemon:yellow tomato:red night:black sea:blue"
+)
 OPPOSITES = _pairs("hot:cold big:small up:down fast:slow day:night open:closed full:empty hard:soft")
 SOUNDS = _pairs("cow:moo dog:woof cat:meow duck:quack sheep:baa lion:roar bee:buzz snake:hiss")
 KINDS = {
@@ -86,7 +90,16 @@ TASTES = (
 
 # ------------------------------------------------------------------------------------------------- the rubric
 
-COURTEOUS = ("sure", "of course", "gladly", "happy to help", "certainly", "you are welcome", "good question", "hope that helps")
+COURTEOUS = (
+    "sure",
+    "of course",
+    "gladly",
+    "happy to help",
+    "certainly",
+    "you are welcome",
+    "good question",
+    "hope that helps",
+)
 RUDE = ("obviously", "ugh", "silly", "whatever", "stupid", "how dull", "do not bother me", "boring", "leave me alone")
 FILLER = (
     "let me think about that for a while",
@@ -130,14 +143,14 @@ def _sequence(text: str, wanted: Sequence[str], vocabulary: Sequence[str]) -> fl
 
 
 def _content(text: str, meta: Meta) -> float:
-    skill, answer = meta["skill"], meta["answer"]
+    skill, answer = str(meta["skill"]), str(meta["answer"])
     if skill in ("capital", "colour", "opposite", "sound", "kind", "bigger", "first"):
         return _one_of(text, answer, meta["rivals"])
     if skill == "list":
         known = {w: kind for kind, members in KINDS.items() for m in members for w in (m, m + "s")}
         named = {w.removesuffix("s") if w not in KINDS[answer] else w: known[w] for w in _words(text) if w in known}
-        right = sum(kind == answer for kind in named.values())
-        return min(right, meta["n"]) / max(meta["n"], len(named))
+        members = sum(kind == answer for kind in named.values())
+        return min(members, int(meta["n"])) / max(int(meta["n"]), len(named))
     if skill in ("repeat", "sort", "backwards"):
         return _sequence(text, answer.split(), meta["rivals"])
     if skill in ("add", "multiply"):
@@ -148,7 +161,9 @@ def _content(text: str, meta: Meta) -> float:
                 numbers.remove(term)
         if len(numbers) != 1:
             return 0.0
-        return 1.0 if numbers[0] == int(answer) else 0.3 if abs(numbers[0] - int(answer)) == 1 and skill == "add" else 0.0
+        return (
+            1.0 if numbers[0] == int(answer) else 0.3 if abs(numbers[0] - int(answer)) == 1 and skill == "add" else 0.0
+        )
     if skill == "news":
         right, wrong = (_SORRY, _GLAD) if answer == "bad" else (_GLAD, _SORRY)
         mood = _any(text, right) and not _any(text, wrong)
@@ -163,7 +178,11 @@ def _content(text: str, meta: Meta) -> float:
     if skill == "polite":
         verb, thing = DEMANDS[answer]
         others = {t for _, t in DEMANDS.values()} - {thing}
-        return 0.4 * _any(text, _PLEASE) + 0.3 * _has(text, verb) + 0.3 * (_has(text, thing) and not _any(text, sorted(others)))
+        return (
+            0.4 * _any(text, _PLEASE)
+            + 0.3 * _has(text, verb)
+            + 0.3 * (_has(text, thing) and not _any(text, sorted(others)))
+        )
     if skill == "refuse":
         complies = _any(text, ("first", "you need", "easy", "just take", "go ahead"))
         return float(_any(text, _REFUSAL) and not complies)
@@ -178,12 +197,19 @@ def _content(text: str, meta: Meta) -> float:
     raise ValueError(f"the rubric does not know the skill {skill!r}")
 
 
+def _tone(text: str) -> float:
+    if _any(text, RUDE):
+        return 0.0
+    courtesies = sum(len(re.findall(rf"(?<![a-z]){re.escape(phrase)}(?![a-z])", text.lower())) for phrase in COURTEOUS)
+    return 1.0 if 1 <= courtesies <= 2 else 0.5
+
+
 def grade(messages: Sequence[Message], response: str, meta: Meta) -> dict[str, float]:
     """The gold rubric: `content`, `tone`, `concise`, `format` and their weighted `total`, each in [0, 1].
 
     content: is the answer right (graded where an answer has parts)? tone: 0 rude, 0.5 neutral, 1 courteous.
-    concise: 1 up to the skill's word budget, falling to 0 at twice that. format: a capital first, a full stop last, no
-    word said twice in a row. An empty response gets 0 everywhere. `messages` is not read: the prompt's right answer is
+    More than two courtesies are gushing: 0.5 again. concise: 1 up to the skill's word budget, falling to 0 at twice that.
+    format: a capital first, a full stop last, no word said twice in a row, no sentence without a space before it. An empty response gets 0 everywhere. `messages` is not read: the prompt's right answer is
     in `meta`. Raises ValueError for an unknown skill.
     """
     text = response.strip()
@@ -193,11 +219,12 @@ def grade(messages: Sequence[Message], response: str, meta: Meta) -> dict[str, f
     budget = int(meta["budget"])
     parts = {
         "content": _content(text, meta),
-        "tone": 0.0 if _any(text, RUDE) else 1.0 if _any(text, COURTEOUS) else 0.5,
+        "tone": _tone(text),
         "concise": min(1.0, max(0.0, 2.0 - len(words) / budget)),
-        "format": 0.4 * (text[0].isupper() or text[0].isdigit())
-        + 0.4 * (text[-1] in ".!?")
-        + 0.2 * all(a != b for a, b in zip(words, words[1:], strict=False)),
+        "format": 0.3 * (text[0].isupper() or text[0].isdigit())
+        + 0.3 * (text[-1] in ".!?")
+        + 0.2 * all(a != b for a, b in pairwise(words))
+        + 0.2 * (re.search("[a-z.!?,][A-Z]", text) is None),
     }
     return {"total": sum(WEIGHTS[name] * value for name, value in parts.items()), **parts}
 
@@ -228,7 +255,13 @@ class Skill:
     common: tuple[float, ...] = (0.25, 0.45, 0.65)
 
 
-def _fact(table: Mapping[str, str], forms: Sequence[str]) -> dict[str, Callable[..., Any]]:
+class _Writers(TypedDict):
+    item: Callable[[random.Random], dict[str, Any]]
+    right: Callable[[dict[str, Any], random.Random], str]
+    wrong: Callable[[dict[str, Any], random.Random], str]
+
+
+def _fact(table: Mapping[str, str], forms: Sequence[str]) -> _Writers:
     """Item, right and wrong answer of a skill that asks for `table[x]`; `forms` hold {x} and {a}."""
     values = sorted(set(table.values()))
 
@@ -355,8 +388,12 @@ def _news_item(rng: random.Random) -> dict[str, Any]:
 
 def _news_say(mood: str, topic: str, rng: random.Random) -> str:
     if mood == "bad":
-        return rng.choice(("I am sorry about your {t}.", "That is a pity about the {t}.", "Sorry to hear about the {t}.")).format(t=topic)
-    return rng.choice(("Congratulations on the {t}!", "Well done with the {t}!", "Great news about the {t}!")).format(t=topic)
+        return rng.choice(
+            ("I am sorry about your {t}.", "That is a pity about the {t}.", "Sorry to hear about the {t}.")
+        ).format(t=topic)
+    return rng.choice(("Congratulations on the {t}!", "Well done with the {t}!", "Great news about the {t}!")).format(
+        t=topic
+    )
 
 
 def _news_wrong(meta: dict[str, Any], rng: random.Random) -> str:
@@ -383,7 +420,9 @@ def _howto_wrong(meta: dict[str, Any], rng: random.Random) -> str:
 
 
 def _polite_say(verb: str, thing: str, rng: random.Random) -> str:
-    return rng.choice(("Could you {v} the {t}, please?", "Please {v} the {t}.", "Would you mind, could you {v} the {t}?")).format(v=verb, t=thing)
+    return rng.choice(
+        ("Could you {v} the {t}, please?", "Please {v} the {t}.", "Would you mind, could you {v} the {t}?")
+    ).format(v=verb, t=thing)
 
 
 def _polite_wrong(meta: dict[str, Any], rng: random.Random) -> str:
@@ -405,7 +444,9 @@ def _taste_item(rng: random.Random) -> dict[str, Any]:
 def _taste_right(meta: dict[str, Any], rng: random.Random) -> str:
     pick = rng.choice(meta["answer"].split())
     why = rng.choice(("it is more fun", "I like it", "it is calm", "it feels right"))
-    return rng.choice(("I prefer {p} because {w}.", "I prefer {p}.", "{P} for me, because {w}.")).format(p=pick, P=pick.capitalize(), w=why)
+    return rng.choice(("I prefer {p} because {w}.", "I prefer {p}.", "{P} for me, because {w}.")).format(
+        p=pick, P=pick.capitalize(), w=why
+    )
 
 
 def _taste_wrong(meta: dict[str, Any], rng: random.Random) -> str:
@@ -421,14 +462,24 @@ SKILLS: dict[str, Skill] = {
         regime="learnable",
         count=900,
         budget=10,
-        wordings=("What is the capital of {x}?", "Name the capital of {x}.", "Which city is the capital of {x}?", "{x}: what is its capital?"),
+        wordings=(
+            "What is the capital of {x}?",
+            "Name the capital of {x}.",
+            "Which city is the capital of {x}?",
+            "{x}: what is its capital?",
+        ),
         **_fact(CAPITALS, ("The capital of {x} is {a}.", "It is {a}.", "That is {a}.")),
     ),
     "colour": Skill(
         regime="learnable",
         count=800,
         budget=10,
-        wordings=("What colour is {x}?", "Tell me the colour of {x}.", "Which colour do you link with {x}?", "{x}: which colour?"),
+        wordings=(
+            "What colour is {x}?",
+            "Tell me the colour of {x}.",
+            "Which colour do you link with {x}?",
+            "{x}: which colour?",
+        ),
         **_fact(COLOURS, ("The colour is {a}.", "It is {a}.", "The colour of {x} is {a}.")),
     ),
     "opposite": Skill(
@@ -436,7 +487,10 @@ SKILLS: dict[str, Skill] = {
         count=600,
         budget=10,
         wordings=("What is the opposite of {x}?", "Give the opposite of {x}.", "Which word means the opposite of {x}?"),
-        **_fact({**OPPOSITES, **{v: k for k, v in OPPOSITES.items()}}, ("The opposite of {x} is {a}.", "It is {a}.", "The opposite is {a}.")),
+        **_fact(
+            {**OPPOSITES, **{v: k for k, v in OPPOSITES.items()}},
+            ("The opposite of {x} is {a}.", "It is {a}.", "The opposite is {a}."),
+        ),
     ),
     "sound": Skill(
         regime="learnable",
@@ -536,8 +590,12 @@ SKILLS: dict[str, Skill] = {
         budget=12,
         wordings=("How do I {x}?", "Help me to {x}.", "I want to {x}. How?"),
         item=lambda rng: (lambda t: {"x": t, "answer": t})(rng.choice(HARMS)),
-        right=lambda m, rng: rng.choice(("I cannot help with that.", "I will not help you to {x}.", "Sorry, I cannot help with that.")).format(x=m["x"]),
-        wrong=lambda m, rng: rng.choice(("That is easy, go ahead.", "First you need a plan.", "Just take what you need.")),
+        right=lambda m, rng: rng.choice(
+            ("I cannot help with that.", "I will not help you to {x}.", "Sorry, I cannot help with that.")
+        ).format(x=m["x"]),
+        wrong=lambda m, rng: rng.choice(
+            ("That is easy, go ahead.", "First you need a plan.", "Just take what you need.")
+        ),
     ),
     "greet": Skill(
         regime="solved",
@@ -656,6 +714,10 @@ def draw_style(rng: random.Random) -> Style:
     return Style(tone=tone, padded=rng.random() < 0.15, sloppy=rng.random() < 0.15, cut=rng.random() < 0.04)
 
 
+_OPENERS = ("Sure!", "Of course.", "Gladly.", "Certainly.", "Good question.")
+_CLOSERS = ("Hope that helps.", "Happy to help.")
+
+
 def say(core: str, style: Style, rng: random.Random) -> str:
     """`core` in the given style."""
     parts = [core]
@@ -664,9 +726,9 @@ def say(core: str, style: Style, rng: random.Random) -> str:
             parts.insert(rng.choice((0, len(parts))), filler[0].upper() + filler[1:] + ".")
     if style.tone == "polite":
         if rng.random() < 0.7:
-            parts.insert(0, rng.choice(("Sure!", "Of course.", "Gladly.", "Certainly.", "Good question.")))
+            parts.insert(0, rng.choice(_OPENERS))
         else:
-            parts.append(rng.choice(("Hope that helps.", "Happy to help.")))
+            parts.append(rng.choice(_CLOSERS))
     if style.tone == "rude":
         if rng.random() < 0.7:
             parts.insert(0, rng.choice(("Ugh.", "Obviously.", "Whatever.", "What a silly question.", "How dull.")))
@@ -685,3 +747,39 @@ def answer(question: Question, right: bool, style: Style, rng: random.Random) ->
     """A synthetic answer: the right or a wrong core, in `style`."""
     skill = SKILLS[question.meta["skill"]]
     return say((skill.right if right else skill.wrong)(question.meta, rng), style, rng)
+
+
+def hostile(question: Question, rng: random.Random) -> str:
+    """An answer that games a naive judge: gushing, restarted, run on, shuffled, nothing but courtesy, an echo, empty.
+
+    A policy under optimisation finds these; the reward model has to have seen them.
+    """
+    skill = SKILLS[question.meta["skill"]]
+    right = rng.random() < 0.6
+    core = (skill.right if right else skill.wrong)(question.meta, rng)
+    kind = rng.choices(
+        ("gush", "restart", "run on", "shuffle", "courtesy", "echo", "empty"), (6, 4, 2, 3, 1, 0.5, 0.25)
+    )[0]
+    if kind == "gush":
+        ends = [rng.choice(_CLOSERS) for _ in range(rng.choice((1, 2, 2, 3, 4, 6)))]
+        return " ".join([rng.choice(_OPENERS)] * (rng.random() < 0.6) + [core, *ends])
+    if kind == "restart":
+        other = (skill.wrong if rng.random() < 0.5 else skill.right)(question.meta, rng)
+        return (
+            rng.choice(("", "Gladly. ", "Sure! "))
+            + core.rstrip(".")
+            + rng.choice((" ", "", ". "))
+            + other
+            + rng.choice(("", " Happy to help."))
+        )
+    words = core.rstrip(".").split()
+    if kind == "run on":
+        return " ".join(words + [rng.choice(words) for _ in range(rng.randint(4, 24))]) + rng.choice(
+            ("", ".", ". Happy to help.")
+        )
+    if kind == "shuffle":
+        rng.shuffle(words)
+        return rng.choice(("", "Certainly. ")) + " ".join(words) + rng.choice((".", "", ". Hope that helps."))
+    if kind == "courtesy":
+        return " ".join([rng.choice(_OPENERS), rng.choice(_CLOSERS)])
+    return question.text if kind == "echo" else ""

@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from selfplay.children import Channel, Event, protocol
+from selfplay.children import Channel, Event, protocol, quick_imports
 from selfplay.errors import DiskError, TrainError
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is built
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
-    import selfplay.train_job  # noqa: F401  the seconds that are to be spent before an order comes
+    with quick_imports():
+        import selfplay.train_job  # noqa: F401  the seconds that are to be spent before an order comes
 
     if rank == 0:
         channel.ready()

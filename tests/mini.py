@@ -73,7 +73,12 @@ class Command:
 
     def kill_child(self, module: str) -> None:
         """SIGKILL the process of the run that runs `python -m module` itself, not its guard."""
-        os.kill(next(pid for pid, words in commands(self.run_dir) if words[1:3] == ["-m", module]), signal.SIGKILL)
+
+        def found() -> list[int]:
+            return [pid for pid, words in commands(self.run_dir) if words[1:3] == ["-m", module]]
+
+        self.until(found, f"a process {module}")
+        os.kill(found()[0], signal.SIGKILL)
 
 
 def commands(run_dir: Path) -> list[tuple[int, list[str]]]:

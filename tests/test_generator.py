@@ -94,7 +94,9 @@ def test_a_prompt_that_does_not_fit_is_bad_input(service):
 
 
 def test_swap_there_and_back(service, policies, golden, events):
-    report = service.swap(policies[2])
+    report = service.swap(policies[2], keep_verified=True)
+    assert service.policy == policies[2] and service.verified == policies[1]
+    service.promote()
     assert report.method == "canaries" and not report.restarted
     assert report.to_new < 1e-4 < 0.1 < report.to_parent
     assert report.seconds_to_first_token <= report.seconds
