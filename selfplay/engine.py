@@ -359,7 +359,8 @@ def describe(error: Exception, order: str) -> OrderError:
     text = f"{type(error).__name__}: {error}"
     small = text.lower()
     if isinstance(error, MemoryError) or any(
-        sign in small for sign in ("out of memory", "outofmemory", "can't allocate memory", "less than requested memory")
+        sign in small
+        for sign in ("out of memory", "outofmemory", "can't allocate memory", "less than requested memory")
     ):
         return OrderError(
             "oom", text, "lower generate.engine.gpu_memory_utilization or max_num_seqs; on a CPU, cpu_kv_cache_gib"

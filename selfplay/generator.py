@@ -74,7 +74,9 @@ class Generator:
         self._asleep: int | None = None  # level
         self._noise = 0.0  # nats a token
         self._canaries: Canaries | None = None  # of the policy in the engine
-        self._shape: tuple[dict[str, TensorSpec], dict[str, Any]] | None = None  # tensors and config.json of the run's model
+        self._shape: tuple[dict[str, TensorSpec], dict[str, Any]] | None = (
+            None  # tensors and config.json of the run's model
+        )
         self.info: EngineInfo | None = None
         self.policy: Policy | None = None
         self.verified: Policy | None = None
@@ -380,7 +382,9 @@ class Generator:
     def _restart_with(self, policy: Policy, manifest: Manifest, began: float, why: str) -> SwapReport:
         """A fresh engine with the new weights, once; a failure leaves none running."""
         self.stop()
-        self._tell("swap_restart", f"policy {policy.version} could not be swapped in ({why}); starting a new engine with it")
+        self._tell(
+            "swap_restart", f"policy {policy.version} could not be swapped in ({why}); starting a new engine with it"
+        )
         try:
             self._load(policy, manifest)
         except (ChildDied, ChildError, _NotShown) as failure:
@@ -434,7 +438,9 @@ class Generator:
     def _folder(self, policy: Policy) -> Path:
         """Where the policy's manifest is: with its weights, or in the run folder for the initial policy."""
         beside = Path(policy.path)
-        return beside if (beside / "manifest.json").is_file() else policies.Policies(self._run_dir).folder(policy.version)
+        return (
+            beside if (beside / "manifest.json").is_file() else policies.Policies(self._run_dir).folder(policy.version)
+        )
 
     def _manifest(self, policy: Policy) -> Manifest:
         """The policy's manifest, every file of it checked."""
@@ -444,7 +450,9 @@ class Generator:
             raise CheckpointError(f"{folder} holds policy {manifest.version}, not {policy.version}")
         checked = Path(manifest.source) if manifest.source else folder
         if checked.resolve() != Path(policy.path).resolve():
-            raise CheckpointError(f"{policy.path} has no manifest: the one of policy {policy.version} is about {checked}")
+            raise CheckpointError(
+                f"{policy.path} has no manifest: the one of policy {policy.version} is about {checked}"
+            )
         Canaries.of(manifest.canaries)
         return manifest
 

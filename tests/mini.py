@@ -60,9 +60,12 @@ class Command:
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self, timeout: float = 240) -> tuple[int, str]:
-        """Exit code and all that was printed."""
-        out, _ = self.process.communicate(timeout=timeout)
-        return self.process.returncode, out
+        """Exit code and all that was printed, on one line."""
+        try:
+            out, _ = self.process.communicate(timeout=timeout)
+        finally:
+            self.process.kill()
+        return self.process.returncode, " ".join(out.split())
 
     def until(self, condition: Callable[[], object], what: str, timeout: float = 150) -> None:
         deadline = time.monotonic() + timeout

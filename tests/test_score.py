@@ -98,7 +98,13 @@ def rows(n):
 def stage(service, tmp_path, n=10):
     prompt = Prompt(prompt_id="p", messages=MESSAGES, prompt_ids=[1], split="train")
     return score.score(
-        service, {"p": prompt}, rows(n), shards=tmp_path / "shards", shard_items=4, max_missing=0.2, on_progress=lambda n: None
+        service,
+        {"p": prompt},
+        rows(n),
+        shards=tmp_path / "shards",
+        shard_items=4,
+        max_missing=0.2,
+        on_progress=lambda n: None,
     )
 
 
