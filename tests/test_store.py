@@ -48,8 +48,7 @@ def test_a_ledger_of_a_newer_version_is_refused(tmp_path):
 
 
 def test_one_runner_a_folder(tmp_path):
-    with RunLock(tmp_path):
-        with pytest.raises(InputError, match="in use by process"):
-            RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path), pytest.raises(InputError, match="in use by process"):
+        RunLock(tmp_path).__enter__()
     with RunLock(tmp_path):
         pass
