@@ -57,10 +57,10 @@ class Recipe:
     heads: int = 4
     feed_forward: int = 768
     positions: int = 512
-    sft_examples: int = 32_000
+    sft_examples: int = 40_000
     sft_batch: int = 24
     sft_lr: float = 5e-3
-    group_prompts: int = 5_500
+    group_prompts: int = 5_000
     """Prompts of the reward model's training set, each with a group of answers."""
     group_sampled: int = 2
     """Answers of a group that the policy sampled, one more at a higher temperature; a hostile one and two synthetic ones

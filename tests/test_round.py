@@ -190,3 +190,26 @@ def test_help_is_quick_to_read():
     assert done.returncode == 0
     assert "--rounds" in done.stdout
     assert TINY.name in done.stdout
+
+
+def test_a_failed_stage_says_what_to_do_and_a_round_without_pairs_is_skipped(calm, mini_world):
+    """Round 3 fails in its trainer and goes on under a changed configuration; in round 4 no margin is above the noise."""
+    run_dir, _ = calm
+    code, out = Command(mini_world, run_dir, "--rounds", "3", "--set", "train.agreement_mean=1e-15").finish()
+    assert code == 3, out
+    assert "round 3: stage train failed: the reference's log-probabilities differ from the generator's" in out
+    assert "what to do: " in out
+    assert "trainer.log" in out
+    assert os.readlink(run_dir / "current") == "policies/0002"
+    assert nothing_left(run_dir)
+
+    code, out = Command(mini_world, run_dir, "--rounds", "4", "--set", "reward.noise=1000").finish()
+    assert code == 0, out
+    assert "score «kept»" in out
+    assert "no pair was left to train on" in out
+    store = Store(run_dir)
+    assert [r["state"] for r in store.rounds()] == ["promoted", "promoted", "promoted", "skipped"]
+    assert [e["kind"] for e in store.events(3)] == ["failed", "promoted"]
+    assert store.metrics(4)["pairs/dropped_noise"] == store.metrics(4)["pairs/base"]
+    store.close()
+    assert os.readlink(run_dir / "current") == "policies/0003"
