@@ -41,9 +41,11 @@ def main() -> int:
     from selfplay.errors import ConfigError, SelfplayError
 
     display = Display()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, _interrupt)
     run_dir = args.run_dir
     try:
+        from selfplay.artifacts import disk_errors
         from selfplay.config import load
         from selfplay.run import Run
 
@@ -51,7 +53,7 @@ def main() -> int:
             raise ConfigError(f"--rounds {args.rounds}: at least 1")
         config = load(args.config, args.set)
         run_dir = args.run_dir or config.run_dir
-        with Run(config, run_dir, display) as run:
+        with disk_errors(run_dir), Run(config, run_dir, display) as run:
             rounds(run, args.rounds)
             if args.report:
                 run.write_report()
@@ -64,8 +66,11 @@ def main() -> int:
         return 130
     except Exception as error:
         log = (run_dir or Path()) / "logs" / "round.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(traceback.format_exc())
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(traceback.format_exc())
+        except OSError:
+            traceback.print_exc()
         display.error(f"{type(error).__name__}: {error}", "this is a bug: please report it with the log", log)
         return 3
 

@@ -102,20 +102,25 @@ def folder(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with disk_errors(target):
-        partial.mkdir(parents=True)
-        yield partial
-        sync_tree(partial)
-        partial.rename(target)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            sync_tree(partial)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full
+            raise
         sync(target.parent)
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn «no space left» into a DiskError."""
+    """Turn «no space left», the ledger's too, into a DiskError."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "database or disk is full" in str(error):
             raise DiskError(
                 f"the disk of {path.parent} is full",
                 "free some space and run the same command again: finished stages are kept",

@@ -32,6 +32,8 @@ RUN_MARKER = "SELFPLAY_RUN"  # environment variable of every child: the run fold
 GUARDED = "SELFPLAY_GUARDED"  # set for children that have to die with their parent
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
+PATIENT = 86_400.0  # seconds of silence for a child that may be fetching a model
+
 Event = dict[str, Any]
 
 
@@ -210,8 +212,9 @@ class Child:
             except subprocess.TimeoutExpired:
                 self.stop(grace=0)
         how = "closed its output" if code is None else f"ended with exit code {code}"
-        if code is not None and code > 128:
-            how = f"was killed by {signal.Signals(code - 128).name}"
+        signals = {128 + s: s.name for s in signal.Signals}
+        if code in signals:
+            how = f"was killed by {signals[code]}"
         self.stop(grace=0)
         return ChildDied(self.name, how, self.log)
 

@@ -133,6 +133,8 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardConfig:
+        if bad := [u for u in self.url if not u.startswith(("http://", "https://"))]:
+            raise ValueError(f"url {bad[0]!r} does not begin with http:// or https://")
         if (self.model is None) == (not self.url):
             raise ValueError("give exactly one of `model` (served by a child process) and `url` (a server that runs)")
         return self
@@ -239,7 +241,7 @@ class GateConfig(Section):
     reward_up: bool = True
     """Demand a higher mean reward than the champion's on the same prompts."""
     max_kl: Annotated[float, Field(gt=0)] = 30.0
-    """Limit of KL(candidate ‖ current), nats an answer."""
+    """Limit of KL(candidate ‖ current), nats an answer; estimated from sampled answers, so it wants temperature 1."""
     max_length_ratio: Annotated[float, Field(gt=1)] = 1.5
     """Limit of the mean answer length over the champion's; its inverse is the lower limit."""
     max_cut_off: Share = 0.1
@@ -340,9 +342,9 @@ class Config(Section):
                 f"{self.train.max_length}: training never truncates; lower the first two or raise the last"
             )
         context = self.generate.engine.max_model_len
-        if context is not None and longest > context:
+        if context is not None and longest + 1 > context:
             raise ValueError(
-                f"prompts.max_tokens + generate.max_tokens = {longest} is more than generate.engine.max_model_len = {context}"
+                f"prompts.max_tokens + generate.max_tokens + 1 = {longest + 1} is more than generate.engine.max_model_len = {context}"
             )
         return self
 

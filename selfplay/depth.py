@@ -60,7 +60,7 @@ def pools(
         rows = usable(candidates[base.prompt_id])
         prompt = prompts[base.prompt_id]
         pool = [make_pair(prompt, rows[i], rows[j]) for i, j in margins.ordered_pairs(rewards(rows))]
-        result.append([p for p in pool if p.explicit_margin > noise])
+        result.append([p for p in pool if p.explicit_margin > noise] or [base])
     return result
 
 

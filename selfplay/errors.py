@@ -62,3 +62,4 @@ class StageFailed(SelfplayError):
         hint = getattr(cause, "hint", "") or "run the same command again: finished stages are kept"
         super().__init__(f"round {round_index}: stage {stage} failed: {cause}", hint)
         self.stage, self.log = stage, log
+        self.exit_code = getattr(cause, "exit_code", 3)

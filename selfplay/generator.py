@@ -306,9 +306,9 @@ class Generator:
         if context is None:
             context = max(needed + 1, (CANARY_BLOCKS + 1) * USUAL_BLOCK + CANARY_TOKENS, room)
             context = min(context, limit) if isinstance(limit, int) else context
-        if context < max(needed, room):
+        if context < max(needed + 1, room):
             raise ConfigError(
-                f"the engine's context is {context} tokens; prompts.max_tokens + generate.max_tokens take {needed}, the "
+                f"the engine's context is {context} tokens; prompts.max_tokens + generate.max_tokens + 1 take {needed + 1}, the "
                 f"canaries {room}",
                 f"the model's own limit is {limit}: lower the first two, or raise generate.engine.max_model_len",
             )

@@ -6,6 +6,8 @@ A process of its own because it needs a tokenizer and the initial model, which t
 from __future__ import annotations
 
 import json
+import re
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +80,8 @@ def messages_of(row: dict[str, Any]) -> list[Message] | str:
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     ):
         return "a message without role and content"
+    if not all(re.fullmatch(r"[A-Za-z_-]{1,32}", m["role"]) for m in messages):
+        return "a role that is no word"
     clean = [{"role": m["role"], "content": m["content"]} for m in messages]
     return clean if clean[-1]["role"] == "user" else "the last message is not the user's"
 
@@ -135,7 +139,14 @@ def build_pool(config: Config, render: Any) -> tuple[list[Prompt], Counter[str]]
         if kept_apart:
             audit = artifacts.seed(config.run.seed, "audit", root) < settings.audit_fraction * 2**63
             split = "audit" if audit else "heldout"
-        ids = render(messages)
+        try:
+            ids = render(messages)
+            json.dumps([messages, meta], ensure_ascii=False).encode()
+        except (
+            Exception
+        ) as error:  # a template refuses in its own way: roles that do not alternate, a lone surrogate, …
+            counts[f"cannot be rendered ({type(error).__name__})"] += 1
+            continue
         if len(ids) > settings.max_tokens:
             counts["too long"] += 1
             continue
@@ -233,6 +244,9 @@ def main() -> None:
             channel.result(order, run_import(Config.model_validate(order["config"]), Path(order["out"])))
         except SelfplayError as error:
             channel.error(order, "input", str(error), error.hint)
+        except Exception as error:  # the boundary: the controller hears of whatever it is
+            traceback.print_exc()
+            channel.error(order, "internal", f"{type(error).__name__}: {error}", "the importer's log has the traceback")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ class Policies:
         `keep`: current, its parent, the reference. Rejected ones go after `rule.rejected_rounds` rounds.
         """
         kept = [v for v in self.versions() if v not in rejected]
-        wanted = keep | {0} | set(rule.pinned) | set(kept[len(kept) - rule.last :])
+        wanted = keep | {0} | set(rule.pinned) | set(kept[max(0, len(kept) - rule.last) :])
         wanted |= {v for v in kept if rule.every and v % rule.every == 0}
         wanted |= {v for v in rejected if read(self.folder(v)).round + rule.rejected_rounds > round_index}
         gone = []

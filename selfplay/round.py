@@ -6,6 +6,7 @@ never run again; one that has not leaves no trace. `generate` and `score` keep f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,7 @@ from selfplay.display import Line
 from selfplay.errors import CheckpointError, SelfplayError, StageFailed, TrainError
 from selfplay.run import Run, packages, size
 from selfplay.score import last_line
+from selfplay.store import LedgerError
 from selfplay.swap import SwapReport
 from selfplay.trainer import LoraJob, TrainJob
 from selfplay.types import Candidate, Pair, Policy, Prompt, RoundReport, Scored
@@ -101,7 +103,8 @@ class Round:
             if scratch.name.endswith((".shards", ".work")):
                 shutil.rmtree(scratch)
         rejected = {p["version"] for p in store.policies() if p["state"] == "rejected"}
-        needed = {current.version, self.sampler, self._reference()[0].version}
+        parent = policies.read(run.policies.folder(current.version)).parent
+        needed = {v for v in (current.version, parent, self.sampler, self._reference()[0]) if v is not None}
         gone = run.policies.prune(self.config.retention, needed, rejected, self.index)
         store.weights_deleted(gone)
         store.close_round(self.index, outcome, current.version, reasons)
@@ -147,7 +150,8 @@ class Round:
                 )
         except SelfplayError as error:
             log = getattr(error, "log", None) or self._log(name)
-            self.run.store.event("failed", f"{name}: {error}", self.index)
+            with contextlib.suppress(LedgerError):  # on a full disk the ledger cannot take the event either
+                self.run.store.event("failed", f"{name}: {error}", self.index)
             raise StageFailed(name, self.index, error, log) from error
 
     def _log(self, name: str) -> Path | None:
@@ -208,12 +212,15 @@ class Round:
 
     def score(self, folder: Path, line: Line) -> Metrics:
         candidates = self.rows("generate", "candidates", Candidate)
+        shard_items = self.config.generate.shard_prompts * self.config.generate.candidates
         rows = score.score(
             self.run.reward,
             {p.prompt_id: p for p in self.drawn},
             candidates,
-            shards=self._shards("score", self.config.reward.model, self.config.reward.url),
-            shard_items=self.config.generate.shard_prompts * self.config.generate.candidates,
+            shards=self._shards(
+                "score", self.run.reward.identity, shard_items, [(c.prompt_id, c.index) for c in candidates]
+            ),
+            shard_items=shard_items,
             max_missing=self.config.reward.max_missing,
             on_progress=lambda n: line.update(done=n),
         )
@@ -318,11 +325,12 @@ class Round:
 
     def _train_job(self, folder: Path) -> tuple[TrainJob, Policy]:
         train, serving = self.config.train, self.config.policy.dtype
-        reference, refreshed = self._reference()
-        policy = self.run.policy(self.sampler)
+        version, began = self._reference()
+        reference, policy = self.run.policy(version), self.run.policy(self.sampler)
         policies.verify(self.run.policies.folder(self.sampler))
         policies.verify(self.run.policies.folder(reference.version))
-        beta = train.beta if refreshed or policy.beta is None else policy.beta
+        # β goes on where training against this very reference left it; a refreshed one starts anew.
+        beta = policy.beta if policy.beta is not None and policy.round >= began else train.beta
         beta = min(max(beta, train.beta_min), train.beta_max)
         sampled_by_reference = reference.version == self.sampler
         exact = serving == "float32"
@@ -353,15 +361,14 @@ class Round:
         )  # fmt: skip
         return job, reference
 
-    def _reference(self) -> tuple[Policy, bool]:
-        """The reference of this round, and whether it was refreshed for it (then β starts at its configured value)."""
+    def _reference(self) -> tuple[int, int]:
+        """The version of this round's reference, and the round that it began with."""
         rule = self.config.train.reference
         every = rule.every if isinstance(rule, EveryN) else 1 if rule == "previous" else self.index
-        first = self.index - (self.index - 1) % every  # the round that this reference began with
-        if first == self.index:
-            return self.run.policy(0 if rule == "initial" else self.sampler), True
-        sampler = next(row["sampler"] for row in self.run.store.rounds() if row["round"] == first)
-        return self.run.policy(sampler), False
+        first = self.index - (self.index - 1) % every
+        if rule == "initial":
+            return 0, first
+        return next(row["sampler"] for row in self.run.store.rounds() if row["round"] == first), first
 
     def _write_manifest(self, exported: Path, result: dict[str, Any], reference: Policy) -> None:
         manifest = policies.Manifest(

@@ -43,14 +43,21 @@ class Run:
     def __enter__(self) -> Run:
         self._check_models()
         self.gold = load_gold(self.config.evaluate.gold)
-        with artifacts.disk_errors(self.dir):
+        try:
             self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.dir} cannot be a run folder: {error}", "choose another one (--run-dir)") from None
+        with artifacts.disk_errors(self.dir):
+            return self._enter()
+
+    def _enter(self) -> Run:
         self._lock = RunLock(self.dir).__enter__()
         try:
             if reaped := children.reap(self.dir):
                 self.display.note(f"ended {reaped} processes that an earlier, killed run left behind")
             self.store = Store(self.dir)
-            self.store.open_run(self.config.run.name, self.config.fixed())
+            fresh = not (self.dir / "pool").is_dir()
+            self.store.open_run(self.config.run.name, self.config.fixed(), fresh)
             self._open()
         except BaseException:
             self.__exit__()
@@ -101,7 +108,7 @@ class Run:
         initial = artifacts.read_json(pool / importer.INITIAL)
         if not self.policies.folder(0).is_dir():
             self.policies.import_initial(Path(initial["source"]), initial["canaries"], config.fingerprint(), packages())
-            self.store.record_policy(0, "initial", round=0)
+        self.store.record_policy(0, "initial", round=0)
         if self.policies.current is None:
             self.policies.set_current(0)
         self.canary_ids: list[list[int]] = initial["canaries"]["token_ids"]
@@ -114,7 +121,9 @@ class Run:
 
     def _import(self, out: Path) -> None:
         log = self.dir / "logs" / "importer.log"
-        child = Child("importer", [sys.executable, "-m", "selfplay.importer"], run_dir=self.dir, log=log)
+        child = Child(
+            "importer", [sys.executable, "-m", "selfplay.importer"], run_dir=self.dir, log=log, silence=children.PATIENT
+        )
         self.warm_up()
         child.start()
         try:

@@ -14,7 +14,7 @@ import numpy as np
 
 from reward.client import RewardClient, RewardRefused, RewardUnavailable
 from selfplay import artifacts
-from selfplay.children import Child, ChildDied
+from selfplay.children import PATIENT, Child, ChildDied
 from selfplay.config import RewardConfig
 from selfplay.errors import InputError, RewardError
 from selfplay.types import Candidate, Message, Prompt, Scored
@@ -53,7 +53,7 @@ class RewardService:
         argv = [sys.executable, "-m", "reward.server", "--model", self._config.model, "--port", str(self._port)]
         argv += ["--dtype", self._config.dtype, "--device", self._config.device]
         argv += ["--trust-remote-code"] if self._config.trust_remote_code else []
-        child = Child(self._name, argv, run_dir=self._run_dir, log=self.log, env=self._env)
+        child = Child(self._name, argv, run_dir=self._run_dir, log=self.log, env=self._env, silence=PATIENT)
         child.start()
         self._child = child
 

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError as LedgerError
 
 from selfplay.errors import InputError
 from selfplay.types import Pair
+
+__all__ = ["LedgerError", "RunLock", "Store", "now"]
 
 metadata = sa.MetaData()
 
@@ -126,9 +129,14 @@ class Store:
 
     # writing
 
-    def open_run(self, name: str, fixed: dict[str, Any]) -> None:
-        """Record the run, or check that this folder belongs to it. Raises InputError for another policy, split or seed."""
+    def open_run(self, name: str, fixed: dict[str, Any], fresh: bool = False) -> None:
+        """Record the run, or check that this folder belongs to it. Raises InputError for another policy, split or seed.
+
+        `fresh`: nothing was imported yet, so nothing is fixed; what a failed first start recorded is replaced.
+        """
         with self._engine.begin() as connection:
+            if fresh:
+                connection.execute(runs.delete())
             row = connection.execute(sa.select(runs)).mappings().first()
             if row is None:
                 connection.execute(runs.insert().values(name=name, created=now(), fixed=fixed))

@@ -210,3 +210,9 @@ def test_killed_anywhere_and_run_again_the_result_is_the_same(tmp_path):
     assert result(stormy) == result(calm)
     assert json.loads((stormy / "three" / "manifest.json").read_text())["before"] == artifacts.hash_files(calm / "one")
     assert not [p for p in stormy.iterdir() if p.name.endswith(".partial")]
+
+
+def test_an_exit_code_that_is_no_signal_is_told_as_it_is(tmp_path):
+    child = start(tmp_path, [sys.executable, "-c", "import os; os._exit(255)"])
+    with pytest.raises(ChildDied, match="ended with exit code 255"):
+        child.wait_for("ready")

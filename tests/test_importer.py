@@ -110,3 +110,23 @@ def test_a_hub_dataset_that_cannot_be_reached(monkeypatch):
 def test_a_model_that_is_not_there():
     with pytest.raises(InputError, match="no such folder"):
         importer.initial_folder("./nowhere", None)
+
+
+def test_a_prompt_that_the_template_refuses_is_set_aside(tmp_path):
+    def strict(messages):
+        if messages[0]["role"] == "system":
+            raise RuntimeError("no system role")
+        return render(messages)
+
+    odd = [
+        {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]},
+        {"prompt": "a lone surrogate \ud800"},
+        {"messages": [{"role": "tool 1", "content": "x"}, {"role": "user", "content": "y"}]},
+    ]
+    pool, counts = importer.build_pool(settings(jsonl(tmp_path / "a.jsonl", [*prompts(40), *odd])), strict)
+    assert len(pool) == 40
+    assert sorted(counts) == [
+        "a role that is no word",
+        "cannot be rendered (RuntimeError)",
+        "cannot be rendered (UnicodeEncodeError)",
+    ]

@@ -100,3 +100,7 @@ def test_a_rejected_policy_keeps_its_weights_for_some_rounds(run):
     rule = RetentionConfig(last=0, rejected_rounds=2)
     assert run.prune(rule, {5}, rejected={4}, round_index=5) == [1, 2, 3]
     assert run.prune(rule, {5}, rejected={4}, round_index=6) == [4]
+
+
+def test_a_larger_window_than_there_are_policies_keeps_them_all(run):
+    assert run.prune(RetentionConfig(last=20), keep={5}, rejected=set(), round_index=5) == []

@@ -52,3 +52,12 @@ def test_one_runner_a_folder(tmp_path):
         RunLock(tmp_path).__enter__()
     with RunLock(tmp_path):
         pass
+
+
+def test_a_first_start_that_failed_fixes_nothing(tmp_path):
+    store = Store(tmp_path)
+    store.open_run("x", {"prompts.source": "typo.jsonl"}, fresh=True)
+    store.open_run("x", {"prompts.source": "right.jsonl"}, fresh=True)
+    with pytest.raises(InputError, match="made by another config"):
+        store.open_run("x", {"prompts.source": "typo.jsonl"})
+    store.close()
