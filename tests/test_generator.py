@@ -233,7 +233,7 @@ def test_weights_that_cannot_be_shown_are_never_served(service, policies, golden
 
 
 def test_a_context_too_small_is_bad_configuration(run_dir):
-    tight = Generator(config(run_dir, max_model_len=112), run_dir, run_dir / "tight.log")
+    tight = Generator(config(run_dir, max_model_len=113), run_dir, run_dir / "tight.log")
     canaries = Canaries(token_ids=[[1] * 200], logps=[-1.0])
     with pytest.raises(ConfigError, match="the canaries 201"):
         tight._context({}, canaries)
