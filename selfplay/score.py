@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from selfplay.config import RewardConfig
 from selfplay.errors import InputError, RewardError
 from selfplay.types import Candidate, Message, Prompt, Scored
 
+Answer = TypeVar("Answer")
 RESTARTS = 3  # of a reward server that dies within one call
 
 
@@ -72,13 +74,23 @@ class RewardService:
 
         Raises RewardError when the reward stays down, InputError when the server refuses the model or the request.
         """
+        return self._ask(lambda client: client.score(items, on_progress=on_progress))
+
+    @property
+    def identity(self) -> str:
+        """What scores: SHA-256 of the weights and of the template, as the server says."""
+        health = self._ask(lambda client: client.health())
+        return f"{health.weights_sha256}/{health.template_sha256}"
+
+    def _ask(self, call: Callable[[RewardClient], Answer]) -> Answer:
+        """Do `call` with a server that is kept alive meanwhile."""
         client = self._ready()
         done = threading.Event()
         watch = threading.Thread(target=self._watch, args=(done,), name=f"{self._name}-watch", daemon=True)
         if self._child is not None:
             watch.start()
         try:
-            return client.score(items, on_progress=on_progress)
+            return call(client)
         except RewardRefused as error:
             raise InputError(f"the {self._name} server refuses: {error}", self._hint()) from error
         except RewardUnavailable as error:
@@ -87,17 +99,6 @@ class RewardService:
             done.set()
             if watch.is_alive():
                 watch.join()
-
-    @property
-    def identity(self) -> str:
-        """What scores: SHA-256 of the weights and of the template, as the server says."""
-        try:
-            health = self._ready().health()
-        except RewardUnavailable as error:
-            raise RewardError(f"the {self._name} is unavailable: {error}", self._hint()) from error
-        except RewardRefused as error:
-            raise InputError(f"the {self._name} server refuses: {error}", self._hint()) from error
-        return f"{health.weights_sha256}/{health.template_sha256}"
 
     def _ready(self) -> RewardClient:
         if self._child is not None and not self._child.alive:

@@ -94,7 +94,7 @@ def commands(run_dir: Path) -> list[tuple[int, list[str]]]:
     return found
 
 
-def nothing_left(run_dir: Path, within: float = 5.0) -> bool:
+def nothing_left(run_dir: Path, within: float = 20.0) -> bool:
     deadline = time.monotonic() + within
     while marked(run_dir) and time.monotonic() < deadline:
         time.sleep(0.05)

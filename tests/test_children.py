@@ -42,7 +42,7 @@ def start(tmp_path: Path, argv: list[str] | None = None, **settings) -> Child:
     return child
 
 
-def gone(tmp_path: Path, within: float = 5.0) -> bool:
+def gone(tmp_path: Path, within: float = 20.0) -> bool:
     deadline = time.monotonic() + within
     while marked(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -85,7 +85,7 @@ def test_a_killed_process_is_noticed_and_takes_its_grandchildren_along(tmp_path,
         for _ in range(1000):  # a child some levels below the guard may still answer before the news reaches it
             child.order("add", a=1, b=2)
     # With the guard gone a foreign grandchild may live on until the next start reaps it; our own processes do not.
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while set(marked(tmp_path)) - {grandchild} and time.monotonic() < deadline:
         time.sleep(0.05)
     assert set(marked(tmp_path)) <= ({grandchild} if victim == "guard" else set())
@@ -139,6 +139,9 @@ def test_no_process_outlives_its_controller(tmp_path, end):
     controller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert controller.stdout.readline() == b"up\n"
     if "sleep" in end:
+        deadline = time.monotonic() + 20
+        while len(marked(tmp_path)) < 4 and time.monotonic() < deadline:  # a process has no environment while it starts
+            time.sleep(0.01)
         assert len(marked(tmp_path)) == 4  # guard, launcher, child, grandchild
         controller.kill()
     controller.wait()
