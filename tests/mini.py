@@ -59,7 +59,7 @@ class Command:
         ]
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def finish(self, timeout: float = 240) -> tuple[int, str]:
+    def finish(self, timeout: float = 600) -> tuple[int, str]:
         """Exit code and all that was printed, on one line."""
         try:
             out, _ = self.process.communicate(timeout=timeout)
@@ -67,7 +67,7 @@ class Command:
             self.process.kill()
         return self.process.returncode, " ".join(out.split())
 
-    def until(self, condition: Callable[[], object], what: str, timeout: float = 150) -> None:
+    def until(self, condition: Callable[[], object], what: str, timeout: float = 400) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, f"ended before {what}:\n{self.process.communicate()[0]}"

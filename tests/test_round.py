@@ -14,7 +14,7 @@ from selfplay import artifacts, policies
 from selfplay.store import Store
 from selfplay.types import Candidate, Pair
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
