@@ -125,7 +125,9 @@ def _grade(r: Round, prompt: Prompt, text: str) -> dict[str, float]:
     if r.run.gold is None or not prompt.meta:
         return {}
     try:
-        return {name: float(value) for name, value in r.run.gold(prompt.messages, text, prompt.meta).items()}
+        parts = {name: float(value) for name, value in r.run.gold(prompt.messages, text, prompt.meta).items()}
+        parts["total"]
+        return parts
     except Exception as error:  # the rubric is the user's own code
         raise InputError(
             f"evaluate.gold ({r.config.evaluate.gold}) failed on prompt {prompt.prompt_id}: {error!r}",
@@ -138,7 +140,8 @@ def _gold(prefix: str, answers: Sequence[Scored], suffix: str = "") -> dict[str,
     graded = [a.reward_parts for a in answers if a.reward_parts]
     if not graded:
         return {}
-    return {f"{prefix}_{name}{suffix}": sum(g[name] for g in graded) / len(graded) for name in graded[0]}
+    everywhere = [name for name in graded[0] if all(name in parts for parts in graded)]  # a rubric may differ by prompt
+    return {f"{prefix}_{name}{suffix}": sum(g[name] for g in graded) / len(graded) for name in everywhere}
 
 
 def _audit(answers: Sequence[Scored], initial: Sequence[Scored]) -> dict[str, float]:

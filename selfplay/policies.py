@@ -176,7 +176,7 @@ class Policies:
         artifacts.sync(exported.parent)
 
     def prune(self, rule: RetentionConfig, keep: set[int], rejected: set[int], round_index: int) -> list[int]:
-        """Delete weights that nothing needs any more; manifests stay. Returns the versions that lost theirs.
+        """Delete weights that nothing needs any more; manifests stay. Returns all versions that have none left.
 
         `keep`: current, its parent, the reference. Rejected ones go after `rule.rejected_rounds` rounds.
         """
@@ -184,12 +184,13 @@ class Policies:
         wanted = keep | {0} | set(rule.pinned) | set(kept[max(0, len(kept) - rule.last) :])
         wanted |= {v for v in kept if rule.every and v % rule.every == 0}
         wanted |= {v for v in rejected if read(self.folder(v)).round + rule.rejected_rounds > round_index}
-        gone = []
         for version in self.versions():
-            doomed = [p for p in self.folder(version).iterdir() if p.name != artifacts.MANIFEST]
-            if version in wanted or not doomed:
+            if version in wanted:
                 continue
-            for path in doomed:
+            for path in self._weights(version):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            gone.append(version)
-        return gone
+        return [v for v in self.versions() if not self._weights(v) and not read(self.folder(v)).source]
+
+    def _weights(self, version: int) -> list[Path]:
+        """What a policy's folder holds beside its manifest."""
+        return [p for p in self.folder(version).iterdir() if p.name != artifacts.MANIFEST]

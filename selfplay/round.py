@@ -7,7 +7,6 @@ never run again; one that has not leaves no trace. `generate` and `score` keep f
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -17,20 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfplay import artifacts, depth, evaluate, generate, pairs, policies, prompts, score
-from selfplay.children import ChildDied, ChildError
-from selfplay.config import EveryN
+from selfplay import artifacts, depth, evaluate, generate, pairs, policies, prompts, score, training
 from selfplay.display import Line
-from selfplay.errors import CheckpointError, SelfplayError, StageFailed, TrainError
-from selfplay.run import Run, packages, size
-from selfplay.score import last_line
+from selfplay.errors import CheckpointError, SelfplayError, StageFailed
+from selfplay.run import Run, size
 from selfplay.store import LedgerError
 from selfplay.swap import SwapReport
-from selfplay.trainer import LoraJob, TrainJob
 from selfplay.types import Candidate, Pair, Policy, Prompt, RoundReport, Scored
 
 Metrics = Mapping[str, float]
-TRAINER_STARTS = 2  # a trainer that dies is started once more; it resumes from its last save
 
 
 def run_round(run: Run) -> RoundReport:
@@ -52,7 +46,7 @@ def run_round(run: Run) -> RoundReport:
         r.stage("depth", r.depth)
         r.stage("train", r.train, total=None, unit="steps")
         run.policies.adopt(r.index, r.dir / "train" / "policy")
-        r.record_candidate()
+        training.record_candidate(r)
         r.stage("evaluate", r.evaluate, total=None, unit="answers")
         r.stage("promote", r.promote)
     finally:
@@ -104,9 +98,8 @@ class Round:
                 shutil.rmtree(scratch)
         rejected = {p["version"] for p in store.policies() if p["state"] == "rejected"}
         parent = policies.read(run.policies.folder(current.version)).parent
-        needed = {v for v in (current.version, parent, self.sampler, self._reference()[0]) if v is not None}
-        gone = run.policies.prune(self.config.retention, needed, rejected, self.index)
-        store.weights_deleted(gone)
+        needed = {v for v in (current.version, parent, self.sampler, training.reference(self)[0]) if v is not None}
+        store.weights_deleted(run.policies.prune(self.config.retention, needed, rejected, self.index))
         store.close_round(self.index, outcome, current.version, reasons)
         store.event(outcome, "; ".join(reasons) or f"policy {current.version} is current", self.index)
         return report(run.store, self.index)
@@ -120,14 +113,26 @@ class Round:
         """Run a stage unless its folder is there, and record it. `work` writes to a folder and returns metrics."""
         target = self.dir / name
         if target.is_dir():
-            artifacts.verify_files(target, artifacts.read_json(target / artifacts.MANIFEST)["files"], CheckpointError)
+            artifacts.verify_files(target, self._manifest(name)["files"], CheckpointError)
             self.run.display.kept(self.index, name)
         else:
             self.dir.mkdir(parents=True, exist_ok=True)
             with self.run.display.stage(self.index, name, total, unit) as line:
                 self._run_stage(name, target, work, line)
-        manifest = artifacts.read_json(target / artifacts.MANIFEST)
+        manifest = self._manifest(name)
         self.run.store.record_stage(self.index, name, manifest["seconds"], manifest["metrics"])
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        """What a finished stage said of itself. Raises CheckpointError where that is gone or damaged."""
+        path = self.dir / name / artifacts.MANIFEST
+        try:
+            found = artifacts.read_json(path)
+            return {key: found[key] for key in ("files", "seconds", "metrics")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error!r}): this stage cannot be shown to be whole",
+                f"delete the folder {path.parent} to have the stage done again",
+            ) from error
 
     def _run_stage(self, name: str, target: Path, work: Callable[[Path, Line], Metrics], line: Line) -> None:
         started = time.monotonic()
@@ -266,137 +271,7 @@ class Round:
         return {"pairs": len(deepened), "added": len(deepened) - len(kept)}
 
     def train(self, folder: Path, line: Line) -> Metrics:
-        job, reference = self._train_job(folder)
-        for start in range(TRAINER_STARTS):
-            try:
-                result = self._ordered(job, line)
-                break
-            except ChildError as error:
-                raise TrainError(error.kind, str(error), error.hint) from error
-            except ChildDied as error:
-                if start + 1 == TRAINER_STARTS:
-                    why = f"{error}; the last it said: {last_line(error.log)}"
-                    raise TrainError(
-                        "died", why, "it resumes from its last save: run the same command again"
-                    ) from error
-                self.run.event("warning", f"{error}; starting it again, it resumes from its last save")
-        self._write_manifest(job.out, result, reference)
-        artifacts.write_json(folder / "history.json", result["history"])
-        last = result["history"][-1]
-        mean = _mean_over(result["history"])
-        metrics = {
-            "beta_start": job.beta,
-            "beta": result["beta"],
-            "steps": result["steps"],
-            "update_relative_norm": result["update"]["relative_norm"],
-            "share_changed": result["update"]["share_changed"],
-            "loss": mean.get("train/loss", math.nan),
-            "last_loss": last.get("train/loss") or math.nan,
-            **{f"agreement_{k}": v for k, v in (result["agreement"] or {}).items() if k != "tokens"},
-            **{f"seconds_{k}": v for k, v in result["seconds"].items()},
-            **{k.removeprefix("train/"): v for k, v in mean.items() if k not in ("train/loss", "train/beta")},
-        }
-        line.update(text=f"β {job.beta:g} → {result['beta']:.4g}, update {metrics['update_relative_norm']:.2e}")
-        return metrics
-
-    def _ordered(self, job: TrainJob, line: Line) -> dict[str, Any]:
-        """Give the order; the champion's answers are sampled meanwhile, or before where both share a GPU."""
-        colocated = self.config.placement.colocated
-        if colocated:
-            evaluate.champion_answers(self)
-            self.run.generator.sleep()
-        trainer = self.run.trainer()
-        order = trainer.send("train", job=job.model_dump(mode="json"))
-
-        def progress(event: dict[str, Any]) -> None:
-            metrics = event["metrics"]
-            loss, beta = metrics.get("train/loss"), metrics.get("train/beta")
-            text = f"loss {loss:.3f}, β {beta:.4g}" if loss is not None and beta is not None else ""
-            line.update(done=event["step"], total=event["steps"], text=text)
-
-        if not colocated:
-            evaluate.champion_answers(self)
-        result = trainer.result(order, progress)
-        if colocated:
-            self.run.stop_trainer()
-            self.run.generator.wake()
-        assert isinstance(result, dict)
-        return result
-
-    def _train_job(self, folder: Path) -> tuple[TrainJob, Policy]:
-        train, serving = self.config.train, self.config.policy.dtype
-        version, began = self._reference()
-        reference, policy = self.run.policy(version), self.run.policy(self.sampler)
-        policies.verify(self.run.policies.folder(self.sampler))
-        policies.verify(self.run.policies.folder(reference.version))
-        # β goes on where training against this very reference left it; a refreshed one starts anew.
-        beta = policy.beta if policy.beta is not None and policy.round >= began else train.beta
-        beta = min(max(beta, train.beta_min), train.beta_max)
-        sampled_by_reference = reference.version == self.sampler
-        exact = serving == "float32"
-        job = TrainJob(
-            pairs=self.dir / "depth" / "pairs.parquet",
-            policy=Path(policy.path),
-            reference=Path(reference.path),
-            initial=Path(self.run.policy(0).path),
-            work=self.dir / "train.work",
-            out=folder / "policy",
-            serving_dtype=serving,
-            lora=None if train.lora is None else LoraJob.model_validate(train.lora.model_dump()),
-            beta=beta,
-            agreement_mean=(train.agreement_mean or (1e-3 if exact else 5e-2)) if sampled_by_reference else None,
-            agreement_p99=(train.agreement_p99 or (1e-2 if exact else 2.5e-1)) if sampled_by_reference else None,
-            seed=self.seed("train"),
-            threads=train.cpu_threads,
-            canary_ids=self.run.canary_ids,
-            trust_remote_code=self.config.policy.trust_remote_code,
-            **{
-                name: getattr(train, name)
-                for name in (
-                    "epsilon", "beta_min", "beta_max", "label_smoothing", "learning_rate", "epochs", "batch_pairs",
-                    "micro_batch_pairs", "schedule", "warmup_ratio", "max_grad_norm", "weight_decay", "max_length",
-                    "save_steps", "gradient_checkpointing", "bf16", "min_update",
-                )
-            },
-        )  # fmt: skip
-        return job, reference
-
-    def _reference(self) -> tuple[int, int]:
-        """The version of this round's reference, and the round that it began with."""
-        rule = self.config.train.reference
-        every = rule.every if isinstance(rule, EveryN) else 1 if rule == "previous" else self.index
-        first = self.index - (self.index - 1) % every
-        if rule == "initial":
-            return 0, first
-        return next(row["sampler"] for row in self.run.store.rounds() if row["round"] == first), first
-
-    def _write_manifest(self, exported: Path, result: dict[str, Any], reference: Policy) -> None:
-        manifest = policies.Manifest(
-            version=self.index,
-            parent=self.sampler,
-            round=self.index,
-            beta=result["beta"],
-            reference=reference.version,
-            reference_sha256=policies.weights_sha256(policies.read(self.run.policies.folder(reference.version))),
-            fingerprint=self.config.fingerprint(),
-            packages=packages(),
-            update=result["update"],
-            files=artifacts.hash_files(exported),
-            canaries={"token_ids": self.run.canary_ids, "logps": result["canaries"]},
-        )
-        artifacts.write_json(exported / artifacts.MANIFEST, dataclasses.asdict(manifest))
-
-    def record_candidate(self) -> None:
-        manifest = policies.read(self.run.policies.folder(self.index))
-        if not any(p["version"] == self.index for p in self.run.store.policies()):
-            self.run.store.record_policy(
-                self.index,
-                "candidate",
-                round=self.index,
-                parent=manifest.parent,
-                reference=manifest.reference,
-                beta=manifest.beta,
-            )
+        return training.train(self, folder, line)
 
     # what serves
 
@@ -458,14 +333,3 @@ def report(store: Any, index: int) -> RoundReport:
         seconds=store.seconds(index),
         reasons=row["reasons"],
     )
-
-
-def _mean_over(history: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps that have it."""
-    names = {name for step in history for name in step if name.startswith("train/")}
-    means = {}
-    for name in sorted(names):
-        values = [v for step in history if (v := step.get(name)) is not None]
-        if values:
-            means[name] = sum(values) / len(values)
-    return means

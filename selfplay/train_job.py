@@ -24,8 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from selfplay import artifacts, weights
 from selfplay.errors import TrainError
+from selfplay.jobs import CanaryJob, LoraJob, TrainJob
 from selfplay.train import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer, check_pairs
-from selfplay.trainer import CanaryJob, LoraJob, TrainJob
 
 logger = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()

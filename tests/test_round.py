@@ -1,5 +1,6 @@
 """Whole rounds on the miniature: undisturbed, and with everything killed in turn."""
 
+import contextlib
 import json
 import os
 import signal
@@ -213,3 +214,35 @@ def test_a_failed_stage_says_what_to_do_and_a_round_without_pairs_is_skipped(cal
     assert store.metrics(4)["pairs/dropped_noise"] == store.metrics(4)["pairs/base"]
     store.close()
     assert os.readlink(run_dir / "current") == "policies/0003"
+
+
+def test_on_a_full_disk_the_run_stops_and_goes_on_when_there_is_room(calm, mini_world, small_disk):
+    disk = small_disk("64m")
+    run_dir, filler = disk / "run", disk / "filler"
+    run = Command(mini_world, run_dir, "--rounds", "1")
+    run.until((run_dir / "rounds" / "0001" / "score").is_dir, "the end of score")
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    code, out = run.finish()
+    assert code == 3, out
+    assert "Traceback" not in out
+    assert "the disk" in out and "free" in out
+    assert nothing_left(run_dir)
+
+    filler.unlink()
+    code, out = Command(mini_world, run_dir, "--rounds", "1").finish()
+    assert code == 0, out
+    ours, theirs = state(run_dir), state(calm[0])
+    assert len(ours) > 10
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_round_and_changes_no_policy(mini_world, tmp_path):
+    code, out = Command(mini_world, tmp_path / "run", "--rounds", "1", "--set", "train.learning_rate=1e20").finish()
+    assert code == 3, out
+    assert "round 1: stage train failed: step " in out
+    assert "no weight was changed by this step" in out
+    assert "lower the learning rate" in out
+    assert os.readlink(tmp_path / "run" / "current") == "policies/0000"
+    assert nothing_left(tmp_path / "run")

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from selfplay.children import Child, ChildDied, ChildError, descendants
 from selfplay.errors import TrainError
+from selfplay.jobs import CanaryJob, LoraJob, TrainJob
 from selfplay.train import STATE_FILE
 from selfplay.train_job import agreement, canaries, train
-from selfplay.trainer import CanaryJob, LoraJob, TrainJob
 from selfplay.weights import sequence_logps
 
 WORDS = 60

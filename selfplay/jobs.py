@@ -1,0 +1,88 @@
+"""Orders of the trainer child: what a job says, checked on both sides of the pipe. No torch here: the controller writes them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class LoraJob(BaseModel):
+    """A fresh adapter, merged in float32 after training. No dropout: the steps of β would be noise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r: Count = 16
+    alpha: Positive = 32.0
+    target_modules: list[str] | str = "all-linear"
+
+
+class TrainJob(BaseModel):
+    """One round's training. Paths are folders unless they say otherwise; log-probabilities are nats, lengths tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: Path
+    """Parquet file: prompt_id, prompt_ids, chosen_ids, rejected_ids (list of int), chosen_logp, rejected_logp (float64,
+    the generator's summed log-probabilities)."""
+    policy: Path
+    """Checkpoint to start from; its `masters/` where it has one."""
+    reference: Path
+    """Checkpoint of the reference; may be the policy."""
+    initial: Path
+    """Checkpoint whose tokenizer, chat template and generation config every export carries, byte for byte."""
+    work: Path
+    """Scratch for training checkpoints; a job that is repeated resumes from here."""
+    out: Path
+    """Where the trained policy goes; appears whole or not at all."""
+
+    serving_dtype: Dtype = "float32"
+    lora: LoraJob | None = None
+    beta: Positive
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    beta_min: Annotated[float, Field(ge=0)] | None = None
+    beta_max: Positive | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    learning_rate: Positive
+    epochs: Positive = 1.0
+    batch_pairs: Count
+    """Pairs of an optimizer step, over all processes."""
+    micro_batch_pairs: Count
+    """Pairs of one forward and backward in one process."""
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """0 leaves gradients as they are."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_length: Count
+    """Longest prompt and response together; a longer pair is an error, never truncated."""
+    save_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between checkpoints; 0 for none."""
+    seed: int = 0
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads of torch on the CPU; 0 leaves its choice."""
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    """Mixed precision: matrix products in bf16, weights and losses in float32."""
+    agreement_mean: Positive | None = None
+    """Largest mean of |reference logp − generator's logp| / tokens over the responses; None where the reference is not
+    the policy that sampled."""
+    agreement_p99: Positive | None = None
+    min_update: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest relative norm of the update that counts as one."""
+    canary_ids: list[list[int]] = []
+    trust_remote_code: bool = False
+
+
+class CanaryJob(BaseModel):
+    """Token sequences to score under a checkpoint as it would be served."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: Path
+    dtype: Dtype = "float32"
+    canary_ids: list[list[int]]
+    trust_remote_code: bool = False
