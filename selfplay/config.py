@@ -147,6 +147,9 @@ class PairsConfig(Section):
     """Share of the base pairs that is kept."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """w of the alignment potential: weight of the implicit margin."""
+    implicit: Literal["simpo", "dpo"] = "simpo"
+    """Implicit reward of a response: its mean log-probability (`simpo`), or β times its log-ratio to a reference that is
+    not the policy that sampled it (`dpo`; costs a scoring pass of the reference over all candidates)."""
     signed: bool = False
     """Rank by the signed implicit margin instead of its absolute value."""
     history: Annotated[int, Field(ge=0)] = 3
@@ -345,6 +348,17 @@ class Config(Section):
         if context is not None and longest + 1 > context:
             raise ValueError(
                 f"prompts.max_tokens + generate.max_tokens + 1 = {longest + 1} is more than generate.engine.max_model_len = {context}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _implicit_has_a_reference(self) -> Config:
+        if self.pairs.implicit == "dpo" and (
+            self.train.reference == "previous" or self.train.reference == EveryN(every=1)
+        ):
+            raise ValueError(
+                "pairs.implicit = dpo with train.reference = previous: the reference is the policy that samples, so every "
+                "implicit reward is 0; set train.reference to initial or {every: n}, or pairs.implicit to simpo"
             )
         return self
 

@@ -52,14 +52,14 @@ def allocate(closeness: ArrayLike, pool: ArrayLike, budget: int, temperature: fl
 
 
 def pools(
-    kept: Sequence[Pair], prompts: dict[str, Prompt], candidates: dict[str, list[Scored]], noise: float
+    kept: Sequence[Pair], prompts: dict[str, Prompt], candidates: dict[str, list[Scored]], noise: float, beta: float
 ) -> list[list[Pair]]:
     """For each kept base pair all pairs its prompt can give: margin at least a quarter of the widest, above noise."""
     result = []
     for base in kept:
         rows = usable(candidates[base.prompt_id])
         prompt = prompts[base.prompt_id]
-        pool = [make_pair(prompt, rows[i], rows[j]) for i, j in margins.ordered_pairs(rewards(rows))]
+        pool = [make_pair(prompt, rows[i], rows[j], beta) for i, j in margins.ordered_pairs(rewards(rows))]
         result.append([p for p in pool if p.explicit_margin > noise] or [base])
     return result
 

@@ -10,6 +10,11 @@ def implicit_reward(logp: float, n_tokens: int) -> float:
     return logp / n_tokens if n_tokens else float("nan")
 
 
+def implicit_reward_dpo(logp: float, reference_logp: float, beta: float) -> float:
+    """Implicit reward of DPO, r̂ = β · (log π_θ(y|x) − log π_ref(y|x)), from summed log-probabilities in nats."""
+    return beta * (logp - reference_logp)
+
+
 def base_pair(rewards: Sequence[float]) -> tuple[int, int] | None:
     """(chosen, rejected): the positions of the highest and the lowest reward, the first of equals.
 

@@ -36,11 +36,17 @@ def rewards(candidates: Sequence[Scored]) -> list[float]:
     return [c.reward for c in candidates if c.reward is not None]
 
 
-def make_pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> Pair:
+def implicit_reward(response: Scored, beta: float) -> float:
+    """Implicit reward: that of DPO where the reference has scored the response, else the mean log-probability (SimPO)."""
+    if response.reference_logp is not None:
+        return margins.implicit_reward_dpo(response.logp, response.reference_logp, beta)
+    return margins.implicit_reward(response.logp, response.n_tokens)
+
+
+def make_pair(prompt: Prompt, chosen: Scored, rejected: Scored, beta: float) -> Pair:
+    """The pair of two scored responses. `beta`: scale of DPO's implicit reward."""
     assert chosen.reward is not None and rejected.reward is not None
-    signed = margins.implicit_reward(chosen.logp, chosen.n_tokens) - margins.implicit_reward(
-        rejected.logp, rejected.n_tokens
-    )
+    signed = implicit_reward(chosen, beta) - implicit_reward(rejected, beta)
     return Pair(
         prompt_id=prompt.prompt_id,
         prompt_ids=prompt.prompt_ids,
@@ -61,7 +67,7 @@ def make_pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> Pair:
 
 
 def base_pairs(
-    prompts: Sequence[Prompt], candidates: dict[str, list[Scored]], noise: float
+    prompts: Sequence[Prompt], candidates: dict[str, list[Scored]], noise: float, beta: float
 ) -> tuple[list[Pair], Counter[str]]:
     """One pair for each prompt that allows it (highest against lowest reward), and why the others gave none."""
     pairs: list[Pair] = []
@@ -71,7 +77,7 @@ def base_pairs(
         good = usable(rows)
         ends = margins.base_pair(rewards(good))
         if ends is not None:
-            pairs.append(make_pair(prompt, good[ends[0]], good[ends[1]]))
+            pairs.append(make_pair(prompt, good[ends[0]], good[ends[1]], beta))
         elif len(good) >= 2:
             lost["prompts_tied"] += 1
         elif all(r.finish_reason != "stop" for r in rows):

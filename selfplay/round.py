@@ -7,6 +7,7 @@ never run again; one that has not leaves no trace. `generate` and `score` keep f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from selfplay.errors import CheckpointError, SelfplayError, StageFailed
 from selfplay.run import Run, size
 from selfplay.store import LedgerError
 from selfplay.swap import SwapReport
-from selfplay.types import Candidate, Pair, Policy, Prompt, RoundReport, Scored
+from selfplay.types import Candidate, Pair, Policy, Prompt, ReferenceLogp, RoundReport, Scored
 
 Metrics = Mapping[str, float]
 
@@ -234,14 +235,45 @@ class Round:
         line.update(text=f"mean reward {metrics.get('reward_mean', math.nan):.3f}")
         return metrics
 
-    def _candidates(self) -> dict[str, list[Scored]]:
+    def _candidates(self, reference: Sequence[ReferenceLogp]) -> dict[str, list[Scored]]:
+        """The scored candidates of each prompt, with what the reference says of them where it was asked."""
+        logps = {(row.prompt_id, row.index): row.logp for row in reference}
         by_prompt: dict[str, list[Scored]] = {p.prompt_id: [] for p in self.drawn}
         for row in self.rows("score", "scored", Scored):
-            by_prompt[row.prompt_id].append(row)
+            by_prompt[row.prompt_id].append(
+                dataclasses.replace(row, reference_logp=logps.get((row.prompt_id, row.index)))
+            )
         return by_prompt
 
+    def _reference_logps(self, line: Line) -> list[ReferenceLogp]:
+        """The candidates' log-probabilities under this round's reference, where implicit rewards need them.
+
+        The engine scores them, with the reference swapped in: both sides of the log-ratio then have its arithmetic.
+        """
+        if self.config.pairs.implicit != "dpo":
+            return []
+        candidates = self.rows("score", "scored", Scored)
+        reference = training.reference_policy(self)
+        if reference.version == self.sampler:
+            line.update(text="the reference samples this round: implicit margins are 0")
+            logps = [c.logp for c in candidates]
+        else:
+            line.update(text=f"policy {reference.version} scores the candidates", total=len(candidates))
+            prompt_ids = {p.prompt_id: p.prompt_ids for p in self.drawn}
+            self.serve(reference)
+            logps = self.run.generator.logps(
+                [(prompt_ids[c.prompt_id] + c.token_ids, len(prompt_ids[c.prompt_id])) for c in candidates],
+                lambda n: line.update(done=n),
+            )
+        return [
+            ReferenceLogp(prompt_id=c.prompt_id, index=c.index, logp=v) for c, v in zip(candidates, logps, strict=True)
+        ]
+
     def pairs(self, folder: Path, line: Line) -> Metrics:
-        base, lost = pairs.base_pairs(self.drawn, self._candidates(), self.config.reward.noise)
+        if reference := self._reference_logps(line):
+            artifacts.write_rows(folder / "reference.parquet", reference, ReferenceLogp)
+        candidates = self._candidates(reference)
+        base, lost = pairs.base_pairs(self.drawn, candidates, self.config.reward.noise, self.config.train.beta)
         selected = pairs.select(base, self.config.pairs, self._recent_pairs(), self.seed("pairs"))
         artifacts.write_rows(folder / "pairs.parquet", selected, Pair)
         metrics = pairs.metrics(selected, lost)
@@ -262,7 +294,11 @@ class Round:
         deepened = kept
         if self.config.depth.method == "uniform":
             by_id = {p.prompt_id: p for p in self.drawn}
-            pools = depth.pools(kept, by_id, self._candidates(), self.config.reward.noise)
+            scored_by_reference = (self.dir / "pairs" / "reference.parquet").is_file()
+            reference = self.rows("pairs", "reference", ReferenceLogp) if scored_by_reference else []
+            pools = depth.pools(
+                kept, by_id, self._candidates(reference), self.config.reward.noise, self.config.train.beta
+            )
             budget = round(self.config.depth.pairs_per_prompt * len(kept))
             allocated = depth.allocate([0.0] * len(kept), [len(p) for p in pools], budget, 0.0)
             deepened = depth.deepen(kept, pools, list(allocated), base, self.config.pairs)

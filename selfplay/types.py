@@ -45,6 +45,14 @@ class Scored:
     policy: int
     reward: float | None  # None: this item could not be scored
     reward_parts: dict[str, float] = field(default_factory=dict)
+    reference_logp: float | None = None  # nats, summed, under the reference; where implicit rewards are those of DPO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceLogp:
+    prompt_id: str
+    index: int
+    logp: float  # nats, summed over the candidate's token_ids, under the reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

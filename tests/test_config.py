@@ -89,3 +89,11 @@ def test_files_that_are_no_config(tmp_path, text, message):
 def test_fingerprint_follows_the_values():
     assert config.load(TINY).fingerprint() == config.load(TINY).fingerprint()
     assert config.load(TINY).fingerprint() != config.load(TINY, ["run.seed=1"]).fingerprint()
+
+
+def test_implicit_rewards_of_dpo_want_a_reference_that_does_not_sample():
+    for reference in ("previous", "{every: 1}"):
+        with pytest.raises(ConfigError, match="every implicit reward is 0"):
+            config.load(TINY, ["pairs.implicit=dpo", f"train.reference={reference}"])
+    for reference in ("initial", "{every: 2}"):
+        assert config.load(TINY, ["pairs.implicit=dpo", f"train.reference={reference}"]).pairs.implicit == "dpo"

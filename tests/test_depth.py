@@ -47,8 +47,8 @@ def test_added_pairs_use_fresh_responses_first_and_the_potentials_of_the_round()
         for i, r in enumerate(rewards)
     ]  # fmt: skip
     config = PairsConfig(keep=1.0)
-    base = select(base_pairs([prompt], {"p": rows}, 0.0)[0], config, [], 0)
-    pools = depth.pools(base, {"p": prompt}, {"p": rows}, 0.0)
+    base = select(base_pairs([prompt], {"p": rows}, 0.0, 0.1)[0], config, [], 0)
+    pools = depth.pools(base, {"p": prompt}, {"p": rows}, 0.0, 0.1)
     # margins of at least 4/4: all six ordered pairs
     assert sorted((p.chosen_index, p.rejected_index) for p in pools[0]) == [
         (0, 1),

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -20,7 +21,7 @@ def scored(reward, *, name="p", index=0, ids=None, logp=-4.0, finish="stop"):
 
 
 def base(rows, noise=0.0):
-    return pairs.base_pairs([prompt()], {"p": rows}, noise)
+    return pairs.base_pairs([prompt()], {"p": rows}, noise, 0.1)
 
 
 def test_a_base_pair_is_the_highest_against_the_lowest_reward():
@@ -30,6 +31,14 @@ def test_a_base_pair_is_the_highest_against_the_lowest_reward():
     assert (pair.chosen_index, pair.rejected_index) == (1, 2)
     assert (pair.explicit_margin, pair.implicit_margin, pair.implicit_signed) == (4.0, 2.0, -2.0)
     assert not any(lost.values())
+
+
+def test_implicit_rewards_of_dpo_are_log_ratios_to_the_reference():
+    """β = .1: r̂_w = .1·(−6 + 2) = −.4, r̂_l = .1·(−2 + 5) = .3; signed −.7."""
+    rows = [scored(3.0, index=0, logp=-6.0), scored(-1.0, index=1, logp=-2.0)]
+    rows = [dataclasses.replace(r, reference_logp=logp) for r, logp in zip(rows, (-2.0, -5.0), strict=True)]
+    (pair,), _ = base(rows)
+    assert math.isclose(pair.implicit_signed, -0.7) and math.isclose(pair.implicit_margin, 0.7)
 
 
 def test_cut_off_unscored_and_equal_responses_are_in_no_pair():
@@ -60,7 +69,7 @@ def test_a_margin_within_the_rewards_noise_is_no_pair():
     assert [p.dropped_because for p in made] == ["noise"]
     kept = pairs.select(made, PairsConfig(), [], 0)
     assert not any(p.kept_because for p in kept)
-    assert pairs.metrics(kept, pairs.base_pairs([], {}, 0)[1])["dropped_noise"] == 1
+    assert pairs.metrics(kept, pairs.base_pairs([], {}, 0, 0.1)[1])["dropped_noise"] == 1
 
 
 def many(n, rng):
@@ -70,7 +79,7 @@ def many(n, rng):
             scored(float(rng.normal()), index=0, logp=-float(rng.uniform(1, 9))),
             scored(float(rng.normal()), index=1),
         )
-        rows += pairs.base_pairs([prompt(f"p{i}")], {f"p{i}": [a, b]}, 0.0)[0]
+        rows += pairs.base_pairs([prompt(f"p{i}")], {f"p{i}": [a, b]}, 0.0, 0.1)[0]
     return rows
 
 

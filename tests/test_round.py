@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mini import ROOT, TINY, Command, nothing_left
 
-from selfplay import artifacts, policies
+from selfplay import artifacts, policies, weights
 from selfplay.store import Store
 from selfplay.types import Candidate, Pair
 
@@ -236,6 +236,30 @@ def test_on_a_full_disk_the_run_stops_and_goes_on_when_there_is_room(calm, mini_
     ours, theirs = state(run_dir), state(calm[0])
     assert len(ours) > 10
     assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_with_a_reference_that_stays_implicit_rewards_are_log_ratios_to_it(mini_world, tmp_path):
+    run_dir = tmp_path / "run"
+    code, out = Command(
+        mini_world, run_dir, "--rounds", "2", "--set", "train.reference=initial", "--set", "pairs.implicit=dpo"
+    ).finish()
+    assert code == 0, out
+    first, second = (
+        artifacts.read_rows(run_dir / "rounds" / r / "pairs" / "pairs.parquet", Pair) for r in ("0001", "0002")
+    )
+    assert {p.implicit_margin for p in first} == {0.0}  # in the first round the reference is the policy that samples
+    initial = weights.load(mini_world / "policy")
+    for pair in second[:8]:
+        whole = weights.sequence_logps(initial, [pair.prompt_ids + ids for ids in (pair.chosen_ids, pair.rejected_ids)])
+        prompt = weights.sequence_logps(initial, [pair.prompt_ids])[0]
+        chosen, rejected = (
+            0.1 * (logp - (w - prompt)) for logp, w in zip((pair.chosen_logp, pair.rejected_logp), whole, strict=True)
+        )
+        assert abs(pair.implicit_signed - (chosen - rejected)) < 1e-4
+    store = Store(run_dir)
+    assert [p["reference"] for p in store.policies()] == [None, 0, 0]
+    assert store.metrics(2)["train/beta_start"] == store.metrics(1)["train/beta"]  # the same reference: β goes on
+    store.close()
 
 
 def test_a_loss_that_is_not_finite_stops_the_round_and_changes_no_policy(mini_world, tmp_path):
