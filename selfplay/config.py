@@ -238,7 +238,7 @@ class TrainConfig(Section):
 
 class GateConfig(Section):
     win_rate_lower: Share = 0.47
-    """A candidate is not inferior when the lower bound of its win rate is above this."""
+    """A candidate is not inferior when the lower bound of its win rate is above this; 0 asks nothing."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Two-sided confidence of the bootstrap interval."""
     reward_up: bool = True

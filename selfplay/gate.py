@@ -105,7 +105,7 @@ def verdict(metrics: dict[str, float], rule: GateConfig, independent: bool) -> V
     """The gate: promoted unless a limit is broken; every broken one is a reason."""
     m = metrics
     reasons = []
-    if not m["win_rate_low"] > rule.win_rate_lower:
+    if rule.win_rate_lower > 0 and not m["win_rate_low"] > rule.win_rate_lower:
         reasons.append(
             f"win rate {m['win_rate']:.3f} with lower bound {m['win_rate_low']:.3f}, not above {rule.win_rate_lower:g}"
         )

@@ -71,6 +71,13 @@ def test_a_better_candidate_is_promoted():
     assert (verdict.reasons, verdict.independent) == ([], False)
 
 
+def test_a_bound_of_zero_asks_nothing():
+    lost = compare([0.0] * 30, [1.0] * 30)
+    open_gate = GateConfig(win_rate_lower=0, reward_up=False)
+    assert gate.verdict(lost, open_gate, independent=False).promoted
+    assert not gate.verdict(lost, GateConfig(win_rate_lower=0.01, reward_up=False), independent=False).promoted
+
+
 @pytest.mark.parametrize(
     ("metrics", "reason"),
     [

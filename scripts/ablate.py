@@ -1,0 +1,368 @@
+#!/usr/bin/env python
+"""What each method is worth: whole runs on the tiny world, one per arm and seed, at equal budgets.
+
+    python scripts/ablate.py [--arms plain potential …] [--seeds 7] [--worlds 0 1] [--rounds 3] [--out runs/ablation]
+
+An arm is a name made of components joined by «+»: a selection (potential, explicit, implicit, signed; else random),
+`epsilon` (ε-DPO instead of DPO), a depth (`gradient`, `uniform`), `breadth`; `plain` has none of them. Every arm generates
+as many candidates and trains on as many pairs a round (depth halves the prompts and doubles their pairs). A world is a base
+policy with its own reward model, prompts and rubric (`make_tiny.py --seed`); a seed is one of prompts and sampling.
+
+Arms of a seed share what is the same by construction: the imported prompts, and of round 1 the stages before selection.
+The gate lets everything through, so that it cannot hide a bad arm. After the last round the policy answers every held-out
+prompt. An interrupted call goes on; a finished run leaves one JSON file in --out, from which `--report` makes the table and
+the picture. One thread a process, --workers runs at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+ALL = "potential+epsilon+breadth+gradient"
+ARMS = ["plain", "potential", "epsilon", "breadth+uniform", "breadth+gradient", ALL]
+
+# What is expected of which difference, fixed before the runs: (arm, against, metric, least lower bound of the interval).
+COMPARISONS = [
+    ("potential", "plain", "reward", 0.0),
+    *((arm, "plain", "gold", -0.02) for arm in ARMS[1:]),
+    ("epsilon", "plain", "gold_per_nat", 0.0),
+    ("breadth+gradient", "breadth+uniform", "gold", 0.0),
+    ("breadth+gradient", "breadth+uniform", "reward", 0.0),
+    ("breadth+gradient", "plain", "gold", 0.0),
+    (ALL, "plain", "gold", 0.0),
+    (ALL, "plain", "reward", 0.0),
+]
+
+METRICS = {
+    "reward": "held-out reward",
+    "gold": "gold total",
+    "content": "gold content",
+    "win": "gold win rate against the initial policy",
+    "kl": "KL to the initial policy (nats an answer)",
+    "gold_per_nat": "gold gained per nat of KL",
+    "length": "tokens an answer",
+}
+
+COMPONENTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    **{name: {"pairs.selection": name} for name in ("potential", "explicit", "implicit")},
+    "signed": {"pairs.selection": "potential", "pairs.signed": True},
+    "epsilon": {"train.epsilon": 0.01},
+    **{
+        name: {"depth.method": name, "depth.pairs_per_prompt": 2, "pairs.keep": 0.25}
+        for name in ("uniform", "gradient")
+    },
+    "breadth": {"breadth.method": "clusters", "breadth.oversample": 2},
+}
+BASE = {
+    "pairs.selection": "random",
+    "pairs.keep": 0.5,
+    "train.epsilon": 0,
+    "evaluate.prompts": 1,
+    "evaluate.audit_every": 0,
+    "evaluate.gate.win_rate_lower": 0,
+    "evaluate.gate.reward_up": False,
+    "evaluate.gate.max_length_ratio": 1000,
+    "evaluate.gate.max_cut_off": 1,
+    "evaluate.gate.max_kl": 1000000,
+    "retention.last": 1,
+}
+LAST = {"evaluate.prompts": 100_000, "evaluate.audit_every": 1, "evaluate.audit_prompts": 100_000}
+MIN_SEEDS = 5  # fewer make no interval
+SHARED_STAGES = ("prompts", "generate", "score")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=ARMS)
+    parser.add_argument("--seeds", type=int, default=7, help="run seeds for each world (default: 7)")
+    parser.add_argument("--first-seed", type=int, default=1000, help="the first run seed (default: 1000)")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[0, 1], help="seeds of the worlds (default: 0 1)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--config", default="configs/tiny.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="for every arm")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--report", action="store_true", help="no runs: table and picture of what is there")
+    parser.add_argument("--unit", nargs=2, metavar=("WORLD", "SEED"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for arm in args.arms:
+        overrides(arm)
+    if args.unit:
+        unit(args, int(args.unit[0]), int(args.unit[1]))
+        return
+    if not args.report:
+        run_all(args)
+    report(args.out, args.arms)
+
+
+def overrides(arm: str) -> dict[str, Any]:
+    """The settings of an arm; ends the program with the known names for one that is unknown."""
+    settings = dict(BASE)
+    for name in arm.split("+"):
+        if name not in COMPONENTS:
+            sys.exit(f"arm {arm!r}: unknown component {name!r}; known: {', '.join(COMPONENTS)}")
+        settings |= COMPONENTS[name]
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------- the runs
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Every unit (world, seed) in a process of its own, some at a time."""
+    for world in args.worlds:
+        if not (world_dir(world) / "current").exists():
+            print(f"building the world of seed {world}", flush=True)
+            argv = [sys.executable, str(ROOT / "scripts" / "make_tiny.py"), "--seed", str(world)]
+            subprocess.run([*argv, "--out", str(world_dir(world))], check=True)
+    units = [(world, args.first_seed + i) for i in range(args.seeds) for world in args.worlds]
+    args.out.mkdir(parents=True, exist_ok=True)
+    running: set[subprocess.Popen[bytes]] = set()
+    stopping = threading.Event()
+
+    def work(world: int, seed: int) -> None:
+        if stopping.is_set():
+            return
+        argv = [sys.executable, *sys.argv, "--unit", str(world), str(seed)]
+        process = subprocess.Popen(argv, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        running.add(process)
+        if process.wait() and not stopping.is_set():
+            print(f"world {world} seed {seed} failed; the same command tries it again", flush=True)
+        running.discard(process)
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        waiting = [pool.submit(work, *each) for each in units]
+        try:
+            for future in waiting:
+                future.result()
+        except KeyboardInterrupt:
+            stopping.set()
+            for process in list(running):
+                process.send_signal(signal.SIGTERM)
+            sys.exit("interrupted: the same command goes on")
+
+
+def world_dir(seed: int) -> Path:
+    return ROOT / ".cache" / ("tiny" if seed == 0 else f"tiny-{seed}")
+
+
+def unit(args: argparse.Namespace, world: int, seed: int) -> None:
+    """All arms of one seed in one world, one after another, with one reward server."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    work = args.out / f"world-{world}-seed-{seed}"
+    files = {arm: args.out / f"world-{world}-seed-{seed}-{arm}.json" for arm in args.arms}
+    if all(path.is_file() for path in files.values()):
+        return
+    here = (world_dir(world) / "current").resolve()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "reward.server", "--model", str(here / "reward"), "--dtype", "float32", "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        url = json.loads(server.stdout.readline())["url"]
+        for arm, path in files.items():
+            if path.is_file():
+                continue
+            began = time.monotonic()
+            settings = overrides(arm) | {
+                "run.seed": seed,
+                "policy.model": str(here / "policy"),
+                "prompts.source": str(here / "train.jsonl"),
+                "prompts.heldout": str(here / "heldout.jsonl"),
+                "reward.model": None,
+                "reward.url": [url],
+            }
+            found = one_run(args, work, arm, [*assignments(settings), *args.set]) | {
+                "world": world,
+                "seed": seed,
+                "arm": arm,
+            }
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(found, indent=1) + "\n")
+            partial.rename(path)
+            took = time.monotonic() - began
+            print(
+                f"world {world} seed {seed} {arm}: reward {found['reward']:.3f} gold {found['gold']:.3f} {took:.0f} s",
+                flush=True,
+            )
+        shutil.rmtree(work)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str]) -> dict[str, Any]:
+    """Do (or go on with) the run of an arm, in a folder that starts with what the arms before it share with it."""
+    from rich.console import Console
+
+    from selfplay.config import load
+    from selfplay.display import Display
+    from selfplay.round import run_round
+    from selfplay.run import Run
+
+    run_dir = work / arm
+    breadth = "breadth" in arm.split("+")
+    done = [
+        other for other in args.arms[: args.arms.index(arm)] if (work / other / "rounds" / "0001" / "score").is_dir()
+    ]
+    if not run_dir.exists() and done:
+        partial = work / f".{arm}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(work / done[0] / "pool", partial / "pool")
+        if alike := [other for other in done if ("breadth" in other.split("+")) == breadth]:
+            for stage in SHARED_STAGES:
+                shutil.copytree(work / alike[0] / "rounds" / "0001" / stage, partial / "rounds" / "0001" / stage)
+        partial.rename(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    usual, last = load(args.config, sets), load(args.config, [*sets, *assignments(LAST)])
+    with (run_dir / "display.log").open("a") as log, Run(usual, run_dir, Display(Console(file=log))) as run:
+        while (finished := sum(row["state"] != "running" for row in run.store.rounds())) < args.rounds:
+            run.config = last if finished + 1 == args.rounds else usual
+            if (ended := run_round(run)).outcome != "promoted":
+                sys.exit(f"{run_dir}: round {ended.round} was {ended.outcome}: {'; '.join(ended.reasons)}")
+        return measured(run.store, run_dir, args.rounds)
+
+
+def assignments(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
+    """What came of a run: means over the answers of the last policy to all held-out prompts, and what it cost."""
+    from selfplay import artifacts
+    from selfplay.types import Scored
+
+    folder = run_dir / "rounds" / f"{rounds:04d}" / "evaluate"
+    answers = [
+        row for name in ("candidate", "audit") for row in artifacts.read_rows(folder / f"{name}.parquet", Scored)
+    ]
+    metrics = [store.metrics(index) for index in range(1, rounds + 1)]
+    end = metrics[-1]
+    gained = end["evaluate/audit_gold_total"] - end["evaluate/audit_gold_total_initial"]
+    return {
+        "reward": statistics.fmean(row.reward for row in answers if row.reward is not None),
+        "gold": statistics.fmean(row.reward_parts["total"] for row in answers),
+        "content": statistics.fmean(row.reward_parts["content"] for row in answers),
+        "win": end["evaluate/audit_gold_win_rate"],
+        "kl": end["evaluate/kl_initial"],
+        "gold_per_nat": gained / end["evaluate/kl_initial"],
+        "length": statistics.fmean(row.n_tokens for row in answers),
+        "pairs": sum(m["depth/pairs"] for m in metrics),
+        "generated": sum(m["generate/tokens"] for m in metrics),
+        "beta": end["train/beta"],
+        "up": statistics.fmean(m.get("train/epsilon_up", 0.0) for m in metrics),
+        "down": statistics.fmean(m.get("train/epsilon_down", 0.0) for m in metrics),
+        "length_correlation": end.get("depth/closeness_length_correlation"),
+        "answers": len(answers),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+def report(out: Path, arms: Sequence[str]) -> None:
+    """Print the tables of what is in `out`, and draw the paired differences to `out`/ablation.png."""
+    found: dict[str, dict[tuple[int, int], dict[str, Any]]] = {arm: {} for arm in arms}
+    for path in sorted(out.glob("world-*.json")):
+        row = json.loads(path.read_text())
+        if row["arm"] in found:
+            found[row["arm"]][row["world"], row["seed"]] = row
+    found = {arm: rows for arm, rows in found.items() if rows}
+    if not found:
+        sys.exit(f"{out} has no finished run")
+    print("\n| arm | runs | " + " | ".join(METRICS.values()) + " | pairs | tokens generated |")
+    print("|---" * (len(METRICS) + 4) + "|")
+    for arm, rows in found.items():
+        cells = [shown(*interval([row[m] for row in rows.values()])) for m in METRICS]
+        costs = [f"{statistics.fmean(row[m] for row in rows.values()):.0f}" for m in ("pairs", "generated")]
+        print(f"| {arm} | {len(rows)} | " + " | ".join([*cells, *costs]) + " |")
+    print("\nPaired differences to plain, mean [95 % bootstrap interval over seeds]:\n")
+    print("| arm | seeds | " + " | ".join(METRICS.values()) + " |")
+    print("|---" * (len(METRICS) + 2) + "|")
+    for arm in list(found)[1:]:
+        both = [paired(found, arm, arms[0], m) for m in METRICS]
+        print(f"| {arm} | {len(both[0])} | " + " | ".join(shown(*interval(d)) for d in both) + " |")
+    print("\nWhat was expected before the runs:\n")
+    for arm, against, metric, least in COMPARISONS:
+        if arm in found and against in found:
+            mean, low, high = interval(paired(found, arm, against, metric))
+            few = len(paired(found, arm, against, metric)) < MIN_SEEDS
+            verdict = "too few seeds" if few else "shown" if low > least else "refuted" if high < least else "open"
+            print(f"- {arm} − {against}, {METRICS[metric]} > {least:g}: {shown(mean, low, high)}: {verdict}")
+    draw(found, arms[0], out / "ablation.png")
+
+
+def paired(found: dict[str, Any], arm: str, against: str, metric: str) -> list[float]:
+    """Differences of a metric between two arms on the seeds that both have."""
+    return [row[metric] - found[against][key][metric] for key, row in found[arm].items() if key in found[against]]
+
+
+def interval(values: Sequence[float], samples: int = 10_000) -> tuple[float, float, float]:
+    """Mean and its 95 % percentile bootstrap interval."""
+    data = np.asarray(values, np.float64)
+    drawn = np.random.default_rng(0).choice(data, (samples, len(data))).mean(axis=1)
+    return float(data.mean()), *map(float, np.quantile(drawn, [0.025, 0.975]))  # type: ignore[return-value]
+
+
+def shown(mean: float, low: float, high: float) -> str:
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def draw(found: dict[str, Any], against: str, path: Path) -> None:
+    """Paired differences of every arm to the plain one, a panel a metric."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = [arm for arm in found if arm != against]
+    if against not in found or not arms:
+        return
+    names = ("reward", "gold", "content", "kl", "length")
+    figure, panels = pyplot.subplots(1, len(names), figsize=(3 * len(names), 0.5 * len(arms) + 1.4), sharey=True)
+    for panel, metric in zip(panels, names, strict=True):
+        for row, arm in enumerate(arms):
+            values = paired(found, arm, against, metric)
+            mean, low, high = interval(values)
+            panel.plot(values, [row + 0.18] * len(values), "|", color="#9aa3af", markersize=5)
+            panel.plot([low, high], [row, row], color="#2563c9", linewidth=2)
+            panel.plot(mean, row, "o", color="#2563c9", markersize=5)
+        panel.axvline(0, color="#6b7280", linewidth=0.8)
+        panel.set_title(METRICS[metric], fontsize=9)
+        panel.tick_params(labelsize=8)
+        for side in ("top", "right", "left"):
+            panel.spines[side].set_visible(False)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
+    figure.suptitle(
+        f"Difference to {against}: mean, 95 % bootstrap interval, each seed", fontsize=10, x=0.01, ha="left"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"\npicture: {path}")
+
+
+if __name__ == "__main__":
+    main()
