@@ -10,12 +10,13 @@ import hashlib
 import json
 import types
 import typing
+import zoneinfo
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from selfplay.errors import ConfigError
 
@@ -310,6 +311,73 @@ class RetentionConfig(Section):
     """Rounds after which the weights of a rejected policy go."""
 
 
+class EndConfig(Section):
+    rounds: Positive | None = None
+    """Stop when the run has so many rounds."""
+    date: AwareDatetime | None = None
+    """Start no round after this moment (ISO 8601 with an offset)."""
+    reward: float | None = None
+    """Stop when the current policy's mean held-out reward reaches this."""
+    tokens: Positive | None = None
+    """Budget of generated tokens, over all rounds."""
+    device_hours: Annotated[float, Field(gt=0)] | None = None
+    """Budget of hours in rounds, times the devices that work (the GPUs of `placement`; 1 where none are named)."""
+
+
+class ScheduleConfig(Section):
+    mode: Literal["continuous", "interval", "cron"] = "continuous"
+    """A round follows a round; or one every so many minutes; or at the times of a cron line."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes from the start of a round to that of the next (`interval`)."""
+    cron: str | None = None
+    """Five fields: minute, hour, day, month, weekday (`cron`)."""
+    time_zone: str = "UTC"
+    """Of the cron line and of the quiet hours (an IANA name)."""
+    jitter_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Each start is put off by a random time up to this."""
+    quiet_hours: list[Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]] = []
+    """Times of day («22:00-06:30») in which no round starts."""
+    missed: Literal["skip", "once"] = "once"
+    """Rounds that fell due while the service was down: forgotten, or made up for by a single one."""
+    end: EndConfig = EndConfig()
+    """When the service stops starting rounds."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> ScheduleConfig:
+        if (self.mode == "interval") != (self.every_minutes is not None):
+            raise ValueError("every_minutes goes with mode: interval, and only with it")
+        if (self.mode == "cron") != (self.cron is not None):
+            raise ValueError("cron goes with mode: cron, and only with it")
+        if self.cron is not None and len(self.cron.split()) != 5:
+            raise ValueError(f"cron {self.cron!r} has not five fields (minute hour day month weekday)")
+        try:
+            zoneinfo.ZoneInfo(self.time_zone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"time_zone {self.time_zone!r} is no IANA time zone, such as Europe/Paris") from None
+        return self
+
+
+class ServiceConfig(Section):
+    host: str = "127.0.0.1"
+    """Address of API and page; any but a loopback address demands a token."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8470
+    """Port of API and page; 0 takes a free one."""
+    token_env: str = "SELFPLAY_TOKEN"
+    """Environment variable with the bearer token. The token itself never stands in a configuration."""
+    token_file: Path | None = None
+    """File with the bearer token, instead of the variable."""
+    drain_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Time that a shard, or the save of the trainer, gets to finish on SIGTERM; then it is cut."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Times a failed stage is tried again, with back-off, before the service pauses itself."""
+    retry_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds before the first retry; each further one waits twice as long."""
+    pause_after_rejected: Positive = 3
+    """Rejected rounds in a row after which the service pauses itself."""
+    webhook_env: str = "SELFPLAY_WEBHOOK"
+    """Environment variable with the URL that alerts are posted to as JSON; unset: none."""
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     """Name, folder and seed."""
@@ -335,6 +403,10 @@ class Config(Section):
     """Which GPUs do what."""
     retention: RetentionConfig = RetentionConfig()
     """Which weights stay on disk."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """When rounds start (`selfplay serve`)."""
+    service: ServiceConfig = ServiceConfig()
+    """The long-running service (`selfplay serve`)."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Config:

@@ -64,6 +64,7 @@ policies = sa.Table(
     sa.Column("beta", sa.Float),
     sa.Column("state", sa.String, nullable=False),  # initial | candidate | promoted | rejected
     sa.Column("weights", sa.Boolean, nullable=False),  # False once retention deleted them
+    sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 pairs = sa.Table(
     "pairs",
@@ -93,10 +94,36 @@ events = sa.Table(
     sa.Column("kind", sa.String, nullable=False),
     sa.Column("text", sa.String, nullable=False),
 )
+orders = sa.Table(
+    "orders",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("time", sa.String, nullable=False),
+    sa.Column("origin", sa.String, nullable=False),  # who gave it: cli, api, page, daemon
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("arguments", sa.JSON, nullable=False),
+    sa.Column("state", sa.String, nullable=False, index=True),  # pending | done | refused
+    sa.Column("ended", sa.String),
+    sa.Column("result", sa.String),
+)
+state = sa.Table(
+    "state",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("value", sa.JSON, nullable=False),
+)
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, nullable=False))
+
+
+def _orders_and_pins(connection: sa.Connection) -> None:
+    metadata.create_all(connection)
+    if "pinned" not in {column["name"] for column in sa.inspect(connection).get_columns("policies")}:
+        connection.execute(sa.text("ALTER TABLE policies ADD COLUMN pinned BOOLEAN NOT NULL DEFAULT 0"))
+
 
 MIGRATIONS: list[Callable[[sa.Connection], None]] = [
     metadata.create_all,  # 1: everything above
+    _orders_and_pins,  # 2: orders, state, policies.pinned
 ]
 
 
@@ -231,7 +258,48 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(events.insert().values(time=now(), round=index, kind=kind, text=text))
 
+    def submit(self, kind: str, arguments: dict[str, Any], origin: str) -> int:
+        """Leave an order for whoever runs this folder; returns its number."""
+        values = {"time": now(), "origin": origin, "kind": kind, "arguments": arguments, "state": "pending"}
+        with self._engine.begin() as connection:
+            key = connection.execute(orders.insert().values(**values)).inserted_primary_key
+        assert key is not None
+        return int(key[0])
+
+    def answer(self, order: int, state: str, result: str) -> None:
+        """Record what came of an order: `done` or `refused`, and an event that says so."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                orders.update().where(orders.c.id == order).values(state=state, ended=now(), result=result)
+            )
+            row = connection.execute(sa.select(orders).where(orders.c.id == order)).mappings().one()
+            given = " ".join([row["kind"], *(f"{k}={v}" for k, v in row["arguments"].items() if k != "rows")])
+            text = f"{given} (from {row['origin']}): {result}"
+            connection.execute(events.insert().values(time=now(), kind=f"order_{state}", text=text))
+
+    def set_state(self, name: str, value: Any) -> None:
+        """Keep a value under a name; what was there is replaced."""
+        with self._engine.begin() as connection:
+            changed = connection.execute(state.update().where(state.c.name == name).values(value=value))
+            if not changed.rowcount:
+                connection.execute(state.insert().values(name=name, value=value))
+
+    def pin(self, version: int, pinned: bool) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(policies.update().where(policies.c.version == version).values(pinned=pinned))
+
     # reading
+
+    def orders(self, state: str | None = None) -> list[dict[str, Any]]:
+        """Orders, oldest first; only those in a state if one is given."""
+        query = sa.select(orders).order_by(orders.c.id)
+        return self._rows(query if state is None else query.where(orders.c.state == state))
+
+    def state(self, name: str, default: Any = None) -> Any:
+        """What was kept under a name."""
+        with self._engine.connect() as connection:
+            found = connection.scalar(sa.select(state.c.value).where(state.c.name == name))
+        return default if found is None else found
 
     def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._engine.connect() as connection:

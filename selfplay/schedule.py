@@ -1,0 +1,67 @@
+"""When the next round starts, and when no more do: pure functions of the schedule, the past and the present."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, time, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from selfplay.config import EndConfig, ScheduleConfig
+
+
+def after_quiet_hours(start: datetime, schedule: ScheduleConfig) -> datetime:
+    """`start`, or the end of the quiet hours that it falls into (in the schedule's time zone)."""
+    zone = ZoneInfo(schedule.time_zone)
+    moved = True
+    for _ in range(len(schedule.quiet_hours) + 1):  # one window may end in another
+        moved = False
+        for window in schedule.quiet_hours:
+            begin, end = (time.fromisoformat(part) for part in window.split("-"))
+            local = start.astimezone(zone)
+            now = local.time().replace(tzinfo=None)
+            overnight = begin > end
+            if begin == end or not ((begin <= now or now < end) if overnight else begin <= now < end):
+                continue
+            day = local.date() + timedelta(days=1 if overnight and now >= begin else 0)
+            start, moved = datetime.combine(day, end, zone), True
+        if not moved:
+            break
+    return start
+
+
+def ended(
+    end: EndConfig,
+    rounds: Sequence[Mapping[str, Any]],
+    metrics: Mapping[int, Mapping[str, float]],
+    now: datetime,
+    devices: int = 1,
+) -> str | None:
+    """Why no further round starts, or None.
+
+    rounds: the ledger's finished rounds; metrics: `evaluate/reward`, `generate/tokens` and the like, by round. The reward
+    is that of the current policy on held-out prompts, so of the last promoted round; a round's hours run from its start to
+    its end, whatever it waited for.
+    """
+    if end.rounds is not None and len(rounds) >= end.rounds:
+        return f"the run has its {end.rounds} rounds (schedule.end.rounds)"
+    if end.date is not None and now >= end.date:
+        return f"it is past {end.date.isoformat()} (schedule.end.date)"
+    promoted = [row["round"] for row in rounds if row["state"] == "promoted"]
+    if end.reward is not None and promoted:
+        reward = metrics.get(promoted[-1], {}).get("evaluate/reward")
+        if reward is not None and reward >= end.reward:
+            return (
+                f"the current policy's held-out reward is {reward:.4g}, the target {end.reward:g} (schedule.end.reward)"
+            )
+    tokens = sum(m.get("generate/tokens", 0.0) for m in metrics.values())
+    if end.tokens is not None and tokens >= end.tokens:
+        return f"{tokens:.0f} tokens were generated, the budget is {end.tokens} (schedule.end.tokens)"
+    seconds = sum(
+        (datetime.fromisoformat(row["ended"]) - datetime.fromisoformat(row["started"])).total_seconds()
+        for row in rounds
+    )
+    hours = max(seconds, 0.0) * devices / 3600
+    if end.device_hours is not None and hours >= end.device_hours:
+        return f"{hours:.1f} device-hours were used, the budget is {end.device_hours:g} (schedule.end.device_hours)"
+    return None
