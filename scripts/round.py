@@ -8,17 +8,10 @@ input; 3 a stage failed; 130 interrupted (the same command goes on).
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-if TYPE_CHECKING:
-    from selfplay.run import Run
 
 
 def arguments() -> argparse.Namespace:
@@ -35,66 +28,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    args = arguments()
-    from selfplay.display import Display
-    from selfplay.errors import ConfigError, SelfplayError
-
-    display = Display()
-    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell starts background jobs with it ignored
-        signal.signal(number, _interrupt)
-    run_dir = args.run_dir
-    try:
-        from selfplay.artifacts import disk_errors
-        from selfplay.config import load
-        from selfplay.run import Run
-
-        if args.rounds is not None and args.rounds < 1:
-            raise ConfigError(f"--rounds {args.rounds}: at least 1")
-        config = load(args.config, args.set)
-        run_dir = args.run_dir or config.run_dir
-        with disk_errors(run_dir), Run(config, run_dir, display) as run:
-            rounds(run, args.rounds)
-            if args.report:
-                run.write_report()
-        return 0
-    except SelfplayError as error:
-        display.error(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        display.note("interrupted: the same command goes on where this one stopped")
-        return 130
-    except Exception as error:
-        log = (run_dir or Path()) / "logs" / "round.log"
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(traceback.format_exc())
-        except OSError:
-            traceback.print_exc()
-        display.error(f"{type(error).__name__}: {error}", "this is a bug: please report it with the log", log)
-        return 3
-
-
-def rounds(run: Run, total: int | None) -> None:
-    """Do rounds until the folder has `total` of them; with None one more than now, or the unfinished one."""
-    from selfplay.round import run_round
-
-    finished = [r for r in run.store.rounds() if r["state"] != "running"]
-    target = len(finished) + 1 if total is None else total
-    if len(finished) >= target:
-        run.display.note(f"{run.dir} has its {target} rounds already")
-        run.display.run_table(run.store)
-        return
-    for _ in range(target - len(finished)):
-        run.display.round_table(run_round(run))
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    # Threads that wait for answers nobody wants any more must not hold up the exit.
-    os._exit(code)
+    args = arguments()
+    from selfplay.rounds import leave, run_rounds
+
+    leave(run_rounds(args.config, args.set, args.run_dir, args.rounds, args.report))

@@ -403,6 +403,8 @@ class Config(Section):
     """Which GPUs do what."""
     retention: RetentionConfig = RetentionConfig()
     """Which weights stay on disk."""
+    track: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where round and trainer metrics go beside the ledger."""
     schedule: ScheduleConfig = ScheduleConfig()
     """When rounds start (`selfplay serve`)."""
     service: ServiceConfig = ServiceConfig()

@@ -7,6 +7,7 @@ regression of the win on an intercept and the difference of log lengths, log(|y_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -99,6 +100,22 @@ def compare(
         "cut_off_champion": float(np.mean([c.finish_reason != "stop" for c in champion])),
         "empty": float(np.mean([not c.text.strip() for c in candidate])),
     }
+
+
+def power(prompts: int, win_rate: float, rule: GateConfig) -> float:
+    """Probability that the win-rate rule lets a candidate through whose true win rate is `win_rate`, without ties.
+
+    Normal approximation: the measured rate has standard deviation σ = √(p(1−p)/prompts), and the lower bound lies z·σ
+    below it, so the rule passes where the rate is above `win_rate_lower` + z·σ.
+    """
+    normal = NormalDist()
+    sigma = (win_rate * (1 - win_rate) / prompts) ** 0.5
+    z = normal.inv_cdf((1 + rule.confidence) / 2)
+    if rule.win_rate_lower == 0:
+        return 1.0
+    if sigma == 0:
+        return float(win_rate > rule.win_rate_lower)
+    return 1 - normal.cdf((rule.win_rate_lower + z * sigma - win_rate) / sigma)
 
 
 def verdict(metrics: dict[str, float], rule: GateConfig, independent: bool) -> Verdict:

@@ -1,0 +1,298 @@
+"""The command `selfplay`. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from selfplay.store import Store
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Self-play alignment: rounds of sampling, scoring, selection, ε-DPO and a verified swap.",
+)  # fmt: skip
+
+Config = Annotated[Path, typer.Option("--config", "-c", help="YAML file.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Override a value; may be repeated.")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Run folder (default: <run.dir>/<run.name> of the config).")
+]
+Version = Annotated[int, typer.Argument(min=0, help="Number of a policy.")]
+TINY = Path("configs/tiny.yaml")
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on become two lines and an exit code."""
+    from selfplay.errors import SelfplayError
+
+    try:
+        app()
+    except SelfplayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"what to do: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _folder(config: Path, sets: list[str], run_dir: Path | None) -> Path:
+    """The run folder that a command means. Raises InputError where no run was started there."""
+    from selfplay.config import load
+    from selfplay.errors import InputError
+
+    folder = run_dir or load(config, sets).run_dir
+    if not (folder / "ledger.sqlite").is_file():
+        raise InputError(
+            f"{folder} is no run folder", "start one with `selfplay round` or `selfplay serve`, or give --run-dir"
+        )
+    return folder
+
+
+def _store(config: Path, sets: list[str], run_dir: Path | None) -> Store:
+    from selfplay.store import Store
+
+    return Store(_folder(config, sets, run_dir))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")],
+    model: Annotated[str, typer.Option(help="Policy: folder or Hub id of an instruct model.")],
+    reward: Annotated[str, typer.Option(help="Reward model (folder or Hub id) or the URL of a reward server.")],
+    prompts: Annotated[str, typer.Option(help="JSONL or Parquet file, or Hub dataset id.")],
+) -> None:
+    """Write a configuration to start from."""
+    from selfplay.config import load
+    from selfplay.errors import InputError
+    from selfplay.starter import starter
+
+    if path.exists():
+        raise InputError(f"{path} is there already", "name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(starter(path.stem, model, reward, prompts), encoding="utf-8")
+    load(path)
+    print(f"wrote {path}; next: selfplay check -c {path}")
+
+
+@app.command()
+def check(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006  typer wants a list
+    """Check configuration and machine, and print the plan of a round."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from selfplay.check import check, plan
+    from selfplay.config import load
+
+    settings = load(config, set_)
+    console = Console(highlight=False)
+    findings = check(settings, run_dir or settings.run_dir)
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    for finding in findings:
+        table.add_row(f"[{styles[finding.level]}]{finding.level}[/]", finding.about, finding.text)
+    console.print(table)
+    console.print("\na round", style="bold")
+    rows = Table(box=None, show_header=False, padding=(0, 1))
+    for what, how_much in plan(settings):
+        rows.add_row(what, how_much)
+    console.print(rows)
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(2)
+
+
+@app.command("round")
+def round_(
+    config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
+    rounds: Annotated[int | None, typer.Option(help="Rounds the folder has at the end (default: one more).")] = None,
+    report: Annotated[bool, typer.Option(help="Write report.html and report.png at the end.")] = False,
+) -> None:  # fmt: skip
+    """Run one round (or up to --rounds), an unfinished one first."""
+    from selfplay.rounds import leave, run_rounds
+
+    leave(run_rounds(config, set_, run_dir, rounds, report))
+
+
+@app.command()
+def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """Run rounds on the configured schedule, with API and page, until told to stop."""
+    from selfplay.rounds import leave
+    from selfplay.service import serve
+
+    leave(serve(config, set_, run_dir))
+
+
+@app.command()
+def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """What the service does now."""
+    store = _store(config, set_, run_dir)
+    service: dict[str, Any] = store.state("service") or {}
+    rounds = store.rounds()
+    alive = service.get("pid") is not None and Path(f"/proc/{service['pid']}").exists()
+    state = service.get("state", "never served") if alive or service.get("state") in (None, "stopped") else "dead"
+    print(f"service  {state}" + (f": {service['why']}" if service.get("why") else ""))
+    if alive:
+        print(f"process  {service['pid']}, in this state since {service['since']}")
+    if rounds:
+        last = rounds[-1]
+        done = ", ".join(store.seconds(last["round"])) or "nothing yet"
+        print(f"round    {last['round']} {last['state']} (stages done: {done})")
+    policies = [p for p in store.policies() if p["state"] in ("promoted", "initial")]
+    current = next((r["policy"] for r in reversed(rounds) if r["policy"] is not None), 0)
+    print(f"policy   {current} serves; {len(policies)} were promoted or imported")
+    for order in store.orders("pending"):
+        print(f"order    {order['id']} {order['kind']} waits since {order['time']}")
+    for event in store.events()[-3:]:
+        print(f"event    {event['time']} {event['kind']}: {event['text']}")
+    store.close()
+
+
+@app.command()
+def rounds(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """One line a round."""
+    from selfplay.display import Display
+
+    store = _store(config, set_, run_dir)
+    Display().run_table(store)
+    store.close()
+
+
+@app.command()
+def show(
+    round_: Annotated[int, typer.Argument(metavar="N", min=1, help="Number of a finished round.")],
+    config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
+) -> None:  # fmt: skip
+    """The table of one round, and what happened in it."""
+    from selfplay.display import Display
+    from selfplay.errors import InputError
+    from selfplay.round import report
+
+    store = _store(config, set_, run_dir)
+    known = {row["round"]: row["state"] for row in store.rounds()}
+    if known.get(round_, "running") == "running":
+        finished = [str(index) for index, state in known.items() if state != "running"]
+        raise InputError(f"round {round_} is not finished", f"finished: {', '.join(finished) or 'none'}")
+    Display().round_table(report(store, round_))
+    for event in store.events(round_):
+        print(f" {event['time']} {event['kind']}: {event['text']}")
+    store.close()
+
+
+def _order(kind: str, arguments: dict[str, Any], config: Path, sets: list[str], run_dir: Path | None) -> None:
+    """Leave an order in the ledger, and say what became of it if a service is there to obey."""
+    import time
+
+    from selfplay.orders import submit
+
+    store = _store(config, sets, run_dir)
+    number = submit(store, kind, arguments, "cli")
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        row = next(row for row in store.orders() if row["id"] == number)
+        if row["state"] != "pending":
+            print(f"order {number} {row['state']}: {row['result']}")
+            store.close()
+            raise typer.Exit(0 if row["state"] == "done" else 2)
+        time.sleep(0.1)
+    store.close()
+    print(f"order {number} waits: the service obeys it when it runs, and between rounds where it has to")
+
+
+@app.command()
+def pause(
+    after: Annotated[str, typer.Option(help="stage or round.")] = "round",
+    config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
+) -> None:  # fmt: skip
+    """Pause the service after the stage or the round."""
+    _order("pause", {"after": after}, config, set_, run_dir)
+
+
+@app.command()
+def resume(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """End a pause."""
+    _order("resume", {}, config, set_, run_dir)
+
+
+@app.command("run-now")
+def run_now(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """Start a round now, whatever the schedule says."""
+    _order("run", {}, config, set_, run_dir)
+
+
+@app.command()
+def cancel(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """Give up the open round; the current policy stays."""
+    _order("cancel", {}, config, set_, run_dir)
+
+
+@app.command()
+def rollback(version: Version, config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """Make an earlier policy the current one (the swap is verified)."""
+    _order("rollback", {"version": version}, config, set_, run_dir)
+
+
+@app.command()
+def pin(
+    version: Version,
+    off: Annotated[bool, typer.Option("--off", help="No longer keep it.")] = False,
+    config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
+) -> None:  # fmt: skip
+    """Keep the weights of a policy whatever retention says."""
+    _order("pin", {"version": version, "pinned": not off}, config, set_, run_dir)
+
+
+@app.command("add-prompts")
+def add_prompts(
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet, like prompts.source.", exists=True)],
+    config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
+) -> None:  # fmt: skip
+    """Let prompts join the pool of the next rounds."""
+    from selfplay.importer import read_file
+
+    rows = [row for row in read_file(file) if isinstance(row, dict)]
+    _order("add_prompts", {"rows": rows}, config, set_, run_dir)
+
+
+@app.command()
+def reload(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """Have the service read its configuration file anew."""
+    _order("reload", {}, config, set_, run_dir)
+
+
+@app.command()
+def report(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """Write report.html and report.png."""
+    from selfplay.report import main as write
+
+    sys.argv = ["selfplay report", str(_folder(config, set_, run_dir))]
+    write()
+
+
+@app.command()
+def export(
+    what: Annotated[str, typer.Argument(help="pairs, or policy.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    version: Annotated[int | None, typer.Option(min=0, help="Policy to export (default: the current one).")] = None,
+    config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
+) -> None:  # fmt: skip
+    """Write the pairs as a TRL preference dataset, or a policy as a model folder, each with a card."""
+    from selfplay.errors import InputError
+    from selfplay.export import export_pairs, export_policy
+    from selfplay.policies import Policies
+
+    folder = _folder(config, set_, run_dir)
+    if what == "pairs":
+        print(f"{export_pairs(folder, out)} pairs in {out}")
+    elif what == "policy":
+        chosen = version if version is not None else Policies(folder).current
+        assert chosen is not None, "a run has a current policy"
+        export_policy(folder, chosen, out)
+        print(f"policy {chosen} in {out}")
+    else:
+        raise InputError(f"cannot export {what!r}", "pairs or policy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""The service: rounds on a schedule, orders between and within them, and a pause of its own when something is wrong.
+
+One thread runs the rounds, so there are never two at a time; APScheduler's triggers say when the next one is due. All
+that the service decides is in the ledger: what it is doing (state `service`), orders with what came of them, events.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tenacity
+from apscheduler.triggers.base import BaseTrigger
+from apscheduler.triggers.cron import CronTrigger
+from apscheduler.triggers.interval import IntervalTrigger
+
+from selfplay import artifacts, children, orders, schedule
+from selfplay.config import ScheduleConfig, load
+from selfplay.display import Display, Line
+from selfplay.errors import InputError, Interrupted, SelfplayError
+from selfplay.round import cancel_round, roll_back, run_round
+from selfplay.run import Run
+from selfplay.store import LedgerError, Store
+from selfplay.types import RoundReport
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0  # between two looks at the ledger for orders
+STATE = "service"
+
+
+def next_start(
+    settings: ScheduleConfig, last: datetime | None, up_since: datetime, now: datetime, jitter: float
+) -> datetime:
+    """When the next round may start.
+
+    last: when the last scheduled round started; up_since: when the service came up, which tells what was missed. jitter:
+    a number in [0, 1) for this start. A `last` that lies in the future (the clock was set back) counts as now.
+    """
+    if settings.mode == "continuous":
+        return schedule.after_quiet_hours(now, settings)
+    trigger: BaseTrigger
+    if settings.mode == "cron":
+        trigger = CronTrigger.from_crontab(settings.cron, timezone=settings.time_zone)
+    else:
+        anchor = min(last, now) if last is not None else up_since
+        trigger = IntervalTrigger(
+            minutes=0, seconds=round((settings.every_minutes or 0) * 60), start_date=anchor, timezone=settings.time_zone
+        )
+    if last is None:
+        due = trigger.get_next_fire_time(None, up_since)
+    else:
+        due = trigger.get_next_fire_time(None, min(last, now) + timedelta(seconds=1))
+        if due < up_since:  # it fell due while the service was down
+            due = now if settings.missed == "once" else trigger.get_next_fire_time(None, now)
+    return schedule.after_quiet_hours(due + timedelta(seconds=jitter * settings.jitter_seconds), settings)
+
+
+class Daemon:
+    """Serves one run folder until it is told to stop. `start` … `run` … with `stop` from any thread or signal handler."""
+
+    def __init__(
+        self, config_path: Path, overrides: list[str], run_dir: Path | None, display: Display,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:  # fmt: skip
+        self._path, self._overrides, self._clock = config_path, overrides, clock
+        self.config = load(config_path, overrides)
+        self.run_dir = run_dir or self.config.run_dir
+        self.display = display
+        self.up_since = clock()
+        self._stopping = threading.Event()
+        self._cut: threading.Timer | None = None
+        self._polled = 0.0
+        self._reload = False
+        self.progress: dict[str, Any] = {}
+        display.on_line = self._on_line
+
+    # --- from other threads and signal handlers ----------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Finish the shard, or save the trainer's state, and end; asked twice, or after `drain_seconds`, cut it short."""
+        if self._stopping.is_set():
+            children.stop_all()
+            return
+        self._stopping.set()
+        self._cut = threading.Timer(self.config.service.drain_seconds, children.stop_all)
+        self._cut.daemon = True
+        self._cut.start()
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Run rounds until `stop`. Raises SelfplayError when the folder cannot be opened at all."""
+        with contextlib.suppress(Interrupted):
+            while not self._stopping.is_set():
+                self._reload = False
+                with Run(self.config, self.run_dir, self.display) as run:
+                    self.run = run
+                    run.breathe = self._breathe
+                    self._note("event", "started", f"the service started (process {os.getpid()})")
+                    self._loop()
+                    self._say("stopped", "")
+        if self._cut is not None:
+            self._cut.cancel()
+
+    def _loop(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            self._between_rounds()
+            if self._reload:
+                return
+            why = self._why_not_now()
+            if why is not None:
+                self._say(*why)
+                self._stopping.wait(POLL_SECONDS)
+                continue
+            self._say("running", "")
+            now_asked = self.run.store.state("run_now", False)
+            if self.run.store.unfinished() is None:
+                self.run.store.set_state("last_start", self._clock().isoformat())
+                self.run.store.set_state("run_now", False)
+            try:
+                report = run_round(self.run)
+            except Interrupted as stop:
+                self._interrupted(stop)
+            except (SelfplayError, LedgerError) as error:
+                if self._stopping.is_set():
+                    return
+                failures += 1
+                self._failed(error, failures)
+                self.run.store.set_state("run_now", bool(now_asked))
+            else:
+                failures = 0
+                self.display.round_table(report)
+                self._after(report)
+        self.run.stop_trainer()
+
+    def _why_not_now(self) -> tuple[str, str] | None:
+        """State and reason for not starting (or going on with) a round at this moment."""
+        store = self.run.store
+        if pause := store.state("pause"):
+            return "paused", pause["why"]
+        if (retry := store.state("retry_at")) and self._clock() < datetime.fromisoformat(retry):
+            return "retrying", f"next try at {retry}"
+        if store.unfinished() is not None or store.state("run_now", False):
+            return None
+        finished = [row for row in store.rounds() if row["state"] != "running"]
+        names = ("evaluate/reward", "generate/tokens")
+        end = self.config.schedule.end
+        asks = any(value is not None for value in end.model_dump().values())
+        metrics = store.metrics_by_round(names) if asks else {}
+        if reason := schedule.ended(end, finished, metrics, self._clock(), self._devices()):
+            return "ended", reason
+        last = store.state("last_start")
+        jitter = artifacts.seed(self.config.run.seed, "jitter", len(finished)) / 2**63
+        due = next_start(
+            self.config.schedule, datetime.fromisoformat(last) if last else None, self.up_since, self._clock(), jitter
+        )
+        return None if due <= self._clock() else ("waiting", due.isoformat(timespec="seconds"))
+
+    def _devices(self) -> int:
+        placement = self.config.placement
+        return len({*(placement.generator or []), *(placement.trainer or []), *(placement.reward or [])}) or 1
+
+    def _failed(self, error: Exception, failures: int) -> None:
+        """Try the round again later, or pause and say why."""
+        text = str(error) + (f"; what to do: {error.hint}" if isinstance(error, SelfplayError) and error.hint else "")
+        self.display.warn(text)
+        service = self.config.service
+        hopeless = getattr(error, "exit_code", 3) == 2  # a wrong setting or input stays wrong
+        if hopeless or failures > service.retries:
+            self.pause(f"a round failed {failures} time{'s' * (failures > 1)}: {text}")
+            return
+        wait = service.retry_seconds * 2 ** (failures - 1)
+        self.run.store.set_state("retry_at", (self._clock() + timedelta(seconds=wait)).isoformat())
+        self._note(
+            "event",
+            "warning",
+            f"a round failed, trying again in {wait:.0f} s ({failures} of {service.retries}): {text}",
+        )
+
+    def _after(self, report: RoundReport) -> None:
+        """Pause after so many rejected rounds in a row."""
+        limit = self.config.service.pause_after_rejected
+        states = [row["state"] for row in self.run.store.rounds()][-limit:]
+        if report.outcome == "rejected" and states == ["rejected"] * limit:
+            self.pause(f"{limit} rounds in a row were rejected, the last because: {'; '.join(report.reasons)}")
+
+    def pause(self, why: str, alert: bool = True) -> None:
+        self.run.store.set_state("pause", {"why": why, "time": self._clock().isoformat()})
+        self.run.store.set_state("retry_at", None)
+        if alert:
+            self._note("alert", "alert", f"paused: {why}")
+
+    # --- within a round ----------------------------------------------------------------------------------------------
+
+    def _breathe(self, where: str) -> None:
+        """Called between stages, shards and steps: raises Interrupted where an order or a stop wants the round to end."""
+        if self._stopping.is_set():
+            raise Interrupted("the service stops")
+        if time.monotonic() - self._polled < POLL_SECONDS:
+            return
+        self._polled = time.monotonic()
+        with contextlib.suppress(LedgerError):  # a locked ledger delays an order, not the round
+            for row in self.run.store.orders("pending"):
+                if row["kind"] in ("pause", "resume", "cancel", "pin"):
+                    self._obey(row)
+            if where == "stage" and (self.run.store.state("pause") or {}).get("after") == "stage":
+                raise Interrupted("paused after the stage")
+            if self.run.store.state("cancel", False):
+                raise Interrupted("cancelled", now=True)
+
+    def _interrupted(self, stop: Interrupted) -> None:
+        if self.run.store.state("cancel", False):
+            cancel_round(self.run)
+            self.run.store.set_state("cancel", False)
+        self._note("event", "interrupted", str(stop))
+
+    # --- orders ------------------------------------------------------------------------------------------------------
+
+    def _between_rounds(self) -> None:
+        with contextlib.suppress(LedgerError):
+            for row in self.run.store.orders("pending"):
+                if row["kind"] in ("rollback",) and self.run.store.unfinished() is not None:
+                    continue  # until the round that is open has ended
+                self._obey(row)
+
+    def _obey(self, row: dict[str, Any]) -> None:
+        """Carry an order out and record what came of it."""
+        try:
+            result = self._carry_out(orders.parse(row["kind"], row["arguments"]))
+        except SelfplayError as error:
+            self.run.store.answer(row["id"], "refused", str(error))
+            self.display.warn(f"order {row['kind']} refused: {error}")
+        else:
+            self.run.store.answer(row["id"], "done", result)
+            self.display.note(f"order {row['kind']}: {result}")
+
+    def _carry_out(self, order: orders.Order) -> str:
+        store = self.run.store
+        match order:
+            case orders.Pause():
+                why = f"ordered, after the {order.after}"
+                store.set_state("pause", {"why": why, "after": order.after, "time": self._clock().isoformat()})
+                return f"pauses after the {order.after}"
+            case orders.Resume():
+                store.set_state("pause", None)
+                store.set_state("retry_at", None)
+                return "goes on"
+            case orders.RunNow():
+                store.set_state("run_now", True)
+                return "a round starts now" if not store.state("pause") else "a round starts when the pause ends"
+            case orders.Cancel():
+                if store.unfinished() is None:
+                    raise InputError("no round is open")
+                store.set_state("cancel", True)
+                if self.progress.get("state") != "running":
+                    cancel_round(self.run)
+                    store.set_state("cancel", False)
+                return "the round is given up"
+            case orders.Rollback():
+                return roll_back(self.run, order.version)
+            case orders.Pin():
+                store.pin(order.version, order.pinned)
+                return f"policy {order.version} is {'pinned' if order.pinned else 'no longer pinned'}"
+            case orders.AddPrompts():
+                return self.run.add_prompts(order.rows)
+            case orders.Reload():
+                return self._take_over()
+
+    def _take_over(self) -> str:
+        """Read the configuration file anew; what is not valid, or cannot change in this folder, is refused."""
+        config = load(self._path, self._overrides)
+        old, new = self.config.fixed(), config.fixed()
+        if changed := [key for key in old if old[key] != new[key]]:
+            raise InputError(f"{', '.join(changed)} cannot change within a run; the old configuration stays")
+        if config == self.config:
+            return "nothing changed"
+        self.config, self._reload = config, True
+        return "the new configuration holds from the next round on"
+
+    # --- what it says ------------------------------------------------------------------------------------------------
+
+    def _on_line(self, line: Line) -> None:
+        self.progress |= {
+            "round": line.round_index, "stage": line.name, "done": line.done, "total": line.total, "text": line.text,
+            "unit": line.unit, "seconds": line.seconds,
+        }  # fmt: skip
+
+    def _say(self, state: str, why: str) -> None:
+        """Keep state and reason in the ledger, where they changed."""
+        if (state, why) != (self.progress.get("state"), self.progress.get("why")):
+            self.progress |= {"state": state, "why": why}
+            value = {"state": state, "why": why, "pid": os.getpid(), "since": self._clock().isoformat()}
+            with contextlib.suppress(LedgerError):
+                self.run.store.set_state(STATE, value)
+            self.display.note(f"{state}{': ' if why else ''}{why}")
+
+    def _note(self, how: str, kind: str, text: str) -> None:
+        """An event; an alert goes to the webhook too."""
+        with contextlib.suppress(LedgerError):
+            self.run.store.event(kind, text)
+        if how == "alert":
+            self.display.warn(text)
+            if url := os.environ.get(self.config.service.webhook_env):
+                body = {"run": self.config.run.name, "kind": kind, "text": text, "time": self._clock().isoformat()}
+                threading.Thread(target=post_alert, args=(url, body), daemon=True, name="webhook").start()
+
+
+@tenacity.retry(
+    stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=60),
+    retry=tenacity.retry_if_exception_type(httpx.HTTPError), retry_error_callback=lambda state: None,
+)  # fmt: skip
+def post_alert(url: str, body: dict[str, Any]) -> None:
+    """Post an alert as JSON; five tries. The URL is a secret: it goes into no message."""
+    try:
+        httpx.post(url, json=body, timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
+        logger.warning("the webhook did not take an alert (%s)", type(error).__name__)
+        raise
+
+
+def handle_signals(daemon: Daemon) -> None:
+    """SIGTERM and SIGINT stop the service, SIGHUP has it read its configuration anew."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: daemon.stop())
+
+    def reload(*_: object) -> None:
+        threading.Thread(target=_submit_reload, args=(daemon.run_dir,), daemon=True).start()
+
+    signal.signal(signal.SIGHUP, reload)
+
+
+def _submit_reload(run_dir: Path) -> None:
+    store = Store(run_dir)
+    try:
+        store.submit("reload", {}, "signal")
+    finally:
+        store.close()

@@ -1,0 +1,86 @@
+"""Rounds one at a time, as a command: `scripts/round.py` and `selfplay round` are this function."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from selfplay.run import Run
+
+
+def run_rounds(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    run_dir: Path | None = None,
+    total: int | None = None,
+    report: bool = False,
+) -> int:
+    """Complete an unfinished round, then do rounds until the folder has `total` (None: one more than now).
+
+    Returns the exit code: 0 promoted, rejected by the gate or skipped; 2 bad configuration or input; 3 a stage failed; 130
+    interrupted.
+    """
+    from selfplay.display import Display
+    from selfplay.errors import ConfigError, SelfplayError
+
+    display = Display()
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, _interrupt)
+    try:
+        from selfplay.artifacts import disk_errors
+        from selfplay.config import load
+        from selfplay.run import Run
+
+        if total is not None and total < 1:
+            raise ConfigError(f"--rounds {total}: at least 1")
+        settings = load(config, overrides)
+        run_dir = run_dir or settings.run_dir
+        with disk_errors(run_dir), Run(settings, run_dir, display) as run:
+            _rounds(run, total)
+            if report:
+                run.write_report()
+        return 0
+    except SelfplayError as error:
+        display.error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        display.note("interrupted: the same command goes on where this one stopped")
+        return 130
+    except Exception as error:
+        log = (run_dir or Path()) / "logs" / "round.log"
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(traceback.format_exc())
+        except OSError:
+            traceback.print_exc()
+        display.error(f"{type(error).__name__}: {error}", "this is a bug: please report it with the log", log)
+        return 3
+
+
+def _rounds(run: Run, total: int | None) -> None:
+    from selfplay.round import run_round
+
+    finished = [r for r in run.store.rounds() if r["state"] != "running"]
+    target = len(finished) + 1 if total is None else total
+    if len(finished) >= target:
+        run.display.note(f"{run.dir} has its {target} rounds already")
+        run.display.run_table(run.store)
+        return
+    for _ in range(target - len(finished)):
+        run.display.round_table(run_round(run))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: threads that wait for answers nobody wants any more must not hold up the exit."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,92 @@
+"""Round and trainer metrics in TensorBoard, Weights & Biases or trackio: one setting, one place for both.
+
+Rounds are steps of `round/…`; optimizer steps count on over the rounds and are steps of `train/…`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from selfplay.config import Config
+from selfplay.errors import ConfigError
+
+
+class Tracker(Protocol):
+    """Where metrics go. Names are `stage/name`."""
+
+    def log(self, axis: str, values: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `<run>/tensorboard`, written without torch."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(folder))
+
+    def log(self, axis: str, values: Mapping[str, float], step: int) -> None:
+        summary = self._summary(
+            value=[self._summary.Value(tag=f"{axis}/{k}", simple_value=v) for k, v in values.items()]
+        )
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLike:
+    """W&B, or trackio, which has the same interface. Both axes are metrics, so that they can be plotted against."""
+
+    def __init__(self, module: Any, config: Config, run_dir: Path) -> None:
+        self._module = module
+        options: dict[str, Any] = {
+            "project": "selfplay",
+            "name": config.run.name,
+            "config": config.model_dump(mode="json"),
+        }
+        if module.__name__ == "wandb":
+            options |= {"dir": str(run_dir), "id": f"{config.run.name}-{config.run.seed}", "resume": "allow"}
+        else:
+            options |= {"resume": "allow"}
+        self._run = module.init(**options)
+
+    def log(self, axis: str, values: Mapping[str, float], step: int) -> None:
+        self._module.log({f"{axis}/{name}": value for name, value in values.items()} | {f"{axis}/step": step})
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def open_tracker(config: Config, run_dir: Path) -> Tracker | None:
+    """The tracker that `track` names. Raises ConfigError where its package is not installed."""
+    if config.track == "none":
+        return None
+    if config.track == "tensorboard":
+        return TensorBoard(run_dir / "tensorboard")
+    try:
+        module = importlib.import_module(config.track)
+    except ImportError:
+        hint = f"install it (pip install {config.track}), or set track to tensorboard or none"
+        raise ConfigError(f"track: {config.track} is not installed", hint) from None
+    return WandbLike(module, config, run_dir)
+
+
+def log_round(
+    tracker: Tracker, index: int, metrics: Mapping[str, float], history: list[dict[str, float | None]], first_step: int
+) -> None:
+    """One finished round: its metrics, and each optimizer step of it, numbered from `first_step` on."""
+    tracker.log("round", {k: v for k, v in metrics.items() if math.isfinite(v)}, index)
+    for offset, row in enumerate(history):
+        values = {k.removeprefix("train/"): v for k, v in row.items() if k != "step" and v is not None}
+        tracker.log("train", values, first_step + offset)
