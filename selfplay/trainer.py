@@ -4,6 +4,7 @@ It pays for its imports while other stages run, says «ready» and waits for ord
 one comes. Orders, each answered with one result or one error (see `children.py` for the protocol):
 
     {"order": "train", "job": TrainJob}        pairs → checks → ε-DPO → an exported policy and what is known of it
+    {"order": "embed", "job": EmbedJob}        embeddings of prompts, and which of them stand for all
     {"order": "canaries", "job": CanaryJob}    log-probabilities of fixed sequences under a checkpoint
     {"order": "exit"}
 
@@ -23,7 +24,7 @@ from pydantic import ValidationError
 
 from selfplay.children import Channel, Event, protocol, quick_imports
 from selfplay.errors import DiskError, TrainError
-from selfplay.jobs import CanaryJob, TrainJob
+from selfplay.jobs import CanaryJob, EmbedJob, TrainJob
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def failure(error: Exception) -> TrainError:
 
 def obey(order: Event, channel: Channel, rank: int) -> bool:
     """Carry out one order and answer it; False after an error."""
-    from selfplay import train_job
+    from selfplay import embed, train_job
 
     def report(step: int, steps: int, metrics: dict[str, float | None]) -> None:
         channel.progress(order, step=step, steps=steps, metrics=metrics)
@@ -60,8 +61,11 @@ def obey(order: Event, channel: Channel, rank: int) -> bool:
             result = train_job.train(TrainJob.model_validate(order["job"]), report)
         elif order["order"] == "canaries":
             result = train_job.canaries(CanaryJob.model_validate(order["job"])) if rank == 0 else None
+        elif order["order"] == "embed":
+            job = EmbedJob.model_validate(order["job"])
+            result = embed.embed(job, lambda done: channel.progress(order, done=done)) if rank == 0 else None
         else:
-            raise TrainError("input", f"unknown order {order['order']!r}", "known: train, canaries, exit")
+            raise TrainError("input", f"unknown order {order['order']!r}", "known: train, embed, canaries, exit")
     except Exception as error:  # the boundary: whatever it is, the one who ordered hears of it
         logger.exception("order %s failed", order["id"])
         found = failure(error)
