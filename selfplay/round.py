@@ -41,8 +41,6 @@ def run_round(run: Run) -> RoundReport:
         r.stage("prompts", r.prompts, total=run.config.prompts.per_round, unit="prompts")
         if not r.done("train"):
             run.trainer()  # anew where it shares a GPU with the engine, and so ended with an order of that stage
-        if r.evolves and not r.done("evolve"):
-            run.start_importer()
         if not r.done("generate"):
             run.engine()
         r.stage("generate", r.generate, total=len(r.drawn), unit="prompts")
@@ -54,7 +52,6 @@ def run_round(run: Run) -> RoundReport:
         if r.evolves:
             r.stage("evolve", r.evolve, unit="rewrites")
             evolve.join(r)
-            run.stop_importer()
         r.stage("depth", r.depth)
         r.stage("train", r.train, total=None, unit="steps")
         run.policies.adopt(r.index, r.dir / "train" / "policy")
@@ -63,7 +60,6 @@ def run_round(run: Run) -> RoundReport:
         r.stage("promote", r.promote)
     finally:
         run.stop_trainer()
-        run.stop_importer()
     verdict = artifacts.read_json(r.dir / "evaluate" / "verdict.json")
     return r.close("promoted" if verdict["promoted"] else "rejected", verdict["reasons"])
 

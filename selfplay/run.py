@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,7 +41,6 @@ class Run:
         self.gold: Gold | None = None
         self.rewriter: Rewriter | None = None  # None: the policy
         self._trainer: Child | None = None
-        self._importer: Child | None = None
         self._warm = False
 
     def __enter__(self) -> Run:
@@ -125,10 +125,7 @@ class Run:
             )
 
     def _import(self, out: Path) -> None:
-        self.start_importer()
-        self.warm_up()
-        found = self._importer_order("import", config=self.config.model_dump(mode="json"), out=str(out))
-        self.stop_importer()
+        found = self._ask_importer("import", self.warm_up, config=self.config.model_dump(mode="json"), out=str(out))
         if found["set_aside"]:
             self.event(
                 "warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())
@@ -138,13 +135,25 @@ class Run:
     # prompts
 
     def render(self, conversations: Sequence[list[Message]]) -> list[list[int] | str]:
-        """Token ids of each conversation by the policy's chat template, or why it has none. Takes seconds to start."""
-        found: list[list[int] | str] = self._importer_order(
-            "render",
-            policy=self.policy(0).path,
-            trust_remote_code=self.config.policy.trust_remote_code,
-            conversations=list(conversations),
-        )
+        """Token ids of each conversation by the policy's chat template, or why it has none.
+
+        A trainer that waits does it at once; without one it takes a child of its own, and seconds.
+        """
+        fields: dict[str, Any] = {
+            "policy": self.policy(0).path,
+            "trust_remote_code": self.config.policy.trust_remote_code,
+            "conversations": list(conversations),
+        }
+        found: list[list[int] | str]
+        if self._trainer is not None and self._trainer.alive:
+            try:
+                found = self._trainer.order("render", **fields)
+                return found
+            except ChildError as error:
+                raise InputError(str(error), error.hint) from error
+            except ChildDied as error:
+                self.event("warning", f"{error}; another process renders")
+        found = self._ask_importer("render", **fields)
         return found
 
     def admit(self, rows: Sequence[Mapping[str, Any]], source: str) -> list[Prompt | str]:
@@ -172,37 +181,51 @@ class Run:
             self.prompts |= new
         return len(new)
 
+    def add_prompts(self, rows: Sequence[Mapping[str, Any]], source: str) -> Counter[str]:
+        """Have prompts join the pool; returns how many were «added», and how many were refused for what reason.
+
+        rows: as `admit` takes them. When it returns they are on disk and in the ledger. The next round that opens draws
+        from them; a round that is open does not. Only for the thread that runs the rounds.
+        """
+        fates = self.admit(rows, source)
+        self.join(fate for fate in fates if isinstance(fate, Prompt))
+        counts = Counter("added" if isinstance(fate, Prompt) else fate for fate in fates)
+        refused = ", ".join(f"{n} × {why}" for why, n in sorted(counts.items()) if why != "added")
+        self.event(
+            "prompts",
+            f"{counts['added']} of {len(fates)} prompts from {source} join the pool"
+            + (f"; refused: {refused}" if refused else ""),
+        )
+        return counts
+
     @property
     def next_round(self) -> int:
         """Number of the round after the last that was opened."""
         return max((row["round"] for row in self.store.rounds()), default=0) + 1
 
-    def start_importer(self) -> None:
-        """Start the child that renders prompts, so that it imports while other things happen; returns at once."""
-        if self._importer is None or not self._importer.alive:
-            self.stop_importer()
-            argv = [sys.executable, "-m", "selfplay.importer"]
-            log = self.dir / "logs" / "importer.log"
-            self._importer = Child("importer", argv, run_dir=self.dir, log=log, silence=children.PATIENT)
-            self._importer.start()
-
-    def stop_importer(self) -> None:
-        if self._importer is not None:
-            self._importer.stop(grace=0)
-            self._importer = None
-
-    def _importer_order(self, order: str, **fields: Any) -> Any:
-        for retry in (True, False):
+    def _ask_importer(self, order: str, meanwhile: Callable[[], None] = lambda: None, **fields: Any) -> Any:
+        """One order to a child of its own. A child that dies is started once more."""
+        log = self.dir / "logs" / "importer.log"
+        for start in range(2):
+            child = Child(
+                "importer",
+                [sys.executable, "-m", "selfplay.importer"],
+                run_dir=self.dir,
+                log=log,
+                silence=children.PATIENT,
+            )
+            child.start()
             try:
-                self.start_importer()
-                assert self._importer is not None
-                return self._importer.order(order, **fields)
+                meanwhile()
+                return child.order(order, **fields)
             except ChildError as error:
                 raise InputError(str(error), error.hint) from error
             except ChildDied as error:
-                if not retry:
-                    raise SelfplayError(f"{error}: {last_line(error.log)}", f"its log is {error.log}") from error
+                if start:
+                    raise SelfplayError(f"{error}: {last_line(log)}", f"its log is {log}") from error
                 self.event("warning", f"{error}; starting it again")
+            finally:
+                child.stop()
 
     # services
 
