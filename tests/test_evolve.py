@@ -8,6 +8,8 @@ from test_report import pair
 
 from selfplay import artifacts, config, evolve, pool, tiny_rewriter
 from selfplay.errors import InputError
+from selfplay.run import Run
+from selfplay.store import Store
 from selfplay.types import Candidate, Prompt, Rewrite
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
@@ -199,3 +201,23 @@ def test_a_function_that_fails_is_named(tmp_path):
 
     with pytest.raises(InputError, match=r"evolve.rewriter \(policy\) failed on prompt .*KeyError"):
         run(FakeRound([prompt("x")], [1.0], rewriter_function=broken), tmp_path / "evolve")
+
+
+def test_joining_twice_is_joining_once(tmp_path):
+    """A controller that is killed between the stage and the pool, or between the pool and the ledger, makes good for it."""
+    service = Run(config.load(TINY), tmp_path, None)
+    service.store = Store(tmp_path)
+    (tmp_path / "pool").mkdir()
+    new = [prompt("one", joined=2), prompt("two", joined=2)]
+    rewrite = Rewrite(
+        parent="p", strategy="deepen", rewriter="policy 1", text="one", n_tokens=3, prompt_id="1", rejected_because=None
+    )
+    r = SimpleNamespace(run=service, index=1, rows=lambda stage, name, kind: new if kind is Prompt else [rewrite])
+    service.join(new[:1])
+    for _ in range(2):
+        evolve.join(r)
+    assert [p.name for p in sorted((tmp_path / "pool" / "added").iterdir())] == ["0001.parquet", "0002.parquet"]
+    assert artifacts.read_rows(tmp_path / "pool" / "added" / "0002.parquet", Prompt) == new[1:]
+    (event,) = service.store.events(1)
+    service.store.close()
+    assert event["kind"] == "evolve" and event["text"].startswith("1 of 1 rewrites join the pool (broaden 0, deepen 1,")
