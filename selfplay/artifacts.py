@@ -72,6 +72,11 @@ def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
     return [row_type(**{k: json.loads(v) if k in json_fields else v for k, v in row.items()}) for row in rows]
 
 
+def read_column(path: Path, name: str) -> list[Any]:
+    """One column of a file of records."""
+    return pq.read_table(path, columns=[name])[name].to_pylist()  # type: ignore[no-any-return]
+
+
 def write_json(path: Path, value: Any) -> None:
     with whole(path) as partial:
         partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

@@ -68,6 +68,21 @@ class PromptsConfig(Section):
     """Longest rendered prompt (tokens); longer ones are set aside and counted."""
     at_end: Literal["reshuffle", "stop"] = "reshuffle"
     """What happens when every prompt was drawn once."""
+    leak_ngram: Positive = 8
+    """Words of the n-grams by which a prompt that joins later is compared with held-out prompts."""
+    leak_overlap: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of n-grams in common from which on a prompt that joins later meets a held-out one, and is refused."""
+
+
+class BreadthConfig(Section):
+    method: Literal["none", "clusters"] = "none"
+    """How a draw is compressed: not at all, or to representatives of clusters of its prompts' embeddings."""
+    oversample: Annotated[float, Field(ge=1)] = 2.0
+    """Prompts drawn for each one that is kept; those passed over count as drawn."""
+    clusters: Positive | None = None
+    """Clusters of a draw; by default the square root of the number of prompts drawn."""
+    embedding: Annotated[str, Field(min_length=1)] = "policy"
+    """`policy`: its mean-pooled last hidden states; else the folder or Hub id of a sentence-transformers model."""
 
 
 class EngineConfig(Section):
@@ -162,6 +177,17 @@ class DepthConfig(Section):
     """How further pairs of the kept prompts are chosen: none, or the same number for every prompt."""
     pairs_per_prompt: Annotated[float, Field(ge=1)] = 2.0
     """Budget of `uniform`: pairs trained on, the base pairs included, for each kept prompt."""
+
+
+class EvolveConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Rounds between rewrites of prompts, whose results join the pool; 0: never."""
+    top: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of a round's prompts that are rewritten: those of the highest alignment potential."""
+    max_ratio: Annotated[float, Field(ge=1)] = 5.0
+    """Longest of a prompt and its rewrite over the shorter one (characters)."""
+    rewriter: Annotated[str, Field(pattern=r"^(policy|[\w.]+:\w+)$")] = "policy"
+    """Who rewrites: the policy, or a function `module:function` of (messages, strategy, seed) that returns a text."""
 
 
 class LoraConfig(Section):
@@ -385,12 +411,16 @@ class Config(Section):
     """The model that is aligned."""
     prompts: PromptsConfig
     """Where prompts come from."""
+    breadth: BreadthConfig = BreadthConfig()
+    """Fewer prompts that stand for many."""
     generate: GenerateConfig = GenerateConfig()
     """Sampling of candidates."""
     reward: RewardConfig
     """The external reward."""
     pairs: PairsConfig = PairsConfig()
     """From scored candidates to preference pairs."""
+    evolve: EvolveConfig = EvolveConfig()
+    """New prompts from those worth most."""
     depth: DepthConfig = DepthConfig()
     """Further pairs for the kept prompts."""
     train: TrainConfig = TrainConfig()

@@ -25,7 +25,7 @@ from selfplay.store import Store
 from selfplay.types import RoundReport
 
 QUIET_SECONDS = 5.0  # least time between two plain lines of a stage
-STAGES = ("prompts", "generate", "score", "pairs", "depth", "train", "evaluate", "promote")
+STAGES = ("prompts", "generate", "score", "pairs", "evolve", "depth", "train", "evaluate", "promote")
 STYLES = {"promoted": "green", "rejected": "yellow", "skipped": "cyan"}
 NOT_INDEPENDENT = "gate not independent: the judge is the reward that trains"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")

@@ -20,10 +20,12 @@ def generate(
     shards: Path,
     shard_prompts: int,
     on_progress: Callable[[int], None],
+    max_tokens: int | None = None,
 ) -> list[Candidate]:
     """Candidates of all prompts, prompt by prompt. A finished shard in the folder `shards` is read, not sampled again.
 
-    `seed`: prompt_id → its sampling seed. `on_progress` gets the number of prompts done.
+    `seed`: prompt_id → its sampling seed. `max_tokens`: the longest candidate, by default what the generator is set to.
+    `on_progress` gets the number of prompts done.
     """
     shards.mkdir(parents=True, exist_ok=True)
     rows: list[Candidate] = []
@@ -34,6 +36,7 @@ def generate(
             sampled = generator.generate(
                 [(p.prompt_id, p.prompt_ids, seed(p.prompt_id)) for p in part],
                 candidates=candidates,
+                max_tokens=max_tokens,
                 on_progress=lambda done, start=start: on_progress(start + done),  # type: ignore[misc]
             )
             artifacts.write_rows(path, sampled, Candidate)

@@ -129,12 +129,14 @@ class Generator:
         prompts: Sequence[tuple[str, list[int], int]],
         *,
         candidates: int | None = None,
+        max_tokens: int | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Candidate]:
         """Candidates of all prompts (prompt_id, prompt_ids, seed), prompt by prompt, in order.
 
-        `candidates`: how many of each, by default `generate.candidates`; candidate i uses seed + i. `on_progress` gets the
-        number of prompts done. Raises InputError for a prompt that does not fit, EngineError.
+        `candidates`: how many of each, by default `generate.candidates`; candidate i uses seed + i. `max_tokens`: the
+        longest of them, by default `generate.max_tokens`. `on_progress` gets the number of prompts done. Raises InputError
+        for a prompt that does not fit, EngineError.
         """
         if not prompts:
             return []
@@ -149,7 +151,7 @@ class Generator:
                 "temperature": settings.temperature,
                 "top_p": settings.top_p,
                 "top_k": settings.top_k,
-                "max_tokens": settings.max_tokens,
+                "max_tokens": settings.max_tokens if max_tokens is None else max_tokens,
                 "stop_token_ids": stops,
             }
             found: list[list[dict[str, Any]]] = self._order(

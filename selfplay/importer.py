@@ -1,15 +1,18 @@
 """The child that opens a run (`python -m selfplay.importer`): reads and renders prompts, splits them, imports policy 0.
 
-A process of its own because it needs a tokenizer and the initial model, which the controller never loads.
+A process of its own because it needs a tokenizer and the initial model, which the controller never loads. Orders:
+
+    {"order": "import", "config": …, "out": folder}                            the pool and what policy 0 needs
+    {"order": "render", "policy": folder, "trust_remote_code": …, "conversations": […]}
+                                                                               token ids of each, or why it has none
 """
 
 from __future__ import annotations
 
 import json
-import re
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,10 @@ from selfplay import artifacts
 from selfplay.children import protocol, quick_imports
 from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
+from selfplay.pool import POOL, messages_of, prompt_id
 from selfplay.types import Message, Prompt, Split
 
-POOL, INITIAL = "pool.parquet", "initial.json"
+INITIAL = "initial.json"
 CANARY_TOKENS = 64
 
 
@@ -69,31 +73,10 @@ def read_hub(name: str, split: str, column: str | None) -> Iterator[dict[str, An
         yield row if column is None else {"messages": value} if isinstance(value, list) else {"prompt": value}
 
 
-def messages_of(row: dict[str, Any]) -> list[Message] | str:
-    """The conversation of a row, or why it has none."""
-    if isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return "neither prompt nor messages"
-    if not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        return "a message without role and content"
-    if not all(re.fullmatch(r"[A-Za-z_-]{1,32}", m["role"]) for m in messages):
-        return "a role that is no word"
-    clean = [{"role": m["role"], "content": m["content"]} for m in messages]
-    return clean if clean[-1]["role"] == "user" else "the last message is not the user's"
-
-
-def prompt_id(messages: list[Message]) -> str:
-    return f"{artifacts.seed(json.dumps(messages, sort_keys=True)):016x}"
-
-
 def read_prompts(
     source: str, config: Config, counts: Counter[str]
-) -> dict[str, tuple[list[Message], dict[str, Any], str]]:
-    """prompt_id → (messages, meta, root ancestor) of a file or a Hub id; bad rows and duplicates are counted."""
+) -> dict[str, tuple[list[Message], dict[str, Any], str | None]]:
+    """prompt_id → (messages, meta, parent) of a file or a Hub id; bad rows and duplicates are counted."""
     path = Path(source)
     if path.is_file():
         rows = read_file(path)
@@ -101,7 +84,7 @@ def read_prompts(
         raise InputError(f"{source}: no such file", "relative paths start at the working directory")
     else:
         rows = read_hub(source, config.prompts.split, config.prompts.column)
-    found: dict[str, tuple[list[Message], dict[str, Any], str]] = {}
+    found: dict[str, tuple[list[Message], dict[str, Any], str | None]] = {}
     for row in rows:
         messages = row if isinstance(row, str) else messages_of(row)
         if isinstance(messages, str):
@@ -112,11 +95,33 @@ def read_prompts(
         if key in found:
             counts["duplicate"] += 1
         else:
-            found[key] = (messages, row.get("meta") or {}, str(row.get("parent") or key))
+            found[key] = (messages, row.get("meta") or {}, str(row["parent"]) if row.get("parent") else None)
     if not found:
         bad = ", ".join(f"{n} × {why}" for why, n in counts.items())
         raise InputError(f"{source} has no usable prompt" + (f" ({bad})" if bad else ": it is empty"))
     return found
+
+
+def ancestor(key: str, parents: Mapping[str, str | None]) -> str:
+    """The oldest prompt that this one was made from, as far as parents are known; itself where it has none."""
+    line = [key]
+    while (parent := parents.get(line[-1])) is not None:
+        if parent in line:
+            return min(line[line.index(parent) :])  # a circle has no oldest; all of it ends on one side of the split
+        line.append(parent)
+    return line[-1]
+
+
+def rendered(
+    render: Callable[[list[Message]], list[int]], messages: list[Message], meta: Any = None
+) -> list[int] | str:
+    """Token ids of a conversation, or why it has none."""
+    try:
+        ids = render(messages)
+        json.dumps([messages, meta], ensure_ascii=False).encode()
+    except Exception as error:  # a template refuses in its own way: roles that do not alternate, a lone surrogate, …
+        return f"cannot be rendered ({type(error).__name__})"
+    return ids
 
 
 def build_pool(config: Config, render: Any) -> tuple[list[Prompt], Counter[str]]:
@@ -125,27 +130,25 @@ def build_pool(config: Config, render: Any) -> tuple[list[Prompt], Counter[str]]
     settings = config.prompts
     train = read_prompts(settings.source, config, counts)
     heldout = read_prompts(settings.heldout, config, counts) if settings.heldout else {}
-    roots = {root for _, _, root in heldout.values()}
-    leaks = [key for key, (_, _, root) in train.items() if key in heldout or root in roots]
+    parents = {key: parent for key, (_, _, parent) in {**train, **heldout}.items()}
+    roots = {key: ancestor(key, parents) for key in parents}
+    held_out_roots = {roots[key] for key in heldout}
+    leaks = [key for key in train if key in heldout or roots[key] in held_out_roots]
     for key in leaks:
         del train[key]
         counts["also held out"] += 1
     pool = []
-    for key, (messages, meta, root) in {**train, **heldout}.items():
-        kept_apart = key in heldout
+    for key, (messages, meta, parent) in {**train, **heldout}.items():
+        root, kept_apart = roots[key], key in heldout
         if not settings.heldout:
             kept_apart = artifacts.seed(config.run.seed, "heldout", root) < settings.heldout_fraction * 2**63
         split: Split = "train"
         if kept_apart:
             audit = artifacts.seed(config.run.seed, "audit", root) < settings.audit_fraction * 2**63
             split = "audit" if audit else "heldout"
-        try:
-            ids = render(messages)
-            json.dumps([messages, meta], ensure_ascii=False).encode()
-        except (
-            Exception
-        ) as error:  # a template refuses in its own way: roles that do not alternate, a lone surrogate, …
-            counts[f"cannot be rendered ({type(error).__name__})"] += 1
+        ids = rendered(render, messages, meta)
+        if isinstance(ids, str):
+            counts[ids] += 1
             continue
         if len(ids) > settings.max_tokens:
             counts["too long"] += 1
@@ -157,8 +160,9 @@ def build_pool(config: Config, render: Any) -> tuple[list[Prompt], Counter[str]]
                 prompt_ids=ids,
                 split=split,
                 meta=meta if kept_apart else {},
-                parent=None if root == key else root,
+                parent=parent,
                 source=settings.heldout if key in heldout and settings.heldout else settings.source,
+                root=None if root in (key, parent) else root,
             )
         )
     for split in ("train", "heldout"):
@@ -200,28 +204,46 @@ def canary_ids(pool: list[Prompt], config: Config, vocabulary: int) -> list[list
     return [(p.prompt_ids + filler[: max(0, 8 - len(p.prompt_ids))])[:CANARY_TOKENS] for p in rows]
 
 
-def run_import(config: Config, out: Path) -> dict[str, Any]:
-    """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
-    import torch
+def load_tokenizer(policy: Path, trust_remote_code: bool) -> Any:
+    """The policy's tokenizer; raises InputError for one that cannot be loaded or has no chat template."""
     from transformers import AutoTokenizer
 
-    from selfplay import weights
-
-    source = initial_folder(config.policy.model, config.policy.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.policy.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"the tokenizer of {source} cannot be loaded: {error}") from None
+        raise InputError(f"the tokenizer of {policy} cannot be loaded: {error}") from None
     if not tokenizer.chat_template:
         raise InputError(
-            f"the tokenizer of {source} has no chat template", "use an instruct model, or add chat_template.jinja"
+            f"the tokenizer of {policy} has no chat template", "use an instruct model, or add chat_template.jinja"
         )
+    return tokenizer
+
+
+def template(tokenizer: Any) -> Callable[[list[Message]], list[int]]:
+    """messages → token ids, the answer's beginning included: the only way that prompts are rendered."""
 
     def render(messages: list[Message]) -> list[int]:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         return [int(i) for i in ids]
 
-    pool, counts = build_pool(config, render)
+    return render
+
+
+def run_render(order: dict[str, Any]) -> list[list[int] | str]:
+    """Token ids of each conversation, or why it has none."""
+    render = template(load_tokenizer(Path(order["policy"]), order["trust_remote_code"]))
+    return [rendered(render, messages) for messages in order["conversations"]]
+
+
+def run_import(config: Config, out: Path) -> dict[str, Any]:
+    """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
+    import torch
+
+    from selfplay import weights
+
+    source = initial_folder(config.policy.model, config.policy.revision)
+    tokenizer = load_tokenizer(source, config.policy.trust_remote_code)
+    pool, counts = build_pool(config, template(tokenizer))
     ids = canary_ids(pool, config, len(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = weights.load(source, getattr(torch, config.policy.dtype), config.policy.trust_remote_code)
@@ -241,7 +263,10 @@ def main() -> None:
     channel.ready()
     for order in channel.orders():
         try:
-            channel.result(order, run_import(Config.model_validate(order["config"]), Path(order["out"])))
+            if order["order"] == "render":
+                channel.result(order, run_render(order))
+            else:
+                channel.result(order, run_import(Config.model_validate(order["config"]), Path(order["out"])))
         except SelfplayError as error:
             channel.error(order, "input", str(error), error.hint)
         except Exception as error:  # the boundary: the controller hears of whatever it is

@@ -77,6 +77,25 @@ class TrainJob(BaseModel):
     trust_remote_code: bool = False
 
 
+class EmbedJob(BaseModel):
+    """Prompts to embed, and how many of them are to stand for all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: Path
+    """Parquet file of prompts (n)."""
+    embedding: str
+    """`policy`, or the folder or Hub id of a sentence-transformers model."""
+    policy: Path
+    dtype: Dtype = "float32"
+    keep: Count
+    """Representatives, at most n."""
+    clusters: Count | None = None
+    seed: int = 0
+    threads: Annotated[int, Field(ge=0)] = 0
+    trust_remote_code: bool = False
+
+
 class CanaryJob(BaseModel):
     """Token sequences to score under a checkpoint as it would be served."""
 

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfplay import artifacts, depth, evaluate, generate, pairs, policies, prompts, score, training
+from selfplay import artifacts, breadth, depth, evaluate, evolve, generate, pairs, policies, prompts, score, training
 from selfplay.display import Line
 from selfplay.errors import CheckpointError, SelfplayError, StageFailed
+from selfplay.jobs import EmbedJob
 from selfplay.run import Run, size
 from selfplay.store import LedgerError
 from selfplay.swap import SwapReport
-from selfplay.types import Candidate, Pair, Policy, Prompt, ReferenceLogp, RoundReport, Scored
+from selfplay.types import Candidate, Drawn, Pair, Policy, Prompt, ReferenceLogp, RoundReport, Scored
 
 Metrics = Mapping[str, float]
 
@@ -36,6 +39,8 @@ def run_round(run: Run) -> RoundReport:
         run.trainer()  # pays for its imports while the engine samples
     try:
         r.stage("prompts", r.prompts, total=run.config.prompts.per_round, unit="prompts")
+        if not r.done("train"):
+            run.trainer()  # anew where it shares a GPU with the engine, and so ended with an order of that stage
         if not r.done("generate"):
             run.engine()
         r.stage("generate", r.generate, total=len(r.drawn), unit="prompts")
@@ -44,6 +49,9 @@ def run_round(run: Run) -> RoundReport:
         run.store.record_pairs(r.index, r.rows("pairs", "pairs", Pair))
         if not any(p.kept_because for p in r.rows("pairs", "pairs", Pair)):
             return r.close("skipped", ["no pair was left to train on"])
+        if r.evolves:
+            r.stage("evolve", r.evolve, unit="rewrites")
+            evolve.join(r)
         r.stage("depth", r.depth)
         r.stage("train", r.train, total=None, unit="steps")
         run.policies.adopt(r.index, r.dir / "train" / "policy")
@@ -59,8 +67,8 @@ def run_round(run: Run) -> RoundReport:
 class Round:
     """The stages of one round, each a function from earlier artifacts to its own folder."""
 
-    def __init__(self, run: Run, index: int, sampler: int, cursor: prompts.Cursor) -> None:
-        self.run, self.index, self.sampler, self.cursor = run, index, sampler, cursor
+    def __init__(self, run: Run, index: int, sampler: int) -> None:
+        self.run, self.index, self.sampler = run, index, sampler
         self.config = run.config
         self.dir = run.dir / "rounds" / f"{index:04d}"
 
@@ -76,16 +84,11 @@ class Round:
                     "config", f"round {row['round']} goes on with a changed configuration; finished stages are kept"
                 )
                 run.store.change_config(row["round"], fingerprint, config)
-            epoch, offset = row["cursor"]
-            return cls(run, row["round"], row["sampler"], (epoch, offset))
-        past = run.store.rounds()
-        index, cursor = 1, (0, 0)
-        if past:
-            last = run.store.metrics(past[-1]["round"])
-            index, cursor = past[-1]["round"] + 1, (int(last["prompts/epoch"]), int(last["prompts/offset"]))
-        current = run.current.version
-        run.store.open_round(index, current, cursor, fingerprint, config)
-        return cls(run, index, current, cursor)
+            return cls(run, row["round"], row["sampler"])
+        index, current = run.next_round, run.current.version
+        r = cls(run, index, current)
+        run.store.open_round(index, current, prompts.cursor(r.levels(index - 1)), fingerprint, config)
+        return r
 
     def close(self, outcome: Any, reasons: list[str]) -> RoundReport:
         """Record how the round ended, and delete what nothing needs any more."""
@@ -167,6 +170,8 @@ class Round:
             "promote": "generator",
             "score": "reward",
             "train": "trainer",
+            "evolve": "generator",
+            "prompts": "trainer",
         }
         path = self.run.dir / "logs" / f"{logs.get(name)}.log"
         return path if path.is_file() else None
@@ -197,13 +202,70 @@ class Round:
         return self.rows("prompts", "prompts", Prompt)
 
     def prompts(self, folder: Path, line: Line) -> Metrics:
-        settings = self.config.prompts
-        drawn, (epoch, offset) = prompts.draw(
-            self.run.ids("train"), self.cursor, settings.per_round, self.config.run.seed, settings.at_end
+        settings, compress = self.config.prompts, self.config.breadth.method == "clusters"
+        count = math.ceil(settings.per_round * (self.config.breadth.oversample if compress else 1))
+        levels = self.levels(self.index)
+        ids = prompts.draw(levels, self._before, count, self.config.run.seed, settings.at_end)
+        rows = [self.run.prompts[i] for i in ids]
+        metrics: Metrics = {}
+        if compress:
+            artifacts.write_rows(folder / "drawn.parquet", rows, Prompt)
+            line.update(text=f"choosing among {len(rows)}")
+            rows, metrics = self._representatives(folder, rows, min(settings.per_round, len(rows)))
+        artifacts.write_rows(folder / "prompts.parquet", rows, Prompt)
+        line.update(done=len(rows), text="")
+        epoch, offset = prompts.cursor(levels | {i: levels[i] + 1 for i in ids})
+        return {"count": len(rows), "epoch": epoch, "offset": offset, "pool": len(levels), **metrics}
+
+    def levels(self, last: int) -> dict[str, int]:
+        """Levels of the training prompts that round `last` may draw, before this round draws."""
+        pool = [p for p in self.run.prompts.values() if p.split == "train" and (p.joined or 0) <= last]
+        opened = {row["round"]: (row["cursor"][0], row["cursor"][1]) for row in self.run.store.rounds()}
+        return prompts.levels(pool, self._before, opened, self.config.run.seed)
+
+    @functools.cached_property
+    def _before(self) -> Counter[str]:
+        """How often each prompt was drawn in earlier rounds, whether it was passed over then or not."""
+        found: Counter[str] = Counter()
+        for index in range(1, self.index):
+            folder = self.run.dir / "rounds" / f"{index:04d}" / "prompts"
+            path = next((p for name in ("drawn", "prompts") if (p := folder / f"{name}.parquet").is_file()), None)
+            if path is not None:
+                found.update(artifacts.read_column(path, "prompt_id"))
+        return found
+
+    def _representatives(self, folder: Path, rows: list[Prompt], keep: int) -> tuple[list[Prompt], Metrics]:
+        """The prompts that stand for all `rows`, which lie in the folder; writes clusters.parquet."""
+        policy = self.run.policy(self.sampler)
+        policies.verify(self.run.policies.folder(self.sampler))
+        job = EmbedJob(
+            prompts=folder / "drawn.parquet",
+            embedding=self.config.breadth.embedding,
+            policy=Path(policy.path),
+            dtype=self.config.policy.dtype,
+            keep=keep,
+            clusters=self.config.breadth.clusters,
+            seed=self.seed("breadth"),
+            threads=self.config.train.cpu_threads,
+            trust_remote_code=self.config.policy.trust_remote_code,
         )
-        artifacts.write_rows(folder / "prompts.parquet", [self.run.prompts[i] for i in drawn], Prompt)
-        line.update(done=len(drawn))
-        return {"count": len(drawn), "epoch": epoch, "offset": offset}
+        found = training.order(self, "embed", job)
+        kept = set(found["kept"])
+        clusters = [
+            Drawn(prompt_id=p.prompt_id, cluster=cluster, distance=distance, kept=i in kept)
+            for i, (p, cluster, distance) in enumerate(zip(rows, found["clusters"], found["distances"], strict=True))
+        ]
+        artifacts.write_rows(folder / "clusters.parquet", clusters, Drawn)
+        sizes = Counter(found["clusters"])
+        metrics = {
+            "drawn": len(rows),
+            "passed_over": len(rows) - len(kept),
+            "clusters": len(sizes),
+            "cluster_evenness": breadth.evenness(found["clusters"]),
+            "largest_cluster_share": max(sizes.values()) / len(rows),
+            "seconds_embed": found["seconds"],
+        }
+        return [rows[i] for i in sorted(kept)], metrics
 
     def generate(self, folder: Path, line: Line) -> Metrics:
         self.serve(self.run.policy(self.sampler))
@@ -306,13 +368,28 @@ class Round:
         line.update(text=f"{len(deepened)} pairs to train on")
         return {"pairs": len(deepened), "added": len(deepened) - len(kept)}
 
+    @property
+    def evolves(self) -> bool:
+        """Whether this round rewrites prompts: by the configuration, or because it did before that was changed."""
+        every = self.config.evolve.every
+        return self.done("evolve") or (every > 0 and self.index % every == 0)
+
+    def evolve(self, folder: Path, line: Line) -> Metrics:
+        return evolve.evolve(self, folder, line)
+
     def train(self, folder: Path, line: Line) -> Metrics:
         return training.train(self, folder, line)
 
     # what serves
 
     def sample(
-        self, name: str, rows: Sequence[Prompt], candidates: int, version: int, on_progress: Callable[[int], None]
+        self,
+        name: str,
+        rows: Sequence[Prompt],
+        candidates: int,
+        version: int,
+        on_progress: Callable[[int], None],
+        max_tokens: int | None = None,
     ) -> list[Candidate]:
         """Sample with the engine as it is; `version` is checked to be the policy in it."""
         serving = self.run.generator.policy
@@ -328,6 +405,7 @@ class Round:
             ),
             shard_prompts=settings.shard_prompts,
             on_progress=on_progress,
+            max_tokens=max_tokens,
         )
 
     def serve(self, policy: Policy, trial: bool = True) -> SwapReport | None:

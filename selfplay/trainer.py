@@ -4,6 +4,8 @@ It pays for its imports while other stages run, says «ready» and waits for ord
 one comes. Orders, each answered with one result or one error (see `children.py` for the protocol):
 
     {"order": "train", "job": TrainJob}        pairs → checks → ε-DPO → an exported policy and what is known of it
+    {"order": "embed", "job": EmbedJob}        embeddings of prompts, and which of them stand for all
+    {"order": "render", …}                     conversations to token ids, as the importer does (see importer.py)
     {"order": "canaries", "job": CanaryJob}    log-probabilities of fixed sequences under a checkpoint
     {"order": "exit"}
 
@@ -18,12 +20,13 @@ import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 from pydantic import ValidationError
 
 from selfplay.children import Channel, Event, protocol, quick_imports
-from selfplay.errors import DiskError, TrainError
-from selfplay.jobs import CanaryJob, TrainJob
+from selfplay.errors import DiskError, InputError, TrainError
+from selfplay.jobs import CanaryJob, EmbedJob, TrainJob
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ def failure(error: Exception) -> TrainError:
 
     if isinstance(error, TrainError):
         return error
+    if isinstance(error, InputError):
+        return TrainError("input", str(error), error.hint)
     if isinstance(error, ValidationError):
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         return TrainError("input", f"the job is not valid: {wrong}", "see selfplay.jobs")
@@ -50,18 +55,26 @@ def failure(error: Exception) -> TrainError:
 
 def obey(order: Event, channel: Channel, rank: int) -> bool:
     """Carry out one order and answer it; False after an error."""
-    from selfplay import train_job
+    from selfplay import embed, importer, train_job
 
     def report(step: int, steps: int, metrics: dict[str, float | None]) -> None:
         channel.progress(order, step=step, steps=steps, metrics=metrics)
 
+    result: Any
     try:
         if order["order"] == "train":
             result = train_job.train(TrainJob.model_validate(order["job"]), report)
         elif order["order"] == "canaries":
             result = train_job.canaries(CanaryJob.model_validate(order["job"])) if rank == 0 else None
+        elif order["order"] == "render":
+            result = importer.run_render(order) if rank == 0 else None
+        elif order["order"] == "embed":
+            job = EmbedJob.model_validate(order["job"])
+            result = embed.embed(job, lambda done: channel.progress(order, done=done)) if rank == 0 else None
         else:
-            raise TrainError("input", f"unknown order {order['order']!r}", "known: train, canaries, exit")
+            raise TrainError(
+                "input", f"unknown order {order['order']!r}", "known: train, embed, render, canaries, exit"
+            )
     except Exception as error:  # the boundary: whatever it is, the one who ordered hears of it
         logger.exception("order %s failed", order["id"])
         found = failure(error)

@@ -43,7 +43,8 @@ def order(
         try:
             if colocated:
                 meanwhile()
-                r.run.generator.sleep()
+                if r.run.generator.policy is not None:  # an engine without one holds no memory yet
+                    r.run.generator.sleep()
             trainer = r.run.trainer()
             sent = trainer.send(name, job=job.model_dump(mode="json"))
             if not colocated:
@@ -51,7 +52,8 @@ def order(
             result = trainer.result(sent, on_progress)
             if colocated:
                 r.run.stop_trainer()
-                r.run.generator.wake()
+                if r.run.generator.policy is not None:
+                    r.run.generator.wake()
             assert isinstance(result, dict)
             return result
         except ChildError as error:

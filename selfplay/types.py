@@ -17,8 +17,38 @@ class Prompt:
     prompt_ids: list[int]  # rendered once by the policy's chat template; vLLM and the trainer get these ids
     split: Split
     meta: dict[str, Any] = field(default_factory=dict)  # gold answers and such: held-out rows only
-    parent: str | None = None  # prompt_id of the root ancestor
-    source: str = ""  # file or Hub id it came from
+    parent: str | None = None  # prompt_id of the prompt it was made from
+    source: str = ""  # file, Hub id or what else it came from
+    root: str | None = None  # prompt_id of its oldest ancestor, where that is not its parent
+    joined: int | None = None  # first round that may draw it; None: it was there from the start
+
+    @property
+    def ancestor(self) -> str:
+        """prompt_id of the oldest ancestor, by which train and held-out prompts are split; its own where it has none."""
+        return self.root or self.parent or self.prompt_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """One prompt of a draw that was compressed to its representatives."""
+
+    prompt_id: str
+    cluster: int
+    distance: float  # to the centre of its cluster, in the space of the embeddings
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """A prompt rewritten from another one, and what became of it."""
+
+    parent: str  # prompt_id
+    strategy: str
+    rewriter: str  # «policy 3», or the function's name
+    text: str  # the new last message; where none was found, all that was said
+    n_tokens: int  # sampled for it; 0 where no model was asked
+    prompt_id: str | None  # of the prompt that joins the pool
+    rejected_because: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

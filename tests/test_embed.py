@@ -1,0 +1,144 @@
+"""Embeddings of a small random policy, computed in this process and by order in the trainer's."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from engine_world import write_policy
+
+from selfplay import artifacts, breadth
+from selfplay.children import Child, ChildError
+from selfplay.embed import embed, mean_hidden_states
+from selfplay.errors import TrainError
+from selfplay.jobs import EmbedJob
+from selfplay.types import Prompt
+from selfplay.weights import load
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A policy and 40 prompts of 1 to 90 tokens."""
+    root = tmp_path_factory.mktemp("embed")
+    write_policy(root, 0, seed=1)
+    rng = np.random.default_rng(0)
+    prompts = [
+        Prompt(
+            prompt_id=f"p{i}", messages=[{"role": "user", "content": f"number {i}"}], split="train",
+            prompt_ids=rng.integers(3, 280, 1 + int(rng.integers(0, 90))).tolist(),
+        )
+        for i in range(40)
+    ]  # fmt: skip
+    artifacts.write_rows(root / "prompts.parquet", prompts, Prompt)
+    return root, prompts
+
+
+def job(root, **changes):
+    settings = {
+        "prompts": root / "prompts.parquet", "policy": root / "0000", "embedding": "policy", "keep": 12, "seed": 2**63 - 1,
+        "threads": 1,
+    }  # fmt: skip
+    return EmbedJob(**(settings | changes))
+
+
+@torch.no_grad()
+def one_at_a_time(model, sequences):
+    """By the model's public output, no batch and no padding."""
+    return np.stack(
+        [
+            model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].mean(0).numpy()
+            for ids in sequences
+        ]
+    )
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200, 8192])
+def test_batches_are_exact(world, batch_tokens):
+    root, prompts = world
+    model = load(root / "0000").eval()
+    sequences = [p.prompt_ids for p in prompts]
+    done = []
+    found = mean_hidden_states(model, sequences, batch_tokens, done.append)
+    expected = one_at_a_time(model, sequences)
+    assert found.shape == (40, 64) and found.dtype == np.float32
+    assert np.abs(found - expected).max() < 1e-5
+    assert done == sorted(done) and done[-1] == 40
+    assert batch_tokens > 1 or len(done) == 40
+
+
+def test_bf16_is_pooled_in_float32(world):
+    """The mean over 90 tokens of states in bf16 is nearer to theirs in float32 than bf16 could say."""
+    root, prompts = world
+    model = load(root / "0000", torch.bfloat16).eval()
+    ids = max((p.prompt_ids for p in prompts), key=len)
+    with torch.no_grad():
+        states = model.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    assert states.dtype == torch.bfloat16
+    (found,) = mean_hidden_states(model, [ids])
+    assert np.abs(found - states.double().mean(0).numpy()).max() < 1e-6
+
+
+def test_the_representatives_come_with_their_clusters(world):
+    root, prompts = world
+    found = embed(job(root, clusters=5), lambda done: None)
+    kept, labels, distances = breadth.representatives(
+        mean_hidden_states(load(root / "0000").eval(), [p.prompt_ids for p in prompts]), 12, 5, 2**63 - 1
+    )
+    assert (found["kept"], found["clusters"]) == (kept.tolist(), labels.tolist())
+    assert found["distances"] == pytest.approx(distances.tolist())
+    assert len(found["kept"]) == 12 and set(found["clusters"]) == set(range(5))
+
+
+def test_by_order_in_the_child(world, tmp_path):
+    root, _ = world
+    child = Child("trainer", [sys.executable, "-m", "selfplay.trainer"], run_dir=tmp_path, log=tmp_path / "log")
+    child.start()
+    try:
+        seen = []
+        first = child.order("embed", seen.append, job=job(root).model_dump(mode="json"))
+        again = child.order("embed", job=job(root).model_dump(mode="json"))
+        assert {k: first[k] for k in ("kept", "clusters", "distances")} == {
+            k: again[k] for k in ("kept", "clusters", "distances")
+        }
+        assert seen[-1]["done"] == 40
+        with pytest.raises(ChildError, match="needs the package sentence-transformers") as error:
+            child.order("embed", job=job(root, embedding="all-MiniLM-L6-v2").model_dump(mode="json"))
+        assert error.value.kind == "input" and "pip install" in error.value.hint
+        with pytest.raises(ChildError, match="holds no checkpoint"):
+            child.order("embed", job=job(root, policy=root / "none").model_dump(mode="json"))
+    finally:
+        child.stop()
+
+
+def test_a_damaged_policy_is_named(world, tmp_path):
+    root, _ = world
+    write_policy(tmp_path, 1, seed=1)
+    model = load(tmp_path / "0001")
+    model.model.norm.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path / "0001")
+    with pytest.raises(TrainError, match="40 of 40 embeddings are not finite") as error:
+        embed(job(root, policy=tmp_path / "0001"), lambda done: None)
+    assert error.value.kind == "nonfinite"
+
+
+def test_a_sentence_transformers_model_embeds_text(world, monkeypatch):
+    """The library is not installed here: a stand-in at its place shows what it is asked."""
+    import types
+
+    class SentenceTransformer:
+        def __init__(self, name, trust_remote_code):
+            if name != "some/model":
+                raise OSError("no such model")
+
+        def encode(self, texts, convert_to_numpy, show_progress_bar):
+            assert texts == [f"number {i}" for i in range(40)]
+            return np.arange(40)[:, None] // 20 * 10.0
+
+    monkeypatch.setitem(
+        sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=SentenceTransformer)
+    )
+    root, _ = world
+    found = embed(job(root, embedding="some/model", keep=2), lambda done: None)
+    assert found["kept"] == [0, 20]
+    with pytest.raises(TrainError, match="another/model cannot be loaded: no such model"):
+        embed(job(root, embedding="another/model"), lambda done: None)
