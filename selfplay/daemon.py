@@ -273,7 +273,8 @@ class Daemon:
                 store.pin(order.version, order.pinned)
                 return f"policy {order.version} is {'pinned' if order.pinned else 'no longer pinned'}"
             case orders.AddPrompts():
-                return self.run.add_prompts(order.rows)
+                counts = self.run.add_prompts(order.rows, "order")
+                return ", ".join(f"{n} {what}" for what, n in counts.items())
             case orders.Reload():
                 return self._take_over()
 

@@ -11,7 +11,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from selfplay.types import RoundReport
 
 QUIET_SECONDS = 5.0  # least time between two plain lines of a stage
 STAGES = ("prompts", "generate", "score", "pairs", "evolve", "depth", "train", "evaluate", "promote")
-STYLES = {"promoted": "green", "rejected": "yellow", "skipped": "cyan"}
+STYLES = {"promoted": "green", "rejected": "yellow", "skipped": "cyan", "cancelled": "cyan"}
 NOT_INDEPENDENT = "gate not independent: the judge is the reward that trains"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -37,7 +37,7 @@ class Line:
     """The progress of one stage. `Display.stage` yields it."""
 
     def __init__(self, display: Display, round_index: int | None, name: str, total: int | None, unit: str) -> None:
-        self._display, self._unit = display, unit
+        self._display, self.unit = display, unit
         self.round_index, self.name = round_index, name
         self.total, self.done, self.text, self.was_kept = total, 0, "", False
         self.started = self.printed = time.monotonic()
@@ -58,8 +58,8 @@ class Line:
     def count(self) -> str:
         """«64/192 prompts»; empty before there is anything to count."""
         if self.total is None:
-            return f"{self.done} {self._unit}".strip() if self.done else ""
-        return f"{self.done}/{self.total} {self._unit}".strip()
+            return f"{self.done} {self.unit}".strip() if self.done else ""
+        return f"{self.done}/{self.total} {self.unit}".strip()
 
     @property
     def seconds(self) -> float:
@@ -74,6 +74,8 @@ class Display:
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._progress: Progress | None = None
         self._open = 0
+        self.on_line: Callable[[Line], None] = lambda line: None
+        """Told of every change of a stage's progress; must return at once."""
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
@@ -156,8 +158,9 @@ class Display:
     # the lines of stages
 
     def _begin(self, line: Line) -> None:
+        self.on_line(line)
         if not self._live:
-            count = f" ({line.total} {line._unit})".replace(" )", ")") if line.total is not None else ""
+            count = f" ({line.total} {line.unit})".replace(" )", ")") if line.total is not None else ""
             self._plain_line(line.round_index, f"{line.name} started{count}")
             return
         with self._lock:
@@ -181,6 +184,7 @@ class Display:
             )
 
     def _changed(self, line: Line) -> None:
+        self.on_line(line)
         with self._lock:
             if self._live:
                 if self._progress is not None and line.task is not None:
@@ -275,6 +279,8 @@ def verdict(outcome: str, policy: int | None, reasons: Iterable[str]) -> str:
         return f"promoted: policy {policy} serves from here on"
     if outcome == "rejected":
         return f"rejected by the gate: {why or 'no reason recorded'}; policy {policy} goes on"
+    if outcome == "cancelled":
+        return f"cancelled: {why or 'given up'}; policy {policy} goes on"
     if outcome == "skipped":
         return f"skipped: {why or 'no pairs to train on'}; policy {policy} goes on"
     return "unfinished: the same command goes on where it was"

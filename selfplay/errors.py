@@ -31,6 +31,17 @@ class CheckpointError(SelfplayError):
     """A policy's files are not what its manifest says, or do not fit the running model."""
 
 
+class Interrupted(Exception):
+    """A round stops here because somebody wants it to; nothing is wrong, and the same call goes on with it.
+
+    `now`: not even the step that runs is to be finished, because the round will be given up.
+    """
+
+    def __init__(self, why: str, now: bool = False) -> None:
+        super().__init__(why)
+        self.now = now
+
+
 class EngineError(SelfplayError):
     """The generator could not do what it was asked, restarts included."""
 

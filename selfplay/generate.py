@@ -20,6 +20,7 @@ def generate(
     shards: Path,
     shard_prompts: int,
     on_progress: Callable[[int], None],
+    before_shard: Callable[[], None] = lambda: None,
     max_tokens: int | None = None,
 ) -> list[Candidate]:
     """Candidates of all prompts, prompt by prompt. A finished shard in the folder `shards` is read, not sampled again.
@@ -33,6 +34,7 @@ def generate(
         part = prompts[start : start + shard_prompts]
         path = shards / f"{start:08d}.parquet"
         if not path.exists():
+            before_shard()
             sampled = generator.generate(
                 [(p.prompt_id, p.prompt_ids, seed(p.prompt_id)) for p in part],
                 candidates=candidates,

@@ -64,6 +64,28 @@ def run_round(run: Run) -> RoundReport:
     return r.close("promoted" if verdict["promoted"] else "rejected", verdict["reasons"])
 
 
+def cancel_round(run: Run) -> RoundReport:
+    """Give up the open round: nothing of it is used, and the current policy serves on."""
+    assert run.store.unfinished() is not None, "there is a round to give up"
+    r = Round.begin(run)
+    if run.generator.policy is not None:
+        r.serve(run.current, trial=False)
+    return r.close("cancelled", ["given up on request"])
+
+
+def roll_back(run: Run, version: int) -> str:
+    """Make an earlier policy the current one, by a verified swap; between rounds. Returns what was done."""
+    assert run.store.unfinished() is None, "a round's policies are not changed under it"
+    before, wanted = run.current.version, run.policy(version)
+    policies.verify(run.policies.folder(version))
+    seconds = ""
+    if run.generator.policy is not None:
+        report = run.generator.swap(wanted)
+        seconds = f", shown to serve within {report.seconds:.2f} s"
+    run.policies.set_current(version)
+    return f"policy {version} is current instead of {before}{seconds}"
+
+
 class Round:
     """The stages of one round, each a function from earlier artifacts to its own folder."""
 
@@ -97,12 +119,15 @@ class Round:
         candidate = run.policies.folder(self.index)
         if candidate.is_dir():
             store.record_policy(self.index, outcome)
-        for scratch in self.dir.iterdir():
+        for scratch in self.dir.iterdir() if self.dir.is_dir() else ():
             if scratch.name.endswith((".shards", ".work")):
                 shutil.rmtree(scratch)
-        rejected = {p["version"] for p in store.policies() if p["state"] == "rejected"}
+        rejected = {p["version"] for p in store.policies() if p["state"] in ("rejected", "cancelled")}
+        pinned = {p["version"] for p in store.policies() if p["pinned"]}
         parent = policies.read(run.policies.folder(current.version)).parent
-        needed = {v for v in (current.version, parent, self.sampler, training.reference(self)[0]) if v is not None}
+        needed = {
+            v for v in (current.version, parent, self.sampler, training.reference(self)[0]) if v is not None
+        } | pinned
         store.weights_deleted(run.policies.prune(self.config.retention, needed, rejected, self.index))
         store.close_round(self.index, outcome, current.version, reasons)
         store.event(outcome, "; ".join(reasons) or f"policy {current.version} is current", self.index)
@@ -120,6 +145,7 @@ class Round:
             artifacts.verify_files(target, self._manifest(name)["files"], CheckpointError)
             self.run.display.kept(self.index, name)
         else:
+            self.run.breathe("stage")
             self.dir.mkdir(parents=True, exist_ok=True)
             with self.run.display.stage(self.index, name, total, unit) as line:
                 self._run_stage(name, target, work, line)
@@ -291,6 +317,7 @@ class Round:
             shard_items=shard_items,
             max_missing=self.config.reward.max_missing,
             on_progress=lambda n: line.update(done=n),
+            before_shard=lambda: self.run.breathe("shard"),
         )
         artifacts.write_rows(folder / "scored.parquet", rows, Scored)
         metrics = score.metrics(rows)
@@ -405,6 +432,7 @@ class Round:
             ),
             shard_prompts=settings.shard_prompts,
             on_progress=on_progress,
+            before_shard=lambda: self.run.breathe("shard"),
             max_tokens=max_tokens,
         )
 

@@ -40,6 +40,8 @@ class Run:
         self.prompts: dict[str, Prompt] = {}
         self.gold: Gold | None = None
         self.rewriter: Rewriter | None = None  # None: the policy
+        self.breathe: Callable[[str], None] = lambda where: None
+        """Called between stages («stage»), shards («shard») and optimizer steps («step»); may raise Interrupted."""
         self._trainer: Child | None = None
         self._warm = False
 

@@ -171,6 +171,7 @@ def score(
     shard_items: int,
     max_missing: float,
     on_progress: Callable[[int], None],
+    before_shard: Callable[[], None] = lambda: None,
 ) -> list[Scored]:
     """Scored candidates in their order; finished shards in `shards` are read, not scored again.
 
@@ -182,6 +183,7 @@ def score(
         part = candidates[start : start + shard_items]
         path = shards / f"{start:08d}.parquet"
         if not path.exists():
+            before_shard()
             items = [(prompts[c.prompt_id].messages, c.text) for c in part]
             values = service.score(items, lambda done, start=start: on_progress(start + done))  # type: ignore[misc]
             artifacts.write_rows(path, [_scored(c, v) for c, v in zip(part, values, strict=True)], Scored)

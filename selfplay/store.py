@@ -134,8 +134,11 @@ class Store:
         self.path = run_dir / "ledger.sqlite"
         self._engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 30})
         sa.event.listen(self._engine, "connect", _wal)
-        with self._engine.begin() as connection:
-            self._migrate(connection)
+        # Service, API and command line may open a new ledger at the same moment.
+        with (run_dir / ".ledger.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._engine.begin() as connection:
+                self._migrate(connection)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -316,6 +319,13 @@ class Store:
     def metrics(self, index: int) -> dict[str, float]:
         rows = self._rows(sa.select(metrics).where(metrics.c.round == index).order_by(metrics.c.name))
         return {row["name"]: row["value"] for row in rows}
+
+    def metrics_by_round(self, names: Iterable[str]) -> dict[int, dict[str, float]]:
+        """Some metrics of all rounds that have them."""
+        found: dict[int, dict[str, float]] = {}
+        for row in self._rows(sa.select(metrics).where(metrics.c.name.in_(list(names))).order_by(metrics.c.round)):
+            found.setdefault(row["round"], {})[row["name"]] = row["value"]
+        return found
 
     def seconds(self, index: int) -> dict[str, float]:
         """Seconds of each finished stage of a round, in the order they ended."""

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from selfplay import artifacts, weights
 from selfplay.errors import TrainError
-from selfplay.jobs import CanaryJob, LoraJob, TrainJob
+from selfplay.jobs import STOP, CanaryJob, LoraJob, TrainJob
 from selfplay.train import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer, check_pairs
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,11 @@ def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
     clock.lap("load")
     check = _AgreementCheck(job, trainer)
     trainer.add_callback(check)
+    trainer.add_callback(_StopOnRequest(job.work / STOP, trainer))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     clock.lap("train")
+    if trainer.state.global_step < trainer.state.max_steps:
+        return {"stopped": trainer.state.global_step}
 
     dtype = getattr(torch, job.serving_dtype)
     device, beta, steps = trainer.args.device, trainer.beta, trainer.state.global_step
@@ -178,6 +181,7 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
     mark = job.work / "job.json"
     if trainer.accelerator.is_main_process:
         job.work.mkdir(parents=True, exist_ok=True)
+        (job.work / STOP).unlink(missing_ok=True)
         same = mark.is_file() and artifacts.read_json(mark) == settings
         for folder in job.work.glob("checkpoint-*"):
             if not (same and (folder / STATE_FILE).is_file()):
@@ -213,6 +217,22 @@ class _Reporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" in logs and state.is_world_process_zero:
             self._report(state.global_step, state.max_steps, _metrics(logs))
+
+
+class _StopOnRequest(TrainerCallback):
+    """Saves and ends the training after the step in which the file STOP appeared; every process of it alike."""
+
+    def __init__(self, request: Path, trainer: EpsilonDPOTrainer) -> None:
+        self._request, self._trainer = request, trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        accelerator = self._trainer.accelerator
+        asked = self._request.exists()
+        if accelerator.num_processes > 1:
+            flag = torch.tensor(float(asked), device=accelerator.device)
+            asked = bool(accelerator.reduce(flag, reduction="sum") > 0)
+        if asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
 
 
 class _AgreementCheck(TrainerCallback):

@@ -14,8 +14,8 @@ from selfplay import artifacts, evaluate, policies
 from selfplay.children import ChildDied, ChildError
 from selfplay.config import EveryN
 from selfplay.display import Line
-from selfplay.errors import CheckpointError, TrainError
-from selfplay.jobs import LoraJob, TrainJob
+from selfplay.errors import CheckpointError, Interrupted, TrainError
+from selfplay.jobs import STOP, LoraJob, TrainJob
 from selfplay.run import packages
 from selfplay.score import last_line
 from selfplay.types import Policy
@@ -70,13 +70,24 @@ def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     """Train this round's policy into `folder`/policy; the champion's answers to the gate are sampled meanwhile."""
     job, against = _train_job(r, folder)
 
+    wants_to_stop: list[Interrupted] = []
+
     def progress(event: dict[str, Any]) -> None:
+        try:
+            r.run.breathe("step")
+        except Interrupted as stop:
+            if stop.now:
+                raise
+            wants_to_stop[:] = [stop]
+            (job.work / STOP).touch()  # the trainer saves at the end of its step, and answers
         metrics = event["metrics"]
         loss, beta = metrics.get("train/loss"), metrics.get("train/beta")
         text = f"loss {loss:.3f}, β {beta:.4g}" if loss is not None and beta is not None else ""
         line.update(done=event["step"], total=event["steps"], text=text)
 
     result = order(r, "train", job, progress, meanwhile=lambda: evaluate.champion_answers(r))
+    if "stopped" in result:
+        raise wants_to_stop[0] if wants_to_stop else Interrupted("the trainer was asked to stop")
     _write_manifest(r, job.out, result, against)
     artifacts.write_json(folder / "history.json", result["history"])
     last = result["history"][-1]

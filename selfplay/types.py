@@ -129,7 +129,7 @@ class Verdict:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
     round: int
-    outcome: Literal["promoted", "rejected", "skipped"]
+    outcome: Literal["promoted", "rejected", "skipped", "cancelled"]
     policy: int  # version that serves after the round
     metrics: dict[str, float]  # flat stage/name
     seconds: dict[str, float]  # by stage

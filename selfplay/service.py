@@ -1,0 +1,36 @@
+"""`selfplay serve`: the daemon, its signals, and the HTTP server of API and page beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from selfplay.api import create_app, read_token, serve_in_thread
+from selfplay.daemon import Daemon, handle_signals
+from selfplay.display import Display
+from selfplay.errors import SelfplayError
+
+
+def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> int:
+    """Serve a run folder until SIGTERM or SIGINT; returns the exit code, 0 after a clean stop, else that of the error."""
+    display = Display()
+    try:
+        daemon = Daemon(config, list(overrides), run_dir, display)
+        settings = daemon.config.service
+        token = read_token(settings)
+        daemon.run_dir.mkdir(parents=True, exist_ok=True)
+        server, port = serve_in_thread(
+            create_app(daemon.run_dir, daemon.config, lambda: dict(daemon.progress), token),
+            settings.host,
+            settings.port,
+        )
+        display.note(f"page and API: http://{settings.host}:{port}")
+        handle_signals(daemon)
+        try:
+            daemon.serve()
+        finally:
+            server.should_exit = True
+        return 0
+    except SelfplayError as error:
+        display.error(error)
+        return error.exit_code

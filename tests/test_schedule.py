@@ -1,0 +1,93 @@
+"""When the next round starts: by hand, on days chosen for the purpose."""
+
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from selfplay.config import EndConfig, ScheduleConfig
+from selfplay.daemon import next_start
+from selfplay.schedule import after_quiet_hours, ended
+
+NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+
+def start(settings, last=None, up_since=NOON, now=NOON, jitter=0.0):
+    return next_start(settings, last, up_since, now, jitter)
+
+
+def test_continuous_rounds_start_at_once():
+    assert start(ScheduleConfig(), last=NOON - HOUR) == NOON
+
+
+def test_an_interval_runs_from_start_to_start():
+    every = ScheduleConfig(mode="interval", every_minutes=90)
+    assert start(every) == NOON
+    assert start(every, last=NOON - HOUR, up_since=NOON - 9 * HOUR) == NOON + timedelta(minutes=30)
+    late = start(every, last=NOON - 2 * HOUR, up_since=NOON - 9 * HOUR)
+    assert late == NOON - timedelta(minutes=30)  # its round took longer: due since then, so at once
+
+
+def test_a_cron_line_is_read_in_its_time_zone():
+    nightly = ScheduleConfig(mode="cron", cron="30 1 * * *", time_zone="Europe/Paris")
+    assert start(nightly) == datetime(2026, 3, 11, 1, 30, tzinfo=ZoneInfo("Europe/Paris"))
+
+
+def test_what_was_missed_while_down_is_made_up_for_once_or_forgotten():
+    nightly = {"mode": "cron", "cron": "0 3 * * *"}
+    last = NOON - timedelta(days=4)
+    assert start(ScheduleConfig(**nightly, missed="once"), last=last) == NOON
+    assert start(ScheduleConfig(**nightly, missed="skip"), last=last) == NOON.replace(hour=3) + timedelta(days=1)
+
+
+def test_a_clock_that_was_set_back_does_not_put_rounds_off_for_long():
+    every = ScheduleConfig(mode="interval", every_minutes=60)
+    assert start(every, last=NOON + 100 * HOUR, up_since=NOON - HOUR) <= NOON + HOUR
+
+
+def test_jitter_puts_a_start_off_by_its_share():
+    every = ScheduleConfig(mode="interval", every_minutes=60, jitter_seconds=100)
+    assert start(every, jitter=0.5) == NOON + timedelta(seconds=50)
+
+
+def test_no_round_starts_in_quiet_hours():
+    """08:00-18:00 in New York is 12:00-22:00 UTC in March (summer time since the 8th); a window may pass midnight."""
+    day = ScheduleConfig(quiet_hours=["08:00-18:00"], time_zone="America/New_York")
+    assert after_quiet_hours(NOON, day) == NOON.replace(hour=22)
+    assert after_quiet_hours(NOON.replace(hour=11), day) == NOON.replace(hour=11)
+    night = ScheduleConfig(quiet_hours=["22:00-02:00", "02:00-03:30"])
+    assert after_quiet_hours(NOON.replace(hour=23), night) == NOON.replace(hour=3, minute=30) + timedelta(days=1)
+    assert after_quiet_hours(NOON.replace(hour=1), night) == NOON.replace(hour=3, minute=30)
+
+
+def row(index, state="promoted", hours=1.0):
+    began = NOON + index * timedelta(days=1)
+    return {
+        "round": index, "state": state, "started": began.isoformat(), "ended": (began + hours * HOUR).isoformat(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ({}, None),
+        ({"rounds": 3}, None),
+        ({"rounds": 2}, "its 2 rounds"),
+        ({"date": NOON}, "it is past 2026-03-10"),
+        ({"date": NOON + HOUR}, None),
+        ({"reward": 0.5}, None),  # round 2 was rejected: what counts is round 1
+        ({"reward": 0.4}, "held-out reward is 0.4"),
+        ({"tokens": 301}, None),
+        ({"tokens": 300}, "300 tokens were generated"),
+        ({"device_hours": 8.1}, None),
+        ({"device_hours": 8.0}, "8.0 device-hours"),
+    ],
+)
+def test_the_end_of_a_schedule(end, reason):
+    metrics = {
+        1: {"evaluate/reward": 0.4, "generate/tokens": 100.0},
+        2: {"evaluate/reward": 0.9, "generate/tokens": 200.0},
+    }
+    found = ended(EndConfig(**end), [row(1), row(2, "rejected", 3.0)], metrics, NOON, devices=2)
+    assert found is None if reason is None else reason in found
