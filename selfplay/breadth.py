@@ -10,15 +10,18 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+MOST_CLUSTERS = 1024  # the time of K-means grows with their number
+
 
 def representatives(
     embeddings: ArrayLike, count: int, clusters: int | None = None, seed: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Indices (count,) of the prompts to keep, ascending; cluster (n,) of every prompt; distance (n,) to its centre.
 
-    embeddings (n, d). `clusters`: ⌊√n + ½⌋ by default (chosen here); never more than `count`, since every cluster keeps
-    a prompt, nor than there are different embeddings. Raises ValueError for a count outside 1 … n and for embeddings
-    that are not finite.
+    embeddings (n, d). `clusters`: by default `count`, at most MOST_CLUSTERS (chosen here: of few clusters the prompts
+    nearest the centres are so much alike that a random draw covers all prompts better); never more than `count`, since
+    every cluster keeps a prompt, nor than there are different embeddings. Raises ValueError for a count outside 1 … n
+    and for embeddings that are not finite.
     """
     x = np.asarray(embeddings, np.float32)
     n = len(x)
@@ -26,7 +29,7 @@ def representatives(
         raise ValueError(f"{count} representatives of embeddings with shape {x.shape}")
     if not np.isfinite(x).all():
         raise ValueError(f"{int((~np.isfinite(x)).any(1).sum())} of {n} embeddings are not finite")
-    wanted = min(clusters or math.floor(math.sqrt(n) + 0.5), count)
+    wanted = min(clusters or MOST_CLUSTERS, count)
     labels, centres = kmeans(x, wanted, seed)
     distance = np.linalg.norm(x - centres[labels], axis=1)
     kept = [

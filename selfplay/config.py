@@ -80,7 +80,7 @@ class BreadthConfig(Section):
     oversample: Annotated[float, Field(ge=1)] = 2.0
     """Prompts drawn for each one that is kept; those passed over count as drawn."""
     clusters: Positive | None = None
-    """Clusters of a draw; by default the square root of the number of prompts drawn."""
+    """Clusters of a draw; by default one for each prompt that is kept, 1024 at most. Of fewer each keeps several."""
     embedding: Annotated[str, Field(min_length=1)] = "policy"
     """`policy`: its mean-pooled last hidden states; else the folder or Hub id of a sentence-transformers model."""
 

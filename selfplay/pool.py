@@ -161,10 +161,16 @@ def admit(
             found.append(messages)
             continue
         parent = None if row.get("parent") is None else str(row["parent"])
+        origin = str(row.get("source") or source)
+        try:
+            json.dumps([messages, parent, origin], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            found.append("half a surrogate pair")
+            continue
         root = pool[parent].ancestor if parent is not None and parent in pool else parent
         draft = Prompt(
             prompt_id=prompt_id(messages), messages=messages, prompt_ids=[], split="train", parent=parent,
-            source=str(row.get("source") or source), root=None if root == parent else root, joined=joined,
+            source=origin, root=None if root == parent else root, joined=joined,
         )  # fmt: skip
         if held_out.meets(draft):
             found.append("held out")

@@ -52,12 +52,26 @@ def test_redundant_prompts_lose_their_copies_first():
 
 def test_the_number_of_clusters():
     x = np.random.default_rng(2).normal(size=(49, 3))
-    assert len(set(breadth.representatives(x, 20)[1])) == 7  # √49
-    assert len(set(breadth.representatives(x, 4)[1])) == 4  # each cluster keeps one
+    assert len(set(breadth.representatives(x, 20)[1])) == 20  # one for each that is kept
+    assert len(set(breadth.representatives(x, 20, clusters=7)[1])) == 7
+    assert len(set(breadth.representatives(x, 4, clusters=7)[1])) == 4  # each cluster keeps one
     assert len(set(breadth.representatives(np.repeat(x[:3], 5, 0), 9, clusters=8)[1])) == 3  # only three are different
     kept, _, _ = breadth.representatives(x, 49)
     assert kept.tolist() == list(range(49))
     assert breadth.representatives(x[:1], 1)[0].tolist() == [0]
+
+
+def test_representatives_cover_a_draw_better_than_chance():
+    """Mean distance of a prompt to the nearest one that is kept, where half of the draw is copies with a little noise."""
+    for trial in range(5):
+        rng = np.random.default_rng(trial)
+        x = rng.normal(size=(200, 8))
+        x[100:] = x[rng.integers(0, 20, 100)] + rng.normal(0, 0.05, (100, 8))
+
+        def uncovered(kept, x=x):
+            return np.linalg.norm(x[:, None] - x[kept], axis=2).min(1).mean()
+
+        assert uncovered(breadth.representatives(x, 100, seed=trial)[0]) < 0.5 * uncovered(rng.permutation(200)[:100])
 
 
 def test_the_same_seed_the_same_choice():

@@ -61,7 +61,7 @@ def test_a_draw_is_compressed_and_what_was_passed_over_counts_as_drawn(calm):
         seen |= {p.prompt_id for p in drawn}
     assert metrics[0]["prompts/passed_over"] == 32
     assert 0.3 < metrics[0]["prompts/cluster_evenness"] < 1
-    assert metrics[0]["prompts/clusters"] == 8
+    assert metrics[0]["prompts/clusters"] == 32
     assert (metrics[0]["prompts/epoch"], metrics[0]["prompts/offset"]) == (0, 64)
 
 

@@ -45,6 +45,9 @@ def test_what_may_join_and_what_may_not():
             {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]},
             {"prompt": "z" * 201},
             {"prompt": " "},
+            {"prompt": "a lone surrogate \ud800"},
+            {"prompt": "Why?", "parent": "\ud800"},
+            {"prompt": ["Why?"], "messages": "Why?", "parent": {"a": 1}, "source": 3},
         ],
         known,
     )
@@ -64,6 +67,9 @@ def test_what_may_join_and_what_may_not():
         ),
         "cannot be rendered (TemplateError)",
         "too long",
+        "neither prompt nor messages",
+        "half a surrogate pair",
+        "half a surrogate pair",
         "neither prompt nor messages",
     ]  # fmt: skip
     assert isinstance(found[0], Prompt) and found[0].ancestor == "adam"
