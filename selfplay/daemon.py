@@ -81,6 +81,7 @@ class Daemon:
         self._cut: threading.Timer | None = None
         self._polled = 0.0
         self._reload = False
+        self._failures = 0
         self.progress: dict[str, Any] = {}
         display.on_line = self._on_line
 
@@ -113,36 +114,42 @@ class Daemon:
             self._cut.cancel()
 
     def _loop(self) -> None:
-        failures = 0
-        while not self._stopping.is_set():
-            self._between_rounds()
-            if self._reload:
-                return
-            why = self._why_not_now()
-            if why is not None:
-                self._say(*why)
-                self._stopping.wait(POLL_SECONDS)
-                continue
-            self._say("running", "")
-            now_asked = self.run.store.state("run_now", False)
-            if self.run.store.unfinished() is None:
-                self.run.store.set_state("last_start", self._clock().isoformat())
-                self.run.store.set_state("run_now", False)
+        self._failures = 0
+        while not (self._stopping.is_set() or self._reload):
             try:
-                report = run_round(self.run)
-            except Interrupted as stop:
-                self._interrupted(stop)
-            except (SelfplayError, LedgerError) as error:
-                if self._stopping.is_set():
-                    return
-                failures += 1
-                self._failed(error, failures)
-                self.run.store.set_state("run_now", bool(now_asked))
-            else:
-                failures = 0
-                self.display.round_table(report)
-                self._after(report)
+                self._turn()
+            except LedgerError as error:  # locked for long, or its disk is full: nothing can be decided without it
+                self.display.warn(f"the ledger does not answer: {error.orig}")
+                self._stopping.wait(POLL_SECONDS)
         self.run.stop_trainer()
+
+    def _turn(self) -> None:
+        """Obey orders; then a round if one is due, else a moment's wait."""
+        self._between_rounds()
+        if self._reload:
+            return
+        why = self._why_not_now()
+        if why is not None:
+            self._say(*why)
+            self._stopping.wait(POLL_SECONDS)
+            return
+        self._say("running", "")
+        store = self.run.store
+        if store.unfinished() is None:
+            store.set_state("last_start", self._clock().isoformat())
+            store.set_state("run_now", False)
+        try:
+            report = run_round(self.run)
+        except Interrupted as stop:
+            self._interrupted(stop)
+        except (SelfplayError, LedgerError) as error:
+            if not self._stopping.is_set():
+                self._failures += 1
+                self._failed(error, self._failures)
+        else:
+            self._failures = 0
+            self.display.round_table(report)
+            self._after(report)
 
     def _why_not_now(self) -> tuple[str, str] | None:
         """State and reason for not starting (or going on with) a round at this moment."""
@@ -228,11 +235,10 @@ class Daemon:
     # --- orders ------------------------------------------------------------------------------------------------------
 
     def _between_rounds(self) -> None:
-        with contextlib.suppress(LedgerError):
-            for row in self.run.store.orders("pending"):
-                if row["kind"] in ("rollback",) and self.run.store.unfinished() is not None:
-                    continue  # until the round that is open has ended
-                self._obey(row)
+        for row in self.run.store.orders("pending"):
+            if row["kind"] == "rollback" and self.run.store.unfinished() is not None:
+                continue  # until the round that is open has ended
+            self._obey(row)
 
     def _obey(self, row: dict[str, Any]) -> None:
         """Carry an order out and record what came of it."""

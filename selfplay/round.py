@@ -131,7 +131,9 @@ class Round:
         store.weights_deleted(run.policies.prune(self.config.retention, needed, rejected, self.index))
         store.close_round(self.index, outcome, current.version, reasons)
         store.event(outcome, "; ".join(reasons) or f"policy {current.version} is current", self.index)
-        return report(run.store, self.index)
+        ended = report(run.store, self.index)
+        run.track(ended)
+        return ended
 
     # the frame of every stage
 

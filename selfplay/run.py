@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -12,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from selfplay import artifacts, children, importer, pool
+from selfplay import artifacts, children, importer, pool, trackers
 from selfplay.children import Child, ChildDied, ChildError
 from selfplay.config import Config, RewardConfig
 from selfplay.display import Display
@@ -21,7 +22,7 @@ from selfplay.generator import Generator
 from selfplay.policies import Policies
 from selfplay.score import RewardService, last_line
 from selfplay.store import RunLock, Store
-from selfplay.types import Message, Policy, Prompt
+from selfplay.types import Message, Policy, Prompt, RoundReport
 
 Gold = Callable[[list[Message], str, dict[str, Any]], dict[str, float]]
 Rewriter = Callable[[list[Message], str, int], str]  # messages, strategy, seed → the new last message
@@ -43,10 +44,12 @@ class Run:
         self.breathe: Callable[[str], None] = lambda where: None
         """Called between stages («stage»), shards («shard») and optimizer steps («step»); may raise Interrupted."""
         self._trainer: Child | None = None
+        self._tracker: trackers.Tracker | None = None
         self._warm = False
 
     def __enter__(self) -> Run:
         self._check_models()
+        trackers.require(self.config.track)
         self.gold = load_function("evaluate.gold", self.config.evaluate.gold)
         rewriter = self.config.evolve.rewriter
         self.rewriter = None if rewriter == "policy" else load_function("evolve.rewriter", rewriter)
@@ -73,6 +76,9 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         children.stop_all()
+        if self._tracker is not None:
+            with contextlib.suppress(Exception):  # a tracker whose server is gone
+                self._tracker.close()
         if hasattr(self, "store"):
             self.store.close()
         self._lock.__exit__()
@@ -236,6 +242,23 @@ class Run:
         self.store.event(kind, text)
         if kind in ("warning", "engine_restart", "swap_restart"):
             self.display.warn(text)
+
+    def track(self, report: RoundReport) -> None:
+        """Pass a finished round on to the tracker. Its troubles are a warning: no round is lost to them."""
+        try:
+            if self._tracker is None:
+                self._tracker = trackers.open_tracker(self.config, self.dir)
+            if self._tracker is None:
+                return
+            path = self.dir / "rounds" / f"{report.round:04d}" / "train" / "history.json"
+            history = artifacts.read_json(path) if path.is_file() else []
+            steps = self.store.metrics_by_round(["train/steps"])
+            before = sum(m["train/steps"] for index, m in steps.items() if index < report.round)
+            trackers.log_round(self._tracker, report.round, report.metrics, history, int(before) + 1)
+        except Exception as error:
+            self.event(
+                "warning", f"{self.config.track} did not take round {report.round}: {type(error).__name__}: {error}"
+            )
 
     def policy(self, version: int) -> Policy:
         return self.policies.get(version)

@@ -6,6 +6,7 @@ Rounds are steps of `round/…`; optimizer steps count on over the rounds and ar
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import time
 from collections.abc import Mapping
@@ -68,18 +69,21 @@ class WandbLike:
         self._module.finish()
 
 
+def require(name: str) -> None:
+    """Raise ConfigError where the package of a tracker is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        hint = f"install it (pip install {name}), or set track to tensorboard or none"
+        raise ConfigError(f"track: {name} is not installed", hint)
+
+
 def open_tracker(config: Config, run_dir: Path) -> Tracker | None:
-    """The tracker that `track` names. Raises ConfigError where its package is not installed."""
+    """The tracker that `track` names."""
     if config.track == "none":
         return None
     if config.track == "tensorboard":
         return TensorBoard(run_dir / "tensorboard")
-    try:
-        module = importlib.import_module(config.track)
-    except ImportError:
-        hint = f"install it (pip install {config.track}), or set track to tensorboard or none"
-        raise ConfigError(f"track: {config.track} is not installed", hint) from None
-    return WandbLike(module, config, run_dir)
+    require(config.track)
+    return WandbLike(importlib.import_module(config.track), config, run_dir)
 
 
 def log_round(
