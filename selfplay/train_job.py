@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 from selfplay import artifacts, weights
 from selfplay.errors import TrainError
 from selfplay.jobs import CanaryJob, LoraJob, TrainJob
-from selfplay.train import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer, check_pairs
+from selfplay.train import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
+from selfplay.train_data import check_pairs
 
 logger = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()
