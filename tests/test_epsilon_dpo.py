@@ -91,7 +91,7 @@ def with_gradients(function: Callable[..., Any], arguments: dict[str, Any], **mo
         name: arguments[name].clone().requires_grad_() for name in ("hidden", "weight", "bias") if name in arguments
     }
     out = function(**(arguments | leaves), **more)
-    factors = torch.linspace(-2, 3, len(out[0]), dtype=out[0].dtype)
+    factors = torch.linspace(-2, 3, len(out[0]), dtype=out[0].dtype, device=out[0].device)
     (out[0] * factors).sum().backward()
     return out, [leaf.grad for leaf in leaves.values()]
 
@@ -209,3 +209,18 @@ def test_what_cannot_be_compared_is_refused() -> None:
         maths.fused_logps(**arguments | {"ref_weight": arguments["ref_weight"][1:]}, epsilon=0.1)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         maths.fused_logps(**arguments, epsilon=1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_it_gives_what_the_cpu_gives(dtype: torch.dtype) -> None:
+    arguments = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case(bias=True).items()}
+    there = {name: t.cuda() for name, t in arguments.items()}
+    got, gradients = with_gradients(maths.fused_shifts, there, epsilon=0.01, tile=SMALL)
+    wanted, exact = with_gradients(maths.fused_shifts, arguments, epsilon=0.01, tile=SMALL)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients, exact, strict=True):
+        rounding = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=rounding, atol=rounding)
