@@ -231,6 +231,11 @@ class TrainConfig(Section):
     """ε of ε-DPO; 0 is plain DPO."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """λ: probability that a preference is the wrong way round."""
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen response's negative log-likelihood (mean over its tokens) beside the preference loss."""
+    max_chosen_drop: Annotated[float, Field(gt=0)] | None = 50.0
+    """A warning is recorded when chosen and rejected responses both lose more than this to the reference (nats a response,
+    mean of the last ten steps): the policy then avoids the data instead of telling its pairs apart. null for none."""
     reference: Literal["previous", "initial"] | EveryN = "previous"
     """The reference: the policy that sampled the round, the initial one, or one refreshed `every: n` rounds."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -48,6 +48,8 @@ class TrainJob(BaseModel):
     beta_min: Annotated[float, Field(ge=0)] | None = None
     beta_max: Positive | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of −log π(chosen) / its tokens beside the preference loss."""
     learning_rate: Positive
     epochs: Positive = 1.0
     batch_pairs: Count

@@ -5,21 +5,21 @@
     args = EpsilonDPOConfig(output_dir, beta=0.1, epsilon=0.01)
     EpsilonDPOTrainer(model, ref_model, args=args, train_dataset=pairs, processing_class=tokenizer).train()
 
-What changes against TRL 1.16: the loss (each pair has its own β), β itself (it moves after each optimizer step and is
-part of every checkpoint), the dataset (token ids, taken as they are, never truncated), and the defaults that would hide
-something: bf16, gradient checkpointing, the length limit and the filter of NaN losses are off, dropout is always off.
+What changes against TRL 1.16: the loss (each pair has its own β; of both models' logits there is never more than a
+tile), β itself (it moves after each optimizer step and is part of every checkpoint), the dataset (token ids, taken as
+they are, never truncated), and the defaults that would hide something: bf16, gradient checkpointing, the length limit
+and the filter of NaN losses are off, dropout is always off.
 """
 
 import logging
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -31,18 +31,27 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from selfplay import artifacts
-from selfplay.epsilon_dpo import chosen_logps, epsilon_steps, next_beta, pair_betas, pair_losses, perturbed_logps
+from selfplay import artifacts, head
+from selfplay.epsilon_dpo import (
+    chosen_drop,
+    epsilon_steps,
+    fused_shifts,
+    lean_logps,
+    next_beta,
+    pair_betas,
+    pair_losses,
+)
 from selfplay.errors import TrainError
+from selfplay.train_data import check_pairs, largest_id
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 STATE_FILE = "epsilon_dpo.json"  # β of a checkpoint; written last: a checkpoint without it is not whole
 
 # What one optimizer step adds up over its pairs, by name; the order is that of the tensor that processes exchange.
-SUMS = ("pairs", "up", "down", "loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
-        "rewards/accuracies", "kl/pair_tokens")  # fmt: skip
+SUMS = ("pairs", "up", "down", "loss", "logps/chosen", "logps/rejected", "logratios/chosen", "logratios/rejected",
+        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "nll/chosen", "kl/pair_tokens")  # fmt: skip
+DROP_STEPS = 10  # optimizer steps over which `chosen_drop` averages
 
 
 @dataclass
@@ -52,6 +61,7 @@ class EpsilonDPOConfig(DPOConfig):
     epsilon: float = field(default=0.01, metadata={"help": "Perturbation ε in [0, 1); 0 is plain DPO."})
     beta_min: float | None = field(default=None, metadata={"help": "β never falls below this."})
     beta_max: float | None = field(default=None, metadata={"help": "β never rises above this."})
+    nll_weight: float = field(default=0.0, metadata={"help": "Weight of the chosen responses' NLL a token (RPO)."})
     bf16: bool | None = field(default=False, metadata={"help": "bf16 mixed precision; TRL's default is on."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations; TRL's is on."})
     max_length: int | None = field(
@@ -69,6 +79,8 @@ class EpsilonDPOConfig(DPOConfig):
             raise ValueError(f"beta must be positive and in [beta_min, beta_max] = [{low}, {high}], got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}: 0.5 learns nothing")
+        if not self.nll_weight >= 0:
+            raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}: 0 leaves the term out")
 
 
 def refuse(args: DPOConfig) -> None:
@@ -82,8 +94,11 @@ def refuse(args: DPOConfig) -> None:
         (args.ld_alpha is not None, "ld_alpha re-weights tokens, which ε-DPO does not define: set ld_alpha=None"),
         (args.use_weighting, "WPO weighting is not supported: set use_weighting=False"),
         (args.sync_ref_model, "the reference must stay fixed while β moves: set sync_ref_model=False"),
-        (args.precompute_ref_log_probs, "the reference's logits are needed: set precompute_ref_log_probs=False"),
-        (args.use_liger_kernel, "Liger kernels replace the forward that gives the logits: set use_liger_kernel=False"),
+        (args.precompute_ref_log_probs, "the reference's hidden states are needed: set precompute_ref_log_probs=False"),
+        (
+            args.use_liger_kernel,
+            "Liger kernels replace the forward that stops before the head: set use_liger_kernel=False",
+        ),
         (args.padding_free, "padding_free is not supported: set padding_free=False"),
         (not args.disable_dropout, "with dropout the steps would be noise: set disable_dropout=True"),
         (args.logging_nan_inf_filter, "NaN losses must not be hidden: set logging_nan_inf_filter=False"),
@@ -93,49 +108,24 @@ def refuse(args: DPOConfig) -> None:
             raise ValueError(what)
 
 
-def check_pairs(dataset: Any, max_length: int | None = None) -> None:
-    """Raise ValueError unless `dataset` is a non-empty Dataset of token ids, none longer than `max_length`."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"the dataset must be a datasets.Dataset of known lengths, got {type(dataset).__name__}")
-    missing = [name for name in COLUMNS if name not in dataset.column_names]
-    if missing:
-        raise ValueError(f"the dataset lacks {', '.join(missing)}: it must hold token ids, not text")
-    if len(dataset) == 0:
-        raise ValueError("the dataset has no pairs: there is nothing to train on")
-    table: pa.Table = dataset.select_columns(list(COLUMNS)).with_format("arrow")[:]
-    lengths = {name: pc.list_value_length(table[name]).combine_chunks().fill_null(0) for name in COLUMNS}
-    for name, n in lengths.items():
-        if (shortest := pc.min(n).as_py()) == 0:
-            raise ValueError(f"row {pc.index(n, shortest).as_py()} has no {name}: drop the pair")
-    if max_length is not None:
-        for name in COLUMNS[1:]:
-            total = pc.add(lengths["prompt_ids"], lengths[name])
-            if (longest := pc.max(total).as_py()) > max_length:
-                raise ValueError(
-                    f"row {pc.index(total, longest).as_py()}: prompt_ids and {name} have {longest} tokens, more than "
-                    f"max_length {max_length}; raise it or drop the pair: training never truncates"
-                )
-
-
-def largest_id(dataset: Dataset) -> int:
-    """The largest token id in a checked dataset."""
-    table: pa.Table = dataset.select_columns(list(COLUMNS)).with_format("arrow")[:]
-    return max(int(pc.max(pc.list_flatten(table[name])).as_py()) for name in COLUMNS)
-
-
 class EpsilonDPOTrainer(DPOTrainer):
     """DPOTrainer with the ε-DPO loss and schedule of β.
 
     `beta` is the current β. It changes after each optimizer step that was not skipped, by the mean step over all
     pairs of all micro-batches and processes, before a checkpoint of that step is written, and `train` restores it from
-    the checkpoint it resumes. Raises ValueError for settings that ε-DPO does not define (`refuse`) and for data that it
-    cannot take as it is (`check_pairs`), TrainError («nonfinite») when a loss or the gradient norm is not finite.
+    the checkpoint it resumes. Raises ValueError for settings that ε-DPO does not define (`refuse`), for data that it
+    cannot take as it is (`check_pairs`) and for models whose logits are not a linear layer over their last hidden
+    states (`head`), TrainError («input») when the first batch shows that a model does more to its logits than scale and
+    soft-cap them, and («nonfinite») when a loss or the gradient norm is not finite. There is no fall-back to whole
+    logits: they would fail later, and less clearly, for want of memory.
 
     Logged, as means over the steps since the last log: `beta` (after the update), `epsilon/up`, `zero` and `down`
-    (shares of s = +1, 0, −1), `beta_at_limit` (1 where β met a limit), `logps/*` (nats a response), `rewards/*` (with
-    the step's β, not β_i), and `kl/pair_tokens`: r·log r − r + 1 summed over the pairs' own tokens, r = π_θ/π_ref, in
-    nats a response. That estimates KL(policy ‖ reference) as if these tokens were samples of the reference; they are a
-    selection of such samples, so read it as an alarm, not as the KL of fresh text.
+    (shares of s = +1, 0, −1), `beta_at_limit` (1 where β met a limit), `logps/*` (nats a response), `logratios/*` (the
+    same less the reference's), `rewards/*` (with the step's β, not β_i), `nll/chosen` (nats a token), `chosen_drop`
+    (nats a response by which both chosen and rejected fell, over the last steps: see there), and `kl/pair_tokens`:
+    r·log r − r + 1 summed over the pairs' own tokens, r = π_θ/π_ref, in nats a response. That estimates KL(policy ‖
+    reference) as if these tokens were samples of the reference; they are a selection of such samples, so read it as an
+    alarm, not as the KL of fresh text.
     """
 
     beta: float
@@ -153,10 +143,12 @@ class EpsilonDPOTrainer(DPOTrainer):
             raise ValueError("compute_metrics is not supported: whole logits are never kept")
         self._sums = torch.zeros(len(SUMS))
         self._step_sums: dict[str, float] = {}
+        self._logratios: deque[list[float]] = deque(maxlen=DROP_STEPS)
         super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
         words = self.model.get_input_embeddings().num_embeddings
         if (largest := largest_id(self.train_dataset)) >= words:
             raise ValueError(f"token id {largest} is not among the model's {words}: another tokenizer's pairs?")
+        self._make_lean()
         # Before the callbacks that save and log, which run on later events of the same step.
         self.add_callback(_BetaUpdate(self))
 
@@ -169,65 +161,93 @@ class EpsilonDPOTrainer(DPOTrainer):
 
     # --- loss -------------------------------------------------------------------------------------------------------
 
+    def _make_lean(self) -> None:
+        """Let policy and reference be read before their heads; refuse what would break that."""
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("FSDP 1 flattens the output head away: set fsdp_version: 2 in the accelerate config")
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed ZeRO-3 hides the output head: shard with FSDP2 instead, or use ZeRO-2")
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError("prompt learning adds tokens of its own: use LoRA")
+        self._unchecked = [self.model]
+        head.make_lean(_bare(self.model))
+        if self.ref_model is not None:
+            self._unchecked.append(self.ref_model)
+            head.make_lean(_bare(self.accelerator.unwrap_model(self.ref_model)))
+
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Tensor:
         """ε-DPO loss of one micro-batch: the mean over its pairs. Rows of `inputs` are [chosen; rejected]."""
         assert not return_outputs, "only compute_metrics asks for outputs, and that is refused"
-        mask, targets = self._response(inputs)
-        outputs = self._forward(model, inputs, mask, router_logits=self.aux_loss_enabled)
-        logits = outputs.logits[:, :-1][mask]
-        with torch.no_grad():
-            ref_logits = self._reference_logits(inputs, mask)
-            ref_logp = chosen_logps(ref_logits, targets)
-        logp = chosen_logps(logits, targets)
+        mask, targets = _response(inputs)
+        ref_hidden, ref_head = self._reference(inputs, mask)
+
+        def at_head(hidden: Tensor, own: head.Head) -> Any:
+            return fused_shifts(
+                hidden[:, :-1][mask], own.weight, ref_hidden, ref_head.weight, targets, self.args.epsilon,
+                bias=own.bias, ref_bias=ref_head.bias, logit_scale=own.logit_scale, softcap=own.softcap,
+            )  # fmt: skip
+
+        self._check_head(model, self.model, inputs)
+        (logp, ref_logp, plus, minus), aux_loss = self._forward(model, inputs, at_head, self.aux_loss_enabled)
 
         ratio = _per_response(logp - ref_logp, mask)
-        margins = _pair_difference(ratio)
-        steps = torch.zeros_like(margins, dtype=torch.long)
-        if self.args.epsilon > 0:
-            logp_plus, logp_minus = perturbed_logps(logits.detach(), ref_logits, targets, self.args.epsilon)
-            plus = _pair_difference(_per_response(logp_plus - logp.detach(), mask))
-            minus = _pair_difference(_per_response(logp_minus - logp.detach(), mask))
-            steps = epsilon_steps(torch.zeros_like(plus), plus, minus)
+        q_plus, q_minus = (_pair_difference(_per_response(shift, mask)) for shift in (plus, minus))  # less q
+        steps = epsilon_steps(torch.zeros_like(q_plus), q_plus, q_minus)
         betas = pair_betas(self.beta, steps, self.args.epsilon)
-        losses = pair_losses(margins, betas, self.args.label_smoothing)
+        losses = pair_losses(_pair_difference(ratio), betas, self.args.label_smoothing)
+        summed = _per_response(logp, mask)
+        nll = -(summed / mask.sum(dim=1)).chunk(2)[0]
+        if self.args.nll_weight > 0:
+            losses = losses + self.args.nll_weight * nll
 
         log_r = (logp - ref_logp).detach().clamp(max=20.0)
         kl = _per_response(log_r.exp() * (log_r - 1) + 1, mask)
-        self._count(steps, losses.detach(), _per_response(logp.detach(), mask), ratio.detach(), kl)
+        self._count(steps, losses.detach(), summed.detach(), ratio.detach(), nll.detach(), kl)
         loss = losses.mean()
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            loss = loss + self.router_aux_loss_coef * aux_loss
         return loss
 
-    def _response(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mask (2B, R) over the window of positions that hold response tokens in any row, and those N tokens, (N,).
-
-        Prompt positions before that window get no logits at all.
-        """
-        mask = inputs["completion_mask"][:, 1:].bool()
-        first = int(mask.any(dim=0).int().argmax())
-        mask = mask[:, first:]
-        return mask, inputs["input_ids"][:, first + 1 :][mask]
-
-    def _forward(self, model: Any, inputs: Mapping[str, Tensor], mask: Tensor, router_logits: bool = False) -> Any:
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor], at_head: Any, router_logits: bool = False) -> Any:
+        """What `at_head` gives, and the router's loss; see `head`."""
         kwargs = {"output_router_logits": True} if router_logits else {}
-        # One position more than the window: the last one predicts the token after the sequence.
         return model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False,
-            logits_to_keep=mask.size(1) + 1, **kwargs,
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, at_head=at_head,
+            **kwargs,
         )  # fmt: skip
 
-    def _reference_logits(self, inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
-        """Reference logits of the N response tokens, (N, V), without gradient: of the reference model, or of the model
-        under the adapter (its «ref» copy, where TRL made one)."""
+    def _check_head(self, model: Any, unwrapped: Any, inputs: Mapping[str, Tensor]) -> None:
+        """Before a model is used for the first time: is the head that we compute its own? A collective call."""
+        if not any(one is unwrapped for one in self._unchecked):
+            return
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if not head.agrees(model, inputs["input_ids"][:1, :8]):
+                raise TrainError(
+                    "input", f"{type(_bare(unwrapped)).__name__} does more to its logits than its config says: ε-DPO "
+                    "projects hidden states itself (weight, bias, scale, soft-capping) and would train another model",
+                    "take another architecture, or teach selfplay/head.py this one",
+                )  # fmt: skip
+        self._unchecked = [one for one in self._unchecked if one is not unwrapped]
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[Any]:
+        """The reference to call: its own model, or the model under the adapter (its «ref» copy, where TRL made one)."""
         model, adapter = self.ref_model, nullcontext()
         if model is None:
             assert is_peft_model(self.model), "TRL keeps a reference model for everything but adapters"
             bare, model = self.accelerator.unwrap_model(self.model), self.model
             adapter = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
         plain = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), plain, adapter:
-            return self._forward(model, inputs, mask).logits[:, :-1][mask]
+        with torch.no_grad(), plain, adapter, self.accelerator.autocast():
+            yield model
+
+    def _reference(self, inputs: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, head.Head]:
+        """Hidden states (N, H) of the response tokens in the reference, and its head, without gradient."""
+        with self._as_reference() as model:
+            if self.ref_model is not None:
+                self._check_head(model, model, inputs)
+            hidden, _ = self._forward(model, inputs, lambda hidden, _: hidden[:, :-1][mask])
+            return hidden, head.read(_bare(self.accelerator.unwrap_model(model)))
 
     def reference_logps(self) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities (nats, summed) of the training pairs in their order: chosen (n,), rejected (n,).
@@ -237,21 +257,24 @@ class EpsilonDPOTrainer(DPOTrainer):
         parts: list[Tensor] = []
         for batch in self.get_eval_dataloader(self.train_dataset):
             batch = self._prepare_inputs(batch)
-            mask, targets = self._response(batch)
-            with torch.no_grad():
-                logps = _per_response(chosen_logps(self._reference_logits(batch, mask), targets), mask)
+            mask, targets = _response(batch)
+            hidden, (weight, bias, logit_scale, softcap) = self._reference(batch, mask)
+            with torch.no_grad(), self.accelerator.autocast():
+                logp = lean_logps(hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap)
+            logps = _per_response(logp, mask)
             parts.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).cpu())
         logps = torch.cat(parts)
         return logps[:, 0], logps[:, 1]
 
     # --- what a step adds up ----------------------------------------------------------------------------------------
 
-    def _count(self, steps: Tensor, losses: Tensor, logp: Tensor, ratio: Tensor, kl: Tensor) -> None:
+    def _count(self, steps: Tensor, losses: Tensor, logp: Tensor, ratio: Tensor, nll: Tensor, kl: Tensor) -> None:
         """Add one micro-batch to the sums of the running optimizer step; in evaluation, log it and leave them alone."""
         chosen, rejected = (self.beta * ratio).chunk(2)
         values = {
             "pairs": torch.ones_like(losses), "up": (steps > 0).float(), "down": (steps < 0).float(), "loss": losses,
             "logps/chosen": logp.chunk(2)[0], "logps/rejected": logp.chunk(2)[1],
+            "logratios/chosen": ratio.chunk(2)[0], "logratios/rejected": ratio.chunk(2)[1], "nll/chosen": nll,
             "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": (chosen > rejected).float(),
             "kl/pair_tokens": kl.view(2, -1).mean(0),
         }  # fmt: skip
@@ -308,6 +331,10 @@ class EpsilonDPOTrainer(DPOTrainer):
                 logger.warning("step %d: beta %.6g held at %.6g", self.state.global_step + 1, wanted, self.beta)
         self._log_means("train", self._step_sums)
         self._metrics["train"]["beta_at_limit"].append(float(limited))
+        self._logratios.append(
+            [self._step_sums[f"logratios/{one}"] / self._step_sums["pairs"] for one in ("chosen", "rejected")]
+        )
+        self._metrics["train"]["chosen_drop"].append(chosen_drop(self._logratios))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -319,7 +346,8 @@ class EpsilonDPOTrainer(DPOTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            state = {"beta": self.beta, "epsilon": self.args.epsilon, "step": self.state.global_step}
+            state = {"beta": self.beta, "epsilon": self.args.epsilon, "step": self.state.global_step,
+                     "logratios": list(self._logratios)}  # fmt: skip
             artifacts.sync_tree(folder)
             artifacts.write_json(folder / STATE_FILE, state)
 
@@ -334,7 +362,9 @@ class EpsilonDPOTrainer(DPOTrainer):
             file = Path(str(checkpoint)) / STATE_FILE
             if not file.is_file():
                 raise ValueError(f"{file} is missing: the checkpoint is not whole; resume from an earlier one")
-            self.beta = float(artifacts.read_json(file)["beta"])
+            state = artifacts.read_json(file)
+            self.beta = float(state["beta"])
+            self._logratios.extend(state["logratios"])
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
 
@@ -346,6 +376,17 @@ class _BetaUpdate(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.step_taken()
+
+
+def _bare(model: Any) -> Any:
+    """The model itself, without an adapter's wrapper."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _response(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mask (2B, T−1) of the positions whose next token is of a response, and those N tokens, (N,)."""
+    mask = inputs["completion_mask"][:, 1:].bool()
+    return mask, inputs["input_ids"][:, 1:][mask]
 
 
 def _per_response(values: Tensor, mask: Tensor) -> Tensor:

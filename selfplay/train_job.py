@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 from selfplay import artifacts, weights
 from selfplay.errors import TrainError
 from selfplay.jobs import STOP, CanaryJob, LoraJob, TrainJob
-from selfplay.train import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer, check_pairs
+from selfplay.train import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
+from selfplay.train_data import check_pairs
 
 logger = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()
@@ -114,7 +115,7 @@ def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
         output_dir=str(job.work), report_to="none", disable_tqdm=True, logging_steps=1,
         use_cpu=not torch.cuda.is_available(),  # unless it is told, accelerate runs CPU processes each for itself
         beta=job.beta, epsilon=job.epsilon, beta_min=job.beta_min, beta_max=job.beta_max,
-        label_smoothing=job.label_smoothing, learning_rate=job.learning_rate, lr_scheduler_type=job.schedule,
+        label_smoothing=job.label_smoothing, nll_weight=job.nll_weight, learning_rate=job.learning_rate, lr_scheduler_type=job.schedule,
         warmup_steps=job.warmup_ratio, max_grad_norm=job.max_grad_norm, weight_decay=job.weight_decay,
         num_train_epochs=job.epochs, per_device_train_batch_size=job.micro_batch_pairs,
         per_device_eval_batch_size=job.micro_batch_pairs, gradient_accumulation_steps=accumulation,

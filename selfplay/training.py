@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from selfplay import artifacts, evaluate, policies
 from selfplay.children import ChildDied, ChildError
-from selfplay.config import EveryN
+from selfplay.config import EveryN, TrainConfig
 from selfplay.display import Line
 from selfplay.errors import CheckpointError, Interrupted, TrainError
 from selfplay.jobs import STOP, LoraJob, TrainJob
@@ -69,6 +69,7 @@ def order(
 def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     """Train this round's policy into `folder`/policy; the champion's answers to the gate are sampled meanwhile."""
     job, against = _train_job(r, folder)
+    alarmed: set[str] = set()
 
     wants_to_stop: list[Interrupted] = []
 
@@ -81,6 +82,10 @@ def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
             wants_to_stop[:] = [stop]
             (job.work / STOP).touch()  # the trainer saves at the end of its step, and answers
         metrics = event["metrics"]
+        for name, text in alarms(metrics, r.config.train).items():
+            if name not in alarmed:  # once a round: what has begun mostly lasts
+                alarmed.add(name)
+                r.run.event("warning", f"round {r.index}, training step {event['step']}: {text}")
         loss, beta = metrics.get("train/loss"), metrics.get("train/beta")
         text = f"loss {loss:.3f}, β {beta:.4g}" if loss is not None and beta is not None else ""
         line.update(done=event["step"], total=event["steps"], text=text)
@@ -103,9 +108,27 @@ def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
         **{f"agreement_{k}": v for k, v in (result["agreement"] or {}).items() if k != "tokens"},
         **{f"seconds_{k}": v for k, v in result["seconds"].items()},
         **{k.removeprefix("train/"): v for k, v in mean.items() if k not in ("train/loss", "train/beta")},
+        "chosen_drop": last.get("train/chosen_drop") or 0.0,  # a running mean already
     }
     line.update(text=f"β {job.beta:g} → {result['beta']:.4g}, update {metrics['update_relative_norm']:.2e}")
     return metrics
+
+
+def alarms(metrics: Mapping[str, float | None], settings: TrainConfig) -> dict[str, str]:
+    """What a person should know of an optimizer step, and do about it, by the metric that shows it."""
+    found = {}
+    if metrics.get("train/beta_at_limit"):
+        found["beta_at_limit"] = (
+            f"β is held at its limit {metrics['train/beta']:.4g} and no longer follows ε: widen train.beta_min and "
+            "beta_max, or lower train.epsilon"
+        )
+    drop, limit = metrics.get("train/chosen_drop") or 0.0, settings.max_chosen_drop
+    if limit is not None and drop > limit:
+        found["chosen_drop"] = (
+            f"chosen and rejected responses have both lost {drop:.1f} nats or more to the reference (train.max_chosen_drop "
+            f"is {limit:g}): raise train.beta, lower the learning rate, or set train.nll_weight"
+        )
+    return found
 
 
 def _train_job(r: Round, folder: Path) -> tuple[TrainJob, Policy]:
@@ -138,9 +161,9 @@ def _train_job(r: Round, folder: Path) -> tuple[TrainJob, Policy]:
         **{
             name: getattr(settings, name)
             for name in (
-                "epsilon", "beta_min", "beta_max", "label_smoothing", "learning_rate", "epochs", "batch_pairs",
-                "micro_batch_pairs", "schedule", "warmup_ratio", "max_grad_norm", "weight_decay", "max_length",
-                "save_steps", "gradient_checkpointing", "bf16", "min_update",
+                "epsilon", "beta_min", "beta_max", "label_smoothing", "nll_weight", "learning_rate", "epochs",
+                "batch_pairs", "micro_batch_pairs", "schedule", "warmup_ratio", "max_grad_norm", "weight_decay",
+                "max_length", "save_steps", "gradient_checkpointing", "bf16", "min_update",
             )
         },
     )  # fmt: skip

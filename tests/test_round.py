@@ -194,7 +194,8 @@ def test_help_is_quick_to_read():
 
 
 def test_a_failed_stage_says_what_to_do_and_a_round_without_pairs_is_skipped(calm, mini_world):
-    """Round 3 fails in its trainer and goes on under a changed configuration; in round 4 no margin is above the noise."""
+    """Round 3 fails in its trainer and goes on under a changed configuration, where its β may not fall, which is said; in
+    round 4 no margin is above the noise."""
     run_dir, _ = calm
     code, out = Command(mini_world, run_dir, "--rounds", "3", "--set", "train.agreement_mean=1e-15").finish()
     assert code == 3, out
@@ -204,13 +205,16 @@ def test_a_failed_stage_says_what_to_do_and_a_round_without_pairs_is_skipped(cal
     assert os.readlink(run_dir / "current") == "policies/0002"
     assert nothing_left(run_dir)
 
-    code, out = Command(mini_world, run_dir, "--rounds", "4", "--set", "reward.noise=1000").finish()
+    sets = ("--set", "reward.noise=1000", "--set", "train.beta_min=0.1")
+    code, out = Command(mini_world, run_dir, "--rounds", "4", *sets).finish()
     assert code == 0, out
+    assert out.count("β is held at its limit 0.1") == 1
     assert "score «kept»" in out
     assert "no pair was left to train on" in out
     store = Store(run_dir)
     assert [r["state"] for r in store.rounds()] == ["promoted", "promoted", "promoted", "skipped"]
     assert [e["kind"] for e in store.events(3)] == ["failed", "promoted"]
+    assert store.metrics(3)["train/beta"] == 0.1
     assert store.metrics(4)["pairs/dropped_noise"] == store.metrics(4)["pairs/base"]
     store.close()
     assert os.readlink(run_dir / "current") == "policies/0003"

@@ -9,10 +9,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import LoraConfig
+from largest import Largest
+from peft import LoraConfig, PromptTuningConfig
+from plain_epsilon_dpo import PlainEpsilonDPOTrainer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -22,7 +26,9 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
+from selfplay import epsilon_dpo
 from selfplay.errors import TrainError
+from selfplay.tiles import Tile
 from selfplay.train import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -113,12 +119,16 @@ class Recording(EpsilonDPOTrainer):
         self.betas.append(self.beta)
 
 
+class PlainRecording(Recording, PlainEpsilonDPOTrainer):
+    """The same of the trainer that holds whole logits."""
+
+
 def make(
     folder: Path, data: Dataset | None = None, policy: Any = None, reference: Any = None, peft_config: Any = None,
-    **changes: Any,
+    kind: type[Recording] = Recording, **changes: Any,
 ) -> Recording:  # fmt: skip
     """A trainer whose reference is another random model, so that steps are taken from the first batch on."""
-    return Recording(
+    return kind(
         policy or model(), reference or model(7), args=config(folder, **changes), train_dataset=data or pairs(),
         processing_class=tokenizer(), peft_config=peft_config,
     )  # fmt: skip
@@ -194,6 +204,76 @@ def test_without_epsilon_it_is_the_sigmoid_loss_of_trl(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
 
+def gemma(seed: int) -> Gemma2ForCausalLM:
+    """A model with soft-capping, tied weights and a vocabulary large beside the rest."""
+    torch.manual_seed(seed)
+    return Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, pad_token_id=0, final_logit_softcapping=2.0,
+        initializer_range=0.2, attn_implementation="eager"))  # fmt: skip
+
+
+LEAN_CASES: dict[str, Any] = {
+    "full": lambda: {},
+    "tied": lambda: {"policy": model(tie_word_embeddings=True), "reference": model(7, tie_word_embeddings=True)},
+    "capped": lambda: {"policy": gemma(0), "reference": gemma(7)},
+    "adapter": lambda: {"peft_config": LORA},
+    "adapter alone": lambda: {"peft_config": LORA, "reference": None},
+    "head saved by the adapter": lambda: {"peft_config": LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"), "reference": None},
+    "recomputed": lambda: {"gradient_checkpointing": True},
+    "smoothed": lambda: {"label_smoothing": 0.1},
+    "in bf16": lambda: {"bf16": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEAN_CASES)
+def test_it_equals_the_trainer_that_holds_whole_logits(tmp_path: Path, name: str) -> None:
+    trained = []
+    for kind in (Recording, PlainRecording):
+        settings = {"policy": model(), "reference": model(7), "peft_config": None} | LEAN_CASES[name]()
+        policy, reference, peft_config = (settings.pop(one) for one in ("policy", "reference", "peft_config"))
+        trainer = kind(
+            policy, reference, args=config(tmp_path, **settings), train_dataset=pairs(), processing_class=tokenizer(),
+            peft_config=peft_config,
+        )  # fmt: skip
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.train()
+        with trainer.accelerator.autocast():
+            trainer._compute_loss(trainer.model, batch).backward()
+        gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        trainer.model.zero_grad()
+        trainer.train()
+        trained.append((trainer, gradients))
+    (lean, gradients), (plain, wanted) = trained
+    rough = name == "in bf16"  # the plain one rounds its logits to bfloat16 before they are mixed
+    assert set(gradients) == set(wanted)
+    for parameter, gradient in gradients.items():
+        if rough:
+            assert (gradient - wanted[parameter]).norm() < 2e-2 * wanted[parameter].norm(), parameter
+        else:
+            torch.testing.assert_close(gradient, wanted[parameter], rtol=1e-5, atol=1e-5)
+    assert lean.losses == pytest.approx(plain.losses, rel=2e-2 if rough else 1e-5)
+    if not rough:
+        assert lean.steps == plain.steps
+        assert lean.betas == plain.betas != [0.1] * 4
+
+
+def test_whole_logits_never_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epsilon_dpo, "usual_tile", lambda _: Tile(8, 100))
+    trainer = make(tmp_path, policy=model(vocab_size=4000), reference=model(7, vocab_size=4000))
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer._compute_loss(trainer.model, batch)  # with the check of the heads, over a few tokens
+    trainer.model.requires_grad_(False)
+    trainer.model.model.requires_grad_(True)
+    trainer.model.model.embed_tokens.requires_grad_(False)
+    with Largest() as largest:
+        trainer._compute_loss(trainer.model, batch).backward()
+        trainer.reference_logps()
+    assert largest.elements < 0.2 * int(batch["completion_mask"].sum()) * 4000
+
+
 def test_reference_logps_are_those_of_each_sequence_alone(tmp_path: Path) -> None:
     """Padding, batching and the window of response positions must not show."""
     trainer = make(tmp_path)
@@ -239,6 +319,40 @@ def test_router_loss_of_a_mixture_of_experts_is_added(tmp_path: Path) -> None:
     assert (
         losses[0.5] > losses[0.0] + 0.4
     )  # the balancing loss of two experts is 1 at balance, times two experts a token
+
+
+def test_nll_of_the_chosen_is_added_by_its_weight(tmp_path: Path) -> None:
+    """Per chosen response −log π(y_w|x) / |y_w|, mean over pairs, here against each response scored alone."""
+    plain, mixed = make(tmp_path, num_train_epochs=1), make(tmp_path, num_train_epochs=1, nll_weight=0.5)
+    batch = next(iter(mixed.get_train_dataloader()))
+    alone = []
+    for ids, mask in zip(batch["input_ids"][:4], batch["completion_mask"][:4].bool(), strict=True):
+        logps = mixed.model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        alone.append(-logps[mask[1:]].mean().item())
+    plain.train()
+    mixed.train()
+    assert mixed.losses[0] == pytest.approx(plain.losses[0] + 0.5 * np.mean(alone), rel=1e-5)
+    assert mixed.state.log_history[-2]["nll/chosen"] < plain.state.log_history[-2]["nll/chosen"]
+
+
+def test_the_drop_of_the_chosen_is_averaged_over_the_last_steps(tmp_path: Path) -> None:
+    """Ten steps' means of log π/π_ref, which a checkpoint carries on; the reference of the first step is the policy."""
+    whole = make(
+        tmp_path, reference=model(), num_train_epochs=7, learning_rate=3e-2, save_strategy="steps", save_steps=3
+    )
+    whole.train()
+    logs = [log for log in whole.state.log_history if "chosen_drop" in log]
+    sides = [[log[f"logratios/{side}"] for log in logs] for side in ("chosen", "rejected")]
+    for i, log in enumerate(logs):
+        last = [np.mean(side[max(0, i - 9) : i + 1]) for side in sides]
+        assert log["chosen_drop"] == pytest.approx(max(0.0, -max(last)), abs=1e-6)
+        beta = logs[i - 1]["beta"] if i else 0.1
+        margin = log["logratios/chosen"] - log["logratios/rejected"]
+        assert log["rewards/margins"] == pytest.approx(beta * margin, rel=1e-5, abs=1e-6)
+    assert logs[0]["chosen_drop"] == pytest.approx(0, abs=1e-5)
+    resumed = make(tmp_path / "again", reference=model(), num_train_epochs=7, learning_rate=3e-2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert resumed.state.log_history[-2]["chosen_drop"] == logs[-1]["chosen_drop"]
 
 
 # --- beta -------------------------------------------------------------------------------------------------------------
@@ -361,7 +475,7 @@ def test_an_explicit_reference_of_an_adapter_is_used(tmp_path: Path) -> None:
         {"ld_alpha": 0.5}, {"use_weighting": True}, {"sync_ref_model": True}, {"precompute_ref_log_probs": True},
         {"use_liger_kernel": True}, {"disable_dropout": False}, {"padding_free": True}, {"loss_weights": [2.0]},
         {"logging_nan_inf_filter": True}, {"epsilon": 1.0}, {"epsilon": -0.1}, {"beta": 0.0}, {"label_smoothing": 0.5},
-        {"beta": 0.1, "beta_min": 0.2}, {"beta": 0.1, "beta_max": 0.05},
+        {"nll_weight": -1.0}, {"beta": 0.1, "beta_min": 0.2}, {"beta": 0.1, "beta_max": 0.05},
     ],
     ids=str,
 )  # fmt: skip
@@ -399,6 +513,28 @@ ROW = {"prompt_ids": [3, 4], "chosen_ids": [5, 2], "rejected_ids": [6, 7, 2]}
 def test_data_that_cannot_be_taken_as_it_is(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(tmp_path, data=Dataset.from_list(rows), max_length=32)
+
+
+class Scaled(LlamaForCausalLM):
+    """A model whose config says nothing of what it does to its logits."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 1.1
+        return outputs
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    for policy, reference in ((Scaled(model().config), model()), (model(), Scaled(model().config))):
+        trainer = make(tmp_path, policy=policy, reference=reference)
+        with pytest.raises(TrainError, match="Scaled does more to its logits") as error:
+            trainer.train()
+        assert error.value.kind == "input" and trainer.losses == []
+
+
+def test_prompt_learning_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use LoRA"):
+        make(tmp_path, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
 def test_no_pairs_are_refused(tmp_path: Path) -> None:

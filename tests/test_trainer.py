@@ -256,6 +256,13 @@ def test_checkpoints_that_are_not_whole(world: Path, tmp_path: Path) -> None:
         fails(job_of(world, tmp_path, reference=folder), "input", folder.name)
 
 
+def test_the_weight_of_the_chosens_likelihood_reaches_the_loss(world: Path, tmp_path: Path) -> None:
+    """Policy and reference are one at first: the loss of step 1 is log 2, and the weight times the chosen's NLL a token."""
+    first = run(job_of(world, tmp_path, nll_weight=0.5, epochs=1))[0]["history"][0]
+    assert first["train/loss"] == pytest.approx(np.log(2) + 0.5 * first["train/nll_chosen"], rel=1e-5)
+    assert first["train/logratios_chosen"] == pytest.approx(0, abs=1e-5) == first["train/chosen_drop"]
+
+
 def test_settings_and_pairs_that_cannot_be_trained_on(world: Path, tmp_path: Path) -> None:
     fails(job_of(world, tmp_path, batch_pairs=5), "input", "not a multiple")
     fails(job_of(world, tmp_path, max_length=8), "input", "never truncates")
