@@ -214,7 +214,7 @@ class Daemon:
         """Called between stages, shards and steps: raises Interrupted where an order or a stop wants the round to end."""
         if self._stopping.is_set():
             raise Interrupted("the service stops")
-        if time.monotonic() - self._polled < POLL_SECONDS:
+        if where != "stage" and time.monotonic() - self._polled < POLL_SECONDS:
             return
         self._polled = time.monotonic()
         with contextlib.suppress(LedgerError):  # a locked ledger delays an order, not the round
