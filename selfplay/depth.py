@@ -13,7 +13,7 @@ from selfplay import margins
 from selfplay.config import PairsConfig
 from selfplay.pairs import make_pair, margin_arrays, rewards, usable
 from selfplay.potential import alignment_potential
-from selfplay.types import Pair, Prompt, Scored
+from selfplay.types import Pair, PairGradient, Prompt, Scored
 
 RESTARTS = (
     8  # K-means from so many starts, the best kept: from one start closeness owes more to the start than to the pairs
@@ -82,7 +82,7 @@ def cluster(features: ArrayLike, clusters: int, seed: int) -> tuple[NDArray[np.i
         return labels, closeness
     # Imported here: it takes long, and the controller, which allocates, never clusters.
     from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     clusters = min(clusters, len(np.unique(unit, axis=0)))
     with threadpool_limits(1):  # sums over threads differ from run to run
@@ -142,12 +142,12 @@ def _cosine(unit: NDArray[np.float64], centres: NDArray[np.float64]) -> NDArray[
     """Cosine (m,) of unit rows to other rows; 0 to a zero row, which has no direction to agree with."""
     norms = np.linalg.norm(centres, axis=1)
     cosines = (unit * centres).sum(axis=1) / np.where(norms > 0, norms, 1.0)
-    return np.clip(cosines, -1.0, 1.0)
+    return np.asarray(np.clip(cosines, -1.0, 1.0))
 
 
 def _finite(values: ArrayLike) -> NDArray[np.float64]:
     array = np.asarray(values, np.float64)
-    return array[np.isfinite(array)]
+    return np.asarray(array[np.isfinite(array)])
 
 
 def pools(
@@ -161,6 +161,27 @@ def pools(
         pool = [make_pair(prompt, rows[i], rows[j], beta) for i, j in margins.ordered_pairs(rewards(rows))]
         result.append([p for p in pool if p.explicit_margin > noise] or [base])
     return result
+
+
+def with_gradients(kept: Sequence[Pair], gradients: Sequence[PairGradient]) -> list[Pair]:
+    """The kept base pairs with the cluster and closeness of their gradients, which come in the same order."""
+    assert [p.prompt_id for p in kept] == [g.prompt_id for g in gradients], "these are the gradients of other pairs"
+    return [
+        dataclasses.replace(pair, cluster=found.cluster, closeness=found.closeness)
+        for pair, found in zip(kept, gradients, strict=True)
+    ]
+
+
+def by_closeness(kept: Sequence[Pair], pools: Sequence[Sequence[Pair]], budget: int) -> NDArray[np.int64]:
+    """Pairs of each kept prompt, (n,), by the closeness of its base pair; 1 where that has none."""
+    closeness = np.array([math.nan if p.closeness is None else p.closeness for p in kept], np.float64)
+    room = [1 if p.closeness is None else len(pool) for p, pool in zip(kept, pools, strict=True)]
+    return allocate(closeness, room, budget, temperature(closeness))
+
+
+def uniformly(pools: Sequence[Sequence[Pair]], budget: int) -> NDArray[np.int64]:
+    """Pairs of each kept prompt, (n,), the same for all as far as their pools go."""
+    return allocate(np.zeros(len(pools)), [len(pool) for pool in pools], budget, 0.0)
 
 
 def deepen(
@@ -182,7 +203,9 @@ def deepen(
         rest = [p for p in pool if (p.chosen_index, p.rejected_index) != (pair.chosen_index, pair.rejected_index)]
         potential = alignment_potential(*margin_arrays(rest, config), config.weight, reference=reference)
         ranked = [
-            dataclasses.replace(p, potential=float(v), kept_because="depth")
+            dataclasses.replace(
+                p, potential=float(v), cluster=pair.cluster, closeness=pair.closeness, kept_because="depth"
+            )
             for p, v in zip(rest, potential, strict=True)
             if np.isfinite(v)
         ]
