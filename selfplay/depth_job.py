@@ -44,23 +44,22 @@ def features(job: FeaturesJob, on_done: Callable[[int], None]) -> dict[str, floa
     if job.threads:
         torch.set_num_threads(job.threads)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    pairs = _read_pairs(job.pairs)
+    pairs = read_pairs(job.pairs)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
     policy, reference = (None if one is None else one.to(device) for one in load(job))
     loaded = time.perf_counter()
     found = torch.zeros(len(pairs), job.dim)
+    loss = {name: getattr(job, name) for name in ("beta", "epsilon", "label_smoothing", "nll_weight")}
     try:
         gradients = PairGradients(policy, job.dim, job.seed, layers=job.layers, reference=reference)
     except ValueError as error:
         raise TrainError("input", str(error), "set depth.layers, or depth.method to uniform") from error
     with gradients:
-        for number, rows in enumerate(batches([_longest(pair) for pair in pairs], job.micro_batch_pairs)):
+        for number, rows in enumerate(batches([tokens(pair) for pair in pairs], job.micro_batch_pairs)):
             if number % world != rank:
                 continue
             batch = {name: ids.to(device) for name, ids in collate([pairs[i] for i in rows]).items()}
-            found[rows] = gradients(
-                batch, beta=job.beta, epsilon=job.epsilon, label_smoothing=job.label_smoothing
-            ).cpu()
+            found[rows] = gradients(batch, **loss).cpu()
             if rank == 0:
                 on_done(min(len(pairs), (number + world) * job.micro_batch_pairs))
     if world > 1:  # each row is 0 in all processes but one
@@ -73,7 +72,7 @@ def features(job: FeaturesJob, on_done: Callable[[int], None]) -> dict[str, floa
     if rank:
         return None
     labels, closeness = cluster(found.numpy(), job.clusters, job.seed)
-    tokens = [len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
+    responses = [len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
     norms = found.double().norm(dim=1).numpy()
     _write(job.out, [pair["prompt_id"] for pair in pairs], labels, closeness, norms, found.numpy())
     finite = closeness[np.isfinite(closeness)]
@@ -83,7 +82,7 @@ def features(job: FeaturesJob, on_done: Callable[[int], None]) -> dict[str, floa
         "closeness_mean": finite.mean() if finite.size else math.nan,
         "closeness_std": finite.std() if finite.size else math.nan,
         "closeness_to_others": np.nanmean(others) if np.isfinite(others).any() else math.nan,
-        "closeness_length_correlation": rank_correlation(closeness, tokens),
+        "closeness_length_correlation": rank_correlation(closeness, responses),
         "zero_gradients": (norms == 0).sum(),
         "nonfinite_gradients": (~np.isfinite(norms)).sum(),
         "seconds_load": loaded - started,
@@ -116,11 +115,12 @@ def collate(pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-def _longest(pair: dict[str, Any]) -> int:
+def tokens(pair: dict[str, Any]) -> int:
+    """Tokens of the longer row of a pair."""
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
-def _read_pairs(path: Path) -> list[dict[str, Any]]:
+def read_pairs(path: Path) -> list[dict[str, Any]]:
     """The pairs that were kept. Raises TrainError for a file without any."""
     try:
         rows = pq.read_table(path, columns=list(COLUMNS)).to_pylist()
@@ -147,11 +147,13 @@ def load(job: FeaturesJob) -> tuple[Any, Any]:
         policy = read(job.policy)
         reference = None if job.reference.resolve() == job.policy.resolve() else read(job.reference)
     if job.lora is not None:
-        torch.manual_seed(job.seed % 2**63)  # A is drawn anew when it is trained: here it is one more projection
-        try:
-            policy = get_peft_model(policy, lora_config(job.lora))
-        except ValueError as error:
-            raise TrainError("input", str(error), "change train.lora.target_modules") from error
+        # Training draws its own A, from the state that random numbers are left in; this one is one more projection.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(job.seed % 2**63)
+            try:
+                policy = get_peft_model(policy, lora_config(job.lora))
+            except ValueError as error:
+                raise TrainError("input", str(error), "change train.lora.target_modules") from error
     if job.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for block in policy.modules():  # blocks recompute only in training; their parts stay without dropout

@@ -128,6 +128,7 @@ class FeaturesJob(BaseModel):
     beta: Positive
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.01
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
     threads: Annotated[int, Field(ge=0)] = 0
     trust_remote_code: bool = False
 

@@ -91,6 +91,7 @@ def features(r: Round, out: Path, line: Line) -> dict[str, float]:
         beta=_first_beta(r),
         epsilon=settings.epsilon,
         label_smoothing=settings.label_smoothing,
+        nll_weight=settings.nll_weight,
         threads=settings.cpu_threads,
         trust_remote_code=r.config.policy.trust_remote_code,
     )
