@@ -173,10 +173,17 @@ class PairsConfig(Section):
 
 
 class DepthConfig(Section):
-    method: Literal["none", "uniform"] = "none"
-    """How further pairs of the kept prompts are chosen: none, or the same number for every prompt."""
+    method: Literal["none", "uniform", "gradient"] = "none"
+    """Further pairs of the kept prompts: none, the same number for every prompt, or (`gradient`, BPO) the more the closer
+    the gradient of a prompt's base pair is to the centre of its cluster of gradients."""
     pairs_per_prompt: Annotated[float, Field(ge=1)] = 2.0
-    """Budget of `uniform`: pairs trained on, the base pairs included, for each kept prompt."""
+    """Budget of `uniform` and `gradient`: pairs trained on, the base pairs included, for each kept prompt on average."""
+    dim: Positive = 1024
+    """Dimensions that gradients are projected to (`gradient`). A number with divisors near its root is cheapest."""
+    layers: Positive | None = None
+    """The last decoder blocks whose gradients count (`gradient`); by default all. Fewer take less time and memory."""
+    clusters: Positive | None = None
+    """Clusters of gradients (`gradient`); by default the square root of the number of kept pairs."""
 
 
 class EvolveConfig(Section):

@@ -100,6 +100,41 @@ class EmbedJob(BaseModel):
     trust_remote_code: bool = False
 
 
+class FeaturesJob(BaseModel):
+    """Gradient features of pairs, and their clusters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: Path
+    """Parquet file: prompt_id, prompt_ids, chosen_ids, rejected_ids, kept_because; a pair without the last is left out."""
+    policy: Path
+    """Checkpoint that the gradients are taken at."""
+    reference: Path
+    """Checkpoint of the reference; may be the policy."""
+    out: Path
+    """Parquet file of `types.PairGradient` rows, in the order of the pairs, and `feature`, float32 (dim); whole or not
+    at all."""
+
+    dim: Count
+    layers: Count | None = None
+    """The last decoder blocks whose layers count; None for all."""
+    clusters: Count
+    seed: int = 0
+    micro_batch_pairs: Count
+    """Pairs of one forward and backward in one process."""
+    lora: LoraJob | None = None
+    """The adapter that will be trained: its gradients are taken instead of the whole layers'."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations; features are float32."""
+    gradient_checkpointing: bool = False
+    beta: Positive
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    threads: Annotated[int, Field(ge=0)] = 0
+    trust_remote_code: bool = False
+
+
 class CanaryJob(BaseModel):
     """Token sequences to score under a checkpoint as it would be served."""
 

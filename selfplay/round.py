@@ -26,7 +26,7 @@ from selfplay.jobs import EmbedJob
 from selfplay.run import Run, size
 from selfplay.store import LedgerError
 from selfplay.swap import SwapReport
-from selfplay.types import Candidate, Drawn, Pair, Policy, Prompt, ReferenceLogp, RoundReport, Scored
+from selfplay.types import Candidate, Drawn, Pair, PairGradient, Policy, Prompt, ReferenceLogp, RoundReport, Scored
 
 Metrics = Mapping[str, float]
 
@@ -197,6 +197,7 @@ class Round:
             "evaluate": "generator",
             "promote": "generator",
             "score": "reward",
+            "depth": "trainer",
             "train": "trainer",
             "evolve": "generator",
             "prompts": "trainer",
@@ -382,20 +383,27 @@ class Round:
     def depth(self, folder: Path, line: Line) -> Metrics:
         base = self.rows("pairs", "pairs", Pair)
         kept = [p for p in base if p.kept_because]
-        deepened = kept
-        if self.config.depth.method == "uniform":
+        deepened, metrics = kept, dict[str, float]()
+        settings = self.config.depth
+        if settings.method == "gradient":
+            gradients = folder / "gradients.parquet"
+            metrics = training.features(self, gradients, line)
+            kept = depth.with_gradients(kept, artifacts.read_rows(gradients, PairGradient))
+        if settings.method != "none":
             by_id = {p.prompt_id: p for p in self.drawn}
             scored_by_reference = (self.dir / "pairs" / "reference.parquet").is_file()
             reference = self.rows("pairs", "reference", ReferenceLogp) if scored_by_reference else []
             pools = depth.pools(
                 kept, by_id, self._candidates(reference), self.config.reward.noise, self.config.train.beta
             )
-            budget = round(self.config.depth.pairs_per_prompt * len(kept))
-            allocated = depth.allocate([0.0] * len(kept), [len(p) for p in pools], budget, 0.0)
-            deepened = depth.deepen(kept, pools, list(allocated), base, self.config.pairs)
+            budget = round(settings.pairs_per_prompt * len(kept))
+            by_closeness = settings.method == "gradient"
+            counts = depth.by_closeness(kept, pools, budget) if by_closeness else depth.uniformly(pools, budget)
+            deepened = depth.deepen(kept, pools, list(counts), base, self.config.pairs)
+            metrics["most"] = int(counts.max())
         artifacts.write_rows(folder / "pairs.parquet", deepened, Pair)
         line.update(text=f"{len(deepened)} pairs to train on")
-        return {"pairs": len(deepened), "added": len(deepened) - len(kept)}
+        return {"pairs": len(deepened), "added": len(deepened) - len(kept), **metrics}
 
     @property
     def evolves(self) -> bool:

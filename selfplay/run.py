@@ -22,6 +22,7 @@ from selfplay.generator import Generator
 from selfplay.policies import Policies
 from selfplay.score import RewardService, last_line
 from selfplay.store import RunLock, Store
+from selfplay.trainer import CLUSTERS
 from selfplay.types import Message, Policy, Prompt, RoundReport
 
 Gold = Callable[[list[Message], str, dict[str, Any]], dict[str, float]]
@@ -299,9 +300,10 @@ class Run:
             env = {"OMP_NUM_THREADS": str(train.cpu_threads)}
             if self.config.placement.trainer is not None:
                 env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.config.placement.trainer))
+            clusters = self.config.depth.method == "gradient" or self.config.breadth.method == "clusters"
             self._trainer = Child(
                 "trainer",
-                [*launcher, "-m", "selfplay.trainer"],
+                [*launcher, "-m", "selfplay.trainer", *([CLUSTERS] if clusters else [])],
                 run_dir=self.dir,
                 log=self.dir / "logs" / "trainer.log",
                 env=env,

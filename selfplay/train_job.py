@@ -137,14 +137,14 @@ def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
     trainer = EpsilonDPOTrainer(
         policy, reference, args=args, train_dataset=pairs, callbacks=[_Reporter(report)],
         processing_class=AutoTokenizer.from_pretrained(job.initial, trust_remote_code=job.trust_remote_code),
-        peft_config=_lora_config(job.lora),
+        peft_config=lora_config(job.lora),
     )  # fmt: skip
     assert trainer.accelerator.num_processes == world, "the processes do not know of each other"
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _lora_config(lora: LoraJob | None) -> Any:
+def lora_config(lora: LoraJob | None) -> Any:
     if lora is None:
         return None
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=lora.target_modules,
@@ -204,7 +204,7 @@ def _trained(job: TrainJob, trainer: EpsilonDPOTrainer) -> Any:
         return None
     model = weights.load(weights.masters(job.policy), trust_remote_code=job.trust_remote_code)
     if job.lora is not None:
-        model = get_peft_model(model, _lora_config(job.lora))
+        model = get_peft_model(model, lora_config(job.lora))
     model.load_state_dict(state)
     return model
 

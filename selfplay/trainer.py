@@ -6,6 +6,7 @@ one comes. Orders, each answered with one result or one error (see `children.py`
     {"order": "train", "job": TrainJob}        pairs → checks → ε-DPO → an exported policy and what is known of it
     {"order": "embed", "job": EmbedJob}        embeddings of prompts, and which of them stand for all
     {"order": "render", …}                     conversations to token ids, as the importer does (see importer.py)
+    {"order": "features", "job": FeaturesJob}  projected gradients of pairs, their clusters, and closeness to these
     {"order": "canaries", "job": CanaryJob}    log-probabilities of fixed sequences under a checkpoint
     {"order": "exit"}
 
@@ -26,9 +27,11 @@ from pydantic import ValidationError
 
 from selfplay.children import Channel, Event, protocol, quick_imports
 from selfplay.errors import DiskError, InputError, TrainError
-from selfplay.jobs import CanaryJob, EmbedJob, TrainJob
+from selfplay.jobs import CanaryJob, EmbedJob, FeaturesJob, TrainJob
 
 logger = logging.getLogger(__name__)
+
+CLUSTERS = "--clusters"  # argument of a trainer that will be asked for clusters
 
 
 def failure(error: Exception) -> TrainError:
@@ -55,7 +58,7 @@ def failure(error: Exception) -> TrainError:
 
 def obey(order: Event, channel: Channel, rank: int) -> bool:
     """Carry out one order and answer it; False after an error."""
-    from selfplay import embed, importer, train_job
+    from selfplay import depth_job, embed, importer, train_job
 
     def report(step: int, steps: int, metrics: dict[str, float | None]) -> None:
         channel.progress(order, step=step, steps=steps, metrics=metrics)
@@ -64,6 +67,9 @@ def obey(order: Event, channel: Channel, rank: int) -> bool:
     try:
         if order["order"] == "train":
             result = train_job.train(TrainJob.model_validate(order["job"]), report)
+        elif order["order"] == "features":
+            pairs = FeaturesJob.model_validate(order["job"])
+            result = depth_job.features(pairs, lambda done: channel.progress(order, done=done))
         elif order["order"] == "canaries":
             result = train_job.canaries(CanaryJob.model_validate(order["job"])) if rank == 0 else None
         elif order["order"] == "render":
@@ -73,7 +79,7 @@ def obey(order: Event, channel: Channel, rank: int) -> bool:
             result = embed.embed(job, lambda done: channel.progress(order, done=done)) if rank == 0 else None
         else:
             raise TrainError(
-                "input", f"unknown order {order['order']!r}", "known: train, embed, render, canaries, exit"
+                "input", f"unknown order {order['order']!r}", "known: train, features, embed, render, canaries, exit"
             )
     except Exception as error:  # the boundary: whatever it is, the one who ordered hears of it
         logger.exception("order %s failed", order["id"])
@@ -114,8 +120,11 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is built
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
-    with quick_imports():
-        import selfplay.train_job  # noqa: F401  the seconds that are to be spent before an order comes
+    with quick_imports():  # the seconds that are to be spent before an order comes
+        import selfplay.depth_job
+        import selfplay.train_job  # noqa: F401
+    if CLUSTERS in sys.argv:
+        import sklearn.cluster  # noqa: F401
 
     if rank == 0:
         channel.ready()

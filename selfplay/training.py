@@ -15,10 +15,10 @@ from selfplay.children import ChildDied, ChildError
 from selfplay.config import EveryN, TrainConfig
 from selfplay.display import Line
 from selfplay.errors import CheckpointError, Interrupted, TrainError
-from selfplay.jobs import STOP, LoraJob, TrainJob
+from selfplay.jobs import STOP, FeaturesJob, LoraJob, TrainJob
 from selfplay.run import packages
 from selfplay.score import last_line
-from selfplay.types import Policy
+from selfplay.types import Pair, Policy
 
 if TYPE_CHECKING:
     from selfplay.round import Round
@@ -32,11 +32,13 @@ def order(
     job: BaseModel,
     on_progress: Callable[[dict[str, Any]], None] = lambda event: None,
     meanwhile: Callable[[], object] = lambda: None,
+    last: bool = True,
 ) -> dict[str, Any]:
     """Give the trainer an order and wait for its result. Raises TrainError.
 
     `meanwhile` works with the engine while the trainer does; where both share a GPU it comes first, the engine then
-    sleeps, and the trainer ends with its order, so that none of its memory is left when the engine wakes.
+    sleeps, and the trainer ends with its order, so that none of its memory is left when the engine wakes. Not so before
+    the `last` order of two that follow each other: the engine sleeps on, and the trainer waits for the next one.
     """
     colocated = r.config.placement.colocated
     for start in range(TRAINER_STARTS):
@@ -50,7 +52,7 @@ def order(
             if not colocated:
                 meanwhile()
             result = trainer.result(sent, on_progress)
-            if colocated:
+            if colocated and last:
                 r.run.stop_trainer()
                 if r.run.generator.policy is not None:
                     r.run.generator.wake()
@@ -64,6 +66,46 @@ def order(
                 raise TrainError("died", why, "it resumes from its last save: run the same command again") from error
             r.run.event("warning", f"{error}; starting it again, it resumes from its last save")
     raise AssertionError("every start returns or raises")
+
+
+def features(r: Round, out: Path, line: Line) -> dict[str, float]:
+    """Have gradient features of the round's kept base pairs clustered into `out`; metrics. `train` is to follow."""
+    settings, against = r.config.train, reference_policy(r)
+    policy = r.run.policy(r.sampler)
+    for used in (policy, against):
+        policies.verify(r.run.policies.folder(used.version))
+    kept = sum(p.kept_because is not None for p in r.rows("pairs", "pairs", Pair))
+    job = FeaturesJob(
+        pairs=r.dir / "pairs" / "pairs.parquet",
+        policy=Path(policy.path),
+        reference=Path(against.path),
+        out=out,
+        dim=r.config.depth.dim,
+        layers=r.config.depth.layers,
+        clusters=r.config.depth.clusters or max(1, round(math.sqrt(kept))),
+        seed=r.seed("depth"),
+        micro_batch_pairs=settings.micro_batch_pairs,
+        lora=None if settings.lora is None else LoraJob.model_validate(settings.lora.model_dump()),
+        dtype="bfloat16" if settings.bf16 else "float32",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        beta=_first_beta(r),
+        epsilon=settings.epsilon,
+        label_smoothing=settings.label_smoothing,
+        nll_weight=settings.nll_weight,
+        threads=settings.cpu_threads,
+        trust_remote_code=r.config.policy.trust_remote_code,
+    )
+    line.update(text="gradients of the base pairs")
+    found = order(
+        r,
+        "features",
+        job,
+        lambda event: line.update(text=f"gradients of {event['done']} of {kept} base pairs"),
+        # Where it shares a GPU, the engine sleeps from here to the end of training.
+        meanwhile=lambda: evaluate.champion_answers(r) if r.config.placement.colocated else None,
+        last=False,
+    )
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
@@ -133,13 +175,10 @@ def alarms(metrics: Mapping[str, float | None], settings: TrainConfig) -> dict[s
 
 def _train_job(r: Round, folder: Path) -> tuple[TrainJob, Policy]:
     settings, serving = r.config.train, r.config.policy.dtype
-    against, began = reference_policy(r), reference(r)[1]
+    against = reference_policy(r)
     policy = r.run.policy(r.sampler)
     policies.verify(r.run.policies.folder(r.sampler))
     policies.verify(r.run.policies.folder(against.version))
-    # β goes on where training against this very reference left it; a refreshed one starts anew.
-    beta = policy.beta if policy.beta is not None and policy.round >= began else settings.beta
-    beta = min(max(beta, settings.beta_min), settings.beta_max)
     sampled_by_reference = against.version == r.sampler
     exact = serving == "float32"
     job = TrainJob(
@@ -151,7 +190,7 @@ def _train_job(r: Round, folder: Path) -> tuple[TrainJob, Policy]:
         out=folder / "policy",
         serving_dtype=serving,
         lora=None if settings.lora is None else LoraJob.model_validate(settings.lora.model_dump()),
-        beta=beta,
+        beta=_first_beta(r),
         agreement_mean=(settings.agreement_mean or (1e-3 if exact else 5e-2)) if sampled_by_reference else None,
         agreement_p99=(settings.agreement_p99 or (1e-2 if exact else 2.5e-1)) if sampled_by_reference else None,
         seed=r.seed("train"),
@@ -168,6 +207,13 @@ def _train_job(r: Round, folder: Path) -> tuple[TrainJob, Policy]:
         },
     )  # fmt: skip
     return job, against
+
+
+def _first_beta(r: Round) -> float:
+    """β goes on where training against this very reference left it; a refreshed one starts anew."""
+    settings, policy = r.config.train, r.run.policy(r.sampler)
+    beta = policy.beta if policy.beta is not None and policy.round >= reference(r)[1] else settings.beta
+    return min(max(beta, settings.beta_min), settings.beta_max)
 
 
 def reference(r: Round) -> tuple[int, int]:

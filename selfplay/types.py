@@ -110,6 +110,14 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairGradient:
+    prompt_id: str
+    cluster: int | None  # None: the gradient is 0 or not finite
+    closeness: float | None  # cosine to the centre of the cluster
+    norm: float  # of the feature, which estimates that of the gradient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     version: int
     path: str  # folder of a plain Hugging Face checkpoint
