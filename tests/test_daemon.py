@@ -76,6 +76,7 @@ def served(mini_world, tmp_path) -> Iterator[Callable[..., Served]]:
         if each.thread.is_alive():
             each.stop()
         each.store.close()
+    for each in started:
         assert nothing_left(each.run_dir)
 
 
@@ -123,7 +124,7 @@ def test_orders_before_between_and_within_rounds(served):
 
 
 def test_a_stop_saves_the_trainer_and_the_next_start_goes_on(served, tmp_path):
-    more = ("schedule.end.rounds=1", "train.epochs=40", "train.save_steps=1000")
+    more = ("schedule.end.rounds=1", "train.epochs=40", "train.save_steps=1000", "train.learning_rate=1e-5")
     first = served(*more)
     work = first.run_dir / "rounds" / "0001" / "train.work"
     first.until(

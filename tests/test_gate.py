@@ -100,3 +100,12 @@ def test_each_limit_of_the_gate_is_a_reason(metrics, reason):
     verdict = gate.verdict(metrics, RULE, independent=True)
     assert not verdict.promoted
     assert any(reason in r for r in verdict.reasons)
+
+
+def test_the_power_of_the_win_rate_rule():
+    """At true rate .47 + z·σ the bound lies at .47 on average: half of such candidates pass. p = .6, n: σ = .13/1.96."""
+    rule = GateConfig(win_rate_lower=0.47, confidence=0.95)
+    n = round(0.24 / ((0.6 - 0.47) / 1.959964) ** 2)
+    assert gate.power(n, 0.6, rule) == pytest.approx(0.5, abs=0.01)
+    assert gate.power(10_000, 0.6, rule) > 0.999 > 0.03 > gate.power(384, 0.47, rule)
+    assert gate.power(10, 1.0, rule) == 1.0 and gate.power(10, 0.1, GateConfig(win_rate_lower=0)) == 1.0

@@ -1,0 +1,166 @@
+"""The command line as a new user types it, on a run of one round."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from mini import ROOT, TINY, Command, overrides
+
+from selfplay import config as configuration
+from selfplay import policies
+from selfplay.check import check, plan
+from selfplay.store import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def run_dir(mini_world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    code, out = Command(mini_world, folder, "--rounds", "1").finish()
+    assert code == 0, out
+    return folder
+
+
+def selfplay(*args: object) -> tuple[int, str, str]:
+    """`selfplay …`: exit code, what it printed, and its errors; each on one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "selfplay.cli", *map(str, args)], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, " ".join(done.stdout.split()), " ".join(done.stderr.split())
+
+
+def test_help_is_quick_and_names_every_command():
+    began = time.process_time()
+    code, out, _ = selfplay("--help")
+    assert code == 0 and time.process_time() - began < 1
+    for command in ("init", "check", "round", "serve", "status", "rounds", "show", "pause", "resume", "rollback", "report", "export"):  # fmt: skip
+        assert f" {command} " in out
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "selfplay.cli", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    for heavy in ("torch", "pyarrow", "sqlalchemy", "nicegui", "pydantic"):
+        assert f" {heavy}\n" not in loaded.stderr
+
+
+def test_what_a_run_says_of_itself(run_dir):
+    at = ("--run-dir", run_dir)
+    code, out, _ = selfplay("status", *at)
+    assert code == 0 and "never served" in out and "round 1 promoted" in out and "policy 1 serves" in out
+    code, out, _ = selfplay("rounds", *at)
+    assert code == 0 and "promoted" in out and "held-out" in out
+    code, out, _ = selfplay("show", 1, *at)
+    assert code == 0 and "pairs" in out and "policy 1 is current" in out
+    code, _, errors = selfplay("show", 7, *at)
+    assert code == 2 and "round 7 is not finished" in errors and "finished: 1" in errors
+    code, _, errors = selfplay("status", "--run-dir", run_dir / "nothing")
+    assert code == 2 and "is no run folder" in errors and "what to do:" in errors
+
+
+def test_orders_wait_in_the_ledger_for_a_service(run_dir):
+    code, out, _ = selfplay("pause", "--after", "stage", "--run-dir", run_dir)
+    assert code == 0 and "waits" in out
+    code, _, errors = selfplay("pause", "--after", "lunch", "--run-dir", run_dir)
+    assert code == 2 and "order pause: after" in errors
+    code, _, errors = selfplay("rollback", 9, "--run-dir", run_dir)
+    assert code == 2 and "there is no policy 9" in errors
+    store = Store(run_dir)
+    (order,) = store.orders("pending")
+    assert (order["kind"], order["arguments"], order["origin"]) == ("pause", {"after": "stage"}, "cli")
+    store.close()
+
+
+def test_pairs_are_exported_as_a_preference_dataset_of_trl(run_dir, tmp_path):
+    code, out, _ = selfplay("export", "pairs", tmp_path / "pairs", "--run-dir", run_dir)
+    assert code == 0, out
+    (file,) = (tmp_path / "pairs" / "data").glob("*.parquet")
+    rows = pq.read_table(file).to_pylist()
+    store = Store(run_dir)
+    assert len(rows) == store.metrics(1)["depth/pairs"] > 10
+    store.close()
+    assert f"{len(rows)} pairs in" in out
+    for row in rows:
+        assert [m["role"] for m in (row["prompt"][-1], *row["chosen"], *row["rejected"])] == [
+            "user",
+            "assistant",
+            "assistant",
+        ]
+        assert row["chosen"] != row["rejected"] and row["explicit_margin"] > 0
+        assert (row["round"], row["policy"], row["kept_because"]) == (1, 0, "base")
+    card = (tmp_path / "pairs" / "README.md").read_text()
+    assert card.startswith("---\n") and f"{len(rows)} pairs from 1 rounds" in card
+    loaded = subprocess.run(
+        [sys.executable, "-c", f"import datasets; from trl.data_utils import is_conversational\nd = datasets.load_dataset({str(tmp_path / 'pairs')!r}, split='train')\nprint(len(d), is_conversational(d[0]))"],
+        capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert loaded.stdout.split()[-2:] == [str(len(rows)), "True"], loaded.stderr
+    assert selfplay("export", "pairs", tmp_path / "pairs", "--run-dir", run_dir)[0] == 2  # never over what is there
+
+
+def test_a_policy_is_exported_as_a_model_folder(run_dir, tmp_path):
+    code, out, _ = selfplay("export", "policy", tmp_path / "model", "--run-dir", run_dir)
+    assert code == 0 and "policy 1 in" in out
+    original = run_dir / "policies" / "0001"
+    assert policies.tensors(tmp_path / "model") == policies.tensors(original)
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "# Policy 1 of the run «tiny»" in card and "relative_norm" in card
+    assert selfplay("export", "policy", tmp_path / "x", "--version", 5, "--run-dir", run_dir)[0] == 2
+    assert selfplay("export", "nonsense", tmp_path / "x", "--run-dir", run_dir)[0] == 2
+
+
+def test_a_starting_configuration_is_written_and_valid(tmp_path):
+    file = tmp_path / "my.yaml"
+    for reward, expected in (
+        ("org/reward", ("org/reward", [])),
+        ("http://127.0.0.1:9", (None, ["http://127.0.0.1:9"])),
+    ):
+        file.unlink(missing_ok=True)
+        code, out, _ = selfplay("init", file, "--model", "org/model", "--reward", reward, "--prompts", "org/prompts")
+        assert code == 0 and "next: selfplay check" in out
+        made = configuration.load(file)
+        assert (made.policy.model, made.run.name, (made.reward.model, made.reward.url)) == ("org/model", "my", expected)
+    assert selfplay("init", file, "--model", "m", "--reward", "r", "--prompts", "p")[0] == 2
+
+
+def test_check_finds_what_would_fail_and_prints_the_plan(mini_world, tmp_path):
+    sets = [word for each in overrides(mini_world) for word in ("--set", each)]
+    code, out, _ = selfplay("check", "--config", TINY, "--run-dir", tmp_path / "run", *sets)
+    assert code == 0, out
+    assert "ok policy.model" in out and "LlamaForCausalLM" in out and "gate not independent" in out
+    assert "32, 4 candidates each: 128" in out and "chance to pass by true win rate" in out
+    code, out, _ = selfplay(
+        "check", "--config", TINY, *sets, "--set", "reward.model=null", "--set", "reward.url=[http://127.0.0.1:9]"
+    )
+    assert code == 2 and "127.0.0.1:9/healthz does not answer" in out
+    assert not (tmp_path / "run").exists()
+
+
+def finding(settings: configuration.Config, about: str, run_dir: Path) -> tuple[str, str]:
+    return next((f.level, f.text) for f in check(settings, run_dir) if f.about == about)
+
+
+def test_check_of_models_that_do_not_fit(mini_world, tmp_path):
+    settings = configuration.load(TINY, [*overrides(mini_world), "policy.model=/nowhere"])
+    assert finding(settings, "policy.model", tmp_path) == ("error", "/nowhere: no such folder")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    (broken / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    settings = configuration.load(TINY, [*overrides(mini_world), f"policy.model={broken}"])
+    assert finding(settings, "models", tmp_path)[0] == "error"
+    settings = configuration.load(TINY, [*overrides(mini_world), "placement.colocated=true"])
+    if not Path("/usr/bin/nvidia-smi").exists():
+        assert finding(settings, "gpu", tmp_path) == ("error", "placement names GPUs, but nvidia-smi is not there")
+
+
+def test_the_plan_counts_what_a_round_does():
+    """192 prompts × 8; ⌊.8 · 192⌋ = 153 kept, 2 epochs of ⌈153 / 16⌉ = 10 steps."""
+    said = dict(plan(configuration.load(TINY)))
+    assert said["prompts"] == "192, 8 candidates each: 1,536"
+    assert said["pairs"] == "up to 192 base pairs, 153 kept, 153 trained on in 20 steps of 16"
