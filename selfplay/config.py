@@ -175,7 +175,8 @@ class PairsConfig(Section):
 class DepthConfig(Section):
     method: Literal["none", "uniform", "gradient"] = "none"
     """Further pairs of the kept prompts: none, the same number for every prompt, or (`gradient`, BPO) the more the closer
-    the gradient of a prompt's base pair is to the centre of its cluster of gradients."""
+    the gradient of a prompt's base pair is to the centre of its cluster of gradients. For these gradients each process of
+    the trainer holds the whole policy, in bf16 with train.bf16."""
     pairs_per_prompt: Annotated[float, Field(ge=1)] = 2.0
     """Budget of `uniform` and `gradient`: pairs trained on, the base pairs included, for each kept prompt on average."""
     dim: Positive = 1024
