@@ -5,7 +5,7 @@
 
 An arm is a name made of components joined by «+»: a selection (potential, explicit, implicit, signed; else random),
 `epsilon` (ε-DPO instead of DPO), a depth (`gradient`, `uniform`), `breadth`; `plain` has none of them. Every arm generates
-as many candidates and trains on as many pairs a round (depth halves the prompts and doubles their pairs). A world is a base
+as many candidates and trains on as many pairs a round (depth: half the prompts, twice the candidates and pairs of each). A world is a base
 policy with its own reward model, prompts and rubric (`make_tiny.py --seed`); a seed is one of prompts and sampling.
 
 Arms of a seed share what is the same by construction: the imported prompts, and of round 1 the stages before selection.
@@ -61,17 +61,16 @@ METRICS = {
     "length": "tokens an answer",
 }
 
+# Depth: half the prompts with twice the candidates, so the same tokens, and two pairs a kept prompt, so the same pairs.
+DEEP = {"prompts.per_round": 96, "generate.candidates": 16, "generate.shard_prompts": 32}
 COMPONENTS: dict[str, dict[str, Any]] = {
     "plain": {},
     **{name: {"pairs.selection": name} for name in ("potential", "explicit", "implicit")},
     "signed": {"pairs.selection": "potential", "pairs.signed": True},
     # The papers' .01 over 470 steps moves β far; a round here has 12 steps, in which .01 would move it by 9 %.
     "epsilon": {"train.epsilon": 0.05},
-    **{
-        name: {"depth.method": name, "depth.pairs_per_prompt": 2, "pairs.keep": 0.25}
-        for name in ("uniform", "gradient")
-    },
-    "breadth": {"breadth.method": "clusters", "breadth.oversample": 2},
+    **{name: {"depth.method": name, "depth.pairs_per_prompt": 2} | DEEP for name in ("uniform", "gradient")},
+    "breadth": {"breadth.method": "clusters", "breadth.oversample": 4},
 }
 BASE = {
     "pairs.selection": "random",
@@ -125,6 +124,13 @@ def overrides(arm: str) -> dict[str, Any]:
     return settings
 
 
+def sampling(arm: str) -> dict[str, Any]:
+    """The settings of an arm that its first round's candidates depend on."""
+    return {
+        key: value for key, value in overrides(arm).items() if key.split(".")[0] in ("prompts", "generate", "breadth")
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------- the runs
 
 
@@ -135,6 +141,7 @@ def run_all(args: argparse.Namespace) -> None:
             print(f"building the world of seed {world}", flush=True)
             argv = [sys.executable, str(ROOT / "scripts" / "make_tiny.py"), "--seed", str(world)]
             subprocess.run([*argv, "--out", str(world_dir(world))], check=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the units are to be stopped too
     units = [(world, args.first_seed + i) for i in range(args.seeds) for world in args.worlds]
     args.out.mkdir(parents=True, exist_ok=True)
     running: set[subprocess.Popen[bytes]] = set()
@@ -224,7 +231,6 @@ def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str])
     from selfplay.run import Run
 
     run_dir = work / arm
-    breadth = "breadth" in arm.split("+")
     done = [
         other for other in args.arms[: args.arms.index(arm)] if (work / other / "rounds" / "0001" / "score").is_dir()
     ]
@@ -232,7 +238,7 @@ def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str])
         partial = work / f".{arm}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(work / done[0] / "pool", partial / "pool")
-        if alike := [other for other in done if ("breadth" in other.split("+")) == breadth]:
+        if alike := [other for other in done if sampling(other) == sampling(arm)]:
             for stage in SHARED_STAGES:
                 shutil.copytree(work / alike[0] / "rounds" / "0001" / stage, partial / "rounds" / "0001" / stage)
         partial.rename(run_dir)

@@ -74,6 +74,9 @@ def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
         shutil.rmtree(job.out)
     with artifacts.folder(job.out) as part:
         if job.lora is not None:
+            for config in model.peft_config.values():  # a set, whose order would differ between two processes
+                if isinstance(config.target_modules, set):
+                    config.target_modules = sorted(config.target_modules)
             model.save_pretrained(part / "adapter")
             model = model.merge_and_unload()
         model = model.to("cpu")
