@@ -50,6 +50,8 @@ def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
         raise TrainError("input", str(error), "change the setting or the data that the message names") from error
     rank_zero = trainer.accelerator.is_main_process
     checkpoint = _resume_point(job, trainer)
+    if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
     clock.lap("load")
     check = _AgreementCheck(job, trainer)
     trainer.add_callback(check)
