@@ -277,7 +277,7 @@ def rounds(run_dir: Path, folder: Path, repeats: int) -> None:
 
     store = Store(run_dir)
     found = [(sum(store.seconds(r["round"]).values()), store.metrics(r["round"])) for r in store.rounds()]
-    config = store.rounds()[-1]["config"]
+    config = store.config(store.rounds()[-1]["round"])
     store.close()
     warm = [(total, metrics) for total, metrics in found if "depth/seconds_features" in metrics][1:]
     if not warm:

@@ -112,7 +112,7 @@ def chain(run_dir: Path, folder: Path, tuned: bool) -> None:
     from selfplay.store import Store
 
     store = Store(run_dir)
-    job["config"] = store.rounds()[-1]["config"]
+    job["config"] = store.config(store.rounds()[-1]["round"])
     job["pairs"] = int(store.metrics(store.rounds()[-1]["round"])["depth/pairs"])
     store.close()
     path = folder / "job.json"

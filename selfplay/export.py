@@ -108,7 +108,7 @@ def _config(run_dir: Path) -> dict[str, Any]:
     ledger = Store(run_dir)
     try:
         rounds = ledger.rounds()
-        return dict(rounds[-1]["config"]) if rounds else {}
+        return ledger.config(rounds[-1]["round"]) if rounds else {}
     finally:
         ledger.close()
 

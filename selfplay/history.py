@@ -64,7 +64,7 @@ def read(run_dir: Path) -> Run:
     try:
         name, rounds = run_dir.resolve().name, []
         for row in store.rounds():
-            config = row["config"] if isinstance(row["config"], dict) else {}
+            config = store.config(row["round"])
             name = config.get("run", {}).get("name", name)
             rounds.append(
                 Round(

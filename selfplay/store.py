@@ -309,8 +309,15 @@ class Store:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def rounds(self) -> list[dict[str, Any]]:
-        """All rounds, oldest first."""
-        return self._rows(sa.select(rounds).order_by(rounds.c.round))
+        """All rounds, oldest first, without their configurations."""
+        columns = [column for column in rounds.c if column is not rounds.c.config]
+        return self._rows(sa.select(*columns).order_by(rounds.c.round))
+
+    def config(self, index: int) -> dict[str, Any]:
+        """The configuration that a round was last run with."""
+        with self._engine.connect() as connection:
+            found = connection.scalar(sa.select(rounds.c.config).where(rounds.c.round == index))
+        return found if isinstance(found, dict) else {}
 
     def unfinished(self) -> dict[str, Any] | None:
         rows = self._rows(sa.select(rounds).where(rounds.c.state == "running"))
