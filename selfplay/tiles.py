@@ -24,8 +24,10 @@ class Tile(NamedTuple):
         return buffers
 
 
-CPU_TILE = Tile(1024, 2048)  # 8 MB, which the caches hold
-GPU_TILE = Tile(2048, 16384)  # 128 MB, so that the launches of kernels do not show
+# Smaller tiles stay nearer to the cores, larger ones mean fewer operations: on two threads that others disturb,
+# 1024 × 2048 took twice the seconds of these 64 MB, threads waiting for each other; alone it is 5 % faster.
+CPU_TILE = Tile(2048, 8192)
+GPU_TILE = Tile(2048, 16384)
 
 
 def usual_tile(device: torch.device) -> Tile:
