@@ -145,6 +145,8 @@ def storm(args: argparse.Namespace, sets: list[str]) -> tuple[Counter[str], int]
             break
         if state is not None and state[0] == "paused":
             sys.exit(f"the service paused itself: {state[1]}")
+        if served.process.poll() is not None:  # nobody killed it: starting it again would hide that
+            sys.exit(f"the service ended by itself with exit code {served.process.returncode}; see service.log")
         if enough:
             continue
         below = children.marked(served.run_dir)

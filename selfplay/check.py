@@ -42,6 +42,8 @@ def check(config: Config, run_dir: Path) -> list[Finding]:
             found += look(config, run_dir)
         except (SelfplayError, OSError, ValueError) as error:
             found.append(Finding(about=name, level="error", text=str(error)))
+        except Exception as error:  # the boundary: one look that fails must not hide the others
+            found.append(Finding(about=name, level="error", text=f"{type(error).__name__}: {error}"))
     return found
 
 

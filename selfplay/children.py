@@ -28,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from selfplay.errors import Interrupted
+
 RUN_MARKER = "SELFPLAY_RUN"  # environment variable of every child: the run folder it works for
 GUARDED = "SELFPLAY_GUARDED"  # set for children that have to die with their parent
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -58,6 +60,7 @@ class ChildDied(RuntimeError):
 # PR_SET_PDEATHSIG fires when the spawning THREAD ends; this one lives as long as the process.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
 _running: set[Child] = set()
+_ending = threading.Event()  # no child is to start any more
 
 
 class Child:
@@ -90,8 +93,13 @@ class Child:
         self._next_id = 0
 
     def start(self) -> None:
-        """Start the guard and the child; returns at once. `wait_for("ready")` tells when the child can take orders."""
+        """Start the guard and the child; returns at once. `wait_for("ready")` tells when the child can take orders.
+
+        Raises Interrupted after `cut`.
+        """
         assert self._process is None, f"{self.name} was started already"
+        if _ending.is_set():
+            raise Interrupted("everything is to end")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = _spawner.submit(
@@ -106,6 +114,9 @@ class Child:
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         _running.add(self)
+        if _ending.is_set():  # the cut came in between
+            self.stop(grace=0)
+            raise Interrupted("everything is to end")
 
     @property
     def alive(self) -> bool:
@@ -234,6 +245,24 @@ def stop_all() -> None:
     """End every child of this process."""
     for child in list(_running):
         child.stop(grace=0)
+
+
+def cut() -> None:
+    """End every child and start none until `uncut`; from any thread or signal handler.
+
+    The thread that waits for a child finds it dead, and closes what belongs to it: closed here, its pipes would be gone
+    under that thread.
+    """
+    _ending.set()
+    for child in list(_running):
+        process = child._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
+
+
+def uncut() -> None:
+    _ending.clear()
 
 
 def marked(run_dir: Path) -> list[int]:

@@ -127,10 +127,12 @@ def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
 @app.command()
 def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """What the service does now."""
+    from selfplay.policies import Policies
+
     store = _store(config, set_, run_dir)
     service: dict[str, Any] = store.state("service") or {}
     rounds = store.rounds()
-    alive = service.get("pid") is not None and Path(f"/proc/{service['pid']}").exists()
+    alive = _serves(service.get("pid"))
     state = service.get("state", "never served") if alive or service.get("state") in (None, "stopped") else "dead"
     print(f"service  {state}" + (f": {service['why']}" if service.get("why") else ""))
     if alive:
@@ -140,13 +142,21 @@ def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
         done = ", ".join(store.seconds(last["round"])) or "nothing yet"
         print(f"round    {last['round']} {last['state']} (stages done: {done})")
     policies = [p for p in store.policies() if p["state"] in ("promoted", "initial")]
-    current = next((r["policy"] for r in reversed(rounds) if r["policy"] is not None), 0)
+    current = Policies(store.path.parent).current or 0
     print(f"policy   {current} serves; {len(policies)} were promoted or imported")
     for order in store.orders("pending"):
         print(f"order    {order['id']} {order['kind']} waits since {order['time']}")
     for event in store.events()[-3:]:
         print(f"event    {event['time']} {event['kind']}: {event['text']}")
     store.close()
+
+
+def _serves(pid: int | None) -> bool:
+    """Whether this process is a service, and not another one that got the number of a service that was killed."""
+    try:
+        return b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 @app.command()

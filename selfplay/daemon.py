@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from selfplay import artifacts, children, orders, schedule
 from selfplay.config import ScheduleConfig, load
 from selfplay.display import Display, Line
-from selfplay.errors import InputError, Interrupted, SelfplayError
+from selfplay.errors import ConfigError, InputError, Interrupted, SelfplayError
 from selfplay.round import cancel_round, roll_back, run_round
 from selfplay.run import Run
 from selfplay.store import LedgerError, Store
@@ -36,33 +37,59 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0  # between two looks at the ledger for orders
 STATE = "service"
+LONGEST_WAIT = 3600.0  # seconds between two tries of a round, unless retry_seconds is more
+CUT_SECONDS = 10.0  # from the end of all children to the end of a service that waits for something else still
+
+
+def trigger(settings: ScheduleConfig, anchor: datetime) -> BaseTrigger:
+    """What says when rounds are due; an interval counts from `anchor`. Raises ConfigError for a cron line that is none."""
+    if settings.mode != "cron":
+        seconds = round((settings.every_minutes or 0) * 60)
+        return IntervalTrigger(seconds=seconds, start_date=anchor, timezone=settings.time_zone)
+    try:
+        minute, hour, day, month, weekday = (settings.cron or "").split()
+        found: BaseTrigger = CronTrigger(
+            minute=minute, hour=hour, day=day, month=month, day_of_week=schedule.weekdays(weekday), timezone=settings.time_zone
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"schedule.cron {settings.cron!r}: {error}", "minute hour day month weekday") from None
+    if found.get_next_fire_time(None, anchor) is None:
+        raise ConfigError(f"schedule.cron {settings.cron!r} never comes", "minute hour day month weekday")
+    return found
+
+
+def _due(source: BaseTrigger, since: datetime, settings: ScheduleConfig) -> datetime:
+    """The first time at or after `since`, in UTC: arithmetic in a zone forgets which pass of a repeated hour it is in."""
+    due = source.get_next_fire_time(None, since)
+    if settings.cron is not None and due.fold and "*" not in settings.cron.split()[1]:
+        due = source.get_next_fire_time(None, due.astimezone(UTC) + timedelta(seconds=1))  # it was due an hour before
+    found: datetime = due.astimezone(UTC)
+    return found
 
 
 def next_start(
     settings: ScheduleConfig, last: datetime | None, up_since: datetime, now: datetime, jitter: float
 ) -> datetime:
-    """When the next round may start.
+    """When the next round may start; asked again later, the answer is the same until a round has started.
 
-    last: when the last scheduled round started; up_since: when the service came up, which tells what was missed. jitter:
-    a number in [0, 1) for this start. A `last` that lies in the future (the clock was set back) counts as now.
+    last: when the last round started; up_since: when the service came up, which tells what was missed. Both count as now
+    where they lie in the future (the clock was set back); for an answer that stays, the caller has to keep that moment.
+    jitter: a number in [0, 1) for this start.
     """
     if settings.mode == "continuous":
         return schedule.after_quiet_hours(now, settings)
-    trigger: BaseTrigger
-    if settings.mode == "cron":
-        trigger = CronTrigger.from_crontab(settings.cron, timezone=settings.time_zone)
-    else:
-        anchor = min(last, now) if last is not None else up_since
-        trigger = IntervalTrigger(
-            minutes=0, seconds=round((settings.every_minutes or 0) * 60), start_date=anchor, timezone=settings.time_zone
-        )
+    up_since = min(up_since, now)
     if last is None:
-        due = trigger.get_next_fire_time(None, up_since)
+        due = _due(trigger(settings, up_since), up_since, settings)
     else:
-        due = trigger.get_next_fire_time(None, min(last, now) + timedelta(seconds=1))
+        source = trigger(settings, min(last, now))
+        due = _due(source, min(last, now) + timedelta(seconds=1), settings)
         if due < up_since:  # it fell due while the service was down
-            due = now if settings.missed == "once" else trigger.get_next_fire_time(None, now)
-    return schedule.after_quiet_hours(due + timedelta(seconds=jitter * settings.jitter_seconds), settings)
+            due = up_since if settings.missed == "once" else _due(source, up_since, settings)
+    start = schedule.after_quiet_hours(due + timedelta(seconds=jitter * settings.jitter_seconds), settings)
+    if start <= now and (later := schedule.after_quiet_hours(now, settings)) > now:
+        return later  # overdue, and quiet hours have begun meanwhile
+    return start
 
 
 class Daemon:
@@ -72,12 +99,17 @@ class Daemon:
         self, config_path: Path, overrides: list[str], run_dir: Path | None, display: Display,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:  # fmt: skip
-        self._path, self._overrides, self._clock = config_path, overrides, clock
+        self._path, self._overrides, self._clock, self._given_dir = config_path, overrides, clock, run_dir
         self.config = load(config_path, overrides)
         self.run_dir = run_dir or self.config.run_dir
         self.display = display
         self.up_since = clock()
+        trigger(self.config.schedule, self.up_since)  # a cron line that is none is found now
+        self.at_last: Callable[[], None] = lambda: None
+        """Called where even the cut did not end the service; should end the process."""
+        self._set_back: tuple[datetime, datetime] | None = None  # a start in the future, and when it was noticed
         self._stopping = threading.Event()
+        self._in_round = False
         self._cut: threading.Timer | None = None
         self._polled = 0.0
         self._reload = False
@@ -90,10 +122,19 @@ class Daemon:
     def stop(self) -> None:
         """Finish the shard, or save the trainer's state, and end; asked twice, or after `drain_seconds`, cut it short."""
         if self._stopping.is_set():
-            children.stop_all()
+            self._cut_short()
             return
         self._stopping.set()
-        self._cut = threading.Timer(self.config.service.drain_seconds, children.stop_all)
+        self._later(self.config.service.drain_seconds, self._cut_short)
+
+    def _cut_short(self) -> None:
+        children.cut()
+        self._later(CUT_SECONDS, self.at_last)
+
+    def _later(self, seconds: float, what: Callable[[], None]) -> None:
+        if self._cut is not None:
+            self._cut.cancel()
+        self._cut = threading.Timer(seconds, what)
         self._cut.daemon = True
         self._cut.start()
 
@@ -101,17 +142,22 @@ class Daemon:
 
     def serve(self) -> None:
         """Run rounds until `stop`. Raises SelfplayError when the folder cannot be opened at all."""
-        with contextlib.suppress(Interrupted):
-            while not self._stopping.is_set():
-                self._reload = False
-                with Run(self.config, self.run_dir, self.display) as run:
-                    self.run = run
-                    run.breathe = self._breathe
-                    self._note("event", "started", f"the service started (process {os.getpid()})")
-                    self._loop()
-                    self._say("stopped", "")
-        if self._cut is not None:
-            self._cut.cancel()
+        try:
+            with contextlib.suppress(Interrupted):
+                while not self._stopping.is_set():
+                    self._reload = False
+                    with Run(self.config, self.run_dir, self.display) as run:
+                        self.run = run
+                        run.breathe = self._breathe
+                        self._note("event", "started", f"the service started (process {os.getpid()})")
+                        with contextlib.suppress(Interrupted):
+                            self._loop()
+                        if self._stopping.is_set():
+                            self._say("stopped", "")
+        finally:
+            if self._cut is not None:
+                self._cut.cancel()
+            children.uncut()
 
     def _loop(self) -> None:
         self._failures = 0
@@ -134,15 +180,16 @@ class Daemon:
             self._stopping.wait(POLL_SECONDS)
             return
         self._say("running", "")
-        store = self.run.store
-        if store.unfinished() is None:
-            store.set_state("last_start", self._clock().isoformat())
-            store.set_state("run_now", False)
+        self._in_round = True
         try:
-            report = run_round(self.run)
-        except Interrupted as stop:
-            self._interrupted(stop)
-        except (SelfplayError, LedgerError) as error:
+            try:
+                report = run_round(self.run)
+            except Interrupted as stop:
+                self._interrupted(stop)
+                return
+        except Interrupted:  # the service was cut while it gave the round up
+            raise
+        except Exception as error:  # the boundary: a bug, too, is tried again, and then pauses the service
             if not self._stopping.is_set():
                 self._failures += 1
                 self._failed(error, self._failures)
@@ -150,29 +197,43 @@ class Daemon:
             self._failures = 0
             self.display.round_table(report)
             self._after(report)
+        finally:
+            self._in_round = False
 
     def _why_not_now(self) -> tuple[str, str] | None:
         """State and reason for not starting (or going on with) a round at this moment."""
-        store = self.run.store
-        if pause := store.state("pause"):
+        store, now = self.run.store, self._clock()
+        is_open = store.unfinished() is not None
+        pause = store.state("pause")
+        if pause and not (pause.get("after") == "round" and is_open):  # that one is finished first
             return "paused", pause["why"]
-        if (retry := store.state("retry_at")) and self._clock() < datetime.fromisoformat(retry):
+        longest = timedelta(seconds=max(LONGEST_WAIT, self.config.service.retry_seconds))
+        if (retry := store.state("retry_at")) and now < datetime.fromisoformat(retry) <= now + longest:
             return "retrying", f"next try at {retry}"
-        if store.unfinished() is not None or store.state("run_now", False):
+        if is_open:
             return None
-        finished = [row for row in store.rounds() if row["state"] != "running"]
+        finished = store.rounds()
+        if len(finished) < store.state("run_now", 0):
+            return None
         names = ("evaluate/reward", "generate/tokens")
         end = self.config.schedule.end
         asks = any(value is not None for value in end.model_dump().values())
         metrics = store.metrics_by_round(names) if asks else {}
-        if reason := schedule.ended(end, finished, metrics, self._clock(), self._devices()):
+        if reason := schedule.ended(end, finished, metrics, now, self._devices()):
             return "ended", reason
-        last = store.state("last_start")
+        last = self._not_after(now, datetime.fromisoformat(finished[-1]["started"])) if finished else None
+        self.up_since = min(self.up_since, now)
         jitter = artifacts.seed(self.config.run.seed, "jitter", len(finished)) / 2**63
-        due = next_start(
-            self.config.schedule, datetime.fromisoformat(last) if last else None, self.up_since, self._clock(), jitter
-        )
-        return None if due <= self._clock() else ("waiting", due.isoformat(timespec="seconds"))
+        due = next_start(self.config.schedule, last, self.up_since, now, jitter)
+        return None if due <= now else ("waiting", due.isoformat(timespec="seconds"))
+
+    def _not_after(self, now: datetime, last: datetime) -> datetime:
+        """The last start; where it lies in the future, for the clock was set back, the moment when that was noticed."""
+        if last <= now:
+            return last
+        start, noticed = self._set_back or (last, now)
+        self._set_back = last, (min(noticed, now) if start == last else now)
+        return self._set_back[1]
 
     def _devices(self) -> int:
         placement = self.config.placement
@@ -181,19 +242,29 @@ class Daemon:
     def _failed(self, error: Exception, failures: int) -> None:
         """Try the round again later, or pause and say why."""
         text = str(error) + (f"; what to do: {error.hint}" if isinstance(error, SelfplayError) and error.hint else "")
+        if not isinstance(error, SelfplayError | LedgerError):
+            text = f"{type(error).__name__}: {error} (see {self._write_traceback(error)})"
         self.display.warn(text)
         service = self.config.service
         hopeless = getattr(error, "exit_code", 3) == 2  # a wrong setting or input stays wrong
         if hopeless or failures > service.retries:
             self.pause(f"a round failed {failures} time{'s' * (failures > 1)}: {text}")
             return
-        wait = service.retry_seconds * 2 ** (failures - 1)
+        wait = max(service.retry_seconds, min(service.retry_seconds * 2.0 ** min(failures - 1, 30), LONGEST_WAIT))
         self.run.store.set_state("retry_at", (self._clock() + timedelta(seconds=wait)).isoformat())
         self._note(
             "event",
             "warning",
             f"a round failed, trying again in {wait:.0f} s ({failures} of {service.retries}): {text}",
         )
+
+    def _write_traceback(self, error: Exception) -> Path:
+        log = self.run_dir / "logs" / "service.log"
+        with contextlib.suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"{self._clock().isoformat()} {''.join(traceback.format_exception(error))}\n")
+        return log
 
     def _after(self, report: RoundReport) -> None:
         """Pause after so many rejected rounds in a row."""
@@ -223,13 +294,18 @@ class Daemon:
                     self._obey(row)
             if where == "stage" and (self.run.store.state("pause") or {}).get("after") == "stage":
                 raise Interrupted("paused after the stage")
-            if self.run.store.state("cancel", False):
+            if self._is_cancelled():
                 raise Interrupted("cancelled", now=True)
 
+    def _is_cancelled(self) -> bool:
+        """Whether the open round is to be given up; the state names it, so that no later one is taken for it."""
+        is_open = self.run.store.unfinished()
+        return is_open is not None and self.run.store.state("cancel") == is_open["round"]
+
     def _interrupted(self, stop: Interrupted) -> None:
-        if self.run.store.state("cancel", False):
+        if self._is_cancelled():
             cancel_round(self.run)
-            self.run.store.set_state("cancel", False)
+            self._failures = 0
         self._note("event", "interrupted", str(stop))
 
     # --- orders ------------------------------------------------------------------------------------------------------
@@ -244,9 +320,16 @@ class Daemon:
         """Carry an order out and record what came of it."""
         try:
             result = self._carry_out(orders.parse(row["kind"], row["arguments"]))
-        except SelfplayError as error:
-            self.run.store.answer(row["id"], "refused", str(error))
-            self.display.warn(f"order {row['kind']} refused: {error}")
+        except (LedgerError, Interrupted):
+            raise  # not obeyed yet: it stays pending
+        except Exception as error:  # the boundary: an order that fails must not fail again at every start
+            if self._stopping.is_set():
+                return  # its children were ended under it
+            text = str(error)
+            if not isinstance(error, SelfplayError):
+                text = f"{type(error).__name__}: {error} (see {self._write_traceback(error)})"
+            self.run.store.answer(row["id"], "refused", text)
+            self.display.warn(f"order {row['kind']} refused: {text}")
         else:
             self.run.store.answer(row["id"], "done", result)
             self.display.note(f"order {row['kind']}: {result}")
@@ -255,27 +338,33 @@ class Daemon:
         store = self.run.store
         match order:
             case orders.Pause():
+                if order.after == "round" and not self._in_round and store.state("pause"):
+                    return "is paused already"  # an open round is not to go on for this
                 why = f"ordered, after the {order.after}"
                 store.set_state("pause", {"why": why, "after": order.after, "time": self._clock().isoformat()})
                 return f"pauses after the {order.after}"
             case orders.Resume():
                 store.set_state("pause", None)
                 store.set_state("retry_at", None)
+                self._failures = 0
                 return "goes on"
             case orders.RunNow():
-                store.set_state("run_now", True)
+                store.set_state("run_now", self.run.next_round)  # done once the run has so many
                 return "a round starts now" if not store.state("pause") else "a round starts when the pause ends"
             case orders.Cancel():
-                if store.unfinished() is None:
+                if (is_open := store.unfinished()) is None:
                     raise InputError("no round is open")
-                store.set_state("cancel", True)
-                if self.progress.get("state") != "running":
+                if self._in_round:
+                    store.set_state("cancel", is_open["round"])
+                else:
                     cancel_round(self.run)
-                    store.set_state("cancel", False)
+                    self._failures = 0
                 return "the round is given up"
             case orders.Rollback():
                 return roll_back(self.run, order.version)
             case orders.Pin():
+                if order.pinned:
+                    self.run.policy(order.version)  # its weights may have gone since the order was given
                 store.pin(order.version, order.pinned)
                 return f"policy {order.version} is {'pinned' if order.pinned else 'no longer pinned'}"
             case orders.AddPrompts():
@@ -290,9 +379,19 @@ class Daemon:
         old, new = self.config.fixed(), config.fixed()
         if changed := [key for key in old if old[key] != new[key]]:
             raise InputError(f"{', '.join(changed)} cannot change within a run; the old configuration stays")
+        served = ("host", "port", "token_env", "token_file")
+        changed = [f"service.{k}" for k in served if getattr(config.service, k) != getattr(self.config.service, k)]
+        if (self._given_dir or config.run_dir) != self.run_dir:
+            changed = ["run.dir or run.name", *changed]
+        if changed:
+            raise InputError(f"{', '.join(changed)} cannot change while the service runs: stop it, then start it anew")
         if config == self.config:
             return "nothing changed"
+        trigger(config.schedule, self._clock())
+        Run(config, self.run_dir, self.display).require()
         self.config, self._reload = config, True
+        if (is_open := self.run.store.unfinished()) is not None:
+            return f"the new configuration holds; round {is_open['round']} goes on with it"
         return "the new configuration holds from the next round on"
 
     # --- what it says ------------------------------------------------------------------------------------------------
@@ -325,13 +424,13 @@ class Daemon:
 
 @tenacity.retry(
     stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=60),
-    retry=tenacity.retry_if_exception_type(httpx.HTTPError), retry_error_callback=lambda state: None,
+    retry=tenacity.retry_if_exception_type((httpx.HTTPError, httpx.InvalidURL)), retry_error_callback=lambda state: None,
 )  # fmt: skip
 def post_alert(url: str, body: dict[str, Any]) -> None:
     """Post an alert as JSON; five tries. The URL is a secret: it goes into no message."""
     try:
         httpx.post(url, json=body, timeout=10).raise_for_status()
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         logger.warning("the webhook did not take an alert (%s)", type(error).__name__)
         raise
 

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from selfplay.errors import Interrupted
 from selfplay.store import Store
 from selfplay.types import RoundReport
 
@@ -91,7 +92,7 @@ class Display:
         try:
             yield line
             how = "kept" if line.was_kept else "done"
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, Interrupted):
             how = "interrupted"
             raise
         finally:

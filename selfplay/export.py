@@ -35,12 +35,12 @@ def export_pairs(run_dir: Path, out: Path) -> int:
     """
     if out.exists():
         raise InputError(f"{out} is there already", "name a new folder")
-    rounds = [(index, path) for index, path in _depth_files(run_dir) if path.is_file()]
-    if not rounds:
-        raise InputError(f"no round of {run_dir} has pairs yet", "run one first: selfplay round")
     ledger = Store(run_dir)
-    samplers = {row["round"]: row["sampler"] for row in ledger.rounds()}
+    samplers = {row["round"]: row["sampler"] for row in ledger.rounds() if row["state"] in ("promoted", "rejected")}
     ledger.close()
+    rounds = [(index, path) for index, path in _depth_files(run_dir) if index in samplers and path.is_file()]
+    if not rounds:
+        raise InputError(f"no finished round of {run_dir} has pairs", "run one first: selfplay round")
     total = 0
     with artifacts.folder(out) as partial:
         (partial / "data").mkdir()

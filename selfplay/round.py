@@ -68,6 +68,8 @@ def cancel_round(run: Run) -> RoundReport:
     """Give up the open round: nothing of it is used, and the current policy serves on."""
     assert run.store.unfinished() is not None, "there is a round to give up"
     r = Round.begin(run)
+    if run.policies.folder(r.index).is_dir():  # it may have been adopted a moment before all ended
+        training.record_candidate(r)
     if run.generator.policy is not None:
         r.serve(run.current, trial=False)
     return r.close("cancelled", ["given up on request"])

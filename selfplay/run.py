@@ -48,12 +48,16 @@ class Run:
         self._tracker: trackers.Tracker | None = None
         self._warm = False
 
-    def __enter__(self) -> Run:
+    def require(self) -> None:
+        """Look for what the configuration names, before anything starts. Raises InputError or ConfigError."""
         self._check_models()
         trackers.require(self.config.track)
         self.gold = load_function("evaluate.gold", self.config.evaluate.gold)
         rewriter = self.config.evolve.rewriter
         self.rewriter = None if rewriter == "policy" else load_function("evolve.rewriter", rewriter)
+
+    def __enter__(self) -> Run:
+        self.require()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
 from selfplay.config import EndConfig, ScheduleConfig
+
+DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+
+
+def weekdays(field: str) -> str:
+    """The weekday field of a cron line by names, as APScheduler takes it: its numbers begin with Monday, cron's with Sunday.
+
+    Raises ValueError for what is no such field.
+    """
+    if field == "*":
+        return field
+    days: set[int] = set()
+    for part in field.lower().split(","):
+        found = re.fullmatch(r"(\*|[0-7]|[a-z]{3})(?:-([0-7]|[a-z]{3}))?(?:/([1-7]))?", part)
+        if found is None:
+            raise ValueError(f"{part!r} is no day of the week (0-7, both 0 and 7 Sunday, or sun-sat)")
+        first, last, step = found.groups()
+        begin = 0 if first == "*" else _day(first)
+        end = _day(last) if last else (6 if first == "*" or step else begin)
+        days |= {day % 7 for day in range(begin, (end if end >= begin else end + 7) + 1, int(step or 1))}
+    return ",".join(DAYS[day] for day in sorted(days))
+
+
+def _day(text: str) -> int:
+    if text.isdigit():
+        return int(text)
+    if text not in DAYS:
+        raise ValueError(f"{text!r} is no day of the week (sun, mon, tue, wed, thu, fri, sat)")
+    return DAYS.index(text)
 
 
 def after_quiet_hours(start: datetime, schedule: ScheduleConfig) -> datetime:
@@ -24,7 +54,10 @@ def after_quiet_hours(start: datetime, schedule: ScheduleConfig) -> datetime:
             if begin == end or not ((begin <= now or now < end) if overnight else begin <= now < end):
                 continue
             day = local.date() + timedelta(days=1 if overnight and now >= begin else 0)
-            start, moved = datetime.combine(day, end, zone), True
+            ends = datetime.combine(day, end, zone)
+            if ends.astimezone(UTC) <= start.astimezone(UTC):  # in an hour that the clocks repeat: its second time
+                ends = ends.replace(fold=1)
+            start, moved = ends, True
         if not moved:
             break
     return start

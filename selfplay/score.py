@@ -17,7 +17,7 @@ from reward.client import RewardClient, RewardRefused, RewardUnavailable
 from selfplay import artifacts
 from selfplay.children import PATIENT, Child, ChildDied
 from selfplay.config import RewardConfig
-from selfplay.errors import InputError, RewardError
+from selfplay.errors import InputError, Interrupted, RewardError
 from selfplay.types import Candidate, Message, Prompt, Scored
 
 Answer = TypeVar("Answer")
@@ -140,9 +140,11 @@ class RewardService:
             self._on_event("warning", f"the {self._name} server died; starting it again")
             self._child.stop()
             self._child = None
-            self.start()
             try:
+                self.start()
                 self._wait_until_it_serves()
+            except Interrupted:
+                return
             except (InputError, RewardError) as error:
                 self._on_event("warning", str(error))
                 return

@@ -9,6 +9,7 @@ from selfplay.api import create_app, read_token, serve_in_thread
 from selfplay.daemon import Daemon, handle_signals
 from selfplay.display import Display
 from selfplay.errors import SelfplayError
+from selfplay.rounds import leave
 
 
 def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> int:
@@ -25,6 +26,7 @@ def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = No
             settings.port,
         )
         display.note(f"page and API: http://{settings.host}:{port}")
+        daemon.at_last = lambda: leave(0)  # all that is finished is on disk, and no child is left
         handle_signals(daemon)
         try:
             daemon.serve()

@@ -115,14 +115,26 @@ def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
 
     wants_to_stop: list[Interrupted] = []
 
+    def save(stop: Interrupted) -> None:
+        wants_to_stop[:] = [stop]
+        job.work.mkdir(parents=True, exist_ok=True)
+        (job.work / STOP).touch()  # the trainer saves at the end of its step, and answers
+
+    def meanwhile() -> None:
+        try:
+            evaluate.champion_answers(r)
+        except Interrupted as stop:
+            if stop.now or r.config.placement.colocated:  # then the trainer has not begun
+                raise
+            save(stop)
+
     def progress(event: dict[str, Any]) -> None:
         try:
             r.run.breathe("step")
         except Interrupted as stop:
             if stop.now:
                 raise
-            wants_to_stop[:] = [stop]
-            (job.work / STOP).touch()  # the trainer saves at the end of its step, and answers
+            save(stop)
         metrics = event["metrics"]
         for name, text in alarms(metrics, r.config.train).items():
             if name not in alarmed:  # once a round: what has begun mostly lasts
@@ -132,7 +144,7 @@ def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
         text = f"loss {loss:.3f}, β {beta:.4g}" if loss is not None and beta is not None else ""
         line.update(done=event["step"], total=event["steps"], text=text)
 
-    result = order(r, "train", job, progress, meanwhile=lambda: evaluate.champion_answers(r))
+    result = order(r, "train", job, progress, meanwhile)
     if "stopped" in result:
         raise wants_to_stop[0] if wants_to_stop else Interrupted("the trainer was asked to stop")
     _write_manifest(r, job.out, result, against)

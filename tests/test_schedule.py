@@ -6,8 +6,9 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from selfplay.config import EndConfig, ScheduleConfig
-from selfplay.daemon import next_start
-from selfplay.schedule import after_quiet_hours, ended
+from selfplay.daemon import next_start, trigger
+from selfplay.errors import ConfigError
+from selfplay.schedule import after_quiet_hours, ended, weekdays
 
 NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -91,3 +92,57 @@ def test_the_end_of_a_schedule(end, reason):
     }
     found = ended(EndConfig(**end), [row(1), row(2, "rejected", 3.0)], metrics, NOON, devices=2)
     assert found is None if reason is None else reason in found
+
+
+def starts(settings, last, up_since, hours, jitter=0.0, began=NOON + timedelta(seconds=0.4)):
+    """When rounds start if somebody asks every ten seconds."""
+    found = []
+    for i in range(round(hours * 360)):
+        now = began + timedelta(seconds=10 * i)
+        if next_start(settings, last, up_since, now, jitter) <= now:
+            last = now
+            found.append(now)
+    return found
+
+
+@pytest.mark.parametrize(("missed", "rounds"), [("skip", ["13:00"]), ("once", ["12:00", "13:00"])])
+def test_after_a_missed_round_the_schedule_goes_on(missed, rounds):
+    """Asked again and again, as the service does: an answer that moves on with the clock would never come."""
+    hourly = ScheduleConfig(mode="cron", cron="0 * * * *", missed=missed, jitter_seconds=90)
+    found = starts(hourly, NOON - timedelta(days=4), NOON + timedelta(seconds=0.4), 1.2, jitter=0.5)
+    assert [f"{at:%H:%M}" for at in found] == rounds
+
+
+def test_weekdays_are_those_of_cron():
+    assert weekdays("0") == weekdays("7") == weekdays("Sun") == "sun"
+    assert weekdays("1-5") == "mon,tue,wed,thu,fri"
+    assert weekdays("fri-mon,3") == "sun,mon,wed,fri,sat"
+    assert weekdays("*/2") == "sun,tue,thu,sat"
+    sunday = start(ScheduleConfig(mode="cron", cron="0 3 * * 0"))
+    assert f"{sunday:%A}" == "Sunday"
+    with pytest.raises(ValueError, match="no day of the week"):
+        weekdays("8")
+
+
+@pytest.mark.parametrize("cron", ["99 * * * *", "0 0 30 2 *", "0 0 * * someday", "a b c d e"])
+def test_a_cron_line_that_is_none_is_refused(cron):
+    with pytest.raises(ConfigError, match=r"schedule\.cron"):
+        trigger(ScheduleConfig(mode="cron", cron=cron), NOON)
+
+
+def test_the_hour_that_the_clocks_repeat():
+    """On 2026-11-01 New York has 01:30 twice, at 05:30 and at 06:30 UTC."""
+    night = datetime(2026, 11, 1, 4, 0, tzinfo=UTC)
+    nightly = ScheduleConfig(mode="cron", cron="30 1 * * *", time_zone="America/New_York")
+    assert [f"{at:%H:%M}" for at in starts(nightly, night - 9 * HOUR, night - 9 * HOUR, 5, began=night)] == ["05:30"]
+    always = ScheduleConfig(mode="cron", cron="30 * * * *", time_zone="America/New_York")
+    found = starts(always, night, night - 9 * HOUR, 4, began=night)
+    assert [f"{at:%H:%M}" for at in found] == ["04:30", "05:30", "06:30", "07:30"]
+    quiet = ScheduleConfig(quiet_hours=["22:00-01:30"], time_zone="America/New_York")
+    second = after_quiet_hours(night.replace(hour=6, minute=10), quiet)
+    assert second.astimezone(UTC) == night.replace(hour=6, minute=30)
+
+
+def test_a_round_that_is_overdue_does_not_start_in_quiet_hours_either():
+    every = ScheduleConfig(mode="interval", every_minutes=60, quiet_hours=["11:30-18:00"])
+    assert start(every, last=NOON - 2 * HOUR, up_since=NOON - 9 * HOUR) == NOON.replace(hour=18)
