@@ -159,6 +159,7 @@ def require_free(path: Path, needed: int) -> None:
 
 
 _hashes: dict[tuple[str, int, int, int], str] = {}
+MOST_HASHES = 4096
 
 
 def sha256(path: Path) -> str:
@@ -166,6 +167,8 @@ def sha256(path: Path) -> str:
     stat = path.stat()
     key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key not in _hashes:
+        if len(_hashes) >= MOST_HASHES:
+            _hashes.clear()
         with path.open("rb") as file:
             _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return _hashes[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,7 +73,8 @@ def init(
     if path.exists():
         raise InputError(f"{path} is there already", "name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(starter(path.stem, model, reward, prompts), encoding="utf-8")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
+    path.write_text(starter(name, model, reward, prompts), encoding="utf-8")
     load(path)
     print(f"wrote {path}; next: selfplay check -c {path}")
 
@@ -82,6 +84,7 @@ def check(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
     """Check configuration and machine, and print the plan of a round."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from selfplay.check import check, plan
     from selfplay.config import load
@@ -92,7 +95,7 @@ def check(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
     table = Table(box=None, show_header=False, padding=(0, 1))
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for finding in findings:
-        table.add_row(f"[{styles[finding.level]}]{finding.level}[/]", finding.about, finding.text)
+        table.add_row(Text(finding.level, styles[finding.level]), finding.about, Text(finding.text))
     console.print(table)
     console.print("\na round", style="bold")
     rows = Table(box=None, show_header=False, padding=(0, 1))
@@ -200,7 +203,7 @@ def _order(kind: str, arguments: dict[str, Any], config: Path, sets: list[str], 
     number = submit(store, kind, arguments, "cli")
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        row = next(row for row in store.orders() if row["id"] == number)
+        row = store.order(number)
         if row["state"] != "pending":
             print(f"order {number} {row['state']}: {row['result']}")
             store.close()

@@ -72,11 +72,11 @@ def ended(
 ) -> str | None:
     """Why no further round starts, or None.
 
-    rounds: the ledger's finished rounds; metrics: `evaluate/reward`, `generate/tokens` and the like, by round. The reward
+    rounds: the ledger's finished rounds, of which cancelled ones do not count as rounds; metrics: `evaluate/reward`, `generate/tokens` and the like, by round. The reward
     is that of the current policy on held-out prompts, so of the last promoted round; a round's hours run from its start to
     its end, whatever it waited for.
     """
-    if end.rounds is not None and len(rounds) >= end.rounds:
+    if end.rounds is not None and sum(row["state"] != "cancelled" for row in rounds) >= end.rounds:
         return f"the run has its {end.rounds} rounds (schedule.end.rounds)"
     if end.date is not None and now >= end.date:
         return f"it is past {end.date.isoformat()} (schedule.end.date)"

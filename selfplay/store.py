@@ -298,6 +298,10 @@ class Store:
         query = sa.select(orders).order_by(orders.c.id)
         return self._rows(query if state is None else query.where(orders.c.state == state))
 
+    def order(self, number: int) -> dict[str, Any]:
+        """One order."""
+        return self._rows(sa.select(orders).where(orders.c.id == number))[0]
+
     def state(self, name: str, default: Any = None) -> Any:
         """What was kept under a name."""
         with self._engine.connect() as connection:
