@@ -10,8 +10,8 @@ policy with its own reward model, prompts and rubric (`make_tiny.py --seed`); a 
 
 Arms of a seed share what is the same by construction: the imported prompts, and of round 1 the stages before selection.
 The gate lets everything through, so that it cannot hide a bad arm. After the last round the policy answers every held-out
-prompt. An interrupted call goes on; a finished run leaves one JSON file in --out, from which `--report` makes the table and
-the picture. One thread a process, --workers runs at a time.
+prompt. An interrupted call goes on; a finished run adds a line to --results, from which `--report` makes the table and the
+picture beside it. One thread a process, --workers runs at a time.
 """
 
 from __future__ import annotations
@@ -99,7 +99,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="for every arm")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--results", type=Path, default=Path("docs/ablations.jsonl"), help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/ablation"), help="folder of the runs (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--report", action="store_true", help="no runs: table and picture of what is there")
     parser.add_argument("--unit", nargs=2, metavar=("WORLD", "SEED"), help=argparse.SUPPRESS)
@@ -111,7 +114,7 @@ def main() -> None:
         return
     if not args.report:
         run_all(args)
-    report(args.out, args.arms)
+    report(args.results, args.arms)
 
 
 def overrides(arm: str) -> dict[str, Any]:
@@ -177,8 +180,9 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
     """All arms of one seed in one world, one after another, with one reward server."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     work = args.out / f"world-{world}-seed-{seed}"
-    files = {arm: args.out / f"world-{world}-seed-{seed}-{arm}.json" for arm in args.arms}
-    if all(path.is_file() for path in files.values()):
+    done = {row["arm"] for row in results(args.results) if (row["world"], row["seed"]) == (world, seed)}
+    missing = [arm for arm in args.arms if arm not in done]
+    if not missing:
         return
     here = (world_dir(world) / "current").resolve()
     server = subprocess.Popen(
@@ -188,9 +192,7 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
     try:
         assert server.stdout is not None
         url = json.loads(server.stdout.readline())["url"]
-        for arm, path in files.items():
-            if path.is_file():
-                continue
+        for arm in missing:
             began = time.monotonic()
             settings = overrides(arm) | {
                 "run.seed": seed,
@@ -205,9 +207,8 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
                 "seed": seed,
                 "arm": arm,
             }
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(found, indent=1) + "\n")
-            partial.rename(path)
+            with args.results.open("ab", buffering=0) as file:  # one write, so that lines of two processes never mix
+                file.write(json.dumps(found).encode() + b"\n")
             took = time.monotonic() - began
             print(
                 f"world {world} seed {seed} {arm}: reward {found['reward']:.3f} gold {found['gold']:.3f} {took:.0f} s",
@@ -289,16 +290,20 @@ def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- the report
 
 
-def report(out: Path, arms: Sequence[str]) -> None:
-    """Print the tables of what is in `out`, and draw the paired differences to `out`/ablation.png."""
+def results(path: Path) -> list[dict[str, Any]]:
+    """The finished runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def report(path: Path, arms: Sequence[str]) -> None:
+    """Print the tables of the finished runs, and draw the paired differences beside their file."""
     found: dict[str, dict[tuple[int, int], dict[str, Any]]] = {arm: {} for arm in arms}
-    for path in sorted(out.glob("world-*.json")):
-        row = json.loads(path.read_text())
+    for row in results(path):
         if row["arm"] in found:
             found[row["arm"]][row["world"], row["seed"]] = row
     found = {arm: rows for arm, rows in found.items() if rows}
     if not found:
-        sys.exit(f"{out} has no finished run")
+        sys.exit(f"{path} has no finished run")
     print("\n| arm | runs | " + " | ".join(METRICS.values()) + " | pairs | tokens generated |")
     print("|---" * (len(METRICS) + 4) + "|")
     for arm, rows in found.items():
@@ -318,7 +323,7 @@ def report(out: Path, arms: Sequence[str]) -> None:
             few = len(paired(found, arm, against, metric)) < MIN_SEEDS
             verdict = "too few seeds" if few else "shown" if low > least else "refuted" if high < least else "open"
             print(f"- {arm} − {against}, {METRICS[metric]} > {least:g}: {shown(mean, low, high)}: {verdict}")
-    draw(found, arms[0], out / "ablation.png")
+    draw(found, arms[0], path.with_suffix(".png"))
 
 
 def paired(found: dict[str, Any], arm: str, against: str, metric: str) -> list[float]:

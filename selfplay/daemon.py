@@ -146,6 +146,8 @@ class Daemon:
             with contextlib.suppress(Interrupted):
                 while not self._stopping.is_set():
                     self._reload = False
+                    if not self._opens():
+                        continue
                     with Run(self.config, self.run_dir, self.display) as run:
                         self.run = run
                         run.breathe = self._breathe
@@ -158,6 +160,17 @@ class Daemon:
             if self._cut is not None:
                 self._cut.cancel()
             children.uncut()
+
+    def _opens(self) -> bool:
+        """Whether the ledger can be opened; else say so and wait a little: it may be locked, or its disk full."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            Store(self.run_dir).close()
+        except (LedgerError, OSError) as error:
+            self.display.warn(f"the ledger of {self.run_dir} cannot be opened, trying again: {error}")
+            self._stopping.wait(10 * POLL_SECONDS)
+            return False
+        return True
 
     def _loop(self) -> None:
         self._failures = 0
