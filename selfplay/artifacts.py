@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from selfplay.errors import DiskError, SelfplayError
 
 Row = TypeVar("Row")
 MANIFEST = "manifest.json"
+GROUP_ROWS = 1024  # rows that a reader of one row has to decode
 
 _ARROW = {
     str: pa.string(),
@@ -63,13 +65,42 @@ def write_rows(path: Path, rows: Sequence[Any], row_type: type[Any]) -> None:
     }
     table = pa.table(columns, schema=schema(row_type))
     with whole(path) as partial:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, row_group_size=GROUP_ROWS)
 
 
 def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
+    return _records(pq.read_table(path, schema=schema(row_type)), row_type)
+
+
+def read_row(path: Path, row_type: type[Row], index: int) -> Row:
+    """One record, of which no more is decoded than its row group. Raises IndexError."""
+    with pq.ParquetFile(path) as file:
+        before = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if before <= index < before + rows:
+                table = file.read_row_group(group, columns=schema(row_type).names)
+                return _records(table.slice(index - before, 1), row_type)[0]
+            before += rows
+    raise IndexError(f"{path} has {before} rows, none is number {index}")
+
+
+def rows_with(path: Path, row_type: type[Row], column: str, values: Iterable[str]) -> Iterator[Row]:
+    """The records whose `column` (text) is one of `values`, in order; elsewhere no more than that column is decoded."""
+    wanted = pa.array(list(values), pa.string())
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            found = pc.is_in(file.read_row_group(group, columns=[column])[column], wanted)
+            if pc.any(found).as_py():
+                table = file.read_row_group(group, columns=schema(row_type).names)
+                yield from _records(table.filter(found), row_type)
+
+
+def _records(table: pa.Table, row_type: type[Row]) -> list[Row]:
     json_fields = _json_fields(row_type)
-    rows = pq.read_table(path, schema=schema(row_type)).to_pylist()
-    return [row_type(**{k: json.loads(v) if k in json_fields else v for k, v in row.items()}) for row in rows]
+    return [
+        row_type(**{k: json.loads(v) if k in json_fields else v for k, v in row.items()}) for row in table.to_pylist()
+    ]
 
 
 def read_column(path: Path, name: str) -> list[Any]:
