@@ -75,6 +75,10 @@ class Reload(_Order):
 
 
 Order = Annotated[RunNow | Pause | Resume | Cancel | Rollback | Pin | AddPrompts | Reload, Field(discriminator="kind")]
+KINDS: dict[str, type[Order]] = {
+    model.model_fields["kind"].default: model
+    for model in (RunNow, Pause, Resume, Cancel, Rollback, Pin, AddPrompts, Reload)
+}
 _adapter: TypeAdapter[Order] = TypeAdapter(Order)
 
 

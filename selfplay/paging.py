@@ -9,6 +9,7 @@ import base64
 import json
 import math
 import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -200,7 +201,7 @@ def standing(store: Store, index: int, row: int) -> dict[str, Any]:
     return found
 
 
-def metrics(store: Store, names: tuple[str, ...], first: int = 0, last: int = 2**62) -> dict[int, dict[str, float]]:
+def metrics(store: Store, names: Sequence[str], first: int = 0, last: int = 2**62) -> dict[int, dict[str, float]]:
     """Some metrics of the rounds from `first` to `last`: by round, then by name."""
     marks = ", ".join(f":n{i}" for i in range(len(names)))
     rows = store.query(
@@ -216,8 +217,8 @@ def metrics(store: Store, names: tuple[str, ...], first: int = 0, last: int = 2*
 def rounds(store: Store, before: int | None = None, limit: int = 50) -> list[dict[str, Any]]:
     """Rounds, newest first, without their configuration; `seconds` is the sum of their stages."""
     rows = store.query(
-        "SELECT round, state, started, ended, sampler, policy, reasons, (SELECT sum(seconds) FROM stages WHERE"
-        " stages.round = rounds.round) AS seconds FROM rounds WHERE round < :before ORDER BY round DESC LIMIT :limit",
+        "SELECT round, state, started, ended, sampler, policy, reasons, coalesce((SELECT sum(seconds) FROM stages"
+        " WHERE stages.round = rounds.round), 0) AS seconds FROM rounds WHERE round < :before ORDER BY round DESC LIMIT :limit",
         before=2**62 if before is None else before, limit=limit,
     )  # fmt: skip
     return [row | {"reasons": json.loads(row["reasons"])} for row in rows]
@@ -256,6 +257,13 @@ def events_after(store: Store, last: int, limit: int = 200) -> list[dict[str, An
     )
 
 
+def count_events(store: Store, kinds: Iterable[str]) -> int:
+    """How many events there are of some kinds."""
+    names = {f"k{i}": kind for i, kind in enumerate(kinds)}
+    marks = ", ".join(f":{name}" for name in names)
+    return int(store.query(f"SELECT count(*) AS n FROM events WHERE kind IN ({marks})", **names)[0]["n"])
+
+
 def last_event(store: Store) -> int:
     """Number of the newest event; 0 before there is one."""
     return int(store.query("SELECT coalesce(max(id), 0) AS id FROM events")[0]["id"])
@@ -277,3 +285,13 @@ def totals(store: Store) -> dict[str, dict[str, float]]:
     stages = store.query("SELECT stage, sum(seconds) AS n FROM stages GROUP BY stage")
     kinds = store.query("SELECT kind, count(*) AS n FROM events GROUP BY kind")
     return {"stages": {r["stage"]: r["n"] for r in stages}, "events": {r["kind"]: r["n"] for r in kinds}}
+
+
+def latest(store: Store, rounds: int = 50) -> dict[str, float]:
+    """The newest value of each metric within the last rounds: a round that was skipped has few of its own."""
+    rows = store.query(
+        "SELECT name, value, max(round) AS round FROM metrics WHERE round > (SELECT max(round) FROM rounds) - :rounds"
+        " GROUP BY name",
+        rounds=rounds,
+    )
+    return {row["name"]: row["value"] for row in rows}
