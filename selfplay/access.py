@@ -35,7 +35,7 @@ LARGEST_ELSE = 64 << 10
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with no-referrer a browser hides the origin of the page's own forms too
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
@@ -239,7 +239,9 @@ class _Answer:
         nonce = secrets.token_urlsafe(16)
         headers = MutableHeaders(scope=self._start)
         headers["content-security-policy"] = POLICY.format(nonce=f" 'nonce-{nonce}'")
-        if "content-encoding" not in headers:  # text of others has no `<` in a page: what begins a script is the page's own
+        if (
+            "content-encoding" not in headers
+        ):  # text of others has no `<` in a page: what begins a script is the page's own
             page = page.replace(b"<script", f'<script nonce="{nonce}"'.encode())
         headers["content-length"] = str(len(page))
         await self._send(self._start)

@@ -7,12 +7,16 @@ run in another way than by an order.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import threading
-from collections.abc import AsyncIterable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import anyio
 import prometheus_client
 from fastapi import Body, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi import Path as InPath
@@ -30,6 +34,7 @@ from selfplay.store import LedgerError
 from selfplay.view import TooManyOrders, View
 
 POLL_SECONDS = 1.0  # between two looks for new events
+THREADS = 6  # for requests, and as many for the page; `Store` has connections for both
 STREAMS = 64  # event streams at a time
 
 Limit = Annotated[int, Query(ge=1, le=200, description="Most rows of the answer.")]
@@ -38,11 +43,19 @@ Round = Annotated[int, InPath(ge=0, le=2**31 - 1, description="Number of the rou
 Bound = Annotated[float | None, Query(allow_inf_nan=False)]
 Text = Annotated[str | None, Query(max_length=200)]
 
+Found = TypeVar("Found")
+
+ANY: dict[int | str, dict[str, Any]] = {
+    status: {"model": m.Problem, "description": what}
+    for status, what in {
+        401: "A token is needed", 403: "Host or Origin are not the service's own", 422: "Not valid", 503: "The ledger does not answer",
+    }.items()
+}  # fmt: skip
 REFUSED: dict[int | str, dict[str, Any]] = {
     status: {"model": m.Problem, "description": what}
     for status, what in {
         400: "The body is no JSON", 409: "Can never be obeyed", 413: "The body is too large", 415: "The body is not JSON",
-        422: "Not valid", 429: "Too many orders wait",
+        429: "Too many orders wait",
     }.items()
 }  # fmt: skip
 ABSENT: dict[int | str, dict[str, Any]] = {404: {"model": m.Problem, "description": "There is no such thing"}}
@@ -60,8 +73,9 @@ def create_app(
     view = View(run_dir, config, progress)
     sessions = Sessions(token) if token else None
     app = FastAPI(
+        lifespan=_few_threads,
         title=f"selfplay: {config.run.name}", version=version("selfplay"), docs_url=None, redoc_url=None,
-        openapi_url="/api/openapi.json", separate_input_output_schemas=False,
+        openapi_url="/api/openapi.json", responses=ANY, separate_input_output_schemas=False,
         description="Reads a self-play run and gives it orders. Lists are paged; times are UTC. A POST needs a JSON body.",
     )  # fmt: skip
     app.state.view, app.state.stopping = view, threading.Event()
@@ -81,12 +95,21 @@ def create_app(
     return app
 
 
+@contextlib.asynccontextmanager
+async def _few_threads(_: FastAPI) -> AsyncIterator[None]:
+    """Requests wait for a thread rather than for a connection to the ledger, and the process stays small."""
+    anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="page") as executor:
+        asyncio.get_running_loop().set_default_executor(executor)
+        yield
+
+
 def _errors(app: FastAPI) -> None:
     """Every refusal is a `Problem`; none shows the inside of the program."""
 
     @app.exception_handler(InputError)
     def refused(_: Request, error: InputError) -> JSONResponse:
-        status = 429 if isinstance(error, TooManyOrders) else 409
+        status = 429 if isinstance(error, TooManyOrders) else 422 if isinstance(error, paging.CursorError) else 409
         return JSONResponse({"detail": str(error), "hint": error.hint}, status)
 
     @app.exception_handler(RequestValidationError)
@@ -164,7 +187,7 @@ def _reads(app: FastAPI, view: View) -> None:
         """Base pairs of a round by a margin or by alignment potential; empty where there are none."""
         return view.histogram(round, of, bins)
 
-    @app.get("/api/pairs", tags=["pairs"], responses={409: REFUSED[409]})
+    @app.get("/api/pairs", tags=["pairs"])
     def pairs(
         where: Annotated[paging.PairFilter, Depends(_pair_filter)],
         sort: paging.Sort = "round",
@@ -204,29 +227,33 @@ def _reads(app: FastAPI, view: View) -> None:
 
 
 def _stream(app: FastAPI, view: View) -> None:
-    free = asyncio.Semaphore(STREAMS)
+    slots = asyncio.Semaphore(STREAMS)
 
-    @app.get("/api/events/stream", tags=["events"], response_class=EventSourceResponse)
+    async def free() -> None:
+        if slots.locked():
+            raise HTTPException(429, f"{STREAMS} clients follow the events already")
+
+    @app.get(
+        "/api/events/stream", tags=["events"], response_class=EventSourceResponse, dependencies=[Depends(free)],
+        responses={429: {"model": m.Problem, "description": "Too many streams"}},
+    )  # fmt: skip
     async def stream(
         last_event_id: Annotated[str | None, Header(max_length=20, description="Set by a browser that reconnects.")] = None,
         after: Annotated[int | None, Query(ge=0, le=2**62, description="Events with a higher number; by default new ones.")] = None,
     ) -> AsyncIterable[ServerSentEvent]:  # fmt: skip
         """Events as they happen (Server-Sent Events); the id of each is its number, where a reconnection goes on."""
-        if free.locked():
-            return
-        async with free:
-            last = int(last_event_id) if (last_event_id or "").isdecimal() else after
+        async with slots:
+            last = int(last_event_id) if last_event_id and last_event_id.isdecimal() else after
             if last is None:
                 last = await asyncio.to_thread(paging.last_event, view.store)
             while not app.state.stopping.is_set():
                 rows: list[dict[str, Any]] = []
-                try:
+                with contextlib.suppress(LedgerError):  # locked for long: the next look finds what this one missed
                     rows = await asyncio.to_thread(paging.events_after, view.store, min(last, 2**62))
-                except LedgerError:
-                    pass  # locked for long: the next look finds what this one missed
                 for row in rows:
                     last = row["id"]
-                    yield ServerSentEvent(data=m.Event(**row), id=str(last))
+                    # In ASCII: FastAPI breaks a message at every character that Python calls a line break, U+2028 too.
+                    yield ServerSentEvent(raw_data=json.dumps(row), id=str(last))
                 if not rows:
                     await asyncio.sleep(POLL_SECONDS)
 
@@ -240,13 +267,15 @@ def _orders(app: FastAPI, view: View) -> None:
 
         give.__annotations__["body"] = Annotated[model, Body()]
         give.__name__ = f"order_{kind}"
-        app.post(path, tags=["orders"], status_code=202, responses=REFUSED, summary=kind, description=model.__doc__)(give)
+        app.post(path, tags=["orders"], status_code=202, responses=REFUSED, summary=kind, description=model.__doc__)(
+            give
+        )
 
     for kind, model in orders.KINDS.items():
         route({"add_prompts": "/api/prompts", "reload": "/api/reload"}.get(kind, f"/api/orders/{kind}"), kind, model)
 
 
-def _found(value: Any, otherwise: str) -> Any:
+def _found(value: Found | None, otherwise: str) -> Found:
     if value is None:
         raise HTTPException(404, otherwise)
     return value

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import types
 import typing
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -23,6 +24,27 @@ from selfplay.errors import DiskError, SelfplayError
 Row = TypeVar("Row")
 MANIFEST = "manifest.json"
 GROUP_ROWS = 256  # rows that a reader of one row has to decode
+
+
+def leave_pandas_out() -> None:
+    """Keep pyarrow from importing pandas at its first conversion: 55 MB and half a second that nothing here has a use for.
+
+    For processes without pandas of their own: what pyarrow does with a Series afterwards is not what it did before.
+    """
+    if "pandas" not in sys.modules:
+        sys.meta_path.insert(0, _NoPandas)
+        try:
+            pa.array([""])  # it looks once
+        finally:
+            sys.meta_path.remove(_NoPandas)
+
+
+class _NoPandas:
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ImportError(name)
+
 
 _ARROW = {
     str: pa.string(),

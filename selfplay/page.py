@@ -6,14 +6,31 @@ import asyncio
 import json
 from pathlib import Path
 
+import nicegui
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-import nicegui
 from nicegui import ui
 
 from selfplay import page_charts, page_lists, page_pairs, paging, word_diff
 from selfplay.api_models import Round, RunSummary
-from selfplay.page_parts import Column, Pages, card, confirm, facts, frame, heading, order, pager, short, some, state, table, took, when
+from selfplay.page_parts import (
+    Column,
+    Pages,
+    card,
+    confirm,
+    follow,
+    frame,
+    heading,
+    order,
+    pager,
+    short,
+    some,
+    state,
+    table,
+    took,
+    when,
+)
+from selfplay.store import LedgerError
 from selfplay.view import View
 
 ICON = (
@@ -42,11 +59,19 @@ def mount(app: FastAPI, view: View, logout: bool) -> None:
 
     page_pairs.mount(view, logout)
     page_lists.mount(view, logout)
+    nicegui.app.on_page_exception(broken)
     nicegui.app.colors(primary="#2563c9")
     ui.run_with(
         app, title="selfplay", dark=None, favicon=ICON, tailwind=False, gzip_middleware_factory=None,
         show_welcome_message=False, language="en-US",
     )  # fmt: skip
+
+
+def broken(error: Exception) -> None:
+    """What a page that could not be made shows: nothing of the inside of the program."""
+    locked = isinstance(error, LedgerError)
+    heading("h1", "The ledger does not answer" if locked else "This page could not be made")
+    ui.label("Try again in a moment." if locked else "The log of the service says why.")
 
 
 def glance(view: View, summary: RunSummary) -> None:
@@ -88,7 +113,7 @@ def glance(view: View, summary: RunSummary) -> None:
         show(await asyncio.to_thread(view.summary))
 
     show(summary)
-    ui.timer(1.0, look, immediate=False)
+    follow(1.0, look)
 
 
 def buttons(view: View) -> None:
@@ -126,7 +151,9 @@ def add_prompts(view: View) -> None:
 
     with ui.dialog() as dialog, ui.card().style("width: min(44rem, 92vw)"):
         heading("h2", "Add prompts")
-        ui.label("One prompt a line, or JSON lines with `prompt` or `messages`. They join the pool between rounds.").classes("soft small")
+        ui.label(
+            "One prompt a line, or JSON lines with `prompt` or `messages`. They join the pool between rounds."
+        ).classes("soft small")
         text = ui.textarea().props("outlined autogrow").classes("full-width")
         with ui.element("div").classes("row-wrap"):
             ui.button("Add", on_click=go).props("no-caps unelevated")
@@ -157,15 +184,14 @@ def charts(view: View) -> None:
         rejected = view.store.query("SELECT round FROM rounds WHERE state = 'rejected'")
         return paging.metrics(view.store, page_charts.METRICS), [row["round"] for row in rejected]
 
-    ui.timer(3.0, draw)
+    follow(3.0, draw)
 
 
 def rounds(view: View) -> None:
     """The rounds, newest first; the first page follows the run."""
     pages = Pages()
-    with card("Rounds") as place:
+    with card("Rounds"):
         body = ui.element("div")
-    del place
     shown: list[list[Round]] = []
 
     async def show() -> None:
@@ -182,7 +208,7 @@ def rounds(view: View) -> None:
             table(ROUND_COLUMNS, [round_row(r) for r in found], "round")
             pager(pages, show)
 
-    ui.timer(2.0, show)
+    follow(2.0, show)
 
 
 ROUND_COLUMNS = (
@@ -194,7 +220,11 @@ ROUND_COLUMNS = (
 
 def round_row(r: Round) -> dict[str, str]:
     x = r.metrics
-    bounds = f" [{x['evaluate/win_rate_low']:.2f}, {x['evaluate/win_rate_high']:.2f}]" if "evaluate/win_rate_high" in x else ""
+    bounds = (
+        f" [{x['evaluate/win_rate_low']:.2f}, {x['evaluate/win_rate_high']:.2f}]"
+        if "evaluate/win_rate_high" in x
+        else ""
+    )
     return {
         "round": str(r.round), "to": f"/rounds/{r.round}", "state": r.state,
         "reward": " → ".join(some(x[n]) for n in ("evaluate/reward_champion", "evaluate/reward") if n in x) or "–",

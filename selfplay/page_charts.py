@@ -103,7 +103,7 @@ def options(chart: Chart, metrics: Metrics, rejected: Sequence[int] = ()) -> dic
             "silent": True, "symbol": "none", "label": {"show": False}, "data": [{"yAxis": chart.level}],
             "lineStyle": {"color": COLOURS["grey"], "type": "solid", "width": 1},
         }  # fmt: skip
-    first, points = shown[0]
+    points = shown[0][1]
     hollow = [p for p in points if p[0] in set(rejected)]
     if hollow and chart.title in ("Reward", "Win rate", "Length", "KL"):
         drawn.append(
@@ -120,7 +120,14 @@ def _band(metrics: Metrics, low: str, high: str) -> list[dict[str, Any]]:
     """The area between two metrics: a clear one up to the lower, and on top of it a shaded one."""
     both = {i: (m[low], m[high]) for i, m in metrics.items() if low in m and high in m}
     rounds = sorted({i for i, _ in thin([(i, v) for i, (v, _) in both.items()])})
-    clear = {"type": "line", "stack": "band", "symbol": "none", "silent": True, "lineStyle": {"width": 0}, "tooltip": {"show": False}}
+    clear = {
+        "type": "line",
+        "stack": "band",
+        "symbol": "none",
+        "silent": True,
+        "lineStyle": {"width": 0},
+        "tooltip": {"show": False},
+    }
     return [
         {**clear, "data": [(i, both[i][0]) for i in rounds]},
         {**clear, "data": [(i, both[i][1] - both[i][0]) for i in rounds], "areaStyle": {"color": COLOURS["blue"], "opacity": 0.18}},

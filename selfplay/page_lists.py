@@ -8,11 +8,25 @@ from typing import Any
 
 from nicegui import ui
 
-from selfplay import page_charts
+from selfplay import page_charts, word_diff
 from selfplay.api_models import PolicyRow, RoundDetail
-from selfplay import word_diff
 from selfplay.display import STAGES, verdict
-from selfplay.page_parts import Pages, card, confirm, facts, frame, heading, numbers, order, pager, some, took, when
+from selfplay.page_parts import (
+    Pages,
+    card,
+    confirm,
+    facts,
+    follow,
+    frame,
+    heading,
+    later,
+    numbers,
+    order,
+    pager,
+    some,
+    took,
+    when,
+)
 from selfplay.view import View
 
 PAGE = 30
@@ -22,21 +36,24 @@ VALUES = (("potential", "Alignment potential", "standard deviations"), ("explici
 
 def mount(view: View, logout: bool) -> None:
     @ui.page("/rounds/{round}")
-    async def one(round: int) -> None:
-        with frame(view, "/", logout, f"Round {round}"):
+    def one(round: int) -> None:
+        async def fill() -> None:
             found = await asyncio.to_thread(view.round, round) if 0 <= round < 2**31 else None
             if found is None:
                 heading("h1", f"There is no round {round}")
-                return
-            round_page(view, found)
+            else:
+                round_page(view, found)
+
+        with frame(view, "/", logout, f"Round {round}"):
+            later(fill)
 
     @ui.page("/policies")
-    async def policies() -> None:
+    def policies() -> None:
         with frame(view, "/policies", logout, "Policies"):
             policy_list(view)
 
     @ui.page("/log")
-    async def log() -> None:
+    def log() -> None:
         with frame(view, "/log", logout, "Log"):
             order_list(view)
             event_list(view)
@@ -59,7 +76,9 @@ def round_page(view: View, r: RoundDetail) -> None:
         )  # fmt: skip
     grid = ui.element("div").classes("charts")
     with card("Metrics"), ui.element("div").classes("groups"):
-        groups: dict[str, list[tuple[str, str]]] = {stage: [] for stage in STAGES if any(n.startswith(f"{stage}/") for n in r.metrics)}
+        groups: dict[str, list[tuple[str, str]]] = {
+            stage: [] for stage in STAGES if any(n.startswith(f"{stage}/") for n in r.metrics)
+        }
         for name, value in r.metrics.items():
             stage, _, rest = name.partition("/")
             groups.setdefault(stage, []).append((rest, some(value, ".5g")))
@@ -80,7 +99,7 @@ def round_page(view: View, r: RoundDetail) -> None:
                     with card(title, caption):
                         ui.echart(options)
 
-    ui.timer(0.0, draw, once=True)
+    later(draw)
 
 
 def policy_list(view: View) -> None:
@@ -106,7 +125,7 @@ def policy_list(view: View) -> None:
 
     heading("h1", "Policies")
     body = ui.element("div").style("display: grid; gap: .6rem")
-    ui.timer(2.0, show)
+    follow(2.0, show)
 
 
 def policy_card(view: View, p: PolicyRow) -> None:
@@ -125,7 +144,10 @@ def policy_card(view: View, p: PolicyRow) -> None:
         if not p.weights:
             return
         with ui.element("div").classes("row-wrap").style("margin-left: auto"):
-            pin = ui.button("Unpin" if p.pinned else "Pin", on_click=lambda: order(view, "pin", version=p.version, pinned=not p.pinned))
+            pin = ui.button(
+                "Unpin" if p.pinned else "Pin",
+                on_click=lambda: order(view, "pin", version=p.version, pinned=not p.pinned),
+            )
             pin.props("no-caps flat dense")
             if not p.current:
                 ui.button(
@@ -152,7 +174,13 @@ def order_list(view: View) -> None:
 def event_list(view: View) -> None:
     def read(before: int | None) -> list[tuple[int, str, str, str, str]]:
         return [
-            (e.id, when(e.time), e.kind.replace("_", " "), "", f"round {e.round}: {e.text}" if e.round is not None else e.text)
+            (
+                e.id,
+                when(e.time),
+                e.kind.replace("_", " "),
+                "",
+                f"round {e.round}: {e.text}" if e.round is not None else e.text,
+            )
             for e in view.events(before, limit=PAGE)
         ]
 
@@ -186,4 +214,4 @@ def listing(title: str, nothing: str, read: Callable[[int | None], list[tuple[in
                     ui.label(word_diff.plain(text)).classes("why")
             pager(pages, show)
 
-    ui.timer(2.0, show)
+    follow(2.0, show)

@@ -10,12 +10,17 @@ from nicegui import ui
 from selfplay import paging, word_diff
 from selfplay.api_models import PairDetail, PairRow, Response
 from selfplay.errors import InputError
-from selfplay.page_parts import Column, Pages, Words, card, frame, heading, numbers, pager, some, table
+from selfplay.page_parts import Column, Pages, Words, card, frame, heading, later, numbers, pager, some, table
 from selfplay.view import View
 
 PAGE = 25
 PATIENCE = 8  # short reads for one page of a filter that hardly anything passes
-SORTS = {"potential": "potential", "explicit_margin": "explicit margin", "implicit_margin": "implicit margin", "round": "round"}
+SORTS = {
+    "potential": "potential",
+    "explicit_margin": "explicit margin",
+    "implicit_margin": "implicit margin",
+    "round": "round",
+}
 COLUMNS = (
     Column("pair", "Pair", "text", link="to"), Column("why", "", "chip"), Column("reason", "because", "text"),
     Column("potential", "Potential"), Column("explicit", "Explicit"), Column("implicit", "Implicit"),
@@ -33,8 +38,8 @@ def mount(view: View, logout: bool) -> None:
             browser(view, round, prompt_id)
 
     @ui.page("/pairs/{round}/{row}")
-    async def pair(round: int, row: int) -> None:
-        with frame(view, "/pairs", logout, f"Pair {round}/{row}"):
+    def pair(round: int, row: int) -> None:
+        async def fill() -> None:
             known = 0 <= round < 2**31 and 0 <= row < 2**31
             found = await asyncio.to_thread(view.pair, round, row) if known else None
             if found is None:
@@ -43,6 +48,9 @@ def mount(view: View, logout: bool) -> None:
                 return
             marked = await asyncio.to_thread(word_diff.compare, found.chosen.text, found.rejected.text)
             detail(found, *marked)
+
+        with frame(view, "/pairs", logout, f"Pair {round}/{row}"):
+            later(fill)
 
 
 def browser(view: View, round: int | None, prompt_id: str | None) -> None:
@@ -72,7 +80,9 @@ def browser(view: View, round: int | None, prompt_id: str | None) -> None:
         body.clear()
         with body:
             if not rows:
-                ui.label("No pair passes the filter." if pages.next is None else "None yet: go on with Next.").classes("soft")
+                ui.label("No pair passes the filter." if pages.next is None else "None yet: go on with Next.").classes(
+                    "soft"
+                )
             else:
                 table(COLUMNS, [pair_row(p, texts.get((p.round, p.prompt_id), "")) for p in rows], "pair")
             pager(pages, show)
@@ -92,16 +102,27 @@ def browser(view: View, round: int | None, prompt_id: str | None) -> None:
             small = "dense outlined clearable"
             number = ui.number("Round", value=round, min=0, max=2**31 - 1, precision=0).props(small)
             kept = ui.select(["all", "kept", "dropped"], value="all", label="Kept").props("dense outlined")
-            reason = ui.input("Because").props(small)
-            prompt = ui.input("Prompt id", value=prompt_id or "").props(small).classes("long")
-            ranges = {}
-            for name, label in (("potential", "Potential"), ("explicit_margin", "Explicit"), ("implicit_margin", "Implicit")):
-                ranges[name] = tuple(ui.number(f"{label} {sign}").props(f"{small} step=any") for sign in ("≥", "≤"))
             sort = ui.select(SORTS, value="potential", label="Sort by").props("dense outlined")
-            order = ui.select(["highest first", "lowest first"], value="highest first", label="Order").props("dense outlined")
+            order = ui.select(["highest first", "lowest first"], value="highest first", label="Order").props(
+                "dense outlined"
+            )
             ui.button("Show").props('type="submit" no-caps unelevated')
+            with ui.element("details").props("open" if prompt_id else ""):
+                heading("summary", "More filters")
+                with ui.element("div").classes("filters"):
+                    reason = ui.input("Because").props(small)
+                    prompt = ui.input("Prompt id", value=prompt_id or "").props(small).classes("long")
+                    ranges = {}
+                    for name, label in (
+                        ("potential", "Potential"),
+                        ("explicit_margin", "Explicit"),
+                        ("implicit_margin", "Implicit"),
+                    ):
+                        ranges[name] = tuple(
+                            ui.number(f"{label} {sign}").props(f"{small} step=any") for sign in ("≥", "≤")
+                        )
         body = ui.element("div").style("margin-top: .75rem")
-    ui.timer(0.0, search, once=True)
+    later(search)
 
 
 def pair_row(pair: PairRow, prompt: str) -> dict[str, str]:
@@ -154,7 +175,10 @@ def decided(p: PairDetail) -> list[tuple[str, str]]:
     rows = [
         ("verdict", f"kept ({p.kept_because})" if kept else f"dropped: {why}"),
         ("explicit margin", f"{p.explicit_margin:.5f} reward units (chosen − rejected)"),
-        ("implicit margin", f"{some(p.implicit_margin, '.5f')} (signed {p.implicit_signed:+.5f}), kind {s.get('implicit', 'simpo')}"),
+        (
+            "implicit margin",
+            f"{some(p.implicit_margin, '.5f')} (signed {p.implicit_signed:+.5f}), kind {s.get('implicit', 'simpo')}",
+        ),
         ("alignment potential", f"{some(p.potential, '.4f')} = z(explicit) − {s.get('weight', 1)} · z(implicit)"),
         ("rank by potential", f"{p.rank} of {p.ranked}" if p.rank else "–"),
         ("lowest potential kept", some(p.lowest_kept, ".4f")),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from nicegui.elements.mixins.text_element import TextElement
 from selfplay import word_diff
 from selfplay.display import number
 from selfplay.errors import InputError
+from selfplay.store import LedgerError
 from selfplay.view import View
 
 NAVIGATION = (("Overview", "/"), ("Pairs", "/pairs"), ("Policies", "/policies"), ("Log", "/log"))
@@ -58,7 +60,22 @@ def watch(chip: ui.label, view: View) -> None:
         state(chip, (await asyncio.to_thread(view.service)).state)
 
     state(chip, view.service().state)
-    ui.timer(2.0, look, immediate=False)
+    follow(2.0, look)
+
+
+def follow(seconds: float, look: Callable[[], Awaitable[None]]) -> None:
+    """Call `look` once the page is there, and again every so many seconds."""
+
+    async def patiently() -> None:
+        with contextlib.suppress(LedgerError):  # it is locked for a moment: the next look sees more
+            await look()
+
+    ui.timer(seconds, patiently)
+
+
+def later(build: Callable[[], Awaitable[None]]) -> None:
+    """Build the rest of a page once its browser is connected: what models wrote is then never in the document itself."""
+    ui.timer(0.0, build, once=True)
 
 
 def state(chip: ui.label, name: str) -> None:

@@ -39,6 +39,10 @@ class PairFilter:
     potential: tuple[float | None, float | None] = (None, None)
 
 
+class CursorError(InputError):
+    """A cursor that no page gave."""
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     rows: list[dict[str, Any]]
@@ -54,8 +58,7 @@ def pairs(
     """A page of the index of pairs, at most `limit` rows, in the order of (sort, round, row); those without a value last.
 
     A page may hold fewer rows than `limit`, none even, before the end: over all rounds it examines at most EXAMINED
-    pairs, so that a filter which hardly anything passes takes several short reads, not one long. Raises InputError for a
-    cursor that no page gave.
+    pairs, so that a filter which hardly anything passes takes several short reads, not one long. Raises CursorError.
     """
     position = None if after is None else _decode(after)
     rows: list[dict[str, Any]] = []
@@ -154,7 +157,7 @@ def _decode(cursor: str) -> Position:
             return None if value is None else float(value), index, row
     except (ValueError, TypeError, OverflowError, RecursionError):
         pass
-    raise InputError("the cursor is not one that a page gave", "ask for the first page")
+    raise CursorError("the cursor is not one that a page gave", "ask for the first page")
 
 
 def histogram(store: Store, index: int, column: str, bins: int = 30) -> tuple[list[float], list[int], list[int]]:
@@ -246,14 +249,20 @@ def events(
 ) -> list[dict[str, Any]]:
     """Events, newest first; only those of a kind or a round if one is given."""
     values = {"before": 2**62 if before is None else before, "kind": kind, "round": index, "limit": limit}
-    where = "id < :before" + (" AND kind = :kind" if kind else "") + (" AND round = :round" if index is not None else "")
-    return store.query(f"SELECT id, time, round, kind, text FROM events WHERE {where} ORDER BY id DESC LIMIT :limit", **values)
+    where = (
+        "id < :before" + (" AND kind = :kind" if kind else "") + (" AND round = :round" if index is not None else "")
+    )
+    return store.query(
+        f"SELECT id, time, round, kind, text FROM events WHERE {where} ORDER BY id DESC LIMIT :limit", **values
+    )
 
 
 def events_after(store: Store, last: int, limit: int = 200) -> list[dict[str, Any]]:
     """The events that follow event number `last`, oldest first."""
     return store.query(
-        "SELECT id, time, round, kind, text FROM events WHERE id > :last ORDER BY id LIMIT :limit", last=last, limit=limit
+        "SELECT id, time, round, kind, text FROM events WHERE id > :last ORDER BY id LIMIT :limit",
+        last=last,
+        limit=limit,
     )
 
 

@@ -56,8 +56,8 @@ class RunCollector(Collector):
             events.add_metric([kind], count)
         yield events
         seconds = CounterMetricFamily("selfplay_stage_seconds", "Seconds in finished stages", labels=["stage"])
-        for stage, value in totals["stages"].items():
-            seconds.add_metric([stage], value)
+        for stage, spent in totals["stages"].items():
+            seconds.add_metric([stage], spent)
         yield seconds
         last = next(iter(self._view.rounds(limit=1)), None)
         if last is not None:

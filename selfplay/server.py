@@ -42,9 +42,15 @@ def serve_in_thread(app: FastAPI, host: str, port: int) -> tuple[Server, int]:
         ) from None
     server = Server(
         uvicorn.Config(
-            app, access_log=False, log_level="warning", log_config=None, server_header=False, lifespan="on",
-            timeout_graceful_shutdown=LINGER, ws_max_size=LARGEST_MESSAGE,
-        )  # fmt: skip
+            app,
+            access_log=False,
+            log_level="warning",
+            log_config=None,
+            server_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=LINGER,
+            ws_max_size=LARGEST_MESSAGE,
+        )
     )
     server.thread = threading.Thread(target=server.run, args=([listening],), name="http", daemon=True)
     server.thread.start()

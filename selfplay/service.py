@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from selfplay import artifacts
 from selfplay.access import read_token
 from selfplay.api import create_app
 from selfplay.daemon import Daemon, handle_signals
@@ -16,6 +17,7 @@ from selfplay.server import serve_in_thread
 def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> int:
     """Serve a run folder until SIGTERM or SIGINT; returns the exit code, 0 after a clean stop, else that of the error."""
     display = Display()
+    artifacts.leave_pandas_out()
     try:
         daemon = Daemon(config, list(overrides), run_dir, display)
         settings = daemon.config.service

@@ -81,7 +81,9 @@ pairs = sa.Table(
 )
 for _name in ("explicit_margin", "implicit_margin", "potential"):
     # All that a filter asks of a pair is in the index of each order: a walk along it never leaves it.
-    _rest = [c for c in ("explicit_margin", "implicit_margin", "potential", "kept_because", "dropped_because") if c != _name]
+    _rest = [
+        c for c in ("explicit_margin", "implicit_margin", "potential", "kept_because", "dropped_because") if c != _name
+    ]
     sa.Index(f"pairs_by_{_name}", *(pairs.c[c] for c in (_name, "round", "row", *_rest)))
 metrics = sa.Table(
     "metrics",

@@ -55,12 +55,21 @@ def add_round(run_dir: Path, store: Store, index: int, pairs: int = 40, hostile:
     potentials = [rng.gauss(0, 1.4) for _ in rows]
     cut = sorted(potentials)[len(rows) // 2]
     rows = [
-        dataclasses.replace(p, potential=v, **({"kept_because": "base"} if v > cut else {"dropped_because": "potential"}))
+        dataclasses.replace(
+            p, potential=v, **({"kept_because": "base"} if v > cut else {"dropped_because": "potential"})
+        )
         for p, v in zip(rows, potentials, strict=True)
     ]
-    rows[-1] = dataclasses.replace(rows[-1], potential=None, kept_because=None, dropped_because="noise", explicit_margin=1e-5)
+    rows[-1] = dataclasses.replace(
+        rows[-1], potential=None, kept_because=None, dropped_because="noise", explicit_margin=1e-5
+    )
     rows[-2] = dataclasses.replace(
-        rows[-2], potential=None, kept_because=None, dropped_because="nonfinite", implicit_margin=math.nan, implicit_signed=math.nan
+        rows[-2],
+        potential=None,
+        kept_because=None,
+        dropped_because="nonfinite",
+        implicit_margin=math.nan,
+        implicit_signed=math.nan,
     )
     deepened = [
         q
@@ -72,29 +81,49 @@ def add_round(run_dir: Path, store: Store, index: int, pairs: int = 40, hostile:
     ]  # fmt: skip
     question = HOSTILE if hostile else "What follows from this?"
     prompts = [
-        Prompt(prompt_id=p.prompt_id, messages=[{"role": "user", "content": f"{question} {i}"}], prompt_ids=[1, 2], split="train")
+        Prompt(
+            prompt_id=p.prompt_id,
+            messages=[{"role": "user", "content": f"{question} {i}"}],
+            prompt_ids=[1, 2],
+            split="train",
+        )
         for i, p in enumerate(rows)
     ]
     folder = run_dir / "rounds" / f"{index:04d}"
-    for stage, name, values, kind in (("prompts", "prompts", prompts, Prompt), ("pairs", "pairs", rows, Pair), ("depth", "pairs", deepened, Pair)):
+    for stage, name, values, kind in (
+        ("prompts", "prompts", prompts, Prompt),
+        ("pairs", "pairs", rows, Pair),
+        ("depth", "pairs", deepened, Pair),
+    ):
         (folder / stage).mkdir(parents=True)
         artifacts.write_rows(folder / stage / f"{name}.parquet", values, kind)
     store.open_round(index, max(0, index - 1), (0, 0), "f" * 64, config().model_dump(mode="json"))
     drift = index / (index + 20)
     store.record_stage(index, "prompts", 0.02, {"count": pairs})
-    store.record_stage(index, "generate", 3.1, {"candidates": 8 * pairs, "tokens_per_second": 5200 + 10 * index, "tokens": 9000})
+    store.record_stage(
+        index, "generate", 3.1, {"candidates": 8 * pairs, "tokens_per_second": 5200 + 10 * index, "tokens": 9000}
+    )
     store.record_stage(index, "score", 0.8, {"reward_mean": drift - 0.2})
-    store.record_stage(index, "pairs", 0.03, {"base": pairs, "kept": pairs // 2, "explicit_margin": 1.1, "implicit_margin": 0.12, "potential": 0.9})
+    store.record_stage(
+        index,
+        "pairs",
+        0.03,
+        {"base": pairs, "kept": pairs // 2, "explicit_margin": 1.1, "implicit_margin": 0.12, "potential": 0.9},
+    )
     store.record_pairs(index, rows)
     store.record_stage(index, "depth", 0.4, {"pairs": len(deepened), "added": len(deepened) // 2})
-    store.record_stage(index, "train", 5.2, {"beta_start": 0.1, "beta": 0.1 * 0.985 ** (index % 40), "update_relative_norm": 2e-3})
+    store.record_stage(
+        index, "train", 5.2, {"beta_start": 0.1, "beta": 0.1 * 0.985 ** (index % 40), "update_relative_norm": 2e-3}
+    )
     win = 0.5 + rng.uniform(-0.05, 0.15)
     store.record_stage(index, "evaluate", 2.2, {
         "reward": drift + rng.uniform(0, 0.05), "reward_champion": drift, "win_rate": win, "win_rate_low": win - 0.05,
         "win_rate_high": win + 0.05, "gold_total": 0.5 + drift / 3, "gold_content": 0.4 + drift / 4, "length_ratio": rng.uniform(0.95, 1.1),
         "kl_current": rng.uniform(0.3, 0.6), "kl_initial": 8 * drift, "audit_win_rate": 0.5 + drift / 2, "audit_gold_total": 0.48 + drift / 3,
     })  # fmt: skip
-    store.record_policy(index, "candidate", round=index, parent=max(0, index - 1), reference=max(0, index - 1), beta=0.09)
+    store.record_policy(
+        index, "candidate", round=index, parent=max(0, index - 1), reference=max(0, index - 1), beta=0.09
+    )
     store.record_policy(index, state)
     why = [f"win rate {win:.3f} is not above 0.47 {HOSTILE if hostile else ''}"] if state == "rejected" else []
     store.close_round(index, state, index, why)
@@ -141,6 +170,7 @@ def main(run_dir: Path, *overrides: str) -> None:
     from selfplay.api import create_app
     from selfplay.server import serve_in_thread
 
+    artifacts.leave_pandas_out()
     settings, progress = config(*overrides), Progress()
     app = create_app(run_dir, settings, progress, read_token(settings.service))
     server, port = serve_in_thread(app, settings.service.host, settings.service.port)
