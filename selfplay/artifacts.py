@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,28 @@ from selfplay.errors import DiskError, SelfplayError
 
 Row = TypeVar("Row")
 MANIFEST = "manifest.json"
+GROUP_ROWS = 256  # rows that a reader of one row has to decode
+
+
+def leave_pandas_out() -> None:
+    """Keep pyarrow from importing pandas at its first conversion: 55 MB and half a second that nothing here has a use for.
+
+    For processes without pandas of their own: what pyarrow does with a Series afterwards is not what it did before.
+    """
+    if "pandas" not in sys.modules:
+        sys.meta_path.insert(0, _NoPandas)
+        try:
+            pa.array([""])  # it looks once
+        finally:
+            sys.meta_path.remove(_NoPandas)
+
+
+class _NoPandas:
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ImportError(name)
+
 
 _ARROW = {
     str: pa.string(),
@@ -63,13 +86,46 @@ def write_rows(path: Path, rows: Sequence[Any], row_type: type[Any]) -> None:
     }
     table = pa.table(columns, schema=schema(row_type))
     with whole(path) as partial:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, row_group_size=GROUP_ROWS)
 
 
 def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
+    return _records(pq.read_table(path, schema=schema(row_type)), row_type)
+
+
+def read_row(path: Path, row_type: type[Row], index: int) -> Row:
+    """One record, of which no more is decoded than its row group. Raises IndexError."""
+    with pq.ParquetFile(path) as file:
+        before = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if before <= index < before + rows:
+                return _records(_group(file, group, row_type).slice(index - before, 1), row_type)[0]
+            before += rows
+    raise IndexError(f"{path} has {before} rows, none is number {index}")
+
+
+def rows_with(path: Path, row_type: type[Row], column: str, values: Container[str]) -> Iterator[Row]:
+    """The records whose `column` is one of `values`, in order; of row groups without any, only that column is decoded."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            # Compared in Python: Arrow's own way to a mask imports pandas, which is 40 MB.
+            cells = file.read_row_group(group, columns=[column], use_threads=False)[column].to_pylist()
+            if found := [i for i, cell in enumerate(cells) if cell in values]:
+                table = _group(file, group, row_type)
+                for i in found:
+                    yield from _records(table.slice(i, 1), row_type)
+
+
+def _group(file: pq.ParquetFile, group: int, row_type: type[Any]) -> pa.Table:
+    return file.read_row_group(group, columns=schema(row_type).names, use_threads=False)
+
+
+def _records(table: pa.Table, row_type: type[Row]) -> list[Row]:
     json_fields = _json_fields(row_type)
-    rows = pq.read_table(path, schema=schema(row_type)).to_pylist()
-    return [row_type(**{k: json.loads(v) if k in json_fields else v for k, v in row.items()}) for row in rows]
+    return [
+        row_type(**{k: json.loads(v) if k in json_fields else v for k, v in row.items()}) for row in table.to_pylist()
+    ]
 
 
 def read_column(path: Path, name: str) -> list[Any]:

@@ -401,6 +401,8 @@ class ServiceConfig(Section):
     """Address of API and page; any but a loopback address demands a token."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8470
     """Port of API and page; 0 takes a free one."""
+    hosts: list[str] = []
+    """Further names that the page is reached by, such as that of a reverse proxy; addresses and localhost always are."""
     token_env: str = "SELFPLAY_TOKEN"
     """Environment variable with the bearer token. The token itself never stands in a configuration."""
     token_file: Path | None = None

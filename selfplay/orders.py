@@ -6,9 +6,11 @@ of it. So an order outlives a crash of either side, and who asked for what, and 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from selfplay.errors import InputError
 from selfplay.store import Store
@@ -67,6 +69,18 @@ class AddPrompts(_Order):
     rows: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_PROMPTS)]
     """Each with `prompt` or `messages`, as in a prompt file."""
 
+    @field_validator("rows")
+    @classmethod
+    def _can_be_stored(cls, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What Python's JSON reads but no file of ours can hold: NaN, half of a surrogate pair, endless nesting."""
+        for number, row in enumerate(rows):
+            try:
+                json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
+                pydantic_core.to_json(row)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"row {number} cannot be stored: {type(error).__name__}") from None
+        return rows
+
 
 class Reload(_Order):
     """Take over the configuration file; between rounds."""
@@ -75,6 +89,10 @@ class Reload(_Order):
 
 
 Order = Annotated[RunNow | Pause | Resume | Cancel | Rollback | Pin | AddPrompts | Reload, Field(discriminator="kind")]
+KINDS: dict[str, type[Order]] = {
+    model.model_fields["kind"].default: model
+    for model in (RunNow, Pause, Resume, Cancel, Rollback, Pin, AddPrompts, Reload)
+}
 _adapter: TypeAdapter[Order] = TypeAdapter(Order)
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfplay.api import create_app, read_token, serve_in_thread
+from selfplay import artifacts
+from selfplay.access import read_token
+from selfplay.api import create_app
 from selfplay.daemon import Daemon, handle_signals
 from selfplay.display import Display
 from selfplay.errors import SelfplayError
 from selfplay.rounds import leave
+from selfplay.server import serve_in_thread
 
 
 def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> int:
     """Serve a run folder until SIGTERM or SIGINT; returns the exit code, 0 after a clean stop, else that of the error."""
     display = Display()
+    artifacts.leave_pandas_out()
     try:
         daemon = Daemon(config, list(overrides), run_dir, display)
         settings = daemon.config.service
@@ -31,7 +35,7 @@ def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = No
         try:
             daemon.serve()
         finally:
-            server.should_exit = True
+            server.stop()
         return 0
     except SelfplayError as error:
         display.error(error)

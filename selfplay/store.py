@@ -73,11 +73,18 @@ pairs = sa.Table(
     sa.Column("row", sa.Integer, primary_key=True),
     sa.Column("prompt_id", sa.String, nullable=False, index=True),
     sa.Column("explicit_margin", sa.Float, nullable=False),
-    sa.Column("implicit_margin", sa.Float, nullable=False),
+    sa.Column("implicit_margin", sa.Float),  # NULL: not a number (dropped as nonfinite)
     sa.Column("potential", sa.Float),
     sa.Column("kept_because", sa.String),
     sa.Column("dropped_because", sa.String),
+    sqlite_with_rowid=False,  # a page in the order of the rounds is then one walk through the table
 )
+for _name in ("explicit_margin", "implicit_margin", "potential"):
+    # All that a filter asks of a pair is in the index of each order: a walk along it never leaves it.
+    _rest = [
+        c for c in ("explicit_margin", "implicit_margin", "potential", "kept_because", "dropped_because") if c != _name
+    ]
+    sa.Index(f"pairs_by_{_name}", *(pairs.c[c] for c in (_name, "round", "row", *_rest)))
 metrics = sa.Table(
     "metrics",
     metadata,
@@ -121,9 +128,23 @@ def _orders_and_pins(connection: sa.Connection) -> None:
         connection.execute(sa.text("ALTER TABLE policies ADD COLUMN pinned BOOLEAN NOT NULL DEFAULT 0"))
 
 
+def _pairs_by_value(connection: sa.Connection) -> None:
+    if connection.scalar(sa.text("SELECT 1 FROM sqlite_master WHERE name = 'pairs_by_potential'")):
+        return
+    connection.execute(sa.text("DROP INDEX ix_pairs_prompt_id"))
+    connection.execute(sa.text("ALTER TABLE pairs RENAME TO pairs_before"))
+    connection.execute(sa.schema.CreateTable(pairs))
+    names = ", ".join(column.name for column in pairs.columns)
+    connection.execute(sa.text(f"INSERT INTO pairs ({names}) SELECT {names} FROM pairs_before"))
+    connection.execute(sa.text("DROP TABLE pairs_before"))
+    for index in pairs.indexes:  # after the rows: sorted once, five times as fast
+        index.create(connection)
+
+
 MIGRATIONS: list[Callable[[sa.Connection], None]] = [
     metadata.create_all,  # 1: everything above
     _orders_and_pins,  # 2: orders, state, policies.pinned
+    _pairs_by_value,  # 3: pairs in the order of each of their values
 ]
 
 
@@ -144,8 +165,10 @@ class Store:
         self._engine.dispose()
 
     def _migrate(self, connection: sa.Connection) -> None:
-        has = sa.inspect(connection).has_table("schema_version")
-        done = connection.scalar(sa.select(schema_version.c.version)) if has else None
+        if self._version(connection) == len(MIGRATIONS):
+            return
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # all or nothing, and by one process
+        done = self._version(connection)
         if done is not None and done > len(MIGRATIONS):
             raise InputError(
                 f"{self.path} was written by a newer version of selfplay", "upgrade, or use another run folder"
@@ -154,8 +177,13 @@ class Store:
             migrate(connection)
         if done is None:
             connection.execute(schema_version.insert().values(version=len(MIGRATIONS)))
-        elif done < len(MIGRATIONS):
+        else:
             connection.execute(schema_version.update().values(version=len(MIGRATIONS)))
+
+    @staticmethod
+    def _version(connection: sa.Connection) -> int | None:
+        has = sa.inspect(connection).has_table("schema_version")
+        return connection.scalar(sa.select(schema_version.c.version)) if has else None
 
     # writing
 
@@ -292,6 +320,11 @@ class Store:
             connection.execute(policies.update().where(policies.c.version == version).values(pinned=pinned))
 
     # reading
+
+    def query(self, text: str, **values: Any) -> list[dict[str, Any]]:
+        """Rows of a SELECT with `:name` for values (`paging`); JSON columns come as text."""
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(sa.text(text), values).mappings()]
 
     def orders(self, state: str | None = None) -> list[dict[str, Any]]:
         """Orders, oldest first; only those in a state if one is given."""

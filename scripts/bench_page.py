@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""How fast API and page are on a long run: `python scripts/bench_page.py` (1,000 rounds and 1e6 pairs, made up).
+
+Pages of `/api/pairs` over HTTP, for filters times orders times directions, the first pages and the last of a walk; first
+paint and charts in a real Chromium, with an empty cache and a warm one; memory of the process that serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+FILTERS: dict[str, dict[str, object]] = {
+    "none": {}, "a round": {"round": 500}, "kept": {"kept": True}, "dropped": {"kept": False}, "rare reason": {"reason": "noise"},
+    "one in 1e6": {"reason": "nonfinite"}, "nothing": {"reason": "nope"}, "a prompt": {"prompt_id": "0000000000000011"},
+    "wide range": {"explicit_min": 0.5, "potential_max": 2}, "narrow range": {"potential_min": 3, "potential_max": 3.01},
+    "no such corner": {"explicit_min": 6, "implicit_max": 1e-6, "potential_max": -3},
+}  # fmt: skip
+SORTS = ("round", "explicit_margin", "implicit_margin", "potential")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=1000, help="pairs of a round")
+    parser.add_argument("--run-dir", type=Path, help="made-up run to keep and use again")
+    parser.add_argument("--loads", type=int, default=5, help="page loads of each kind")
+    parser.add_argument("--no-browser", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = args.run_dir or Path(folder) / "run"
+        if not (run_dir / "ledger.sqlite").is_file():
+            started = time.perf_counter()
+            make(run_dir, args.rounds, args.pairs)
+            print(
+                f"made {args.rounds} rounds, {args.rounds * args.pairs} pairs in {time.perf_counter() - started:.0f} s"
+            )
+        bench(run_dir, args.loads, not args.no_browser)
+
+
+def make(run_dir: Path, rounds: int, pairs: int) -> None:
+    """A ledger of made-up rounds. Written in bulk: through `Store` each stage would be a transaction of its own."""
+    from selfplay.page_charts import METRICS
+    from selfplay.store import Store
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    store = Store(run_dir)
+    store.open_run("bench", {"run.seed": 0})
+    store.record_policy(0, "initial", round=0)
+    store.close()
+    rng = random.Random(0)
+    ledger = sqlite3.connect(run_dir / "ledger.sqlite")
+    ledger.execute("PRAGMA synchronous=OFF")
+    now = "2026-01-01T00:00:00.000+00:00"
+    names = sorted({*METRICS, *(f"evaluate/other_{i}" for i in range(40))})
+    for n in range(1, rounds + 1):
+        state = "rejected" if n % 7 == 3 else "promoted"
+        ledger.execute(
+            "INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)",
+            (n, state, now, now, n - 1, n, "[0, 0]", "f" * 64, "{}" + " " * 5000, "[]"),
+        )
+        stages = ("prompts", "generate", "score", "pairs", "depth", "train", "evaluate", "promote")
+        ledger.executemany(
+            "INSERT INTO stages VALUES (?,?,?,?)", [(n, stage, now, rng.random() * 60) for stage in stages]
+        )
+        ledger.executemany("INSERT INTO metrics VALUES (?,?,?)", [(n, name, rng.random()) for name in names])
+        ledger.execute(
+            "INSERT INTO policies VALUES (?,?,?,?,?,?,?,?)", (n, n, n - 1, n - 1, 0.1, state, n > rounds - 5, False)
+        )
+        ledger.executemany(
+            "INSERT INTO events(time, round, kind, text) VALUES (?,?,?,?)",
+            [(now, n, "note", "x" * 80) for _ in range(20)],
+        )
+        ledger.executemany("INSERT INTO pairs VALUES (?,?,?,?,?,?,?,?)", [row(rng, n, i, rounds) for i in range(pairs)])
+    ledger.commit()
+    ledger.close()
+
+
+def row(rng: random.Random, n: int, i: int, rounds: int) -> tuple[object, ...]:
+    potential = rng.gauss(0, 1.4)
+    why = (
+        "noise"
+        if rng.random() < 0.01
+        else "nonfinite"
+        if (n, i) == (rounds // 2, 3)
+        else ""
+        if potential > 0.3
+        else "potential"
+    )
+    value = None if why in ("noise", "nonfinite") else potential
+    prompt = f"{(n * 7919 + i) % 200_000:016x}"
+    return n, i, prompt, rng.gammavariate(2, 0.5), rng.gammavariate(1, 0.1), value, None if why else "base", why or None
+
+
+def bench(run_dir: Path, loads: int, browse: bool) -> None:
+    import httpx
+
+    from selfplay.api import create_app
+    from selfplay.config import load
+    from selfplay.server import serve_in_thread
+
+    progress = {
+        "state": "running",
+        "why": "",
+        "round": 1001,
+        "stage": "generate",
+        "done": 3,
+        "total": 9,
+        "unit": "prompts",
+    }
+    app = create_app(run_dir, load(ROOT / "configs" / "tiny.yaml"), lambda: dict(progress), None)
+    server, port = serve_in_thread(app, "127.0.0.1", 0)
+    base = f"http://127.0.0.1:{port}"
+    print(f"memory after the start: {resident():.0f} MB")
+    with httpx.Client(base_url=base, timeout=60) as client:
+        bench_pairs(client)
+        others = (
+            "/api/run",
+            "/api/rounds?limit=200",
+            "/api/rounds/500",
+            "/api/rounds/500/histogram",
+            "/api/events",
+            "/api/policies",
+            "/metrics",
+        )
+        for path in others:
+            times = [timed(client, path) for _ in range(7)]
+            print(f"{path:32} median {statistics.median(times):6.1f} ms   max {max(times):6.1f} ms")
+    print(f"memory after the requests: {resident():.0f} MB")
+    if browse:
+        bench_paint(base, loads)
+        print(f"memory after the page loads: {resident():.0f} MB")
+    server.stop()
+
+
+def timed(client: object, path: str, **params: object) -> float:
+    started = time.perf_counter()
+    client.get(path, params=params or None).raise_for_status()  # type: ignore[attr-defined]
+    return (time.perf_counter() - started) * 1000
+
+
+def bench_pairs(client: object) -> None:
+    """Milliseconds of each page of walks of up to six pages."""
+    print(f"\n{'/api/pairs, filter':20} {'pages':>6} {'median ms':>10} {'max ms':>8}")
+    everything = []
+    for name, where in FILTERS.items():
+        times = []
+        for sort, descending in itertools.product(SORTS, (True, False)):
+            after = None
+            for _ in range(6):
+                params: dict[str, object] = {
+                    **where,
+                    "sort": sort,
+                    "descending": descending,
+                    **({"after": after} if after else {}),
+                }
+                started = time.perf_counter()
+                answer = client.get("/api/pairs", params=params)  # type: ignore[attr-defined]
+                times.append((time.perf_counter() - started) * 1000)
+                after = answer.json()["next"]
+                if after is None:
+                    break
+        print(f"{name:20} {len(times):6} {statistics.median(times):10.1f} {max(times):8.1f}")
+        everything += times
+    print(f"{'all':20} {len(everything):6} {statistics.median(everything):10.1f} {max(everything):8.1f}\n")
+
+
+def bench_paint(base: str, loads: int) -> None:
+    """Milliseconds from the navigation to the first paint, and until all charts and the table of rounds are there."""
+    from chromium import browser
+
+    paint = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+    whole = "document.querySelectorAll('canvas').length >= 8 && document.querySelectorAll('.q-table tbody tr').length >= 15 && performance.now()"
+    with browser() as tab:
+        tab.size(1280, 900)
+        for kind in ("empty", "warm"):
+            paints, wholes = [], []
+            for _ in range(loads):
+                if kind == "empty":
+                    tab.call("Network.clearBrowserCache")
+                tab.open("about:blank")
+                tab.open(base)
+                wholes.append(tab.wait(whole))
+                paints.append(tab.read(paint))
+            print(
+                f"first paint, {kind} cache: median {statistics.median(paints):.0f} ms, max {max(paints):.0f} ms; "
+                f"all charts and rounds: median {statistics.median(wholes):.0f} ms, max {max(wholes):.0f} ms"
+            )
+        elsewhere = [
+            url for url in tab.requests if base.split("//")[1] not in url and not url.startswith(("data:", "about:"))
+        ]
+        print(f"requests elsewhere: {len(elsewhere)} {elsewhere[:3]}")
+
+
+def resident() -> float:
+    """MB of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+if __name__ == "__main__":
+    main()

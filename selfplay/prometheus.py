@@ -1,0 +1,82 @@
+"""What `/metrics` tells Prometheus: read from the ledger at each scrape, so nothing is lost when the service restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from selfplay import paging
+from selfplay.view import RESTARTS, View
+
+STATES = ("starting", "running", "waiting", "paused", "retrying", "ended", "stopped")
+# name, what it is, label, and the ledger's metric for each value of the label
+GAUGES: list[tuple[str, str, str, dict[str, str]]] = [
+    ("tokens_per_second", "Tokens sampled a second", "stage", {"generate": "generate/tokens_per_second"}),
+    ("reward", "Mean reward: of sampled candidates; of held-out answers of champion and candidate", "answers", {"sampled": "score/reward_mean", "champion": "evaluate/reward_champion", "candidate": "evaluate/reward"}),
+    ("margin", "Mean margin of the pairs kept: explicit in reward units, implicit in nats a token", "kind", {"explicit": "pairs/explicit_margin", "implicit": "pairs/implicit_margin"}),
+    ("potential", "Mean alignment potential of the pairs kept, in standard deviations", "pairs", {"kept": "pairs/potential"}),
+    ("pairs", "Pairs of a round: base pairs, those kept, those trained on", "pairs", {"base": "pairs/base", "kept": "pairs/kept", "trained": "depth/pairs"}),
+    ("beta", "β of ε-DPO", "at", {"start": "train/beta_start", "end": "train/beta"}),
+    ("win_rate", "Share of held-out prompts where the candidate wins (ties half), with its interval", "bound", {"mean": "evaluate/win_rate", "low": "evaluate/win_rate_low", "high": "evaluate/win_rate_high"}),
+    ("kl_nats", "Estimated KL of the candidate policy, nats an answer", "to", {"current": "evaluate/kl_current", "initial": "evaluate/kl_initial"}),
+    ("length_ratio", "Mean answer length of the candidate over the champion's", "answers", {"heldout": "evaluate/length_ratio"}),
+]  # fmt: skip
+
+
+class RunCollector(Collector):
+    """The run as Prometheus metrics; gauges hold the newest value of the last rounds."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    def collect(self) -> Iterator[Metric]:
+        run, store = self._view.summary(), self._view.store
+        totals, latest = paging.totals(store), paging.latest(store)
+        yield InfoMetricFamily("selfplay", "Run and version", value={"run": run.name, "version": run.version})
+        state = GaugeMetricFamily("selfplay_state", "1 for the state the service is in", labels=["state"])
+        for name in STATES:
+            state.add_metric([name], float(run.service.state == name))
+        yield state
+        rounds = CounterMetricFamily("selfplay_rounds", "Rounds by how they ended", labels=["state"])
+        for name in ("promoted", "rejected", "skipped"):
+            rounds.add_metric([name], run.rounds.get(name, 0))
+        yield rounds
+        yield GaugeMetricFamily("selfplay_policy", "Policy that serves", value=run.current_policy or 0)
+        yield GaugeMetricFamily("selfplay_orders_pending", "Orders that wait", value=run.orders_pending)
+        yield GaugeMetricFamily("selfplay_disk_free_bytes", "Free on the disk of the run folder", value=run.free_bytes)
+        restarts = CounterMetricFamily("selfplay_restarts", "Restarts of the engine", labels=["kind"])
+        for kind in RESTARTS:
+            restarts.add_metric([kind], totals["events"].get(kind, 0))
+        yield restarts
+        events = CounterMetricFamily("selfplay_events", "Events of the ledger", labels=["kind"])
+        for kind, count in totals["events"].items():
+            events.add_metric([kind], count)
+        yield events
+        seconds = CounterMetricFamily("selfplay_stage_seconds", "Seconds in finished stages", labels=["stage"])
+        for stage, spent in totals["stages"].items():
+            seconds.add_metric([stage], spent)
+        yield seconds
+        last = next(iter(self._view.rounds(limit=1)), None)
+        if last is not None:
+            yield GaugeMetricFamily("selfplay_round", "The newest round", value=last.round)
+            newest = GaugeMetricFamily("selfplay_last_stage_seconds", "Seconds of each stage of the newest round", labels=["stage"])  # fmt: skip
+            for row in paging.stages(store, last.round):
+                newest.add_metric([row["stage"]], row["seconds"])
+            yield newest
+        for name, what, label, metrics in GAUGES:
+            gauge = GaugeMetricFamily(f"selfplay_{name}", what, labels=[label])
+            for value, metric in metrics.items():
+                if metric in latest:
+                    gauge.add_metric([value], latest[metric])
+            yield gauge
+
+
+def registry(view: View) -> CollectorRegistry:
+    """The metrics of the run, and those of the process (memory, descriptors, CPU)."""
+    found = CollectorRegistry(auto_describe=False)
+    ProcessCollector(registry=found)
+    found.register(RunCollector(view))
+    return found

@@ -1,0 +1,78 @@
+"""Which words of two texts differ, and which characters a reader would not see: for showing model output as text.
+
+A text becomes parts, each a kind and a string: `same`, `other` (words that the other text lacks), `unseen` (characters
+that have no shape or reorder the line, named by code point).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+
+Part = tuple[str, str]
+
+FEW_WORDS = 300
+MOST_WORDS = 4000  # of each text are compared; what follows counts as the same
+MOST_PARTS = 2000  # of a text; then unseen characters are replaced by �, and nothing is marked
+_WORD = re.compile(r"\w+|[^\w\s]|\s+")
+# Controls, marks that reorder text (Trojan Source), blanks without width, tags. Joiners stay: scripts and emoji need them.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff"
+    "\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def compare(one: str, other: str) -> tuple[list[Part], list[Part]]:
+    """The parts of both texts, with the words marked that the other one lacks."""
+    a, b = _WORD.findall(one), _WORD.findall(other)
+    # In long texts frequent words are no anchors: with them a text that repeats itself takes minutes.
+    frequent = max(len(a), len(b)) > FEW_WORDS
+    matcher = difflib.SequenceMatcher(None, a[:MOST_WORDS], b[:MOST_WORDS], autojunk=frequent)
+    left: list[Part] = []
+    right: list[Part] = []
+    for tag, i, j, k, n in matcher.get_opcodes():
+        kind = "same" if tag == "equal" else "other"
+        left.append((kind, "".join(a[i:j])))
+        right.append((kind, "".join(b[k:n])))
+    left.append(("same", "".join(a[MOST_WORDS:])))
+    right.append(("same", "".join(b[MOST_WORDS:])))
+    return reveal(left), reveal(right)
+
+
+def plain(text: str) -> str:
+    """The text with a � for each unseen character: for where nothing can be marked."""
+    return UNSEEN.sub("�", text)
+
+
+def reveal(parts: Iterable[Part]) -> list[Part]:
+    """The same parts, neighbours of a kind joined, unseen characters as parts of their own: «U+202E», «U+200B ×12»."""
+    found: list[Part] = []
+    rest = _revealed(parts)
+    for kind, text in rest:
+        if found and found[-1][0] == kind != "unseen":
+            found[-1] = (kind, found[-1][1] + text)
+        elif len(found) < MOST_PARTS:
+            found.append((kind, text))
+        else:
+            whole = text if kind != "unseen" else "�"
+            found.append(("same", whole + "".join(t if k != "unseen" else "�" for k, t in rest)))
+    return found
+
+
+def _revealed(parts: Iterable[Part]) -> Iterator[Part]:
+    for kind, text in parts:
+        at = 0
+        while at < len(text):
+            found = UNSEEN.search(text, at)
+            end = found.start() if found else len(text)
+            if end > at:
+                yield kind, text[at:end]
+            at = end
+            if found:
+                character = found.group()
+                while end < len(text) and text[end] == character:
+                    end += 1
+                count = f" ×{end - at}" if end - at > 1 else ""
+                yield "unseen", f"U+{ord(character):04X}{count}"
+                at = end
