@@ -9,30 +9,27 @@ import logging
 import queue
 import secrets
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
-import httpx
-import tenacity
 from pydantic import ValidationError
 
+from reward.channel import Channel
 from reward.dialects import Entry, Name, Scored
 from reward.dialects import dialect as _dialect
-from reward.endpoints import Endpoint, Endpoints
-from reward.faults import Fault, RewardRefused, RewardUnavailable, TooLarge
+from reward.faults import RewardRefused, RewardUnavailable, TooLarge
 from reward.schema import Health, Item
 
 __all__ = ["RewardClient", "RewardRefused", "RewardUnavailable"]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-MAX_ANSWER = 64 * 2**20  # bytes; a score is about 20
-LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
+ADVICE = (
+    "Look at its log, start it again (python -m reward.server --model …) or correct its address, then run the same "
+    "command again."
+)
 
 
 class RewardClient:
@@ -66,34 +63,26 @@ class RewardClient:
         first_wait: float = 0.5,
         longest_wait: float = 15.0,
     ) -> None:
-        self.urls = [u.rstrip("/") for u in ([url] if isinstance(url, str) else url)]
-        if not self.urls:
-            raise ValueError("at least one address of a reward server is needed")
-        for u in self.urls:
-            if not _is_address(u):
-                raise ValueError(f"the address of a reward server is like http://host:8100, not {u!r}")
-        if (
-            min(batch_size, batch_bytes, concurrency) < 1
-            or min(timeout, deadline) <= 0
-            or min(first_wait, longest_wait) < 0
-        ):
-            raise ValueError(
-                "batch_size, batch_bytes, concurrency, timeout and deadline must be positive, waits not negative"
-            )
+        if min(batch_size, batch_bytes, concurrency) < 1:
+            raise ValueError("batch_size, batch_bytes and concurrency must be positive")
+        self._dialect = _dialect(dialect, tokenizer=tokenizer, model=model)
+        self._tokenizer = threading.Lock()  # a tokenizer serves one thread at a time
+        self._channel = Channel(
+            [url] if isinstance(url, str) else url,
+            what="reward server",
+            advice=ADVICE,
+            connections=concurrency,
+            timeout=timeout,
+            deadline=deadline,
+            first_wait=first_wait,
+            longest_wait=longest_wait,
+            api_key=api_key,
+            too_large=self._dialect.too_large,
+        )
+        self.urls = self._channel.urls
         self.reasons: Counter[str] = Counter()
         """Why the items of the last call got None."""
         self._batch_size, self._batch_bytes, self._concurrency = batch_size, batch_bytes, concurrency
-        self._timeout, self._deadline = timeout, deadline
-        self._dialect = _dialect(dialect, tokenizer=tokenizer, model=model)
-        self._tokenizer = threading.Lock()  # a tokenizer serves one thread at a time
-        self._endpoints = Endpoints(self.urls, first_rest=first_wait, longest_rest=longest_wait)
-        self._jitter = tenacity.wait_exponential_jitter(multiplier=first_wait, max=longest_wait, jitter=first_wait)
-        self._http = httpx.Client(
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            # a proxy from the environment is for the world, not for a server on this machine
-            mounts=dict.fromkeys(LOOPBACK),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency, keepalive_expiry=30.0),
-        )
 
     def score(
         self,
@@ -158,7 +147,10 @@ class RewardClient:
     def health(self) -> Health:
         """What serves. Raises RewardUnavailable, and RewardRefused where several servers have different models."""
         stop = threading.Event()
-        found = [self._retry([e], self._health, stop) for e in self._endpoints.all]
+        path = self._dialect.health_path
+        if path is None:
+            return self._dialect.health(b"", ", ".join(self.urls))
+        found = self._channel.ask_each(path, self._dialect.health, stop)
         for u, health in zip(self.urls, found, strict=True):
             if (health.weights_sha256, health.template_sha256) != (found[0].weights_sha256, found[0].template_sha256):
                 raise RewardRefused(
@@ -167,7 +159,7 @@ class RewardClient:
         return found[0]
 
     def close(self) -> None:
-        self._http.close()
+        self._channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -219,100 +211,15 @@ class RewardClient:
         """The scores of one chunk."""
         body = self._dialect.request(chunk)
         try:
-            return self._retry(self._endpoints.all, lambda u, t: self._score(u, t, chunk, body), stop)
+            return self._channel.ask(
+                "POST", self._dialect.path, body, lambda content, _: self._dialect.read(content, chunk), stop
+            )
         except TooLarge as error:
             if len(chunk) == 1:
                 return [Scored(place=chunk[0].place, score=None, reason=str(error))]
             middle = len(chunk) // 2
             return self._ask(chunk[:middle], stop) + self._ask(chunk[middle:], stop)
 
-    def _retry(self, among: list[Endpoint], attempt: Callable[[str, float], T], stop: threading.Event) -> T:
-        """The one retry policy: `attempt(url, seconds)` until it succeeds or the deadline leaves no time for another."""
-        began = time.monotonic()
-        tried = 0
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            return max(self._jitter(state), self._endpoints.pause(among))
-
-        def once() -> T:
-            nonlocal tried
-            left = began + self._deadline - time.monotonic()
-            stop.wait(min(self._endpoints.pause(among), max(left, 0.0)))
-            left = began + self._deadline - time.monotonic()
-            tried += 1
-            with self._endpoints.use(among) as endpoint:
-                try:
-                    return attempt(endpoint.url, max(min(self._timeout, left), 0.05))
-                except Fault as fault:
-                    note = self._endpoints.busy if fault.busy else self._endpoints.failed
-                    note(endpoint, fault.retry_after)
-                    raise
-
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Fault),
-            wait=wait,
-            stop=tenacity.stop_before_delay(self._deadline) | tenacity.stop_when_event_set(stop),
-            sleep=tenacity.sleep_using_event(stop),
-            reraise=True,
-        )
-        try:
-            return retrying(once)
-        except Fault as fault:
-            raise RewardUnavailable(
-                f"no usable answer from the reward server at {', '.join(e.url for e in among)}: {tried} attempts in "
-                f"{time.monotonic() - began:.1f} s, the last one: {fault}. Look at its log, start it again "
-                "(python -m reward.server --model …) or correct its address, then run the same command again."
-            ) from fault
-
-    def _score(self, url: str, seconds: float, chunk: list[Entry], body: bytes) -> list[Scored]:
-        content = self._exchange("POST", f"{url}{self._dialect.path}", seconds, body)
-        return self._dialect.read(content, chunk)
-
-    def _health(self, url: str, seconds: float) -> Health:
-        path = self._dialect.health_path
-        content = self._exchange("GET", f"{url}{path}", seconds, None) if path else b""
-        return self._dialect.health(content, url)
-
-    def _exchange(self, method: str, address: str, seconds: float, body: bytes | None) -> bytes:
-        """The body of a 200. Raises Fault, TooLarge or RewardRefused."""
-        end = time.monotonic() + seconds
-        timeout = httpx.Timeout(seconds, connect=min(seconds, 10.0))
-        headers = {"content-type": "application/json"} if body is not None else {}
-        content = bytearray()
-        try:
-            with self._http.stream(method, address, content=body, headers=headers, timeout=timeout) as response:
-                for part in response.iter_bytes():
-                    content += part
-                    # httpx bounds the wait for each part, not for all of them
-                    if time.monotonic() > end:
-                        raise Fault(f"no whole answer within {seconds:.1f} s")
-                    if len(content) > MAX_ANSWER:
-                        raise Fault(f"an answer of more than {MAX_ANSWER} bytes")
-        except httpx.RequestError as error:
-            raise Fault(f"{type(error).__name__}: {error}") from error
-        if response.status_code == 200:
-            return bytes(content)
-        said = f"HTTP {response.status_code}: {content[:300].decode('utf-8', 'replace')}"
-        if body is not None and response.status_code in self._dialect.too_large:
-            raise TooLarge(said)
-        if response.status_code in RETRIED:
-            wish = _seconds(response.headers.get("retry-after", ""))
-            raise Fault(said, wish, busy=response.status_code == 429)
-        raise RewardRefused(f"{address} refuses the request, {said}. Is this a reward server, of the same version?")
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        return False
-    return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 2**16
-
 
 def _groups(entries: list[Entry]) -> list[list[Entry]]:
     return [list(group) for _, group in itertools.groupby(entries, key=lambda e: e.group)]
-
-
-def _seconds(retry_after: str) -> float:
-    """Retry-After as seconds; a date, or nonsense, is no wish."""
-    return min(float(retry_after), 60.0) if retry_after.isascii() and retry_after.isdigit() else 0.0
