@@ -1,6 +1,5 @@
 """The vLLM dialects against a real pooling server, held against transformers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +78,6 @@ def test_an_activation_would_have_been_noticed(url: str, folder: Path) -> None:
 
     turns = [*ITEMS[0][0], {"role": "assistant", "content": ITEMS[0][1]}]
     ids = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(turns, tokenize=True, return_dict=False)
-    answer = httpx.post(
-        f"{url}/classify", content=json.dumps({"model": "rm", "input": [ids]}), trust_env=False, timeout=60
-    )
+    answer = httpx.post(f"{url}/classify", json={"model": "rm", "input": [ids]}, trust_env=False, timeout=60)
     assert 0 < answer.json()["data"][0]["probs"][0] < 1
     assert answer.json()["data"][0]["probs"][0] != pytest.approx(bare_scores(folder, ITEMS[:1])[0], abs=1e-3)

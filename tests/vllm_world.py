@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-START = 300  # seconds; most of it are imports
+START = 600  # seconds; most of it are imports
 
 
 @contextmanager
