@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the reward server costs: `python scripts/bench_reward.py [--model FOLDER]`.
 
-The same conversations, of 8 to 200 words, three ways:
+The same conversations, of 4 to 100 words, three ways:
 
     bare     transformers alone, in this process: chat template, tokens, length-sorted batches under the server's token
              budget within each request's items, forward; no server, no client
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / ".cache/tiny/current/reward")
     parser.add_argument("--items", type=int, default=512)
-    parser.add_argument("--words", type=int, nargs=2, default=(8, 200), help="shortest and longest response")
+    parser.add_argument("--words", type=int, nargs=2, default=(4, 100), help="shortest and longest response")
     parser.add_argument("--request", type=int, default=128, help="items in a request (default: 128)")
     parser.add_argument("--single", type=int, default=128, help="conversations that `single` asks for (default: 128)")
     parser.add_argument("--repeats", type=int, default=5)
