@@ -50,30 +50,31 @@ def main() -> None:
     items = conversations(args.items, *args.words)
 
     bare = bare_loop(args.model, args.device, args.request)
+    rates: dict[str, list[tuple[float, float]]] = {"bare": [], "server": [], "single": []}
+    scores: dict[str, list[Any]] = {}
     with (
         server(args.model, args.device) as (url, pid),
         RewardClient(url, batch_size=args.request, concurrency=2) as many,
+        RewardClient(url, batch_size=1, concurrency=1) as one,
     ):
-        with RewardClient(url, batch_size=1, concurrency=1) as one:
 
-            def own_and_server() -> float:
-                return time.process_time() + cpu_seconds(pid)
+        def own_and_server() -> float:
+            return time.process_time() + cpu_seconds(pid)
 
-            ways: dict[str, tuple[Callable[[], list[Any]], Callable[[], float]]] = {
-                "bare": (lambda: bare(items), time.process_time),
-                "server": (lambda: many.score(items), own_and_server),
-                "single": (lambda: one.score(items[:: max(1, len(items) // args.single)]), own_and_server),
-            }
-            rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-            scores: dict[str, list[Any]] = {}
-            for repeat in range(args.repeats + 1):
-                for name, (score, cpu) in ways.items():
-                    wall_before, cpu_before = time.perf_counter(), cpu()
-                    scores[name] = score()
-                    wall, used = time.perf_counter() - wall_before, cpu() - cpu_before
-                    if repeat:
-                        # the kernel counts a process' time in hundredths of a second
-                        rates[name].append((len(scores[name]) / wall, len(scores[name]) / max(used, 0.01)))
+        some = items[:: max(1, len(items) // args.single)]
+        ways: dict[str, tuple[Callable[[], list[Any]], Callable[[], float]]] = {
+            "bare": (lambda: bare(items), time.process_time),
+            "server": (lambda: many.score(items), own_and_server),
+            "single": (lambda: one.score(some), own_and_server),
+        }
+        for repeat in range(args.repeats + 1):
+            for name, (score, cpu) in ways.items():
+                wall_before, cpu_before = time.perf_counter(), cpu()
+                scores[name] = score()
+                wall, used = time.perf_counter() - wall_before, cpu() - cpu_before
+                if repeat:
+                    # the kernel counts a process' time in hundredths of a second
+                    rates[name].append((len(scores[name]) / wall, len(scores[name]) / max(used, 0.01)))
 
     for name, found in rates.items():
         print(f"{name:7s} " + "   ".join(spread([f[i] for f in found], unit) for i, unit in ((0, "/s"), (1, "/CPU s"))))
