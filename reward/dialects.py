@@ -177,7 +177,7 @@ class Vllm:
             dtype="unknown",
             device="unknown",
             max_tokens=min(limit, self._encoder.max_tokens),
-            weights_sha256=_sha256(f"vllm {name} {found.get('root')}"),
+            weights_sha256="",
             template_sha256=_sha256(self._encoder.template),
             files={},
         )
@@ -187,7 +187,7 @@ class OpenRLHF:
     """OpenRLHF's remote reward: `query` is prompt and response in one text, `prompts` the prompt alone.
 
     With a `tokenizer` the prompt is rendered by its chat template, as OpenRLHF itself does; without one it is the texts
-    of the messages, a blank line between them. A service without /healthz is known by its addresses alone.
+    of the messages, a blank line between them. The format has nothing that says what scores.
     """
 
     path, health_path = "/get_reward", None
@@ -238,7 +238,7 @@ class OpenRLHF:
             dtype="unknown",
             device="unknown",
             max_tokens=UNLIMITED,
-            weights_sha256=_sha256("openrlhf"),
+            weights_sha256="",
             template_sha256=_sha256(self._tokenizer.get_chat_template() if self._tokenizer else ""),
             files={},
         )

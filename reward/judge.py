@@ -100,8 +100,9 @@ class Judge:
             dtype="unknown",
             device="unknown",
             max_tokens=UNLIMITED,
-            weights_sha256=hashlib.sha256(json.dumps([made_of, self._system], sort_keys=True).encode()).hexdigest(),
-            template_sha256=hashlib.sha256(self._system.encode()).hexdigest(),
+            # a pairwise score depends on the opponents: it is not to be kept
+            weights_sha256="" if pairwise else _sha256(json.dumps([made_of, self._system], sort_keys=True)),
+            template_sha256=_sha256(self._system),
             files={},
         )
 
@@ -248,6 +249,10 @@ def _why(reply: "str | _Refused") -> str:
     if isinstance(reply, _Refused):
         return f"the judge's endpoint refuses it: {reply}"
     return f"the judge gave no verdict: {' '.join(reply.split())[-100:]!r}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_unicode(item: Item) -> bool:
