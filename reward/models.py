@@ -1,6 +1,8 @@
 """A reward model: loading it, and scoring conversations in batches of like length.
 
-A score is the single logit of an `AutoModelForSequenceClassification`, raw: no sigmoid, no scaling.
+A score is raw: no sigmoid, no scaling. It is the single logit of an `AutoModelForSequenceClassification`; or, of a model
+with several heads, the sum of those that were named, each times its weight; or, where a model of its own code combines its
+heads itself (as ArmoRM's gating does), the `score` that it puts out.
 """
 
 import hashlib
@@ -8,8 +10,8 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +21,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from reward.chat import ChatEncoder
 from reward.schema import Health, Item
+from reward.scorer import ModelRefused, Score, Stopped
+
+__all__ = ["ModelRefused", "RewardModel", "Score", "Stopped", "batches", "load", "load_all"]
 
 UNLIMITED = 10**9  # tokenizers without a limit say 10**30
 DEFAULT_MAX_TOKENS = 4096  # for a model that names no limit
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # a batch that leaves the cache of a CPU takes twice as long
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-class ModelRefused(ValueError):
-    """This folder or name cannot serve as a reward model; the message says why and what to do."""
-
-
-class Stopped(Exception):
-    """The server is going down; what was not scored yet is not scored."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """One item's result: a finite `value`, or None and the `reason`."""
-
-    value: float | None = None
-    reason: str | None = None
 
 
 class RewardModel:
@@ -48,15 +37,19 @@ class RewardModel:
     `batch_tokens`: the most tokens of one forward pass, padding included; a longer single item goes alone.
     """
 
-    def __init__(self, model: Any, encoder: ChatEncoder, health: Health, batch_tokens: int) -> None:
+    def __init__(
+        self, model: Any, encoder: ChatEncoder, health: Health, batch_tokens: int, heads: Mapping[str, float]
+    ) -> None:
         self.health = health
         self.stopping = threading.Event()
+        self.counts: Counter[str] = Counter()
         self._model = model
         self._encoder = encoder
         self._batch_tokens = batch_tokens
         self._embeddings: int = model.get_input_embeddings().weight.shape[0]
         pad = model.config.get_text_config().pad_token_id
         self._pad: int | None = pad if pad is not None and 0 <= pad < self._embeddings else None
+        self._combine = self._combination(heads)
 
     def score(self, items: Sequence[Item]) -> list[Score]:
         """A score for each item, in order; on a CPU the same items in one call get the same bits.
@@ -84,10 +77,41 @@ class RewardModel:
         ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences], device=self._model.device)
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=self._model.device)
         with torch.inference_mode():
-            logits = self._model(input_ids=ids, attention_mask=mask).logits
-        assert logits.shape == (len(sequences), 1), f"logits of shape {tuple(logits.shape)}"
-        values: list[float] = logits[:, 0].float().tolist()
+            scores = self._combine(self._model(input_ids=ids, attention_mask=mask))
+        assert scores.shape == (len(sequences),), f"scores of shape {tuple(scores.shape)}"
+        values: list[float] = scores.tolist()
+        self.counts["tokens"] += sum(map(len, sequences))
+        self.counts["padded_tokens"] += len(sequences) * width
         return values
+
+    def _combination(self, heads: Mapping[str, float]) -> Callable[[Any], torch.Tensor]:
+        """From the model's output to scores (B,): found out by scoring a conversation.
+
+        Raises ModelRefused where it has several heads and none is named, or not those that are.
+        """
+        trial = Item.model_validate({"messages": [{"role": "user", "content": "Hello"}], "response": "Hello."})
+        (ids,) = self._encoder.encode([trial])
+        assert isinstance(ids, list), "the encoder has checked a conversation like this one"
+        with torch.inference_mode():
+            output = self._model(input_ids=torch.tensor([ids], device=self._model.device))
+        combined, separate = getattr(output, "score", None), getattr(output, "rewards", None)
+        if not heads and combined is not None and combined.numel() == 1:
+            return lambda output: output.score.float().reshape(-1)
+        field = "rewards" if separate is not None else "logits"
+        count = getattr(output, field).shape[-1]
+        labels = self._model.config.id2label
+        names = [str(labels[i]) if len(labels) == count else str(i) for i in range(count)]
+        if not heads and count == 1:
+            return lambda output: output.logits[:, 0].float()
+        if not heads:
+            raise ModelRefused(
+                f"a reward model has one label, this one has num_labels = {count}: name the heads to add up, "
+                f"--head NAME or --head NAME=WEIGHT, out of {', '.join(names)}"
+            )
+        if unknown := [h for h in heads if h not in names]:
+            raise ModelRefused(f"the model has no head {unknown[0]!r}; it has {', '.join(names)}")
+        weights = torch.tensor([float(heads.get(n, 0.0)) for n in names], device=self._model.device)
+        return lambda output: getattr(output, field).float() @ weights
 
     def _pad_id(self, sequences: Sequence[list[int]]) -> int:
         """The padding id. Decoder models read the logit of the last token that is not `config.pad_token_id`.
@@ -117,21 +141,29 @@ def batches(lengths: Mapping[int, int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def load(
+def load(name: str, *, device: str = "auto", **options: Any) -> RewardModel:
+    """The reward model in a folder, or on the Hub, on one device: see `load_all`."""
+    return load_all(name, devices=device, **options)[0]
+
+
+def load_all(
     name: str,
     *,
+    devices: str = "auto",
     dtype: str = "auto",
-    device: str = "auto",
     batch_tokens: int | None = None,
     max_tokens: int | None = None,
+    heads: Mapping[str, float] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> RewardModel:
-    """The reward model in a folder, or on the Hub.
+) -> list[RewardModel]:
+    """The reward model in a folder, or on the Hub, once for each device.
 
-    `dtype`: `auto` is the checkpoint's. `batch_tokens`: by default what was fastest, by the kind of device.
+    `devices`: `cpu`, `cuda:0,cuda:1`, `auto` (a GPU if there is one), `all` (every GPU). `dtype`: `auto` is the
+    checkpoint's. `batch_tokens`: by default what was fastest, by the kind of device. `heads`: name → weight.
     Raises ModelRefused.
     """
+    heads = heads or {}
     folder = _folder(name, revision, trust_remote_code)
     own_code = {"trust_remote_code": trust_remote_code}
     try:
@@ -139,48 +171,52 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
     except Exception as error:  # whatever the readers of these files raise; tokenizers raises bare Exceptions
         raise ModelRefused(f"{name}: {error}") from error
-    if config.num_labels != 1:
-        raise ModelRefused(
-            f"{name}: a reward model has one label, this one has num_labels = {config.num_labels}; "
-            "a classifier or a multi-head model needs its scores combined into one first"
-        )
     limits = [
         getattr(config.get_text_config(), "max_position_embeddings", None),
         tokenizer.model_max_length,
         max_tokens,
     ]
     known = [int(limit) for limit in limits if limit is not None and 0 < limit < UNLIMITED]
-    try:
-        encoder = ChatEncoder(tokenizer, min(known, default=DEFAULT_MAX_TOKENS))
-    except ValueError as error:
-        raise ModelRefused(f"{name}: {error}") from error
     files = _weight_files(name, folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **own_code
+    identity: Any = [files, dict(sorted(heads.items()))] if heads else files
+    found = []
+    for device in _devices(devices):
+        try:
+            encoder = ChatEncoder(tokenizer, min(known, default=DEFAULT_MAX_TOKENS))
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **own_code
+            )
+            model = model.to(device).eval().requires_grad_(False)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelRefused(f"{name}: {error}") from error
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:5])
+            raise ModelRefused(f"{name}: no trained reward model, its weight files lack {missing}")
+        model.config.use_cache = False
+        health = Health(
+            model=name,
+            parameters=model.num_parameters(),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            max_tokens=encoder.max_tokens,
+            weights_sha256=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            template_sha256=hashlib.sha256(encoder.template.encode()).hexdigest(),
+            files=files,
         )
-        model = model.to(device).eval().requires_grad_(False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelRefused(f"{name}: {error}") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:5])
-        raise ModelRefused(f"{name}: no trained reward model, its weight files lack {missing}")
-    model.config.use_cache = False
-    health = Health(
-        model=name,
-        parameters=model.num_parameters(),
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),
-        max_tokens=encoder.max_tokens,
-        weights_sha256=hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
-        template_sha256=hashlib.sha256(encoder.template.encode()).hexdigest(),
-        files=files,
-    )
-    if batch_tokens is None:
-        batch_tokens = CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
-    return RewardModel(model, encoder, health, batch_tokens)
+        budget = batch_tokens or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS)
+        try:
+            found.append(RewardModel(model, encoder, health, budget, heads))
+        except ModelRefused as error:
+            raise ModelRefused(f"{name}: {error}") from error
+    return found
+
+
+def _devices(names: str) -> list[str]:
+    if names == "auto":
+        return ["cuda" if torch.cuda.is_available() else "cpu"]
+    if names == "all":
+        return [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
+    return [n.strip() for n in names.split(",")]
 
 
 def _folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:

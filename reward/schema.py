@@ -26,6 +26,8 @@ class Item(_Request):
     """The assistant's answer that is scored."""
     id: str | None = None
     """Returned as it came, so that the asker sees which score belongs to which item."""
+    reference: str | None = None
+    """An answer that is known to be right or good: rules and judges may compare with it, models do not read it."""
 
 
 class ScoreRequest(_Request):
@@ -42,16 +44,40 @@ class ScoreResponse(_Response):
     """What scored them: the same value as in `/healthz`."""
 
 
+class GetRewardRequest(BaseModel):
+    """OpenRLHF's request, `POST /get_reward`. Versions of it send more keys; they are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    query: list[str]
+    """Prompt and response in one text, by the policy's chat template."""
+    prompts: list[str] | None = None
+    """The prompts alone: where they end, the responses begin."""
+    labels: list[object] | None = None
+    """Reference answers; what is no text is ignored."""
+
+
+class GetRewardResponse(_Response):
+    rewards: list[float | None]
+    """One for each query, in order."""
+    errors: list[str | None] | None = None
+    """As in `/score`; OpenRLHF does not read them."""
+    weights_sha256: str | None = None
+
+
 class Health(_Response):
+    kind: str = "model"
+    """`model`, `rules`, `judge`; of foreign services `vllm`, `openrlhf`."""
     model: str
-    """Path or Hub name, as it was given to the server."""
+    """Path or Hub name, as it was given to the server; of rules and judges what they are called."""
     parameters: int
     dtype: str
     device: str
     max_tokens: int
     """A longer conversation gets no score."""
     weights_sha256: str
-    """Over the names and SHA-256 of all weight files."""
+    """Over the names and SHA-256 of all weight files, and the heads that are combined; of rules and judges over all that
+    they are made of. Equal means: scores may be compared and kept. Empty: not known, or scores depend on what else is in
+    the request."""
     template_sha256: str
     """Of the chat template of the reward model."""
     files: dict[str, str]

@@ -96,8 +96,23 @@ def serving(
     folder: Path, *options: str, env: dict[str, str] | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """A real server process, and its line of readiness. It has ended when the block ends."""
+    with process_of("--model", str(folder), *options, env=env) as found:
+        yield found
+
+
+@contextmanager
+def serving_rules(path: Path) -> Iterator[str]:
+    """The address of a server of the rules in a file."""
+    with process_of("--rules", str(path)) as (_, line):
+        yield str(line["url"])
+
+
+@contextmanager
+def process_of(
+    *options: str, env: dict[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     with subprocess.Popen(
-        [sys.executable, "-m", "reward.server", "--model", str(folder), "--port", "0", *options],
+        [sys.executable, "-m", "reward.server", "--port", "0", *options],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),

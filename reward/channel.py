@@ -1,0 +1,161 @@
+"""Requests to one service at one address or several: kept connections, one retry policy, deadlines, a breaker for each.
+
+What may succeed at another attempt is retried until the deadline and then raised as RewardUnavailable; what asking again
+cannot help is raised at once.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import httpx
+import tenacity
+
+from reward.endpoints import Endpoint, Endpoints
+from reward.faults import Fault, RewardRefused, RewardUnavailable, TooLarge
+
+T = TypeVar("T")
+
+RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+MAX_ANSWER = 64 * 2**20  # bytes; a score is about 20
+LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
+
+
+class Channel:
+    """For several threads. `what` names the service in messages, `advice` says what to do when it is down.
+
+    `timeout`: seconds of one attempt; `deadline`: of all of them; `first_wait`, `longest_wait`: between two, doubled each
+    time, plus up to `first_wait` at random. `connections`: kept open. `too_large`: HTTP statuses that are TooLarge.
+    Raises ValueError for an address that is none.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        what: str,
+        advice: str,
+        connections: int,
+        timeout: float,
+        deadline: float,
+        first_wait: float,
+        longest_wait: float,
+        api_key: str | None = None,
+        too_large: frozenset[int] = frozenset({413}),
+    ) -> None:
+        self.urls = [u.rstrip("/") for u in urls]
+        if not self.urls:
+            raise ValueError(f"at least one address of a {what} is needed")
+        for u in self.urls:
+            if not _is_address(u):
+                raise ValueError(f"the address of a {what} is like http://host:8100, not {u!r}")
+        if min(timeout, deadline) <= 0 or min(first_wait, longest_wait) < 0:
+            raise ValueError("timeout and deadline must be positive, waits not negative")
+        self._what, self._advice, self._too_large = what, advice, too_large
+        self._timeout, self._deadline = timeout, deadline
+        self._jitter = tenacity.wait_exponential_jitter(multiplier=first_wait, max=longest_wait, jitter=first_wait)
+        self._endpoints = Endpoints(self.urls, first_rest=first_wait, longest_rest=longest_wait)
+        self._http = httpx.Client(
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            # a proxy from the environment is for the world, not for a server on this machine
+            mounts=dict.fromkeys(LOOPBACK),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections, keepalive_expiry=30.0),
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def ask(
+        self, method: str, path: str, body: bytes | None, read: Callable[[bytes, str], T], stop: threading.Event
+    ) -> T:
+        """What `read(content, url)` makes of the answer of any address; it raises Fault for one that cannot be used.
+
+        Raises RewardUnavailable, RewardRefused and TooLarge.
+        """
+        return self._retry(self._endpoints.all, lambda u, t: read(self._exchange(method, u + path, t, body), u), stop)
+
+    def ask_each(self, path: str, read: Callable[[bytes, str], T], stop: threading.Event) -> list[T]:
+        """`GET path` of every address."""
+
+        def attempt(url: str, seconds: float) -> T:
+            return read(self._exchange("GET", url + path, seconds, None), url)
+
+        return [self._retry([e], attempt, stop) for e in self._endpoints.all]
+
+    def _retry(self, among: list[Endpoint], attempt: Callable[[str, float], T], stop: threading.Event) -> T:
+        """The one retry policy: `attempt(url, seconds)` until it succeeds or the deadline leaves no time for another."""
+        began = time.monotonic()
+        tried = 0
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            return max(self._jitter(state), self._endpoints.pause(among))
+
+        def once() -> T:
+            nonlocal tried
+            left = began + self._deadline - time.monotonic()
+            stop.wait(min(self._endpoints.pause(among), max(left, 0.0)))
+            left = began + self._deadline - time.monotonic()
+            tried += 1
+            with self._endpoints.use(among) as endpoint:
+                try:
+                    return attempt(endpoint.url, max(min(self._timeout, left), 0.05))
+                except Fault as fault:
+                    note = self._endpoints.busy if fault.busy else self._endpoints.failed
+                    note(endpoint, fault.retry_after)
+                    raise
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Fault),
+            wait=wait,
+            stop=tenacity.stop_before_delay(self._deadline) | tenacity.stop_when_event_set(stop),
+            sleep=tenacity.sleep_using_event(stop),
+            reraise=True,
+        )
+        try:
+            return retrying(once)
+        except Fault as fault:
+            raise RewardUnavailable(
+                f"no usable answer from the {self._what} at {', '.join(e.url for e in among)}: {tried} attempts in "
+                f"{time.monotonic() - began:.1f} s, the last one: {fault}. {self._advice}"
+            ) from fault
+
+    def _exchange(self, method: str, address: str, seconds: float, body: bytes | None) -> bytes:
+        """The body of a 200. Raises Fault, TooLarge or RewardRefused."""
+        end = time.monotonic() + seconds
+        timeout = httpx.Timeout(seconds, connect=min(seconds, 10.0))
+        headers = {"content-type": "application/json"} if body is not None else {}
+        content = bytearray()
+        try:
+            with self._http.stream(method, address, content=body, headers=headers, timeout=timeout) as response:
+                for part in response.iter_bytes():
+                    content += part
+                    # httpx bounds the wait for each part, not for all of them
+                    if time.monotonic() > end:
+                        raise Fault(f"no whole answer within {seconds:.1f} s")
+                    if len(content) > MAX_ANSWER:
+                        raise Fault(f"an answer of more than {MAX_ANSWER} bytes")
+        except httpx.RequestError as error:
+            raise Fault(f"{type(error).__name__}: {error}") from error
+        if response.status_code == 200:
+            return bytes(content)
+        said = f"HTTP {response.status_code}: {content[:300].decode('utf-8', 'replace')}"
+        if body is not None and response.status_code in self._too_large:
+            raise TooLarge(said)
+        if response.status_code in RETRIED:
+            wish = _seconds(response.headers.get("retry-after", ""))
+            raise Fault(said, wish, busy=response.status_code == 429)
+        raise RewardRefused(f"{address} refuses the request, {said}. Is this a {self._what}, of the same version?")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 2**16
+
+
+def _seconds(retry_after: str) -> float:
+    """Retry-After as seconds; a date, or nonsense, is no wish."""
+    return min(float(retry_after), 60.0) if retry_after.isascii() and retry_after.isdigit() else 0.0

@@ -1,0 +1,22 @@
+"""What can go wrong between a client and a server, by what may be done about it."""
+
+
+class RewardUnavailable(Exception):
+    """The reward server cannot be used now. Nothing was scored by guess; asking again later is safe."""
+
+
+class RewardRefused(Exception):
+    """The server answers, but not to this: asking again will not help until something is put right."""
+
+
+class TooLarge(Exception):
+    """The server does not take this request; it may take its items in smaller ones."""
+
+
+class Fault(Exception):
+    """One attempt failed in a way that another may not. `busy`: the server is well and asks for `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 0.0, *, busy: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.busy = busy

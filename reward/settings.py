@@ -1,0 +1,145 @@
+"""Settings of rules and judges, as they stand in a configuration or in a YAML file given to the server."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Rule(_Settings):
+    weight: float = 1.0
+    """Factor of this rule's value in the reward, which is the sum over all rules."""
+
+
+class _Reference(_Rule):
+    references: str | None = None
+    """JSONL file with `prompt` (the last user message) and `reference`; an item's own reference comes first."""
+    pattern: str | None = None
+    """Regular expression whose first group in its last match is the answer; by default the whole response (`exact`), or
+    the last \\boxed{} or else the last number (`numeric`)."""
+
+
+class Length(_Rule):
+    """1 from `min` to `max`; above it falls evenly to 0 at twice `max`, below to 0 at nothing."""
+
+    rule: Literal["length"]
+    unit: Literal["words", "characters"] = "words"
+    """What is counted."""
+    min: Annotated[int, Field(ge=0)] = 0
+    """Least length with the full value."""
+    max: Annotated[int, Field(ge=1)] | None = None
+    """Greatest length with the full value."""
+
+
+class Format(_Rule):
+    """1 when the response is `<tag>…</tag>` for each of `tags`, in order, each once, and nothing else; otherwise 0."""
+
+    rule: Literal["format"]
+    tags: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]], Field(min_length=1)]
+    """Such as [think, answer]."""
+
+
+class Regex(_Rule):
+    """1 when `pattern` is found in the response (when it is not, with `absent`); otherwise 0."""
+
+    rule: Literal["regex"]
+    pattern: str
+    """Regular expression of the `regex` package; `^` and `$` are the ends of the response."""
+    absent: bool = False
+    """Reward responses in which it is not found."""
+
+
+class Exact(_Reference):
+    """1 when the answer is the reference, white space aside; otherwise 0."""
+
+    rule: Literal["exact"]
+    ignore_case: bool = False
+    """Take capitals and small letters for the same."""
+
+
+class Numeric(_Reference):
+    """1 when the number in the response is that of the reference; otherwise 0."""
+
+    rule: Literal["numeric"]
+    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+    """Difference that still counts as equal, relative to the greater of 1 and the reference."""
+
+
+class Json(_Rule):
+    """1 when the response is one JSON value; otherwise 0."""
+
+    rule: Literal["json"]
+    fenced: bool = True
+    """A response that is a ```json block counts by what is in it."""
+    keys: list[str] = []
+    """It must be an object with these keys."""
+
+
+class Function(_Rule):
+    """The number that `function(messages, response, reference, **options)` returns; `messages` is a list of dicts."""
+
+    rule: Literal["function"]
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    """`module:function`, imported by the server. An item for which it raises, or returns no finite number, has no score."""
+    options: dict[str, Any] = {}
+    """Further arguments."""
+
+
+Rule = Annotated[Length | Format | Regex | Exact | Numeric | Json | Function, Field(discriminator="rule")]
+
+
+class JudgeSettings(_Settings):
+    url: list[str]
+    """OpenAI-compatible servers, without `/v1`."""
+    model: str
+    """Name of the model there."""
+    mode: Literal["pointwise", "pairwise"] = "pointwise"
+    """`pointwise`: a number for each response. `pairwise`: each response against its reference, or else against other
+    responses to the same messages in the same request; the reward is its share of wins, a tie is half of one."""
+    rubric: str = "Judge how helpful, correct, clear and honest it is. Longer is not better."
+    """What the judge looks at."""
+    lowest: float = 1.0
+    """Worst number of a pointwise judge."""
+    highest: float = 10.0
+    """Best number of a pointwise judge."""
+    opponents: Annotated[int, Field(ge=1)] = 3
+    """Other responses that each is compared with, pairwise without a reference; each comparison is asked in both orders."""
+    max_tokens: Annotated[int, Field(ge=1)] = 512
+    """Most tokens of the judge's reply."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: the same verdict each time, as far as the server can."""
+    concurrency: Annotated[int, Field(ge=1)] = 8
+    """Requests in flight."""
+    timeout: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds of one request."""
+    deadline: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds of one request with all its repetitions; then nothing is scored, and the askers are told so."""
+    api_key_env: str | None = None
+    """Environment variable with the bearer token."""
+    control_tokens: list[str] = []
+    """Texts that structure a conversation for this judge, beside those that look like it (`<|…|>`, `[INST]`, `</s>`,
+    `<start_of_turn>`): inside the texts that it judges they are broken up."""
+    extra: dict[str, Any] = {}
+    """Further keys of each request, such as {seed: 0} or vLLM's structured_outputs."""
+
+    @model_validator(mode="after")
+    def _range(self) -> "JudgeSettings":
+        if not self.url or not self.lowest < self.highest:
+            raise ValueError("a judge needs a url, and lowest below highest")
+        return self
+
+
+def read(source: str) -> Any:
+    """What is in the YAML file `source`, or in it as JSON. Raises ValueError."""
+    if source.lstrip().startswith(("[", "{")):
+        return json.loads(source)
+    try:
+        return yaml.safe_load(Path(source).expanduser().read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{source}: {error}") from error
