@@ -1,4 +1,4 @@
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint setup browser clean
 
 PY := .venv/bin/python
 # Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
@@ -10,7 +10,7 @@ demo: setup
 	$(PY) scripts/round.py --config configs/tiny.yaml --rounds 3 --report
 
 # Lint, types and all tests, two files at a time: nothing here uses more than one thread for long.
-test: setup lint
+test: setup lint browser
 	$(PY) scripts/make_tiny.py --size mini --out .cache/tiny-mini
 	$(PY) -m pytest -n 2 --dist loadfile
 
@@ -20,6 +20,12 @@ lint: setup
 	.venv/bin/mypy
 
 setup: .venv/.ready
+
+# For the tests of the page; without one they are skipped.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1; } || \
+	  echo "no Chromium here, and none could be installed: the tests of the page in a browser are skipped"
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh
