@@ -1,5 +1,6 @@
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -63,6 +64,15 @@ def test_a_reply_without_a_verdict_is_counted_and_no_score(said: str | None) -> 
         assert good == Score(value=2.0)
         assert bad.value is None and "no verdict" in str(bad.reason)
         assert judge.counts["unparsable verdicts"] == 1
+
+
+def test_a_reply_without_an_end_takes_no_time() -> None:
+    replies = ["\n" * 10**6, "SCORE:" + ":" * 10**6, "SCORE: " + "1 " * 10**5, "x" * 10**6 + "\nSCORE: 4"]
+    said = iter(replies)
+    with judging(saying(lambda _: next(said)), concurrency=1) as (judge, _):
+        began = time.process_time()
+        assert [s.value for s in judge.score(items("a", "b", "c", "d"))] == [None, None, None, 4.0]
+        assert time.process_time() - began < 2
 
 
 def test_pairwise_ranks_by_wins_in_both_orders() -> None:

@@ -1,0 +1,68 @@
+import time
+
+import pytest
+
+from reward.endpoints import BREAKS, Endpoint, Endpoints
+
+
+def two(rest: float = 60.0) -> tuple[Endpoints, Endpoint, Endpoint]:
+    endpoints = Endpoints(["a", "b"], first_rest=rest, longest_rest=rest)
+    return endpoints, *endpoints.all
+
+
+def test_the_least_busy_one_is_chosen_and_equals_take_turns() -> None:
+    endpoints, a, b = two()
+    with endpoints.use(endpoints.all) as first, endpoints.use(endpoints.all) as second:
+        assert {first.url, second.url} == {"a", "b"}
+    with (
+        endpoints.use([a]),
+        endpoints.use(endpoints.all) as other,
+        endpoints.use([b]),
+        endpoints.use(endpoints.all) as third,
+    ):
+        assert other is b
+        assert third is a
+    assert (a.in_flight, b.in_flight) == (0, 0)
+
+
+def test_three_faults_in_a_row_break_and_a_success_in_between_does_not() -> None:
+    endpoints, a, _ = two()
+    for n in range(BREAKS - 1):
+        with pytest.raises(OSError), endpoints.use([a]):
+            endpoints.failed(a)
+            raise OSError(n)
+    assert not a.broken
+    with endpoints.use([a]):
+        pass
+    assert a.failures == 0
+    for _ in range(BREAKS):
+        endpoints.failed(a)
+    assert a.broken
+    assert 40 < endpoints.pause([a]) <= 75
+    assert endpoints.pause(endpoints.all) == 0
+    for _ in range(5):
+        with endpoints.use(endpoints.all) as chosen:
+            assert chosen.url == "b"
+
+
+def test_a_rested_one_is_tried_by_one_request_at_a_time_and_closes() -> None:
+    endpoints, a, b = two(rest=0.01)
+    for _ in range(BREAKS):
+        endpoints.failed(a)
+    time.sleep(0.05)
+    with endpoints.use(endpoints.all) as probe:
+        assert probe is a
+        for _ in range(3):
+            with endpoints.use(endpoints.all) as meanwhile:
+                assert meanwhile is b
+    assert not a.broken
+
+
+def test_where_all_rest_the_first_to_be_rested_is_taken() -> None:
+    endpoints, a, b = two()
+    endpoints.busy(a, 5.0)
+    endpoints.busy(b, 9.0)
+    assert 4 < endpoints.pause(endpoints.all) <= 5
+    with endpoints.use(endpoints.all) as chosen:
+        assert chosen is a
+    assert not a.broken and not b.broken  # busy is no fault
