@@ -294,6 +294,8 @@ class Run:
     def trainer(self) -> Child:
         """The trainer of this round; started at the first call, when it begins its imports."""
         if self._trainer is None or not self._trainer.alive:
+            if self._trainer is not None:
+                self.event("warning", "the trainer died while it waited for an order; starting it again")
             self.stop_trainer()
             train = self.config.train
             launcher = [sys.executable]
