@@ -21,11 +21,8 @@ lint: setup
 
 setup: .venv/.ready
 
-# For the tests of the page; without one they are skipped.
 browser:
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1; } || \
-	  echo "no Chromium here, and none could be installed: the tests of the page in a browser are skipped"
+	@scripts/setup.sh browser
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh

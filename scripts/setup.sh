@@ -1,9 +1,24 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the project needs, at the versions of constraints.txt. `make` calls it when it is due.
+# `setup.sh browser` sees to a Chromium for the tests of the page; without one they are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 say() { printf 'setup: %s\n' "$*"; }
+
+if [ "${1:-}" = browser ]; then
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        if command -v "$name" >/dev/null; then exit 0; fi
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -e .venv/.no-browser ]; then
+        say "installing chromium for the tests of the page (Debian's package, about a minute)"
+        export DEBIAN_FRONTEND=noninteractive
+        { timeout 300 apt-get update && timeout 600 apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 </dev/null && exit 0
+        touch .venv/.no-browser # tried once
+    fi
+    say "there is no chromium: the tests that need a browser will be skipped"
+    exit 0
+fi
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

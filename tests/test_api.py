@@ -205,6 +205,13 @@ def test_orders_that_cannot_be(client, run, monkeypatch):
     assert client.post("/api/orders/pause", content=b"{", headers=headers).status_code == 422
     assert client.post("/api/orders/pause", content=b"\xff", headers=headers).status_code in (400, 422)
     assert client.post("/api/orders/pause", content=b"[" * 60_000, headers=headers).status_code in (400, 422)
+    for row in (
+        b'{"prompt": "\\ud800"}',
+        b'{"a": NaN}',
+        b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}",
+    ):  # JSON to Python, to no file of ours
+        answer = client.post("/api/prompts", content=b'{"rows": [' + row + b"]}", headers=headers)
+        assert answer.status_code == 422 and "row 0 cannot be stored" in answer.json()["detail"]
     assert client.post("/api/prompts", content=b"{" + b" " * (8 << 20) + b"}", headers=headers).status_code == 413
     monkeypatch.setattr(views, "MAX_PENDING", 1)
     assert give(client, "/api/orders/resume", {})[0] == 202

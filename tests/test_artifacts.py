@@ -1,6 +1,11 @@
+import dataclasses
 import errno
+import math
 import os
+import subprocess
+import sys
 
+import pyarrow.parquet as pq
 import pytest
 
 from selfplay import artifacts
@@ -16,6 +21,10 @@ def prompt(i):
         split="train",
         meta={"a": [i]},
     )
+
+
+def other(i):
+    return dataclasses.replace(prompt(i), split="audit")
 
 
 def scored(reward):
@@ -59,6 +68,38 @@ def test_a_file_that_changed_or_is_gone_is_noticed(tmp_path):
     (tmp_path / "a").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         artifacts.verify_files(tmp_path, files, CheckpointError)
+
+
+@pytest.mark.parametrize("count", [1, artifacts.GROUP_ROWS, 2 * artifacts.GROUP_ROWS + 5])
+def test_one_row_and_the_rows_with_a_value(tmp_path, count):
+    path, rows = tmp_path / "rows.parquet", [(other if i else prompt)(f"{i % 300}") for i in range(count)]
+    artifacts.write_rows(path, rows, Prompt)
+    for index in {0, count // 2, count - 1}:
+        assert artifacts.read_row(path, Prompt, index) == rows[index]
+    for index in (-1, count):
+        with pytest.raises(IndexError, match=f"has {count} rows"):
+            artifacts.read_row(path, Prompt, index)
+    wanted = {rows[0].prompt_id, rows[-1].prompt_id, "no such"}
+    assert list(artifacts.rows_with(path, Prompt, "prompt_id", wanted)) == [r for r in rows if r.prompt_id in wanted]
+    assert list(artifacts.rows_with(path, Prompt, "prompt_id", [])) == []
+
+
+def test_no_more_than_a_row_group_is_decoded_for_one_row(tmp_path):
+    path = tmp_path / "rows.parquet"
+    artifacts.write_rows(path, [prompt(f"{i}") for i in range(1000)], Prompt)
+    file = pq.ParquetFile(path)
+    assert file.num_row_groups == math.ceil(1000 / artifacts.GROUP_ROWS)
+
+
+def test_pandas_is_not_imported_where_it_was_left_out():
+    code = (
+        "import sys, tempfile, pathlib; from selfplay import artifacts; from selfplay.types import ReferenceLogp as R\n"
+        "artifacts.leave_pandas_out(); path = pathlib.Path(tempfile.mkdtemp()) / 'x'; rows = [R(prompt_id='a', index=1, logp=-1.5)]\n"
+        "artifacts.write_rows(path, rows, R); assert artifacts.read_rows(path, R) == rows; print('pandas' in sys.modules)\n"
+        "import pandas, pyarrow; print(pyarrow.Table.from_pandas(pandas.DataFrame({'a': [1]})).to_pandas()['a'].tolist())\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split("\n")[:2] == ["False", "[1]"]
 
 
 def test_seeds_depend_on_every_part_and_fit_63_bits():

@@ -1,9 +1,13 @@
+import dataclasses
+import math
 import sqlite3
 
 import pytest
 
+from selfplay import store as store_module
 from selfplay.errors import InputError
-from selfplay.store import RunLock, Store
+from selfplay.store import MIGRATIONS, RunLock, Store
+from selfplay.types import Pair
 
 
 def test_a_round_from_its_opening_to_its_close(tmp_path):
@@ -61,3 +65,64 @@ def test_a_first_start_that_failed_fixes_nothing(tmp_path):
     with pytest.raises(InputError, match="made by another config"):
         store.open_run("x", {"prompts.source": "typo.jsonl"})
     store.close()
+
+
+def test_a_ledger_from_before_pairs_had_orders_is_migrated(tmp_path):
+    store = Store(tmp_path)
+    store.record_pairs(1, [pair(0, potential=None), pair(1)])
+    before = store.query("SELECT * FROM pairs")
+    store.close()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as old:
+        old.executescript(
+            "ALTER TABLE pairs RENAME TO new; DROP INDEX ix_pairs_prompt_id; DROP INDEX pairs_by_potential;"
+            "CREATE TABLE pairs (round INTEGER NOT NULL, row INTEGER NOT NULL, prompt_id VARCHAR NOT NULL, explicit_margin FLOAT NOT NULL,"
+            " implicit_margin FLOAT NOT NULL, potential FLOAT, kept_because VARCHAR, dropped_because VARCHAR, PRIMARY KEY (round, row));"
+            "INSERT INTO pairs SELECT * FROM new; DROP TABLE new; CREATE INDEX ix_pairs_prompt_id ON pairs (prompt_id);"
+            "UPDATE schema_version SET version = 2;"
+        )
+    old.close()
+    for _ in range(2):
+        store = Store(tmp_path)
+        assert store.query("SELECT * FROM pairs") == before
+        names = {row["name"] for row in store.query("SELECT name FROM sqlite_master WHERE tbl_name = 'pairs'")}
+        assert {
+            "ix_pairs_prompt_id",
+            "pairs_by_explicit_margin",
+            "pairs_by_implicit_margin",
+            "pairs_by_potential",
+        } <= names
+        assert store.query("SELECT version FROM schema_version") == [{"version": len(MIGRATIONS)}]
+        store.close()
+
+
+def test_a_migration_that_is_killed_leaves_the_ledger_as_it_was(tmp_path, monkeypatch):
+    Store(tmp_path).close()
+
+    def killed(connection):
+        connection.exec_driver_sql("DROP TABLE pairs")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module, "MIGRATIONS", [*MIGRATIONS, killed])
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path)
+    monkeypatch.undo()
+    store = Store(tmp_path)
+    assert store.query("SELECT count(*) AS n FROM pairs") == [{"n": 0}]
+    store.close()
+
+
+def test_a_pair_whose_margin_is_not_a_number_is_indexed(tmp_path):
+    store = Store(tmp_path)
+    store.record_pairs(1, [pair(0, implicit_margin=math.nan, potential=None), pair(1, explicit_margin=math.inf)])
+    found = store.query("SELECT implicit_margin, explicit_margin FROM pairs ORDER BY row")
+    assert [tuple(row.values()) for row in found] == [(None, 1.0), (0.25, math.inf)]
+    store.close()
+
+
+def pair(number: int, **changes: object) -> Pair:
+    made = Pair(
+        prompt_id=f"p{number}", prompt_ids=[1], chosen_index=0, rejected_index=1, chosen="a", rejected="b", chosen_ids=[1], rejected_ids=[2],
+        chosen_reward=1.0, rejected_reward=0.0, chosen_logp=-1.0, rejected_logp=-2.0, explicit_margin=1.0, implicit_margin=0.25,
+        implicit_signed=0.25, potential=0.5, kept_because="base",
+    )  # fmt: skip
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
