@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
@@ -104,8 +106,6 @@ def row(rng: random.Random, n: int, i: int, rounds: int) -> tuple[object, ...]:
 
 
 def bench(run_dir: Path, loads: int, browse: bool) -> None:
-    import httpx
-
     from selfplay.api import create_app
     from selfplay.config import load
     from selfplay.server import serve_in_thread
@@ -124,19 +124,21 @@ def bench(run_dir: Path, loads: int, browse: bool) -> None:
     base = f"http://127.0.0.1:{port}"
     print(f"memory after the start: {resident():.0f} MB")
     with httpx.Client(base_url=base, timeout=60) as client:
-        bench_pairs(client)
-        others = (
+        some = client.get("/api/rounds").json()[0]["round"] // 2 or 1
+        bench_pairs(client, some)
+        one = f"/api/rounds/{some}"
+        paths = (
             "/api/run",
             "/api/rounds?limit=200",
-            "/api/rounds/500",
-            "/api/rounds/500/histogram",
+            one,
+            f"{one}/histogram",
             "/api/events",
             "/api/policies",
             "/metrics",
         )
-        for path in others:
-            times = [timed(client, path) for _ in range(7)]
-            print(f"{path:32} median {statistics.median(times):6.1f} ms   max {max(times):6.1f} ms")
+        print(f"{'other answers':25} {'median ms':>10} {'max ms':>8} {'max CPU ms':>11}")
+        for path in paths:
+            show(path, [timed(client, path)[1] for _ in range(7)])
     print(f"memory after the requests: {resident():.0f} MB")
     if browse:
         bench_paint(base, loads)
@@ -144,36 +146,44 @@ def bench(run_dir: Path, loads: int, browse: bool) -> None:
     server.stop()
 
 
-def timed(client: object, path: str, **params: object) -> float:
-    started = time.perf_counter()
-    client.get(path, params=params or None).raise_for_status()  # type: ignore[attr-defined]
-    return (time.perf_counter() - started) * 1000
+def timed(
+    client: httpx.Client, path: str, params: dict[str, object] | None = None
+) -> tuple[httpx.Response, tuple[float, float]]:
+    """An answer, and the milliseconds that it took: by the clock, and of the CPU (server and client together)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    answer = client.get(path, params=params)  # type: ignore[arg-type]
+    spent = ((time.perf_counter() - wall) * 1000, (time.process_time() - cpu) * 1000)
+    return answer.raise_for_status(), spent
 
 
-def bench_pairs(client: object) -> None:
-    """Milliseconds of each page of walks of up to six pages."""
-    print(f"\n{'/api/pairs, filter':20} {'pages':>6} {'median ms':>10} {'max ms':>8}")
+def show(name: str, times: list[tuple[float, float]]) -> None:
+    walls, cpus = zip(*times, strict=True)
+    print(f"{name:25} {statistics.median(walls):10.1f} {max(walls):8.1f} {max(cpus):11.1f}")
+
+
+def bench_pairs(client: httpx.Client, some: int) -> None:
+    """Each page of walks of up to six pages, for every filter, order and direction."""
+    print(f"\n{'/api/pairs, filter':25} {'median ms':>10} {'max ms':>8} {'max CPU ms':>11}")
     everything = []
     for name, where in FILTERS.items():
         times = []
         for sort, descending in itertools.product(SORTS, (True, False)):
-            after = None
+            asked: dict[str, object] = {
+                **where,
+                **({"round": some} if "round" in where else {}),
+                "sort": sort,
+                "descending": descending,
+            }
             for _ in range(6):
-                params: dict[str, object] = {
-                    **where,
-                    "sort": sort,
-                    "descending": descending,
-                    **({"after": after} if after else {}),
-                }
-                started = time.perf_counter()
-                answer = client.get("/api/pairs", params=params)  # type: ignore[attr-defined]
-                times.append((time.perf_counter() - started) * 1000)
-                after = answer.json()["next"]
-                if after is None:
+                answer, spent = timed(client, "/api/pairs", asked)
+                times.append(spent)
+                if (after := answer.json()["next"]) is None:
                     break
-        print(f"{name:20} {len(times):6} {statistics.median(times):10.1f} {max(times):8.1f}")
+                asked["after"] = after
+        show(name, times)
         everything += times
-    print(f"{'all':20} {len(everything):6} {statistics.median(everything):10.1f} {max(everything):8.1f}\n")
+    show(f"all {len(everything)} pages", everything)
+    print()
 
 
 def bench_paint(base: str, loads: int) -> None:

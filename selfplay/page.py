@@ -94,7 +94,8 @@ def glance(view: View, summary: RunSummary) -> None:
     def show(run: RunSummary) -> None:
         s = run.service
         state(chip, s.state)
-        now.set_text(f"round {s.round}: {s.stage}" if s.stage else {"waiting": "for the next round"}.get(s.state, ""))
+        where = f"round {s.round}: " if s.round is not None else ""
+        now.set_text(f"{where}{s.stage}" if s.stage else {"waiting": "for the next round"}.get(s.state, ""))
         count = f"{s.done}/{s.total} {s.unit}" if s.total else f"{s.done} {s.unit}" if s.done else ""
         said = (s.why, count, s.text, took(s.seconds) if s.stage else "")
         why.set_text(word_diff.plain(" · ".join(part for part in said if part)))

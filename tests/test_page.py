@@ -298,3 +298,9 @@ def test_many_page_loads_leave_the_server_small(served):
             httpx.get(served.url + path)
     after = served.tell("rss")["rss_mb"]
     assert after < 260, (before, after)
+
+
+def test_the_bench_runs():
+    script = [sys.executable, str(ROOT / "scripts" / "bench_page.py"), "--rounds", "6", "--pairs", "20", "--no-browser"]
+    out = subprocess.run(script, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "no such corner" in out and "memory after the requests" in out
