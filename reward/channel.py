@@ -4,6 +4,7 @@ What may succeed at another attempt is retried until the deadline and then raise
 cannot help is raised at once.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 MAX_ANSWER = 64 * 2**20  # bytes; a score is about 20
+PATIENCE = 10.0  # seconds for an address that others can stand in for
 LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
@@ -75,13 +77,31 @@ class Channel:
         """
         return self._retry(self._endpoints.all, lambda u, t: read(self._exchange(method, u + path, t, body), u), stop)
 
-    def ask_each(self, path: str, read: Callable[[bytes, str], T], stop: threading.Event) -> list[T]:
-        """`GET path` of every address."""
+    def ask_each(self, path: str, read: Callable[[bytes, str], T], stop: threading.Event) -> dict[str, T]:
+        """`GET path` of each address that answers now, by address; while none does, as `ask`."""
+        found: dict[str, T] = {}
 
         def attempt(url: str, seconds: float) -> T:
-            return read(self._exchange("GET", url + path, seconds, None), url)
+            found[url] = read(self._exchange("GET", url + path, seconds, None), url)
+            return found[url]
 
-        return [self._retry([e], attempt, stop) for e in self._endpoints.all]
+        for endpoint in self._endpoints.all:
+            if self._endpoints.pause([endpoint]) == 0:
+                with contextlib.suppress(Fault):  # its work is done by the others, while there are any
+                    self._once([endpoint], attempt, min(self._timeout, PATIENCE))
+        if not found:
+            self._retry(self._endpoints.all, attempt, stop)
+        return found
+
+    def _once(self, among: list[Endpoint], attempt: Callable[[str, float], T], seconds: float) -> T:
+        """One attempt at the best of these. Raises Fault, which is noted."""
+        with self._endpoints.use(among) as endpoint:
+            try:
+                return attempt(endpoint.url, seconds)
+            except Fault as fault:
+                note = self._endpoints.busy if fault.busy else self._endpoints.failed
+                note(endpoint, fault.retry_after)
+                raise
 
     def _retry(self, among: list[Endpoint], attempt: Callable[[str, float], T], stop: threading.Event) -> T:
         """The one retry policy: `attempt(url, seconds)` until it succeeds or the deadline leaves no time for another."""
@@ -97,13 +117,7 @@ class Channel:
             stop.wait(min(self._endpoints.pause(among), max(left, 0.0)))
             left = began + self._deadline - time.monotonic()
             tried += 1
-            with self._endpoints.use(among) as endpoint:
-                try:
-                    return attempt(endpoint.url, max(min(self._timeout, left), 0.05))
-                except Fault as fault:
-                    note = self._endpoints.busy if fault.busy else self._endpoints.failed
-                    note(endpoint, fault.retry_after)
-                    raise
+            return self._once(among, attempt, max(min(self._timeout, left), 0.05))
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Fault),
@@ -117,7 +131,7 @@ class Channel:
         except Fault as fault:
             raise RewardUnavailable(
                 f"no usable answer from the {self._what} at {', '.join(e.url for e in among)}: {tried} attempts in "
-                f"{time.monotonic() - began:.1f} s, the last one: {fault}. {self._advice}"
+                f"{time.monotonic() - began:.1f} s, the last one: {str(fault).rstrip('.')}. {self._advice}"
             ) from fault
 
     def _exchange(self, method: str, address: str, seconds: float, body: bytes | None) -> bytes:

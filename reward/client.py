@@ -82,6 +82,8 @@ class RewardClient:
         self.urls = self._channel.urls
         self.reasons: Counter[str] = Counter()
         """Why the items of the last call got None."""
+        self.weights: frozenset[str] = frozenset()
+        """What scored the items of the last call (`weights_sha256`), where the service says so with its scores."""
         self._batch_size, self._batch_bytes, self._concurrency = batch_size, batch_bytes, concurrency
 
     def score(
@@ -90,11 +92,13 @@ class RewardClient:
         on_progress: Callable[[int], None] | None = None,
         *,
         references: Sequence[str | None] | None = None,
+        on_scored: Callable[[Sequence[Scored]], None] | None = None,
     ) -> list[float | None]:
         """One finite score for each (messages, response), in order, or None where that item is bad.
 
         `references`: an answer that is known to be right for each item, for rules and judges that compare with one.
-        `on_progress` is called in this thread with the number of items done so far.
+        `on_progress` is called in this thread with the number of items done so far, `on_scored` before it with what a
+        request was answered with.
         Raises RewardUnavailable (an outage), RewardRefused (what was asked, or what answers, is wrong), and ValueError
         for items that are no conversations.
         """
@@ -127,14 +131,16 @@ class RewardClient:
                 if isinstance(answer, Exception):
                     raise answer
                 done += answer
+                if on_scored:
+                    on_scored(answer)
                 if on_progress:
                     on_progress(len(done))
         finally:
             stop.set()
-        weights = {d.weights for d in done if d.weights}
-        if len(weights) > 1:
+        self.weights = frozenset(d.weights for d in done if d.weights)
+        if len(self.weights) > 1:
             raise RewardRefused(
-                f"these scores come from {len(weights)} different models ({', '.join(sorted(weights))}): serve one model "
+                f"these scores come from {len(self.weights)} different models ({', '.join(sorted(self.weights))}): serve one model "
                 f"at {', '.join(self.urls)} and score again"
             )
         self.reasons = Counter(d.reason for d in done if d.reason)
@@ -145,18 +151,21 @@ class RewardClient:
         return [d.score for d in sorted(done, key=lambda d: d.place)]
 
     def health(self) -> Health:
-        """What serves. Raises RewardUnavailable, and RewardRefused where several servers have different models."""
+        """What serves, as the addresses say that answer now. Raises RewardUnavailable where none does, and RewardRefused
+        where they have different models."""
         stop = threading.Event()
         path = self._dialect.health_path
         if path is None:
             return self._dialect.health(b"", ", ".join(self.urls))
         found = self._channel.ask_each(path, self._dialect.health, stop)
-        for u, health in zip(self.urls, found, strict=True):
-            if (health.weights_sha256, health.template_sha256) != (found[0].weights_sha256, found[0].template_sha256):
+        first = next(iter(found))
+        for url, health in found.items():
+            if _served(health) != _served(found[first]):
                 raise RewardRefused(
-                    f"{self.urls[0]} and {u} serve different models: {found[0].model} and {health.model}"
+                    f"{first} and {url} serve different models: {found[first].model} and {health.model}, "
+                    f"{found[first].dtype} and {health.dtype}"
                 )
-        return found[0]
+        return found[first]
 
     def close(self) -> None:
         self._channel.close()
@@ -219,6 +228,11 @@ class RewardClient:
                 return [Scored(place=chunk[0].place, score=None, reason=str(error))]
             middle = len(chunk) // 2
             return self._ask(chunk[:middle], stop) + self._ask(chunk[middle:], stop)
+
+
+def _served(health: Health) -> tuple[str, ...]:
+    """What decides on a score."""
+    return (health.weights_sha256, health.template_sha256, health.dtype)
 
 
 def _groups(entries: list[Entry]) -> list[list[Entry]]:

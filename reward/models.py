@@ -178,7 +178,7 @@ def load_all(
     ]
     known = [int(limit) for limit in limits if limit is not None and 0 < limit < UNLIMITED]
     files = _weight_files(name, folder)
-    identity: Any = [files, dict(sorted(heads.items()))] if heads else files
+    identity = [files, dict(sorted(heads.items())), _other_files(folder, trust_remote_code)]
     found = []
     for device in _devices(devices):
         try:
@@ -254,6 +254,15 @@ def _weight_files(name: str, folder: Path) -> dict[str, str]:
     if missing:
         raise ModelRefused(f"{name}: the index names {', '.join(missing[:3])}, which the folder lacks")
     return {n: _sha256(folder / n) for n in names}
+
+
+def _other_files(folder: Path, code: bool) -> dict[str, str]:
+    """SHA-256 of what else decides on a score: the configuration, the tokenizer, and the model's own code if it runs."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}
+    found = {"config.json": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
+    names = ["tokenizer.json", "tokenizer_config.json", *(sorted(p.name for p in folder.glob("*.py")) if code else ())]
+    return found | {n: _sha256(folder / n) for n in names if (folder / n).is_file()}
 
 
 def _sha256(path: Path) -> str:

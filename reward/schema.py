@@ -75,9 +75,9 @@ class Health(_Response):
     max_tokens: int
     """A longer conversation gets no score."""
     weights_sha256: str
-    """Over the names and SHA-256 of all weight files, and the heads that are combined; of rules and judges over all that
-    they are made of. Equal means: scores may be compared and kept. Empty: not known, or scores depend on what else is in
-    the request."""
+    """Over all that decides on a score beside template and precision: weight files, configuration, tokenizer, own code,
+    and the heads that are combined; of rules and judges over all that they are made of. Equal means: scores may be
+    compared and kept. Empty: not known, or scores depend on what else is in the request."""
     template_sha256: str
     """Of the chat template of the reward model."""
     files: dict[str, str]

@@ -6,7 +6,8 @@
 2. policy: a byte-level BPE and a Llama of about 1 M parameters, trained on answers of mixed quality;
 3. samples: that policy answers train prompts, the gold rubric grades the answers;
 4. reward: a sequence classifier on the policy's body, Bradley-Terry on graded groups of answers;
-5. what came out is measured on held-out prompts and written to world.json.
+5. judge: another one for the gate, of fewer groups, drawn and answered under other seeds and graded by other raters;
+6. what came out is measured on held-out prompts and written to world.json.
 
 Two worker processes of one thread each (one for the miniature) share every step (gloo, gradients summed over the two),
 whatever the machine has, so the result depends on the recipe alone. The world lies under a hash of the recipe (constants, seed, source,
@@ -29,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from selfplay import tiny
@@ -67,6 +68,8 @@ class Recipe:
     of one style but different content are added."""
     heat: float = 1.4
     """Temperature of that one: a policy under optimisation strays from what it samples at 1."""
+    judge_prompts: int = 4_000
+    """The same for the judge, whose groups are its own."""
     reward_batch: int = 12
     """Groups per optimizer step."""
     reward_epochs: int = 1
@@ -89,6 +92,7 @@ SIZES = {
         sft_examples=12_000,
         sft_lr=8e-3,
         group_prompts=900,
+        judge_prompts=600,
         reward_lr=2e-3,
     ),
 }
@@ -99,6 +103,8 @@ POLICY_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+Judge = Literal["reward", "judge"]
+"""The model that trains and the one that judges at the gate: all that is random in one has nothing to do with the other."""
 REWARD_SPECIALS = ("[none]", "[score]", "[question]", "[answer]", "[system]")
 """The reward model's own names for them; they lie at the end of its vocabulary, so its ids are not the policy's."""
 REWARD_TEMPLATE = (
@@ -106,6 +112,9 @@ REWARD_TEMPLATE = (
     "{{ '[answer]' if m['role'] == 'assistant' else '[system]' if m['role'] == 'system' else '[question]' }}{{ m['content'] }}"
     "{% endfor %}{% if not add_generation_prompt %}[score]{% endif %}"
 )
+
+
+JUDGES: tuple[Judge, ...] = ("reward", "judge")
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -166,7 +175,7 @@ def write_prompts(out: Path, train: Sequence[tiny.Question], held_out: Sequence[
 
 
 def train_tokenizer(recipe: Recipe, texts: Sequence[str], out: Path) -> None:
-    """Writes the policy's tokenizer to out/policy and the reward model's, the same merges under other ids, to out/reward."""
+    """Writes the policy's tokenizer to out/policy and that of reward model and judge, the same merges under other ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -191,7 +200,7 @@ def train_tokenizer(recipe: Recipe, texts: Sequence[str], out: Path) -> None:
 
     for part, names, content, template in (
         ("policy", SPECIALS, json.loads(tokenizer.to_str()), POLICY_TEMPLATE),
-        ("reward", REWARD_SPECIALS, moved, REWARD_TEMPLATE),
+        *((part, REWARD_SPECIALS, moved, REWARD_TEMPLATE) for part in JUDGES),
     ):
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -276,25 +285,29 @@ class Group:
 
 
 def make_groups(
-    recipe: Recipe, rank: int, out: Path, policy: "Llama", train: Sequence[tiny.Question], report: Progress
+    recipe: Recipe, part: Judge, rank: int, out: Path, policy: "Llama", train: Sequence[tiny.Question], report: Progress
 ) -> list[Group]:
-    """The reward model's training set: per prompt some of the policy's samples, and synthetic answers of matched style."""
+    """The training set of `part`: per prompt some of the policy's samples, and synthetic answers of matched style."""
     import torch
     from tiny_llama import sample
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(out / "policy" / "tokenizer.json"))
-    rng = random.Random(f"groups {recipe.seed}")
-    chosen = draw(train, recipe.group_prompts, rng)
+    name, count, first = {
+        "reward": ("groups", recipe.group_prompts, 0),
+        "judge": ("judge groups", recipe.judge_prompts, 50_000),
+    }[part]
+    rng = random.Random(f"{name} {recipe.seed}")
+    chosen = draw(train, count, rng)
     mine = chosen[rank :: recipe.workers]
     rows: list[list[str]] = []
     for start in range(0, len(mine), 500):
-        part = policy_ids(tokenizer, [q.text for q in mine[start : start + 500]])
-        seed = recipe.seed * 100_000 + start * recipe.workers + rank
-        drawn = sample(policy, part, recipe.group_sampled, END, recipe.max_tokens, seed)
-        heated = sample(policy, part, 1, END, recipe.max_tokens, seed, temperature=recipe.heat)
+        asked = policy_ids(tokenizer, [q.text for q in mine[start : start + 500]])
+        seed = recipe.seed * 100_000 + first + start * recipe.workers + rank
+        drawn = sample(policy, asked, recipe.group_sampled, END, recipe.max_tokens, seed)
+        heated = sample(policy, asked, 1, END, recipe.max_tokens, seed, temperature=recipe.heat)
         rows += [tokenizer.decode_batch(a + b, skip_special_tokens=True) for a, b in zip(drawn, heated, strict=True)]
-        report("samples", min(start + 500, len(mine)), len(mine), {})
+        report(f"samples for {part}", min(start + 500, len(mine)), len(mine), {})
     everyone: list[list[list[str]]] = [[] for _ in range(recipe.workers)]
     torch.distributed.all_gather_object(everyone, rows)
 
@@ -314,21 +327,21 @@ def make_groups(
 
 
 def train_reward(
-    recipe: Recipe, rank: int, out: Path, policy: "Llama", groups: Sequence[Group], report: Progress
+    recipe: Recipe, part: Judge, rank: int, out: Path, policy: "Llama", groups: Sequence[Group], report: Progress
 ) -> tuple["Llama", "torch.Tensor"]:
-    """The reward model and its head: Bradley-Terry over all couples of a group, the raters' probabilities as soft labels."""
+    """The model of `part` and its head: Bradley-Terry over all couples of a group, the raters' probabilities as soft labels."""
     import torch
     from tiny_llama import Llama, Optimiser, batches, rewards
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(out / "reward" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(out / part / "tokenizer.json"))
     model = Llama(recipe.vocabulary, recipe.hidden, recipe.layers, recipe.heads, recipe.feed_forward, recipe.positions)
     model.load_state_dict(policy.state_dict())
     with torch.no_grad():
         model.table.copy_(torch.roll(policy.table, -len(SPECIALS), 0))
     head = torch.nn.Parameter(torch.zeros(1, recipe.hidden))
     rows = [reward_ids(recipe, tokenizer, [g.question.text] * len(g.answers), g.answers) for g in groups]
-    rng = random.Random(f"reward batches {recipe.seed}")
+    rng = random.Random(f"{part} batches {recipe.seed}")
     plan = [
         b
         for _ in range(recipe.reward_epochs)
@@ -350,7 +363,7 @@ def train_reward(
         loss.backward()
         optimiser.step()
         shown += (loss.item() * recipe.workers - shown) / min(step + 1, 50)
-        report("reward", step + 1, len(plan), {"loss": shown})
+        report(part, step + 1, len(plan), {"loss": shown})
     return model, head
 
 
@@ -358,26 +371,26 @@ def measure(
     recipe: Recipe,
     out: Path,
     policy: "Llama",
-    reward: "Llama",
-    head: "torch.Tensor",
+    judges: "dict[Judge, tuple[Llama, torch.Tensor]]",
     held_out: Sequence[tiny.Question],
     k: int,
 ) -> dict[str, Any]:
-    """Statistics on held-out prompts: the policy's gold by part and skill, and how well the reward ranks its samples."""
+    """Statistics on held-out prompts: the policy's gold by part and skill, and how well reward and judge rank its samples."""
     from tiny_llama import all_rewards, sample
     from tokenizers import Tokenizer
 
     mine, theirs = (Tokenizer.from_file(str(out / part / "tokenizer.json")) for part in ("policy", "reward"))
     drawn = sample(policy, policy_ids(mine, [q.text for q in held_out]), k, END, recipe.max_tokens, recipe.seed + 7)
-    pairs: dict[str, list[int]] = {"total": [], "content": []}
+    pairs: dict[Judge, dict[str, list[int]]] = {part: {"total": [], "content": []} for part in judges}
     parts: dict[str, float] = dict.fromkeys(("total", *tiny.WEIGHTS), 0.0)
     skills: dict[str, list[float]] = {}
     tokens = ended = 0
     texts = [mine.decode_batch(answers, skip_special_tokens=True) for answers in drawn]
     asked = [q.text for q in held_out for _ in range(k)]
-    scored = all_rewards(reward, head, reward_ids(recipe, theirs, asked, [t for some in texts for t in some]))
+    said = reward_ids(recipe, theirs, asked, [t for some in texts for t in some])
+    scored = {part: all_rewards(model, head, said) for part, (model, head) in judges.items()}
     for place, (question, answers) in enumerate(zip(held_out, drawn, strict=True)):
-        found = scored[place * k : place * k + k]
+        found = {part: values[place * k : place * k + k] for part, values in scored.items()}
         golds = [tiny.grade([{"role": "user", "content": question.text}], t, question.meta) for t in texts[place]]
         for name in parts:
             parts[name] += sum(g[name] for g in golds) / k / len(held_out)
@@ -386,16 +399,20 @@ def measure(
         ended += sum(ids[-1] == END for ids in answers)
         for a in range(k):
             for b in range(a):
-                for name, agrees in pairs.items():
-                    if abs(golds[a][name] - golds[b][name]) > 0.02:
-                        agrees.append((found[a] > found[b]) == (golds[a][name] > golds[b][name]))
+                for part, by_name in pairs.items():
+                    for name, agrees in by_name.items():
+                        if abs(golds[a][name] - golds[b][name]) > 0.02:
+                            agrees.append((found[part][a] > found[part][b]) == (golds[a][name] > golds[b][name]))
     n = len(held_out) * k
     return {
         "gold": {name: round(value, 4) for name, value in parts.items()},
         "content_by_skill": {name: round(sum(v) / len(v), 3) for name, v in sorted(skills.items())},
         "tokens_per_response": round(tokens / n, 2),
         "ended_share": round(ended / n, 4),
-        "reward_accuracy": {name: round(sum(v) / max(1, len(v)), 4) for name, v in pairs.items()},
+        **{
+            f"{part}_accuracy": {name: round(sum(v) / max(1, len(v)), 4) for name, v in by_name.items()}
+            for part, by_name in pairs.items()
+        },
     }
 
 
@@ -429,13 +446,21 @@ def work(recipe: Recipe, rank: int, out: Path, parent: int) -> None:
         return result
 
     policy = timed("policy", lambda: train_policy(recipe, rank, out, train, report))
-    groups = timed("samples", lambda: make_groups(recipe, rank, out, policy, train, report))
-    reward, head = timed("reward", lambda: train_reward(recipe, rank, out, policy, groups, report))
+
+    def trained(part: Judge) -> "tuple[Llama, torch.Tensor]":
+        groups = timed(f"samples for {part}", lambda: make_groups(recipe, part, rank, out, policy, train, report))
+        found: tuple[Llama, torch.Tensor] = timed(
+            part, lambda: train_reward(recipe, part, rank, out, policy, groups, report)
+        )
+        return found
+
+    judges = {part: trained(part) for part in JUDGES}
     if rank == 0:
         first = reward_first(recipe)
         write_prompts(out, train, held_out, recipe.seed)
         export(policy, None, out / "policy", END, PAD)
-        export(reward, head, out / "reward", first + END, first + PAD)
+        for part, (model, head) in judges.items():
+            export(model, head, out / part, first + END, first + PAD)
         sampling = {
             "do_sample": True,
             "temperature": 1.0,
@@ -445,7 +470,7 @@ def work(recipe: Recipe, rank: int, out: Path, parent: int) -> None:
         }
         (out / "policy" / "generation_config.json").write_text(json.dumps(sampling, indent=2) + "\n", encoding="utf-8")
         found = timed(
-            "measure", lambda: measure(recipe, out, policy, reward, head, held_out[:: max(1, len(held_out) // 200)], 4)
+            "measure", lambda: measure(recipe, out, policy, judges, held_out[:: max(1, len(held_out) // 200)], 4)
         )
         found |= {
             "parameters": sum(p.numel() for p in policy.parameters()),
@@ -473,7 +498,7 @@ def show(events: Iterator[dict[str, Any]]) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (
-            TextColumn("{task.description:<8}"),
+            TextColumn("{task.description:<18}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

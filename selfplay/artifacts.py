@@ -105,6 +105,25 @@ def read_row(path: Path, row_type: type[Row], index: int) -> Row:
     raise IndexError(f"{path} has {before} rows, none is number {index}")
 
 
+def read_slice(path: Path, row_type: type[Row], start: int, count: int) -> list[Row]:
+    """Up to `count` records from number `start` on, of which no more is decoded than their row groups."""
+    found: list[Row] = []
+    before = 0
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            low, high = max(start - before, 0), min(start + count - before, rows)
+            if low < high:
+                found += _records(_group(file, group, row_type).slice(low, high - low), row_type)
+            before += rows
+    return found
+
+
+def count_rows(path: Path) -> int:
+    """Records of a file, from its footer alone."""
+    return int(pq.read_metadata(path).num_rows)
+
+
 def rows_with(path: Path, row_type: type[Row], column: str, values: Container[str]) -> Iterator[Row]:
     """The records whose `column` is one of `values`, in order; of row groups without any, only that column is decoded."""
     with pq.ParquetFile(path) as file:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import select
@@ -343,15 +344,18 @@ class Channel:
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import transformers without scikit-learn, pandas and scipy: it only takes them for assisted decoding, for seconds."""
-    blocked = "sklearn" not in sys.modules
-    if blocked:
-        sys.modules["sklearn"] = None  # type: ignore[assignment]
+    """Import transformers without scikit-learn, pandas and scipy: it takes them for seconds, for assisted decoding and the
+    losses of object detection only. And without a search for garbage: imports make none, and it takes a sixth of their time.
+    """
+    blocked = {"sklearn", "scipy"} - sys.modules.keys()
+    sys.modules.update(dict.fromkeys(blocked))  # type: ignore[arg-type]
+    gc.disable()
     try:
         yield
     finally:
-        if blocked:
-            del sys.modules["sklearn"]
+        gc.enable()
+        for name in blocked:
+            del sys.modules[name]
 
 
 def protocol() -> Channel:

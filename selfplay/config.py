@@ -13,11 +13,14 @@ import typing
 import zoneinfo
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from reward.dialects import Name as Dialect
+from reward.settings import JudgeSettings, Rule
 from selfplay.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -123,11 +126,34 @@ class GenerateConfig(Section):
     """The vLLM engine."""
 
 
-class RewardConfig(Section):
+# settings that say which reward, and not how it is asked: never inherited
+WHICH = {
+    "model", "heads", "trust_remote_code", "rules", "chat_judge", "url", "dialect", "tokenizer", "served_model", "api_key_env",
+}  # fmt: skip
+ACCESS = {"api_key_env", "concurrency", "timeout", "deadline"}  # has no part in what a source answers
+
+
+class RewardSource(Section):
+    """Where scores come from. What a member of an ensemble or a judge leaves out is as in the section `reward`."""
+
     model: str | None = None
     """Checkpoint folder or Hub id of a sequence-classification reward model, served by a child process."""
+    heads: dict[str, float] = {}
+    """Of a model with several labels, those that count, with their weights (docs/rewards.md)."""
+    rules: list[Rule] = []
+    """Python functions of the response, instead of `model`, served by a child process (docs/rewards.md)."""
+    chat_judge: JudgeSettings | None = None
+    """A language model behind a chat endpoint, instead of `model`, asked by a child process (docs/rewards.md)."""
     url: list[str] = []
-    """Reward servers that run already (`/score`); used instead of `model`."""
+    """Reward servers that run already, with the same model each; used instead of `model`."""
+    dialect: Dialect = "selfplay"
+    """What the servers of `url` speak: selfplay (`/score`), vllm-classify, vllm-pooling, openrlhf (`/get_reward`)."""
+    tokenizer: str | None = None
+    """Tokenizer folder whose chat template renders texts: the reward model's for vLLM, the policy's for openrlhf."""
+    served_model: str | None = None
+    """Name of the model at vLLM servers, where they have several."""
+    api_key_env: str | None = None
+    """Environment variable with the bearer token for the servers of `url`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the served reward model."""
     device: str = "auto"
@@ -142,18 +168,150 @@ class RewardConfig(Section):
     """Seconds before one request counts as failed."""
     deadline: Annotated[float, Field(gt=0)] = 300.0
     """Seconds of retries after which the reward counts as down and the stage fails."""
+
+    def which(self) -> dict[str, Any]:
+        """What decides which reward this is, as far as the configuration says it."""
+        return self.model_dump(
+            mode="json",
+            include=(WHICH - ACCESS) | {"dtype"},
+            exclude={"chat_judge": ACCESS},
+            exclude_defaults=True,
+        )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        for url in [*self.url, *(self.chat_judge.url if self.chat_judge else [])]:
+            _require_plain(url)
+        given = [name for name in ("model", "rules", "chat_judge", "url", "ensemble") if getattr(self, name, None)]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of `model`, `rules` or `chat_judge` (served by a child process), `url` (a server that "
+                "runs) and, in reward and evaluate.judge, `ensemble` (several of them)"
+            )
+        for name, owner in (
+            ("heads", "model"),
+            ("trust_remote_code", "model"),
+            ("tokenizer", "url"),
+            ("served_model", "url"),
+            ("api_key_env", "url"),
+        ):
+            if getattr(self, name) and not getattr(self, owner):
+                raise ValueError(f"`{name}` belongs to a `{owner}`")
+        if self.dialect != "selfplay" and not self.url:
+            raise ValueError(f"the dialect {self.dialect} needs a `url`: our own child speaks its own")
+        if self.dialect.startswith("vllm") and not self.tokenizer:
+            raise ValueError(
+                f"the dialect {self.dialect} needs `tokenizer`, the folder of the reward model's tokenizer"
+            )
+        return self
+
+
+def _require_plain(url: str) -> None:
+    """Raise ValueError unless this is an address alone: it is shown in messages and kept in the ledger, secrets are not."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url.rpartition('@')[2]!r} is no address: one is like http://host:8100")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            f"the url of {parts.hostname} holds a user, a password, a query or a fragment: give the bare address, and a key "
+            "in the environment variable that api_key_env names"
+        )
+
+
+class MemberConfig(RewardSource):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    """Its name in reward_parts, logs and metrics; by default its place, from 0."""
+
+
+class EnsembleConfig(Section):
+    members: Annotated[list[MemberConfig], Field(min_length=2)]
+    """The rewards that are combined. Each is brought to mean 0 and standard deviation 1 over the first round it scores,
+    and keeps that scale."""
+    combine: Literal["mean", "minimum", "mean_minus_std"] = "mean"
+    """The ensemble's reward: the members' mean, their minimum, or mean − std_weight · standard deviation over members."""
+    std_weight: Annotated[float, Field(ge=0)] = 1.0
+    """λ of `mean_minus_std`."""
+
+    @property
+    def names(self) -> list[str]:
+        return [member.name or str(i) for i, member in enumerate(self.members)]
+
+    @model_validator(mode="after")
+    def _own_names(self) -> EnsembleConfig:
+        if twice := [n for n in self.names if self.names.count(n) > 1]:
+            raise ValueError(f"two members are called {twice[0]!r}")
+        return self
+
+
+class ShapingConfig(Section):
+    """What is taken off the external reward before pairs are made; each part is recorded in reward_parts."""
+
+    length_control: Share = 0.0
+    """Share of the reward's linear dependence on length that is taken out; the slope is the round's, within prompts."""
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Reward taken off for each token beyond length_free."""
+    length_free: Annotated[int, Field(ge=0)] = 0
+    """Tokens that length_penalty leaves free."""
+    repetition_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Reward taken off, times the share of the response's n-grams of tokens that occurred in it before."""
+    repetition_ngram: Positive = 4
+    """Tokens of these n-grams."""
+    cut_off_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Reward taken off a response that hit the token limit; pairs.cut_off says whether such responses can be in a pair."""
+
+    @property
+    def active(self) -> bool:
+        return any((self.length_control, self.length_penalty, self.repetition_penalty, self.cut_off_penalty))
+
+
+class CacheConfig(Section):
+    entries: Annotated[int, Field(ge=0)] = 1_000_000
+    """Scores kept, the least recently used go first (about 100 bytes each); 0: no cache."""
+    path: Path | None = None
+    """SQLite file, which several runs may share; by default reward/scores.sqlite in the run folder."""
+
+
+class RewardConfig(RewardSource):
+    ensemble: EnsembleConfig | None = None
+    """Several rewards as one, instead of `model` or `url`."""
+    shaping: ShapingConfig = ShapingConfig()
+    """Corrections for length, repetition and cut-off answers."""
+    cache: CacheConfig = CacheConfig()
+    """Scores that are not asked for twice, by content hash."""
     max_missing: Share = 0.05
     """Share of candidates that may have no score; past it the stage fails."""
     noise: Annotated[float, Field(ge=0)] = 1e-4
     """Explicit margins at or below this are the reward's own noise and make no pair."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> RewardConfig:
-        if bad := [u for u in self.url if not u.startswith(("http://", "https://"))]:
-            raise ValueError(f"url {bad[0]!r} does not begin with http:// or https://")
-        if (self.model is None) == (not self.url):
-            raise ValueError("give exactly one of `model` (served by a child process) and `url` (a server that runs)")
-        return self
+
+class Limits(Section):
+    warn: Annotated[float, Field(ge=0)] | None = None
+    """A value above this is a warning; null for none."""
+    stop: Annotated[float, Field(ge=0)] | None = None
+    """A value above this stops the round before it trains; null for never."""
+
+
+class GuardConfig(Section):
+    """When the reward is taken to go wrong. The values are metrics of every round, `guard/…`."""
+
+    ties: Limits = Limits(warn=0.5)
+    """Share of the pairs of a prompt's different answers whose rewards differ by no more than reward.noise."""
+    saturation: Limits = Limits(warn=0.25)
+    """Share of the rewards at the highest or at the lowest value of the round."""
+    length_correlation: Limits = Limits(warn=0.6)
+    """Correlation (either sign) of reward and length among the answers to a prompt."""
+    shift: Limits = Limits(warn=0.3)
+    """Kolmogorov-Smirnov distance of the round's rewards from those of the last `history` rounds."""
+    disagreement: Limits = Limits(warn=0.5)
+    """Mean over the candidates of the standard deviation over an ensemble's members (normalised scores)."""
+    gold_drop: Limits = Limits(warn=0.05)
+    """Fall of the gold score over the last `history` rounds while the reward rose; where evaluate.gold is set."""
+    probe_change: Limits = Limits(warn=0.01, stop=0.1)
+    """Change of the score of a text that did not change, in standard deviations of the probes' first scores."""
+    probes: Annotated[int, Field(ge=0)] = 16
+    """Texts of the first round whose scores are asked for again, past the cache, before and after every round's; 0: none."""
+    history: Positive = 3
+    """Earlier rounds that a round is compared with."""
 
 
 class PairsConfig(Section):
@@ -168,6 +326,11 @@ class PairsConfig(Section):
     not the policy that sampled it (`dpo`; costs a scoring pass of the reference over all candidates)."""
     signed: bool = False
     """Rank by the signed implicit margin instead of its absolute value."""
+    max_disagreement: Annotated[float, Field(gt=0)] | None = None
+    """A pair is dropped when the members of reward.ensemble disagree about one of its answers by more than this (standard
+    deviation of their normalised scores); null for never."""
+    cut_off: Literal["drop", "reject"] = "drop"
+    """Responses that hit the token limit: in no pair, or only as the rejected one."""
     history: Annotated[int, Field(ge=0)] = 3
     """Earlier rounds whose pairs join the statistics when a round has fewer than 64 pairs."""
 
@@ -275,6 +438,14 @@ class TrainConfig(Section):
             raise ValueError(f"beta {self.beta} is outside [beta_min, beta_max] = [{self.beta_min}, {self.beta_max}]")
         return self
 
+    @model_validator(mode="after")
+    def _whole_batches(self) -> TrainConfig:
+        if self.batch_pairs % self.micro_batch_pairs:
+            raise ValueError(
+                f"batch_pairs {self.batch_pairs} is not a multiple of micro_batch_pairs {self.micro_batch_pairs}"
+            )
+        return self
+
 
 class GateConfig(Section):
     win_rate_lower: Share = 0.47
@@ -291,17 +462,9 @@ class GateConfig(Section):
     """Limit of the share of answers that hit the token limit, unless the champion's share is as high."""
 
 
-class JudgeConfig(Section):
-    model: str | None = None
-    """Reward model that judges, served by a child process."""
-    url: list[str] = []
-    """Servers of the judge that run already; used instead of `model`."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> JudgeConfig:
-        if (self.model is None) == (not self.url):
-            raise ValueError("give exactly one of `model` and `url`")
-        return self
+class JudgeConfig(RewardSource):
+    ensemble: EnsembleConfig | None = None
+    """Several rewards as one judge, instead of `model` or `url`; their scale is fixed on the first answers it judges."""
 
 
 class EvaluateConfig(Section):
@@ -432,6 +595,8 @@ class Config(Section):
     """Sampling of candidates."""
     reward: RewardConfig
     """The external reward."""
+    guard: GuardConfig = GuardConfig()
+    """When the reward is taken to go wrong."""
     pairs: PairsConfig = PairsConfig()
     """From scored candidates to preference pairs."""
     evolve: EvolveConfig = EvolveConfig()
@@ -481,9 +646,31 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> Config:
+        if self.pairs.max_disagreement is not None and self.reward.ensemble is None:
+            raise ValueError("pairs.max_disagreement goes with reward.ensemble: a single reward cannot disagree")
+        trained_on = list(self.reward_sources().values())
+        if same := [key for key, s in self.judge_sources().items() if any(_is_same(s, t) for t in trained_on)]:
+            raise ValueError(f"{same[0]} is a reward that trains: a judge is another one; leave evaluate.judge out")
+        if self.reward.shaping.cut_off_penalty and self.pairs.cut_off == "drop":
+            raise ValueError(
+                "reward.shaping.cut_off_penalty goes with pairs.cut_off: reject; otherwise nothing reads it"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         return self.run.dir / self.run.name
+
+    def reward_sources(self) -> dict[str, RewardSource]:
+        """What scores for training, by the key of the configuration that names it."""
+        return _sources("reward", self.reward, self.reward)
+
+    def judge_sources(self) -> dict[str, RewardSource]:
+        """What judges at the gate, in the same way; empty where that is the reward that trains."""
+        judge = self.evaluate.judge
+        return {} if judge is None else _sources("evaluate.judge", judge, self.reward)
 
     def fixed(self) -> dict[str, Any]:
         """What cannot change within a run folder: policy, data split, seed."""
@@ -501,6 +688,34 @@ class Config(Section):
     def fingerprint(self) -> str:
         """SHA-256 of the resolved configuration."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _is_same(a: RewardSource, b: RewardSource) -> bool:
+    """Whether two sources are one reward, in whatever precision or place."""
+    if a.url or b.url:
+        return (
+            not {u.rstrip("/") for u in a.url}.isdisjoint(u.rstrip("/") for u in b.url)
+            and a.served_model == b.served_model
+        )
+    differ = {"dtype", "trust_remote_code"}
+    return {k: v for k, v in a.which().items() if k not in differ} == {
+        k: v for k, v in b.which().items() if k not in differ
+    }
+
+
+def _sources(key: str, section: RewardConfig | JudgeConfig, defaults: RewardConfig) -> dict[str, RewardSource]:
+    """One source, or those of an ensemble; what they leave out is as in `section`, then as in `defaults`."""
+    shared = set(RewardSource.model_fields) - WHICH
+    inherited = defaults.model_dump(include=shared) | section.model_dump(include=shared, exclude_unset=True)
+    where = set(RewardSource.model_fields)
+    if section.ensemble is None:
+        return {key: RewardSource.model_validate(inherited | section.model_dump(include=WHICH))}
+    return {
+        f"{key}.ensemble.members.{i}": RewardSource.model_validate(
+            inherited | member.model_dump(include=where, exclude_unset=True)
+        )
+        for i, member in enumerate(section.ensemble.members)
+    }
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from selfplay import margins
 from selfplay.config import PairsConfig
-from selfplay.pairs import make_pair, margin_arrays, rewards, usable
+from selfplay.pairs import UNFIT, CutOff, disputed, make_pair, margin_arrays, rewards, usable
 from selfplay.potential import alignment_potential
 from selfplay.types import Pair, PairGradient, Prompt, Scored
 
@@ -151,14 +151,27 @@ def _finite(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def pools(
-    kept: Sequence[Pair], prompts: dict[str, Prompt], candidates: dict[str, list[Scored]], noise: float, beta: float
+    kept: Sequence[Pair],
+    prompts: dict[str, Prompt],
+    candidates: dict[str, list[Scored]],
+    noise: float,
+    beta: float,
+    max_disagreement: float | None = None,
+    cut_off: CutOff = "drop",
 ) -> list[list[Pair]]:
-    """For each kept base pair all pairs its prompt can give: margin at least a quarter of the widest, above noise."""
+    """For each kept base pair all pairs its prompt can give: margin at least a quarter of the widest, above noise.
+
+    As in base pairs, the chosen response is whole, and no response is one that an ensemble disputes.
+    """
     result = []
     for base in kept:
-        rows = usable(candidates[base.prompt_id])
+        rows = usable(candidates[base.prompt_id], cut_off)
         prompt = prompts[base.prompt_id]
-        pool = [make_pair(prompt, rows[i], rows[j], beta) for i, j in margins.ordered_pairs(rewards(rows))]
+        pool = [
+            make_pair(prompt, rows[i], rows[j], beta)
+            for i, j in margins.ordered_pairs(rewards(rows))
+            if rows[i].finish_reason == "stop" and not disputed(rows[i], rows[j], max_disagreement)
+        ]
         result.append([p for p in pool if p.explicit_margin > noise] or [base])
     return result
 
@@ -196,7 +209,7 @@ def deepen(
     depth (n,): pairs of each prompt, the base pair included. `base`: the round's base pairs, whose mean and standard
     deviation the potentials use. Responses that no pair of the prompt uses yet come first.
     """
-    reference = margin_arrays([p for p in base if p.dropped_because != "noise"], config)
+    reference = margin_arrays([p for p in base if p.dropped_because not in UNFIT], config)
     result: list[Pair] = []
     for pair, pool, count in zip(kept, pools, depth, strict=True):
         result.append(pair)

@@ -62,6 +62,10 @@ class RewardError(SelfplayError):
     """Rewards are missing: an outage, or too many items without a score. They are never guessed."""
 
 
+class GuardError(SelfplayError):
+    """The reward is not what it was, or looks wrong; nothing was trained on it."""
+
+
 class DiskError(SelfplayError):
     """Too little disk space for the next stage, or the disk filled up while it wrote."""
 

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from selfplay import artifacts, gate, prompts, score
 from selfplay.display import Line
-from selfplay.errors import InputError
-from selfplay.score import RewardService
+from selfplay.errors import InputError, RewardError
+from selfplay.scorer import Scorer
 from selfplay.types import Candidate, Policy, Prompt, Scored
 
 if TYPE_CHECKING:
@@ -37,12 +39,20 @@ def evaluate(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     initial_rows = _initial_answers(r, audit)
 
     line.update(text="scoring")
-    judged, champion_judged = _judged(r, held_out, rows), _judged(r, held_out, champion_rows)
+    judge = r.run.judge.identities
+    artifacts.write_json(folder / "judge.json", {"members": r.run.judge.members, "identities": judge})
+    judged, champion_judged = _judged(r, held_out, rows, champion_rows, judge)
+    scores, champion_scores = _rewards(judged), _rewards(champion_judged)
+    if not np.isfinite(np.add(scores, champion_scores)).any():
+        raise RewardError(
+            f"the {r.run.judge.role} scored no prompt of the gate for both policies: they cannot be compared",
+            f"see why in {r.run.judge.log}, then run the same command again",
+        )
     metrics = gate.compare(
         rows,
         champion_rows,
-        _rewards(judged),
-        _rewards(champion_judged),
+        scores,
+        champion_scores,
         samples=settings.bootstrap,
         confidence=settings.gate.confidence,
         seed=r.seed("bootstrap"),
@@ -52,11 +62,11 @@ def evaluate(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     artifacts.write_rows(folder / "candidate.parquet", judged, Scored)
     artifacts.write_rows(folder / "champion.parquet", champion_judged, Scored)
     if audit:
-        audited, audited_initial = _judged(r, audit, audit_rows), _judged(r, audit, initial_rows)
+        audited, audited_initial = _judged(r, audit, audit_rows, initial_rows, judge)
         metrics |= _audit(audited, audited_initial)
         artifacts.write_rows(folder / "audit.parquet", audited, Scored)
         artifacts.write_rows(folder / "audit_initial.parquet", audited_initial, Scored)
-    verdict = gate.verdict(metrics, settings.gate, independent=settings.judge is not None)
+    verdict = gate.verdict(metrics, settings.gate, independent=independent(r, judge))
     artifacts.write_json(folder / "verdict.json", dataclasses.asdict(verdict))
     line.update(
         text=f"win rate {metrics['win_rate']:.3f} [{metrics['win_rate_low']:.3f}, {metrics['win_rate_high']:.3f}]"
@@ -89,7 +99,9 @@ def _kl(r: Round, rows: Sequence[Prompt], answers: Sequence[Candidate], other: P
     """KL(candidate ‖ other), nats an answer; leaves `other` in the engine."""
     r.serve(other)
     sequences = [(p.prompt_ids + c.token_ids, len(p.prompt_ids)) for p, c in zip(rows, answers, strict=True)]
-    return gate.kl_estimate([c.logp for c in answers], r.run.generator.logps(sequences))
+    return gate.kl_estimate(
+        [c.logp for c in answers], r.run.generator.logps(sequences, lambda n: r.run.breathe("shard"))
+    )
 
 
 def _initial_answers(r: Round, audit: Sequence[Prompt]) -> list[Candidate]:
@@ -106,19 +118,52 @@ def _initial_answers(r: Round, audit: Sequence[Prompt]) -> list[Candidate]:
     return artifacts.read_rows(path, Candidate)
 
 
-def _judged(r: Round, rows: Sequence[Prompt], answers: Sequence[Candidate]) -> list[Scored]:
-    """The answers with the judge's score, and the rubric's parts where the prompt has gold answers."""
-    judge: RewardService = r.run.judge
-    values = judge.score([(p.messages, c.text) for p, c in zip(rows, answers, strict=True)])
-    score.require(values, r.config.reward.max_missing, judge.log)
-    return [
-        Scored(
-            **{f.name: getattr(c, f.name) for f in dataclasses.fields(c)},
-            reward=value,
-            reward_parts=_grade(r, p, c.text),
+def independent(r: Round, judge: Sequence[str]) -> bool:
+    """Whether another reward judges than the one that scored the round; `judge`: identities of what judges.
+
+    The configuration names two; a server may still have the same weights under both names.
+    """
+    if r.config.evaluate.judge is None:
+        return False
+    path = r.dir / "score" / "reward.json"
+    trains = artifacts.read_json(path)["identities"] if path.is_file() else []
+    both = {i.partition("/")[0] for i in trains} & {i.partition("/")[0] for i in judge} - {""}
+    if both:
+        text = f"gate not independent: evaluate.judge has the weights {min(both)[:12]} of the reward that trains"
+        r.run.store.event("guard", text, r.index)
+        r.run.display.warn(text)
+    return not both
+
+
+def _judged(
+    r: Round,
+    rows: Sequence[Prompt],
+    answers: Sequence[Candidate],
+    others: Sequence[Candidate],
+    identities: tuple[str, ...],
+) -> tuple[list[Scored], list[Scored]]:
+    """Two policies' answers with the judge's score, and the rubric's parts where the prompt has gold answers.
+
+    Both answers to a prompt are asked for together: a pairwise judge compares them. Raises GuardError when others than
+    `identities` judge.
+    """
+    judge: Scorer = r.run.judge
+    items = [(p.messages, c.text) for p, *both in zip(rows, answers, others, strict=True) for c in both]
+    values = judge.score(items, lambda n: r.run.breathe("shard"), identities)
+    found = []
+    for side, said in enumerate((answers, others)):
+        score.require(values[side::2], r.config.reward.max_missing, judge.log)
+        found.append(
+            [
+                Scored(
+                    **{f.name: getattr(c, f.name) for f in dataclasses.fields(c)},
+                    reward=value,
+                    reward_parts=_grade(r, p, c.text),
+                )
+                for p, c, value in zip(rows, said, values[side::2], strict=True)
+            ]
         )
-        for p, c, value in zip(rows, answers, values, strict=True)
-    ]
+    return found[0], found[1]
 
 
 def _grade(r: Round, prompt: Prompt, text: str) -> dict[str, float]:

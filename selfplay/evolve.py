@@ -203,6 +203,7 @@ def _by_function(r: Round, rewrite: Rewriter, tasks: Sequence[tuple[Prompt, str]
     name = r.config.evolve.rewriter
     rewrites = []
     for parent, strategy in tasks:
+        r.run.breathe("shard")
         try:
             text = rewrite(parent.messages, strategy, r.seed("evolve", parent.prompt_id, strategy))
         except Exception as error:  # the function is the user's own code

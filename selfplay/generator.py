@@ -82,11 +82,19 @@ class Generator:
         self.verified: Policy | None = None
         self.tolerance = config.swap.tolerance or default_tolerance(config.policy.dtype)
 
+    def reconfigure(self, config: Config) -> None:
+        """Go on under another configuration of the same policy; an engine that it would make otherwise is ended."""
+        if _made_from(config) != _made_from(self._config):
+            self.stop()
+        self._config = config
+        self.tolerance = config.swap.tolerance or default_tolerance(config.policy.dtype)
+
     # --- life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engine's process, whose imports take seconds; returns at once."""
-        assert self._child is None, "the engine was started already"
+        """Start the engine's process, whose imports take seconds, unless there is one; returns at once."""
+        if self._child is not None:
+            return
         engine = self._config.generate.engine
         environment = {}
         if self._config.placement.generator is not None:
@@ -457,6 +465,13 @@ class Generator:
             )
         Canaries.of(manifest.canaries)
         return manifest
+
+
+def _made_from(config: Config) -> tuple[object, ...]:
+    """What an engine is started with: it cannot change under one that runs."""
+    place, generate = config.placement, config.generate
+    lengths = (config.prompts.max_tokens, generate.max_tokens)  # they decide on its context
+    return config.policy, config.run.seed, lengths, generate.engine, place.generator, place.colocated
 
 
 def _on_done(on_progress: Callable[[int], None] | None) -> Callable[[Event], None] | None:

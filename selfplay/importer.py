@@ -45,7 +45,7 @@ def read_file(path: Path) -> Iterator[dict[str, Any] | str]:
                     row = json.loads(raw.decode("utf-8"))
                 except UnicodeDecodeError:
                     yield "invalid UTF-8"
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield "invalid JSON"
                 else:
                     yield row if isinstance(row, dict) else "not an object"

@@ -5,26 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from selfplay import artifacts, margins
 from selfplay.config import PairsConfig
 from selfplay.potential import alignment_potential, keep_top
-from selfplay.types import Pair, Prompt, Scored
+from selfplay.types import DISAGREEMENT, Pair, Prompt, Scored
 
 SMALL_SET = 64  # below this many pairs the statistics come from the recent rounds together (methods: AP)
 
 
-def usable(candidates: Iterable[Scored]) -> list[Scored]:
-    """The responses of one prompt that can be in a pair: whole, scored, and each text of tokens once."""
+CutOff = Literal["drop", "reject"]
+UNFIT = ("noise", "disagreement")  # why a base pair has no part in the statistics that pairs are ranked by
+
+
+def usable(candidates: Iterable[Scored], cut_off: CutOff = "drop") -> list[Scored]:
+    """The responses of one prompt that can be in a pair: scored, each text of tokens once, and whole if cut-offs drop."""
     seen: set[tuple[int, ...]] = set()
     rows = []
     for candidate in candidates:
         ids = tuple(candidate.token_ids)
         scored = candidate.reward is not None and math.isfinite(candidate.reward)
-        if candidate.finish_reason != "stop" or not scored or not ids or ids in seen:
+        if (candidate.finish_reason != "stop" and cut_off == "drop") or not scored or not ids or ids in seen:
             continue
         seen.add(ids)
         rows.append(candidate)
@@ -66,27 +71,54 @@ def make_pair(prompt: Prompt, chosen: Scored, rejected: Scored, beta: float) -> 
     )
 
 
+def ends(responses: Sequence[Scored]) -> tuple[int, int] | None:
+    """Positions of the highest and the lowest reward of usable responses; a cut-off one is never the chosen one."""
+    values = rewards(responses)
+    found = margins.base_pair(values)
+    if found is None or responses[found[0]].finish_reason == "stop":
+        return found
+    whole = [i for i, response in enumerate(responses) if response.finish_reason == "stop"]
+    best = max(whole, key=lambda i: (values[i], -i), default=None)
+    return None if best is None or values[best] <= values[found[1]] else (best, found[1])
+
+
+def disputed(chosen: Scored, rejected: Scored, limit: float | None) -> bool:
+    """Whether the members of an ensemble disagree about one of the two by more than `limit` (standard deviations)."""
+    return limit is not None and any(c.reward_parts.get(DISAGREEMENT, 0.0) > limit for c in (chosen, rejected))
+
+
 def base_pairs(
-    prompts: Sequence[Prompt], candidates: dict[str, list[Scored]], noise: float, beta: float
+    prompts: Sequence[Prompt],
+    candidates: dict[str, list[Scored]],
+    noise: float,
+    beta: float,
+    max_disagreement: float | None = None,
+    cut_off: CutOff = "drop",
 ) -> tuple[list[Pair], Counter[str]]:
     """One pair for each prompt that allows it (highest against lowest reward), and why the others gave none."""
     pairs: list[Pair] = []
     lost: Counter[str] = Counter(prompts_cut_off=0, prompts_unscored=0, prompts_equal=0, prompts_tied=0)
     for prompt in prompts:
         rows = candidates[prompt.prompt_id]
-        good = usable(rows)
-        ends = margins.base_pair(rewards(good))
-        if ends is not None:
-            pairs.append(make_pair(prompt, good[ends[0]], good[ends[1]], beta))
-        elif len(good) >= 2:
-            lost["prompts_tied"] += 1
+        good = usable(rows, cut_off)
+        found = ends(good)
+        if found is not None:
+            chosen, rejected = good[found[0]], good[found[1]]
+            pair = make_pair(prompt, chosen, rejected, beta)
+            if pair.explicit_margin <= noise:
+                pair = dataclasses.replace(pair, dropped_because="noise")
+            elif disputed(chosen, rejected, max_disagreement):
+                pair = dataclasses.replace(pair, dropped_because="disagreement")
+            pairs.append(pair)
         elif all(r.finish_reason != "stop" for r in rows):
             lost["prompts_cut_off"] += 1
+        elif len(good) >= 2:
+            lost["prompts_tied"] += 1
         elif len({tuple(r.token_ids) for r in rows}) == 1:
             lost["prompts_equal"] += 1
         else:
             lost["prompts_unscored"] += 1
-    return [dataclasses.replace(p, dropped_because="noise") if p.explicit_margin <= noise else p for p in pairs], lost
+    return pairs, lost
 
 
 def scores(pairs: Sequence[Pair], config: PairsConfig, recent: Sequence[Pair], seed: int) -> list[float]:
@@ -128,6 +160,23 @@ def select(pairs: Sequence[Pair], config: PairsConfig, recent: Sequence[Pair], s
             dropped_because=None if i in kept else config.selection if math.isfinite(score) else "nonfinite",
         )
     return result
+
+
+NONE = {
+    "prompts_cut_off": "prompts with every answer cut off",
+    "prompts_unscored": "without two scored answers",
+    "prompts_equal": "with equal answers",
+    "prompts_tied": "with equal rewards",
+    "dropped_noise": "margins within the reward's noise",
+    "dropped_disagreement": "pairs that the ensemble disputes",
+    "dropped_nonfinite": "values that are not finite",
+}
+
+
+def why_none(found: Mapping[str, float]) -> str:
+    """What kept prompts from giving a pair, by the metrics of the stage: «: 3 with equal answers, 1 …»; empty for nothing."""
+    said = [f"{found[name]:.0f} {words}" for name, words in NONE.items() if found.get(name)]
+    return f": {', '.join(said)}" if said else ""
 
 
 def metrics(pairs: Sequence[Pair], lost: Counter[str]) -> dict[str, float]:

@@ -29,8 +29,24 @@ _WORD = re.compile(r"[\u2e80-\u9fff\uac00-\ud7ff]|[^\W\u2e80-\u9fff\uac00-\ud7ff
 
 def read(folder: Path) -> dict[str, Prompt]:
     """All prompts of a run by prompt_id, in the order they came."""
-    files = [folder / POOL, *sorted((folder / ADDED).glob("*.parquet"))]
-    return {p.prompt_id: p for file in files for p in artifacts.read_rows(file, Prompt)}
+    return {p.prompt_id: p for file in _files(folder) for p in artifacts.read_rows(file, Prompt)}
+
+
+def page(folder: Path, start: int, count: int) -> tuple[list[Prompt], int]:
+    """Up to `count` prompts from number `start` on in the order they came, and how many there are; none before the import."""
+    found: list[Prompt] = []
+    total = 0
+    for file in _files(folder) if (folder / POOL).is_file() else []:
+        rows = artifacts.count_rows(file)
+        low = max(start - total, 0)
+        if low < rows and len(found) < count:
+            found += artifacts.read_slice(file, Prompt, low, count - len(found))
+        total += rows
+    return found, total
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / POOL, *sorted((folder / ADDED).glob("*.parquet"))]
 
 
 def write_added(folder: Path, prompts: Sequence[Prompt]) -> None:

@@ -19,9 +19,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfplay import artifacts, breadth, depth, evaluate, evolve, generate, pairs, policies, prompts, score, training
+from selfplay import (
+    artifacts,
+    breadth,
+    depth,
+    evaluate,
+    evolve,
+    generate,
+    pairs,
+    policies,
+    prompts,
+    score,
+    training,
+    watch,
+)
 from selfplay.display import Line
-from selfplay.errors import CheckpointError, SelfplayError, StageFailed
+from selfplay.errors import CheckpointError, GuardError, SelfplayError, StageFailed
 from selfplay.jobs import EmbedJob
 from selfplay.run import Run, size
 from selfplay.store import LedgerError
@@ -41,14 +54,13 @@ def run_round(run: Run) -> RoundReport:
         r.stage("prompts", r.prompts, total=run.config.prompts.per_round, unit="prompts")
         if not r.done("train"):
             run.trainer()  # anew where it shares a GPU with the engine, and so ended with an order of that stage
-        if not r.done("generate"):
-            run.engine()
         r.stage("generate", r.generate, total=len(r.drawn), unit="prompts")
         r.stage("score", r.score, total=len(r.drawn) * run.config.generate.candidates, unit="candidates")
+        r.stage("guard", r.guard)
         r.stage("pairs", r.pairs)
         run.store.record_pairs(r.index, r.rows("pairs", "pairs", Pair))
         if not any(p.kept_because for p in r.rows("pairs", "pairs", Pair)):
-            return r.close("skipped", ["no pair was left to train on"])
+            return r.close("skipped", [f"no pair was left to train on{pairs.why_none(r.metrics('pairs'))}"])
         if r.evolves:
             r.stage("evolve", r.evolve, unit="rewrites")
             evolve.join(r)
@@ -215,6 +227,15 @@ class Round:
         weights = 2 * size(Path(self.run.policy(0).path))
         return 2 * weights + (0 if self.config.train.lora else 2 * 3 * weights)
 
+    def metrics(self, stage: str) -> dict[str, float]:
+        """The metrics of a finished stage of this round."""
+        found: dict[str, float] = self._manifest(stage)["metrics"]
+        return found
+
+    def metric(self, stage: str, name: str) -> float:
+        """One of them; NaN where it has none of that name."""
+        return float(self.metrics(stage).get(name, math.nan))
+
     def rows(self, stage: str, name: str, row_type: type) -> list[Any]:
         return artifacts.read_rows(self.dir / stage / f"{name}.parquet", row_type)
 
@@ -280,7 +301,7 @@ class Round:
             threads=self.config.train.cpu_threads,
             trust_remote_code=self.config.policy.trust_remote_code,
         )
-        found = training.order(self, "embed", job)
+        found = training.order(self, "embed", job, lambda event: self.run.breathe("shard"))
         kept = set(found["kept"])
         clusters = [
             Drawn(prompt_id=p.prompt_id, cluster=cluster, distance=distance, kept=i in kept)
@@ -311,23 +332,42 @@ class Round:
 
     def score(self, folder: Path, line: Line) -> Metrics:
         candidates = self.rows("generate", "candidates", Candidate)
-        shard_items = self.config.generate.shard_prompts * self.config.generate.candidates
+        prompts = {p.prompt_id: p for p in self.drawn}
+        scorer, shard_items = self.run.reward, self.config.generate.shard_prompts * self.config.generate.candidates
+        changes = [watch.probe(self, candidates)]
+        identities = scorer.identities
+        who = list(zip(scorer.members or [scorer.role], scorer.names(identities), strict=True))
+        shards = self._shards("score", who, shard_items, [(c.prompt_id, c.index) for c in candidates])
+
+        def verify() -> None:
+            try:
+                changes.append(watch.probe(self, candidates))
+            except GuardError:  # a reward that was replaced meanwhile may have scored some of them
+                shutil.rmtree(shards)
+                scorer.forget(identities, [(prompts[c.prompt_id].messages, c.text) for c in candidates])
+                raise
+
         rows = score.score(
-            self.run.reward,
-            {p.prompt_id: p for p in self.drawn},
+            scorer,
+            prompts,
             candidates,
-            shards=self._shards(
-                "score", self.run.reward.identity, shard_items, [(c.prompt_id, c.index) for c in candidates]
-            ),
+            identities=identities,
+            shards=shards,
             shard_items=shard_items,
             max_missing=self.config.reward.max_missing,
+            settings=self.config.reward.shaping,
             on_progress=lambda n: line.update(done=n),
             before_shard=lambda: self.run.breathe("shard"),
+            when_scored=verify,
         )
         artifacts.write_rows(folder / "scored.parquet", rows, Scored)
-        metrics = score.metrics(rows)
+        artifacts.write_json(folder / "reward.json", {"members": scorer.members, "identities": identities})
+        metrics = {**score.metrics(rows), "probe_change": max(changes)}
         line.update(text=f"mean reward {metrics.get('reward_mean', math.nan):.3f}")
         return metrics
+
+    def guard(self, folder: Path, line: Line) -> Metrics:
+        return watch.watch(self, folder, line)
 
     def _candidates(self, reference: Sequence[ReferenceLogp]) -> dict[str, list[Scored]]:
         """The scored candidates of each prompt, with what the reference says of them where it was asked."""
@@ -354,10 +394,15 @@ class Round:
         else:
             line.update(text=f"policy {reference.version} scores the candidates", total=len(candidates))
             prompt_ids = {p.prompt_id: p.prompt_ids for p in self.drawn}
+
+            def progress(done: int) -> None:
+                self.run.breathe("shard")
+                line.update(done=done)
+
             self.serve(reference)
             logps = self.run.generator.logps(
                 [(prompt_ids[c.prompt_id] + c.token_ids, len(prompt_ids[c.prompt_id])) for c in candidates],
-                lambda n: line.update(done=n),
+                progress,
             )
         return [
             ReferenceLogp(prompt_id=c.prompt_id, index=c.index, logp=v) for c, v in zip(candidates, logps, strict=True)
@@ -367,8 +412,16 @@ class Round:
         if reference := self._reference_logps(line):
             artifacts.write_rows(folder / "reference.parquet", reference, ReferenceLogp)
         candidates = self._candidates(reference)
-        base, lost = pairs.base_pairs(self.drawn, candidates, self.config.reward.noise, self.config.train.beta)
-        selected = pairs.select(base, self.config.pairs, self._recent_pairs(), self.seed("pairs"))
+        settings = self.config.pairs
+        base, lost = pairs.base_pairs(
+            self.drawn,
+            candidates,
+            self.config.reward.noise,
+            self.config.train.beta,
+            settings.max_disagreement,
+            settings.cut_off,
+        )
+        selected = pairs.select(base, settings, self._recent_pairs(), self.seed("pairs"))
         artifacts.write_rows(folder / "pairs.parquet", selected, Pair)
         metrics = pairs.metrics(selected, lost)
         line.update(text=f"{metrics['kept']:.0f} of {metrics['base']:.0f} pairs kept")
@@ -376,10 +429,11 @@ class Round:
 
     def _recent_pairs(self) -> list[Pair]:
         recent: list[Pair] = []
-        for index in range(max(1, self.index - self.config.pairs.history), self.index):
+        given_up = {row["round"] for row in self.run.store.rounds() if row["state"] == "cancelled"}
+        for index in sorted(set(range(max(1, self.index - self.config.pairs.history), self.index)) - given_up):
             path = self.run.dir / "rounds" / f"{index:04d}" / "pairs" / "pairs.parquet"
             if path.is_file():
-                recent += [p for p in artifacts.read_rows(path, Pair) if p.dropped_because != "noise"]
+                recent += [p for p in artifacts.read_rows(path, Pair) if p.dropped_because not in pairs.UNFIT]
         return recent
 
     def depth(self, folder: Path, line: Line) -> Metrics:
@@ -396,7 +450,13 @@ class Round:
             scored_by_reference = (self.dir / "pairs" / "reference.parquet").is_file()
             reference = self.rows("pairs", "reference", ReferenceLogp) if scored_by_reference else []
             pools = depth.pools(
-                kept, by_id, self._candidates(reference), self.config.reward.noise, self.config.train.beta
+                kept,
+                by_id,
+                self._candidates(reference),
+                self.config.reward.noise,
+                self.config.train.beta,
+                self.config.pairs.max_disagreement,
+                self.config.pairs.cut_off,
             )
             budget = round(settings.pairs_per_prompt * len(kept))
             by_closeness = settings.method == "gradient"
@@ -461,6 +521,8 @@ class Round:
         return engine.swap(policy, keep_verified=trial)
 
     def evaluate(self, folder: Path, line: Line) -> Metrics:
+        if self.run.judge is self.run.reward:
+            watch.probe(self, self.rows("generate", "candidates", Candidate))  # no replaced reward decides at the gate
         return evaluate.evaluate(self, folder, line)
 
     def promote(self, folder: Path, line: Line) -> Metrics:
@@ -473,6 +535,8 @@ class Round:
         metrics = {"promoted": float(promoted)}
         if report is not None:
             metrics |= {"swap_seconds": report.seconds, "first_token_seconds": report.seconds_to_first_token}
+        if self.run.generator.info is not None:  # what every swap would take without a warm engine
+            metrics["engine_start_seconds"] = self.run.generator.info.start_seconds
         return metrics
 
 

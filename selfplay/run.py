@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +16,15 @@ from typing import Any
 
 from selfplay import artifacts, children, importer, pool, trackers
 from selfplay.children import Child, ChildDied, ChildError
-from selfplay.config import Config, RewardConfig
+from selfplay.config import Config, EnsembleConfig, RewardSource
 from selfplay.display import Display
 from selfplay.errors import InputError, SelfplayError
 from selfplay.generator import Generator
 from selfplay.policies import Policies
-from selfplay.score import RewardService, last_line
-from selfplay.store import RunLock, Store
+from selfplay.score import last_line
+from selfplay.score_cache import ScoreCache
+from selfplay.scorer import Scorer
+from selfplay.store import RESTARTS, RunLock, Store
 from selfplay.trainer import CLUSTERS
 from selfplay.types import Message, Policy, Prompt, RoundReport
 
@@ -46,7 +49,7 @@ class Run:
         """Called between stages («stage»), shards («shard») and optimizer steps («step»); may raise Interrupted."""
         self._trainer: Child | None = None
         self._tracker: trackers.Tracker | None = None
-        self._warm = False
+        self._cache: ScoreCache | None = None
 
     def require(self) -> None:
         """Look for what the configuration names, before anything starts. Raises InputError or ConfigError."""
@@ -81,18 +84,41 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         children.stop_all()
-        if self._tracker is not None:
-            with contextlib.suppress(Exception):  # a tracker whose server is gone
-                self._tracker.close()
+        self._close_tracker()
+        if self._cache is not None:
+            self._cache.close()
         if hasattr(self, "store"):
             self.store.close()
         self._lock.__exit__()
 
+    def reconfigure(self, config: Config) -> None:
+        """Go on under another configuration, between two calls of `run_round`; children that it leaves as they are stay warm.
+
+        Raises InputError or ConfigError for one that cannot be used, and nothing has changed then.
+        """
+        other = Run(config, self.dir, self.display)
+        other.require()
+        if _scored_with(config) != _scored_with(self.config):
+            reward, judge, cache = self.reward, self.judge, self._cache
+            self._open_scorers(config)
+            reward.stop()
+            judge.stop()
+            if cache is not None:
+                cache.close()
+        self.generator.reconfigure(config)
+        self._close_tracker()  # each is told the configuration when it is opened
+        self.config, self.gold, self.rewriter = config, other.gold, other.rewriter
+
+    def _close_tracker(self) -> None:
+        if self._tracker is not None:
+            with contextlib.suppress(Exception):  # a tracker whose server is gone
+                self._tracker.close()
+            self._tracker = None
+
     def _check_models(self) -> None:
         """Models that are folders must be there before anything starts; Hub ids are looked up when they are loaded."""
-        roles = {"policy.model": self.config.policy.model, "reward.model": self.config.reward.model}
-        if self.config.evaluate.judge is not None:
-            roles["evaluate.judge.model"] = self.config.evaluate.judge.model
+        rewards = self.config.reward_sources() | self.config.judge_sources()
+        roles = {"policy.model": self.config.policy.model, **{f"{key}.model": s.model for key, s in rewards.items()}}
         for key, model in roles.items():
             path = Path(model or ".")
             if model is None or (path / "config.json").is_file():
@@ -102,20 +128,18 @@ class Run:
                     f"{key}: {model} is no checkpoint folder (no config.json there)",
                     "for the tiny world run scripts/make_tiny.py first; relative paths start at the working directory",
                 )
-        for key in ("reward.model", "evaluate.judge.model"):
-            if (model := roles.get(key)) and (labels := num_labels(Path(model))) not in (None, 1):
-                raise InputError(f"{key}: {model} has num_labels {labels}; a reward model has 1")
+        for key, model in roles.items():
+            source = rewards.get(key.removesuffix(".model"))
+            # a model of its own code may combine its heads itself: the server finds out
+            if model is None or source is None or source.heads or source.trust_remote_code:
+                continue
+            if (labels := num_labels(Path(model))) not in (None, 1):
+                raise InputError(f"{key}: {model} has num_labels {labels}; a reward model has 1, or name its `heads`")
 
     def _open(self) -> None:
         config = self.config
         self.generator = Generator(config, self.dir, self.dir / "logs" / "generator.log", on_event=self.event)
-        self.reward = RewardService(config.reward, self.dir, gpus=config.placement.reward, on_event=self.event)
-        self.judge = self.reward
-        if (judge := config.evaluate.judge) is not None:
-            settings = RewardConfig.model_validate(config.reward.model_dump() | judge.model_dump())
-            self.judge = RewardService(
-                settings, self.dir, name="judge", gpus=config.placement.reward, on_event=self.event
-            )
+        self._open_scorers(config)
         folder = self.dir / "pool"
         if not folder.is_dir():
             with self.display.stage(None, "import") as line:
@@ -136,6 +160,19 @@ class Run:
                 f"{Path(config.policy.model).resolve()}",
                 "use another folder for another initial policy (--run-dir)",
             )
+
+    def _open_scorers(self, config: Config) -> None:
+        """The reward and the judge; their servers start at `warm_up`, or when they are asked."""
+        settings, judge = config.reward.cache, config.evaluate.judge
+        path = settings.path or self.dir / "reward" / "scores.sqlite"
+        self._cache = ScoreCache(path, settings.entries) if settings.entries else None
+
+        def scorer(role: str, sources: Mapping[str, RewardSource], ensemble: EnsembleConfig | None) -> Scorer:
+            found, gpus = list(sources.values()), config.placement.reward
+            return Scorer(role, found, ensemble, self.dir, cache=self._cache, gpus=gpus, on_event=self.event)
+
+        self.reward = scorer("reward", config.reward_sources(), config.reward.ensemble)
+        self.judge = scorer("judge", config.judge_sources(), judge.ensemble) if judge else self.reward
 
     def _import(self, out: Path) -> None:
         found = self._ask_importer("import", self.warm_up, config=self.config.model_dump(mode="json"), out=str(out))
@@ -245,14 +282,16 @@ class Run:
     def event(self, kind: str, text: str) -> None:
         """Record an event; what a person should know of is shown too."""
         self.store.event(kind, text)
-        if kind in ("warning", "engine_restart", "swap_restart"):
+        if kind == "warning" or kind in RESTARTS:
             self.display.warn(text)
 
     def track(self, report: RoundReport) -> None:
         """Pass a finished round on to the tracker. Its troubles are a warning: no round is lost to them."""
         try:
             if self._tracker is None:
-                self._tracker = trackers.open_tracker(self.config, self.dir)
+                if (run_id := self.store.state("tracker_id")) is None:
+                    self.store.set_state("tracker_id", run_id := secrets.token_hex(4))
+                self._tracker = trackers.open_tracker(self.config, self.dir, run_id)
             if self._tracker is None:
                 return
             path = self.dir / "rounds" / f"{report.round:04d}" / "train" / "history.json"
@@ -284,18 +323,16 @@ class Run:
         return self.generator
 
     def warm_up(self) -> None:
-        """Start generator and reward server, so that they import while other things happen; returns at once."""
-        if not self._warm:
-            self.generator.start()
-            self.reward.start()
-            self.judge.start()
-        self._warm = True
+        """Start generator and reward server where they are not up, so that they import meanwhile; returns at once."""
+        self.generator.start()
+        self.reward.start()
+        self.judge.start()
 
     def trainer(self) -> Child:
         """The trainer of this round; started at the first call, when it begins its imports."""
         if self._trainer is None or not self._trainer.alive:
             if self._trainer is not None:
-                self.event("warning", "the trainer died while it waited for an order; starting it again")
+                self.event("trainer_restart", "the trainer died while it waited for an order; starting it again")
             self.stop_trainer()
             train = self.config.train
             launcher = [sys.executable]
@@ -336,6 +373,13 @@ class Run:
 
     def ids(self, split: str) -> list[str]:
         return [p.prompt_id for p in self.prompts.values() if p.split == split]
+
+
+def _scored_with(config: Config) -> tuple[object, ...]:
+    """What reward and judge are made from."""
+    judge = config.evaluate.judge
+    ensembles = (config.reward.ensemble, judge and judge.ensemble)
+    return config.reward_sources(), config.judge_sources(), ensembles, config.reward.cache, config.placement.reward
 
 
 def load_function(key: str, name: str | None) -> Any:

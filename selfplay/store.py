@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError as LedgerError
 from selfplay.errors import InputError
 from selfplay.types import Pair
 
-__all__ = ["LedgerError", "RunLock", "Store", "now"]
+__all__ = ["RESTARTS", "LedgerError", "RunLock", "Store", "now"]
 
 metadata = sa.MetaData()
 
@@ -36,7 +36,7 @@ rounds = sa.Table(
     "rounds",
     metadata,
     sa.Column("round", sa.Integer, primary_key=True),
-    sa.Column("state", sa.String, nullable=False),  # running | promoted | rejected | skipped
+    sa.Column("state", sa.String, nullable=False),  # running | promoted | rejected | skipped | cancelled
     sa.Column("started", sa.String, nullable=False),
     sa.Column("ended", sa.String),
     sa.Column("sampler", sa.Integer, nullable=False),  # policy that samples it
@@ -148,12 +148,17 @@ MIGRATIONS: list[Callable[[sa.Connection], None]] = [
 ]
 
 
+RESTARTS = ("engine_restart", "swap_restart", "reward_restart", "trainer_restart")
+"""Kinds of events that say that a child was started again."""
+BUSY = 30.0  # seconds to wait for another process that writes
+
+
 class Store:
     """Reads and writes the ledger. All times are UTC, ISO 8601."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "ledger.sqlite"
-        self._engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 30})
+        self._engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": BUSY})
         sa.event.listen(self._engine, "connect", _wal)
         # Service, API and command line may open a new ledger at the same moment.
         with (run_dir / ".ledger.lock").open("a") as lock:
@@ -373,7 +378,7 @@ class Store:
 
     def seconds(self, index: int) -> dict[str, float]:
         """Seconds of each finished stage of a round, in the order they ended."""
-        rows = self._rows(sa.select(stages).where(stages.c.round == index).order_by(stages.c.ended))
+        rows = self._rows(sa.select(stages).where(stages.c.round == index).order_by(sa.text("rowid")))
         return {row["stage"]: row["seconds"] for row in rows}
 
     def policies(self) -> list[dict[str, Any]]:

@@ -64,7 +64,8 @@ def order(
             if start + 1 == TRAINER_STARTS:
                 why = f"{error}; the last it said: {last_line(error.log)}"
                 raise TrainError("died", why, "it resumes from its last save: run the same command again") from error
-            r.run.event("warning", f"{error}; starting it again, it resumes from its last save")
+            r.run.stop_trainer()  # else it would be told once more, as one that died while it waited
+            r.run.event("trainer_restart", f"{error}; starting it again, it resumes from its last save")
     raise AssertionError("every start returns or raises")
 
 
@@ -96,11 +97,16 @@ def features(r: Round, out: Path, line: Line) -> dict[str, float]:
         trust_remote_code=r.config.policy.trust_remote_code,
     )
     line.update(text="gradients of the base pairs")
+
+    def progress(event: dict[str, Any]) -> None:
+        r.run.breathe("shard")  # what is lost to a stop is seconds: this part is not kept
+        line.update(text=f"gradients of {event['done']} of {kept} base pairs")
+
     found = order(
         r,
         "features",
         job,
-        lambda event: line.update(text=f"gradients of {event['done']} of {kept} base pairs"),
+        progress,
         # Where it shares a GPU, the engine sleeps from here to the end of training.
         meanwhile=lambda: evaluate.champion_answers(r) if r.config.placement.colocated else None,
         last=False,

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 Message = dict[str, str]  # {"role": …, "content": …}
 Split = Literal["train", "heldout", "audit"]
+MEMBER = "member_"  # before a member's name among reward_parts: its own score
+DISAGREEMENT = "disagreement"  # among reward_parts: standard deviation of an ensemble's normalised scores
+EXTERNAL = "external"  # among reward_parts: the reward before shaping
 KeptBecause = Literal["base", "depth"]
 
 

@@ -1,14 +1,23 @@
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of two workers neither is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -21,18 +30,59 @@ def mini_world() -> Path:
     return (out / "current").resolve()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a disk of a given size («256k»), which only root can."""
+@pytest.fixture(scope="module")
+def calm(mini_world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of two rounds that nobody disturbed, and what it printed. Made once for all workers; each file has a copy."""
+    from mini import CALM, Command, nothing_left, sets
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    original, printed = shared / "calm", shared / "calm.txt"
+    with (shared / "calm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.is_file():
+            code, out = Command(mini_world, original, "--rounds", "2", "--report", *sets(*CALM)).finish()
+            assert code == 0, out
+            assert nothing_left(original)
+            printed.write_text(out)
+    run_dir = shutil.copytree(original, tmp_path_factory.mktemp("calm") / "run", symlinks=True)
+    return run_dir, printed.read_text()
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Mounts disks of a given size («256k»), which only root can."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small disk")
-    disk = tmp_path / "disk"
+    mounted: list[Path] = []
 
     def mount(size: str) -> Path:
-        disk.mkdir()
+        disk = tmp_path_factory.mktemp("disk")
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
+        mounted.append(disk)
         return disk
 
     yield mount
-    if disk.is_mount():
+    for disk in mounted:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def served(mini_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Starts services (daemon_world.Served) on the miniature; none of their processes outlives the file's tests."""
+    from daemon_world import Served
+    from mini import nothing_left
+
+    started: list[Served] = []
+
+    def start(*more: str, run_dir: Path | None = None, **config: Path) -> Served:
+        started.append(Served(mini_world, run_dir or tmp_path_factory.mktemp("served") / "run", *more, **config))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.thread.is_alive():
+            each.stop()
+        each.store.close()
+    for each in started:
+        assert nothing_left(each.run_dir)

@@ -1,5 +1,6 @@
-"""A round on the miniature of the tiny world, in the smallest sizes: real engine, real reward server, real training."""
+"""Rounds on the miniature of the tiny world, in the smallest sizes: real engine, real reward server, real training."""
 
+import io
 import os
 import signal
 import subprocess
@@ -7,9 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+from rich.console import Console
+
+from selfplay import artifacts
 from selfplay.children import marked
 from selfplay.config import Config, load
+from selfplay.display import Display
+from selfplay.errors import StageFailed
+from selfplay.round import run_round
+from selfplay.run import Run
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -28,6 +38,7 @@ def overrides(world: Path) -> list[str]:
         "train.batch_pairs=8",
         "train.micro_batch_pairs=8",
         "train.save_steps=1",
+        "evaluate.judge=null",  # one server fewer
         "evaluate.prompts=24",
         "evaluate.audit_prompts=16",
         "evaluate.gate.win_rate_lower=0.0",  # what the gate decides is tested apart; here every round has to move on
@@ -37,8 +48,23 @@ def overrides(world: Path) -> list[str]:
     ]
 
 
+RULES = "selfplay.tiny_rewriter:rewrite"
+CALM = (
+    "breadth.method=clusters",
+    "evolve.every=1",
+    f"evolve.rewriter={RULES}",
+    "train.reference=initial",
+    "pairs.implicit=dpo",
+)
+"""What the run of the fixture `calm` has beside the overrides: stages that are off by default, and a reference that stays."""
+
+
 def config(world: Path, *more: str) -> Config:
     return load(TINY, [*overrides(world), *more])
+
+
+def sets(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 class Command:
@@ -46,7 +72,6 @@ class Command:
 
     def __init__(self, world: Path, run_dir: Path, *args: str) -> None:
         self.run_dir = run_dir
-        sets = [word for override in overrides(world) for word in ("--set", override)]
         argv = [
             sys.executable,
             str(ROOT / "scripts" / "round.py"),
@@ -54,7 +79,7 @@ class Command:
             str(TINY),
             "--run-dir",
             str(run_dir),
-            *sets,
+            *sets(*overrides(world)),
             *args,
         ]
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -74,14 +99,44 @@ class Command:
             assert time.monotonic() < deadline, f"{what} never happened"
             time.sleep(0.01)
 
+    def children(self, module: str) -> list[int]:
+        """The processes of the run that run `python -m module` themselves, not their guards."""
+        return [pid for pid, words in commands(self.run_dir) if words[1:3] == ["-m", module]]
+
     def kill_child(self, module: str) -> None:
-        """SIGKILL the process of the run that runs `python -m module` itself, not its guard."""
+        """SIGKILL a process of the run, once it is there."""
+        self.until(lambda: self.children(module), f"a process {module}")
+        os.kill(self.children(module)[0], signal.SIGKILL)
 
-        def found() -> list[int]:
-            return [pid for pid, words in commands(self.run_dir) if words[1:3] == ["-m", module]]
 
-        self.until(found, f"a process {module}")
-        os.kill(found()[0], signal.SIGKILL)
+class Opened:
+    """A run that stays open in the test's own process, so that engine and reward server start once for many rounds."""
+
+    def __init__(self, world: Path, run_dir: Path, *settings: str) -> None:
+        self._world, self._settings, self._said = world, settings, io.StringIO()
+        self.run = Run(config(world, *settings), run_dir, Display(Console(file=self._said, width=200)))
+
+    def round(self, *settings: str) -> str:
+        """Go on with the open round, or do the next one, under these settings; what was printed, on one line."""
+        self.run.config = config(self._world, *self._settings, *settings)
+        self.run.require()
+        self.run.display.round_table(run_round(self.run))
+        return self._heard()
+
+    def failure(self, *settings: str) -> str:
+        """The same for a round that fails: with exit code 3, were it a command, and with no trainer left behind."""
+        with pytest.raises(StageFailed) as error:
+            self.round(*settings)
+        assert error.value.exit_code == 3
+        assert not [pid for pid, words in commands(self.run.dir) if "selfplay.trainer" in words]
+        self.run.display.error(error.value)
+        return self._heard()
+
+    def _heard(self) -> str:
+        said = self._said.getvalue()
+        self._said.seek(0)
+        self._said.truncate()
+        return " ".join(said.split())
 
 
 def commands(run_dir: Path) -> list[tuple[int, list[str]]]:
@@ -99,3 +154,14 @@ def nothing_left(run_dir: Path, within: float = 20.0) -> bool:
     while marked(run_dir) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not marked(run_dir)
+
+
+def rows(run_dir: Path, index: int, name: str, kind: type) -> list[Any]:
+    """The rows of an artifact, `<stage>/<file>`, of a round."""
+    return artifacts.read_rows(run_dir / "rounds" / f"{index:04d}" / f"{name}.parquet", kind)
+
+
+def state(run_dir: Path) -> dict[str, bytes]:
+    """Every artifact that two equal runs share to the byte: rows, verdicts, prompts, weights."""
+    patterns = ("rounds/*/*/*.parquet", "rounds/*/*/verdict.json", "pool/**/*.parquet", "policies/*/*.safetensors")
+    return {str(f.relative_to(run_dir)): f.read_bytes() for pattern in patterns for f in run_dir.glob(pattern)}

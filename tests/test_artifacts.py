@@ -79,6 +79,9 @@ def test_one_row_and_the_rows_with_a_value(tmp_path, count):
     for index in (-1, count):
         with pytest.raises(IndexError, match=f"has {count} rows"):
             artifacts.read_row(path, Prompt, index)
+    assert artifacts.count_rows(path) == count
+    for start, many in ((0, 3), (count // 2, artifacts.GROUP_ROWS + 9), (count - 1, 5), (count, 5), (0, 0)):
+        assert artifacts.read_slice(path, Prompt, start, many) == rows[start : start + many]
     wanted = {rows[0].prompt_id, rows[-1].prompt_id, "no such"}
     assert list(artifacts.rows_with(path, Prompt, "prompt_id", wanted)) == [r for r in rows if r.prompt_id in wanted]
     assert list(artifacts.rows_with(path, Prompt, "prompt_id", [])) == []

@@ -24,14 +24,16 @@ def test_every_shipped_accelerate_config_is_one_that_accelerate_reads(path):
 
 
 def test_every_field_has_a_line_of_docs():
-    def undocumented(section, path):
-        for name, field in section.model_fields.items():
-            if not field.description:
-                yield f"{path}{name}"
-            if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
-                yield from undocumented(field.annotation, f"{path}{name}.")
+    """Every section that the schema can hold, those in lists and optional ones too."""
 
-    assert list(undocumented(config.Config, "")) == []
+    def sections(section):
+        for below in section.__subclasses__():
+            yield below
+            yield from sections(below)
+
+    found = set(sections(config.Section))
+    assert {config.Config, config.LoraConfig, config.MemberConfig, config.Limits} <= found
+    assert [f"{s.__name__}.{n}" for s in found for n, field in s.model_fields.items() if not field.description] == []
 
 
 def test_overrides_are_yaml_values():
@@ -52,10 +54,23 @@ def test_overrides_are_yaml_values():
         ("train.beta=much", "train.beta: .*number.*'much'"),
         ("train.epsilon=1", "train.epsilon: .*less than 1"),
         ("train.beta=2", "train: beta 2.0 is outside"),
+        ("train.micro_batch_pairs=5", "train: batch_pairs 16 is not a multiple of micro_batch_pairs 5"),
         ("prompts.max_tokens=999", "training never truncates"),
         ("generate.engine.max_model_len=10", "more than generate.engine.max_model_len"),
         ("reward.url=[http://x]", "reward: give exactly one of"),
         ("evaluate.judge={}", "evaluate.judge: give exactly one of"),
+        ("reward.ensemble={members: [{model: a/b}, {model: a/c}]}", "reward: give exactly one of"),
+        ("evaluate.judge={ensemble: {members: [{model: a/b}]}}", "members: List should have at least 2"),
+        ("evaluate.judge={ensemble: {members: [{model: a/b}, {model: a/c, name: '0'}]}}", "two members are called '0'"),
+        ("evaluate.judge={ensemble: {members: [{model: a/b}, {}]}}", "members.1: give exactly one of"),
+        ("evaluate.judge={model: .cache/tiny/current/reward}", "evaluate.judge is a reward that trains"),
+        ("evaluate.judge={url: ['http://u:secret@h:1']}", "the url of h holds a user, a password"),
+        ("evaluate.judge={url: ['h:1']}", "'h:1' is no address"),
+        ("evaluate.judge={chat_judge: {model: m, url: ['http://h:1/?key=x']}}", "the url of h holds"),
+        ("evaluate.judge={model: a/b, api_key_env: K}", "`api_key_env` belongs to a `url`"),
+        ("evaluate.judge={url: ['http://h:1'], trust_remote_code: true}", "`trust_remote_code` belongs to a `model`"),
+        ("pairs.max_disagreement=1", "goes with reward.ensemble"),
+        ("reward.shaping={cut_off_penalty: 1}", "goes with pairs.cut_off: reject"),
         ("run.name=../x", "run.name"),
         ("policy=3", "policy: "),
         ("policy.model.x=3", "model is a value, not a section"),
@@ -97,3 +112,45 @@ def test_implicit_rewards_of_dpo_want_a_reference_that_does_not_sample():
             config.load(TINY, ["pairs.implicit=dpo", f"train.reference={reference}"])
     for reference in ("initial", "{every: 2}"):
         assert config.load(TINY, ["pairs.implicit=dpo", f"train.reference={reference}"]).pairs.implicit == "dpo"
+
+
+def test_members_and_judges_take_what_they_leave_out_from_the_reward_section():
+    judge = (
+        "evaluate.judge={batch: 7, ensemble: {members: [{model: a/b, timeout: 3}, {url: ['http://h:1'], dtype: auto}]}}"
+    )
+    loaded = config.load(TINY, ["reward.timeout=9", judge])
+    assert {key: s.model for key, s in loaded.reward_sources().items()} == {"reward": ".cache/tiny/current/reward"}
+    first, second = loaded.judge_sources().values()
+    assert next(iter(loaded.judge_sources())) == "evaluate.judge.ensemble.members.0"
+    assert (first.model, first.url, first.timeout, first.batch, first.dtype) == ("a/b", [], 3, 7, "float32")
+    assert (second.model, second.url, second.timeout, second.batch, second.dtype) == (
+        None,
+        ["http://h:1"],
+        9,
+        7,
+        "auto",
+    )
+
+
+def test_a_judge_is_another_reward_than_the_one_that_trains():
+    """Whatever kind they are; the same model in another precision, and one of the same addresses, is the same."""
+    rules = "{model: null, rules: [{rule: json}]}"
+    chat = "{chat_judge: {url: ['http://h:1'], model: m}}"
+    assert config.load(TINY, [f"reward={rules}", f"evaluate.judge={chat}"]).judge_sources()
+    assert config.load(TINY, [f"reward={rules}", "evaluate.judge={rules: [{rule: json, weight: 2}]}"]).judge_sources()
+    for reward, judge in (
+        (rules, rules),
+        ("{model: a/b}", "{model: a/b, dtype: bfloat16}"),
+        ("{url: ['http://h:1', 'http://h:2']}", "{url: ['http://h:2/']}"),
+        (chat, chat.replace("model: m", "model: m, timeout: 9")),
+    ):
+        with pytest.raises(ConfigError, match="is a reward that trains"):
+            config.load(TINY, [f"reward={reward}", f"evaluate.judge={judge}"])
+
+
+def test_code_of_one_model_is_not_run_for_another():
+    loaded = config.load(TINY, ["reward.trust_remote_code=true"])
+    assert [s.trust_remote_code for s in (*loaded.reward_sources().values(), *loaded.judge_sources().values())] == [
+        True,
+        False,
+    ]

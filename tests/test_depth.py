@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -163,6 +165,11 @@ def test_added_pairs_use_fresh_responses_first_and_the_potentials_of_the_round()
     deeper = depth.deepen(base, pools, [3], base, config)
     assert [(p.chosen_index, p.rejected_index) for p in deeper[:2]] == [(0, 3), (1, 2)]
     assert [p.kept_because for p in deeper] == ["base", "depth", "depth"]
+    # response 1 is disputed, response 0 was cut off: neither is chosen, and the disputed one is in no pair at all
+    rows[1] = dataclasses.replace(rows[1], reward_parts={"disagreement": 0.9})
+    rows[0] = dataclasses.replace(rows[0], finish_reason="length")
+    fewer = depth.pools(base, {"p": prompt}, {"p": rows}, 0.0, 0.1, max_disagreement=0.8, cut_off="reject")
+    assert [(p.chosen_index, p.rejected_index) for p in fewer[0]] == [(2, 3)]
     assert len(depth.deepen(base, pools, [9], base, config)) == 6
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fastapi.testclient import TestClient
 from reward_world import conversation, reward_model
 from test_reward_client import QUICK, fake, status
@@ -17,6 +18,7 @@ from reward.openrlhf import Unrender
 from reward.rules import Rules, read_rules
 from reward.schema import Health
 from reward.server import parser
+from selfplay.config import RewardConfig
 
 TEXT = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```\w+ (.+)\n((?:.|\n)*?)^```$", TEXT, re.MULTILINE))
@@ -78,3 +80,8 @@ def test_openrlhf() -> None:
 @pytest.mark.parametrize("line", re.findall(r"^    python -m reward\.server (.*)$", TEXT, re.MULTILINE))
 def test_commands_are_understood(line: str) -> None:
     parser().parse_args(line.split())
+
+
+@pytest.mark.parametrize("source", re.findall(r"^```yaml source\n((?:.|\n)*?)^```$", TEXT, re.MULTILINE))
+def test_sources_are_valid(source: str) -> None:
+    RewardConfig.model_validate(yaml.safe_load(source))

@@ -27,6 +27,7 @@ class FakeRound:
             prompts={p.prompt_id: p for p in prompts},
             rewriter=rewriter_function,
             policy=lambda version: SimpleNamespace(version=version),
+            breathe=lambda where: None,
             generator=SimpleNamespace(info=SimpleNamespace(max_model_len=context)),
             render=lambda conversations: [list(m[-1]["content"].encode()) for m in conversations],
         )

@@ -56,13 +56,13 @@ def test_parquet_and_messages(tmp_path):
 
 def test_bad_rows_are_counted_and_set_aside(tmp_path):
     rows = [
-        *prompts(50), b'{"prompt": "caf\xe9"}', b"{not json", b"[1]", {"prompt": ""}, {"text": "x"}, {"messages": [{"role": "user"}]},
+        *prompts(50), b'{"prompt": "caf\xe9"}', b"{not json", b"[" * 100_000, b"[1]", {"prompt": ""}, {"text": "x"}, {"messages": [{"role": "user"}]},
         {"messages": [{"role": "assistant", "content": "x"}]}, {"prompt": "question 0"}, {"prompt": "long " * 50},
     ]  # fmt: skip
     pool, counts = importer.build_pool(settings(jsonl(tmp_path / "a.jsonl", rows)), render)
     assert len(pool) == 50
     assert counts == {
-        "invalid UTF-8": 1, "invalid JSON": 1, "not an object": 1, "neither prompt nor messages": 2,
+        "invalid UTF-8": 1, "invalid JSON": 2, "not an object": 1, "neither prompt nor messages": 2,
         "a message without role and content": 1, "the last message is not the user's": 1, "duplicate": 1, "too long": 1,
     }  # fmt: skip
 

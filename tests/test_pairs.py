@@ -64,12 +64,54 @@ def test_prompts_that_give_no_pair_are_counted_by_why():
     assert base([scored(1.0, index=0), scored(None, index=1)])[1]["prompts_unscored"] == 1
 
 
+def test_a_round_without_pairs_says_what_became_of_its_prompts():
+    lost = base([scored(1.0, index=0), scored(1.0, index=1)])[1] + base([scored(1.0, index=0, finish="length")])[1]
+    found = pairs.metrics(base([scored(1.0, index=0), scored(1.5, index=1)], noise=1.0)[0], lost)
+    said = ": 1 prompts with every answer cut off, 1 with equal rewards, 1 margins within the reward's noise"
+    assert pairs.why_none(found) == said
+    assert pairs.why_none({"base": 3.0, "prompts_tied": 0.0}) == ""
+    assert base([])[1].keys() == {name for name in pairs.NONE if name.startswith("prompts")}  # each has its words
+
+
 def test_a_margin_within_the_rewards_noise_is_no_pair():
     made, _ = base([scored(1.0, index=0), scored(1.0 + 1e-6, index=1)], noise=1e-4)
     assert [p.dropped_because for p in made] == ["noise"]
     kept = pairs.select(made, PairsConfig(), [], 0)
     assert not any(p.kept_because for p in kept)
     assert pairs.metrics(kept, pairs.base_pairs([], {}, 0, 0.1)[1])["dropped_noise"] == 1
+
+
+def test_cut_off_responses_can_be_the_rejected_one_and_never_the_chosen_one():
+    """Whole: 1, 2. Cut off: 9, −3. By default 2 against 1; with cut-offs 2 against −3, not 9. Where only a cut-off
+    response is better than another, or none is whole, there is no pair."""
+    rows = [scored(1.0, index=0), scored(2.0, index=1), scored(9.0, index=2, finish="length")]
+    rows.append(scored(-3.0, index=3, finish="length"))
+
+    def made(rows):
+        found, lost = pairs.base_pairs([prompt()], {"p": rows}, 0.0, 0.1, cut_off="reject")
+        return [(p.chosen_index, p.rejected_index) for p in found], {why for why, n in lost.items() if n}
+
+    assert [(p.chosen_index, p.rejected_index) for p in base(rows)[0]] == [(1, 0)]
+    assert made(rows) == ([(1, 3)], set())
+    assert made([rows[0], rows[2]]) == ([], {"prompts_tied"})
+    assert made(rows[2:]) == ([], {"prompts_cut_off"})
+
+
+def test_a_pair_that_an_ensemble_disputes_is_dropped_and_has_no_part_in_the_statistics():
+    def rows(name, disagreement):
+        made = [scored(2.0, index=0, name=name), scored(0.0, index=1, name=name)]
+        return [
+            dataclasses.replace(r, reward_parts={"disagreement": d}) for r, d in zip(made, disagreement, strict=True)
+        ]
+
+    prompts = [prompt("calm"), prompt("disputed")]
+    candidates = {"calm": rows("calm", (0.5, 0.1)), "disputed": rows("disputed", (0.1, 0.6))}
+    made, _ = pairs.base_pairs(prompts, candidates, 0.0, 0.1, max_disagreement=0.5)
+    assert [p.dropped_because for p in made] == [None, "disagreement"]
+    selected = pairs.select(made, PairsConfig(keep=1.0), [], 0)
+    assert [(p.kept_because, p.potential is None) for p in selected] == [("base", False), (None, True)]
+    assert pairs.metrics(selected, pairs.base_pairs([], {}, 0, 0.1)[1])["dropped_disagreement"] == 1
+    assert [p.dropped_because for p in pairs.base_pairs(prompts, candidates, 0.0, 0.1)[0]] == [None, None]
 
 
 def many(n, rng):

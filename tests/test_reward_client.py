@@ -105,6 +105,7 @@ class FakeServer(ThreadingHTTPServer):
         self.script, self.default = list(script), default
         self.asked: list[dict[str, Any]] = []
         self.running = self.most_running = 0
+        self.weights = "one"  # what /healthz says
         self.connections: set[tuple[str, int]] = set()
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", port), Handler)
@@ -131,6 +132,11 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.server.lock:
                 self.server.running -= 1
+
+    def do_GET(self) -> None:
+        health = {"model": "m", "parameters": 0, "dtype": "none", "device": "cpu", "max_tokens": 9, "files": {}}
+        named = {"weights_sha256": self.server.weights, "template_sha256": "t"}
+        send(self, 200, json.dumps(health | named).encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
@@ -340,6 +346,23 @@ def test_scores_of_two_models_are_never_mixed() -> None:
 
     with fake(by("one"), default=by("two")) as server, pytest.raises(RewardRefused, match="2 different models"):
         RewardClient(server.url, **QUICK).score(ITEMS)
+
+
+def test_one_of_two_addresses_is_down_and_the_other_serves() -> None:
+    began = time.monotonic()
+    with fake() as server, fake() as other:
+        with RewardClient(["http://127.0.0.1:9", server.url], **QUICK) as client:
+            for _ in range(5):
+                assert client.health().weights_sha256 == "one"
+                assert client.score(ITEMS) == EXPECTED
+        other.weights = "two"
+        client = RewardClient([server.url, other.url], **QUICK)
+        with pytest.raises(RewardRefused, match="serve different models"):
+            client.health()
+    assert time.monotonic() - began < 20
+    client = RewardClient("http://127.0.0.1:9", **QUICK | {"deadline": 0.3})
+    with pytest.raises(RewardUnavailable, match="no usable answer"):
+        client.health()
 
 
 def test_an_outage_does_not_wait_for_requests_in_flight() -> None:

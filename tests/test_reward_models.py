@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,21 @@ def test_limits_and_health(folder: Path) -> None:
     assert load(str(folder), dtype="bfloat16").health.dtype == "bfloat16"
 
 
-def test_the_hash_is_that_of_the_weights(folder: Path, tmp_path: Path) -> None:
-    same = shutil.copytree(folder, tmp_path / "same")
-    other = with_tensor(folder, tmp_path / "other", lambda tensors: tensors["score.weight"].mul_(1.001))
-    hashes = [load(str(f)).health.weights_sha256 for f in (folder, same, other)]
-    assert hashes[0] == hashes[1] != hashes[2]
+def test_the_hash_is_that_of_weights_configuration_and_tokenizer(folder: Path, tmp_path: Path) -> None:
+    def changed(name: str, **keys: object) -> Path:
+        copy = shutil.copytree(folder, tmp_path / next(iter(keys)))
+        settings = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(settings | keys))
+        return copy
+
+    same = changed("config.json", transformers_version="9.9")
+    others = [
+        with_tensor(folder, tmp_path / "other", lambda tensors: tensors["score.weight"].mul_(1.001)),
+        changed("config.json", rms_norm_eps=0.01),
+        changed("tokenizer_config.json", model_max_length=77),
+    ]
+    hashes = [load(str(f)).health.weights_sha256 for f in (folder, same, *others)]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
 
 
 def test_shards_are_found_by_their_index(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The stage `score` against a real reward server, killed, absent and refused."""
 
+import dataclasses
+import math
 import os
 import signal
 import socket
@@ -7,12 +9,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mini import commands, nothing_left
 
-from selfplay import score
-from selfplay.config import RewardConfig
-from selfplay.errors import InputError, RewardError
+from selfplay import score, shaping
+from selfplay.config import RewardSource, ShapingConfig
+from selfplay.errors import GuardError, InputError, RewardError
+from selfplay.scorer import Answer
 from selfplay.types import Candidate, Prompt
 
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
@@ -25,7 +29,7 @@ def service(mini_world, tmp_path):
 
     def make(**settings):
         events = []
-        config = RewardConfig.model_validate({"model": str(mini_world / "reward"), "dtype": "float32"} | settings)
+        config = RewardSource.model_validate({"model": str(mini_world / "reward"), "dtype": "float32"} | settings)
         made.append(score.RewardService(config, tmp_path, on_event=lambda kind, text: events.append((kind, text))))
         return made[-1], events
 
@@ -52,7 +56,20 @@ def test_a_server_killed_while_it_scores_costs_a_pause(service, tmp_path):
     assert stormy == pytest.approx(calm, abs=1e-5)
     ours.score(items[:1])  # notices a server that died after its last answer too
     assert ours.identity == identity
-    assert ("warning", "the reward server died; starting it again") in events
+    assert ("reward_restart", "the reward server died; starting it again") in events
+
+
+@pytest.mark.timeout(120)
+def test_a_server_killed_before_it_was_ever_asked_is_started_again(service, tmp_path):
+    ours, events = service()
+    ours.start()
+    while not [pid for pid, words in commands(tmp_path) if words[1:3] == ["-m", "reward.server"]]:
+        time.sleep(0.01)
+    kill_server(tmp_path)
+    while ours._child.alive:
+        time.sleep(0.01)
+    assert ours.score([(MESSAGES, "Blue.")])[0] is not None
+    assert events == [("reward_restart", "the reward server died; starting it again")]
 
 
 def test_a_url_where_nobody_answers(service):
@@ -75,14 +92,15 @@ def test_a_model_that_is_no_reward_model(service, mini_world):
 class Counting:
     """A reward at the process boundary: counts what it is asked, and has no score for some texts."""
 
-    log = Path("reward.log")
+    log, role, members = Path("reward.log"), "reward", ()
 
-    def __init__(self, missing=()):
-        self.asked, self.missing = 0, missing
+    def __init__(self, missing=(), swapped_at=10**9):
+        self.asked, self.missing, self.swapped_at = 0, missing, swapped_at
 
-    def score(self, items, on_progress=None):
+    def ask(self, items, on_progress=None):
         self.asked += len(items)
-        return [None if text in self.missing else float(len(text)) for _, text in items]
+        values = [math.nan if text in self.missing else float(len(text)) for _, text in items]
+        return Answer(identities=("new" if self.asked > self.swapped_at else "old",), scores=np.array([values]))
 
 
 def rows(n):
@@ -95,15 +113,17 @@ def rows(n):
     ]  # fmt: skip
 
 
-def stage(service, tmp_path, n=10):
+def stage(scorer, tmp_path, n=10, **shaped):
     prompt = Prompt(prompt_id="p", messages=MESSAGES, prompt_ids=[1], split="train")
     return score.score(
-        service,
+        scorer,
         {"p": prompt},
         rows(n),
+        identities=("old",),
         shards=tmp_path / "shards",
         shard_items=4,
         max_missing=0.2,
+        settings=ShapingConfig(**shaped),
         on_progress=lambda n: None,
     )
 
@@ -123,3 +143,35 @@ def test_items_without_a_score_are_set_aside_and_too_many_are_an_error(tmp_path)
     assert score.metrics(few)["missing"] == 1
     with pytest.raises(RewardError, match="3 of 10 answers have no reward"):
         stage(Counting({"answer 1", "answer 2", "answer 3"}), tmp_path / "many")
+    mended = Counting()
+    assert all(r.reward == 8.0 for r in stage(mended, tmp_path / "many"))
+    assert mended.asked == 4  # the shard that lacked some
+
+
+def test_a_model_that_changes_between_shards_is_noticed_and_its_shard_not_kept(tmp_path):
+    with pytest.raises(GuardError, match="changed during the stage"):
+        stage(Counting(swapped_at=4), tmp_path)
+    again = Counting()
+    assert [r.reward for r in stage(again, tmp_path)] == [8.0] * 10
+    assert again.asked == 6
+
+
+def test_each_part_of_a_shaped_reward_is_recorded_and_their_sum_is_the_reward(tmp_path):
+    """Lengths are 2 tokens; token ids (i, 2): no bigram twice. 8 characters give 8, less .25 for a token beyond one."""
+    plain = stage(Counting({"answer 3"}), tmp_path / "plain")
+    assert all(r.reward_parts == {} for r in plain)
+    shaped = stage(
+        Counting({"answer 3"}), tmp_path / "shaped", length_penalty=0.25, length_free=1, repetition_penalty=1
+    )
+    assert [r.reward for r in shaped] == [None if i == 3 else 7.75 for i in range(10)]
+    assert shaped[0].reward_parts == {"external": 8.0, "length_penalty": -0.25, "repetition_penalty": 0.0}
+    assert score.metrics(shaped)["part_length_penalty"] == -0.25
+    controlled = score.shape(
+        [dataclasses.replace(r, n_tokens=i, reward=None if r.reward is None else 3.0 * i) for i, r in enumerate(plain)],
+        ShapingConfig(length_control=1.0, cut_off_penalty=2.0),
+    )
+    rewarded = [r for r in controlled if r.reward is not None]
+    assert shaping.length_slope([r.reward for r in rewarded], [r.n_tokens for r in rewarded], "p" * 9) == pytest.approx(
+        0
+    )
+    assert np.mean([r.reward for r in rewarded]) == pytest.approx(3 * (45 - 3) / 9)

@@ -313,7 +313,8 @@ def test_a_world_that_is_there_is_not_built_again(mini_world: Path) -> None:
     assert (mini_world.parent / "current").resolve() == mini_world
 
 
-def test_the_models_are_plain_checkpoints(mini_world: Path, builder: ModuleType) -> None:
+@pytest.mark.parametrize("part", ["reward", "judge"])
+def test_the_models_are_plain_checkpoints(mini_world: Path, builder: ModuleType, part: str) -> None:
     """Transformers reads them, and agrees with the builder's own Llama about every logit and reward."""
     import torch
     from tiny_llama import Llama, rewards
@@ -321,7 +322,7 @@ def test_the_models_are_plain_checkpoints(mini_world: Path, builder: ModuleType)
 
     recipe = builder.Recipe(**json.loads((mini_world / "world.json").read_text())["recipe"])
     policy = AutoModelForCausalLM.from_pretrained(mini_world / "policy")
-    judge = AutoModelForSequenceClassification.from_pretrained(mini_world / "reward")
+    judge = AutoModelForSequenceClassification.from_pretrained(mini_world / part)
     assert type(policy).__name__ == "LlamaForCausalLM"
     assert policy.dtype == torch.float32
     assert policy.config.max_position_embeddings == 512
@@ -349,7 +350,7 @@ def test_the_models_are_plain_checkpoints(mini_world: Path, builder: ModuleType)
     with torch.no_grad():
         mine = ours(policy.state_dict())
         torch.testing.assert_close(mine(ids) @ mine.table.T, policy(ids).logits, rtol=1e-4, atol=1e-4)
-        theirs = AutoTokenizer.from_pretrained(mini_world / "reward")
+        theirs = AutoTokenizer.from_pretrained(mini_world / part)
         talk = [{"role": "user", "content": "Hey, say hello."}, {"role": "assistant", "content": "Hello."}]
         rendered = theirs.apply_chat_template(talk, tokenize=True, return_dict=False)
         expected = builder.reward_ids(recipe, theirs.backend_tokenizer, ["Hey, say hello."], ["Hello."])
@@ -383,6 +384,7 @@ def test_the_miniature_is_of_use(mini_world: Path) -> None:
 
     measured = json.loads((mini_world / "world.json").read_text())["measured"]
     assert measured["reward_accuracy"]["total"] > 0.6
+    assert measured["judge_accuracy"]["total"] > 0.6
     assert measured["ended_share"] > 0.9
 
     policy = AutoModelForCausalLM.from_pretrained(mini_world / "policy")

@@ -4,6 +4,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfplay.children import Child, ChildDied, ChildError, descendants
+from selfplay.children import Child, ChildDied, ChildError, descendants, marked
 from selfplay.errors import TrainError
 from selfplay.jobs import CanaryJob, LoraJob, TrainJob
 from selfplay.train import STATE_FILE
@@ -373,6 +374,28 @@ def test_out_of_memory_is_said_and_survived(world: Path, tmp_path: Path, child: 
     assert error.value.kind == "oom" and "micro_batch_pairs" in error.value.hint
     resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert order(child, job_of(world, tmp_path, epochs=1))["steps"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["launcher", "guard"])
+def test_behind_accelerates_launcher_the_trainer_works_and_dies_with_what_started_it(
+    world: Path, tmp_path: Path, victim: str
+) -> None:
+    config = Path(__file__).parents[1] / "configs" / "accelerate" / "single.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    child = start(tmp_path / "launched", *launcher, "-m", "selfplay.trainer")
+    child.wait_for("ready")
+    result = order(child, job_of(world, tmp_path, epochs=1))
+    assert result["steps"] == 3
+    below = descendants(child.pid)
+    assert len(below) == 2  # the launcher and the trainer
+    os.kill(below[0] if victim == "launcher" else child.pid, signal.SIGKILL)
+    with pytest.raises(ChildDied):
+        order(child, job_of(world, tmp_path, epochs=1))
+    deadline = time.monotonic() + 20
+    while (left := marked(tmp_path / "launched")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
 
 
 @pytest.mark.slow

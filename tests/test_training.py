@@ -1,7 +1,13 @@
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
+from selfplay.children import ChildDied, ChildError
 from selfplay.config import TrainConfig
-from selfplay.training import alarms
+from selfplay.errors import TrainError
+from selfplay.jobs import CanaryJob
+from selfplay.training import TRAINER_STARTS, alarms, order
 
 QUIET = {"train/beta": 0.1, "train/beta_at_limit": 0.0, "train/chosen_drop": 49.0}
 
@@ -22,3 +28,56 @@ def test_a_drop_of_the_chosen_alarms_past_its_limit(limit: float | None) -> None
 def test_a_beta_at_its_limit_alarms() -> None:
     found = alarms(QUIET | {"train/beta": 1e-4, "train/beta_at_limit": 1.0}, TrainConfig())
     assert set(found) == {"beta_at_limit"} and "0.0001" in found["beta_at_limit"]
+
+
+class Trainer:
+    """Stands in for a run whose trainer ends as told: a result, or an exception, for each order."""
+
+    def __init__(self, *ends: object) -> None:
+        self.ends, self.events, self.living = list(ends), [], False
+        self.config = SimpleNamespace(placement=SimpleNamespace(colocated=False))
+        self.run = self
+
+    def trainer(self) -> "Trainer":
+        if self.living:
+            self.event("trainer_restart", "died while it waited")
+        self.living = True
+        return self
+
+    def stop_trainer(self) -> None:
+        self.living = False
+
+    def event(self, kind: str, text: str) -> None:
+        self.events.append((kind, text))
+
+    def send(self, name: str, job: object) -> int:
+        return 1
+
+    def result(self, number: int, on_progress: object) -> object:
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+JOB = CanaryJob(policy=Path("p"), canary_ids=[])
+
+
+def test_a_trainer_that_dies_is_started_once_more_and_told_once(tmp_path: Path) -> None:
+    log = tmp_path / "trainer.log"
+    log.write_text("loading\nout of patience\n")
+    died = ChildDied("trainer", "was killed by SIGKILL", log)
+    r = Trainer(died, {"steps": 3})
+    assert order(r, "canaries", JOB) == {"steps": 3}  # type: ignore[arg-type]
+    assert [kind for kind, _ in r.events] == ["trainer_restart"]
+    assert "resumes from its last save" in r.events[0][1]
+    with pytest.raises(TrainError, match=r"SIGKILL; the last it said: out of patience") as error:
+        order(Trainer(*[died] * TRAINER_STARTS), "canaries", JOB)  # type: ignore[arg-type]
+    assert error.value.kind == "died" and "same command" in error.value.hint
+
+
+def test_an_order_that_fails_is_no_reason_for_a_second_try(tmp_path: Path) -> None:
+    r = Trainer(ChildError("trainer", "oom", "out of memory: 3 GiB", "lower micro_batch_pairs", tmp_path / "x"), {})
+    with pytest.raises(TrainError, match="out of memory") as error:
+        order(r, "canaries", JOB)  # type: ignore[arg-type]
+    assert (error.value.kind, error.value.hint, r.events) == ("oom", "lower micro_batch_pairs", [])

@@ -1,0 +1,76 @@
+"""Corrections to a round's rewards for what a reward model likes for no good reason: length, repetition, an open end.
+
+Each function returns one term to ADD to the rewards, (N,), so that they can be recorded apart. A reward that is NaN
+(none was given) has no part in any statistic; its terms are finite all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def within(values: ArrayLike, groups: Sequence[Hashable]) -> Array:
+    """Values (N,) minus the mean of their group, over the finite ones; NaN stays NaN."""
+    v = np.asarray(values, np.float64)
+    codes = {group: code for code, group in enumerate(dict.fromkeys(groups))}
+    at = np.array([codes[g] for g in groups], np.int64)
+    finite = np.isfinite(v)
+    counts = np.bincount(at[finite], minlength=len(codes))
+    sums = np.bincount(at[finite], weights=v[finite], minlength=len(codes))
+    means = np.divide(sums, counts, out=np.zeros(len(codes)), where=counts > 0)
+    return np.where(finite, v - means[at], np.nan)
+
+
+def length_slope(rewards: ArrayLike, lengths: ArrayLike, groups: Sequence[Hashable]) -> float:
+    """Reward for each further token: least squares over the round, with an intercept for each group (prompt).
+
+    Pairs compare answers to one prompt, so that a prompt which asks for long answers and gets high rewards says nothing
+    about a liking for length. 0 where no prompt has answers of different lengths.
+    """
+    r, n = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
+    n = np.where(np.isfinite(r), n, np.nan)
+    r, n = within(r, groups), within(n, groups)
+    both = np.isfinite(r)
+    variance = float(n[both] @ n[both])
+    return float(r[both] @ n[both]) / variance if variance > 0 else 0.0
+
+
+def length_control(rewards: ArrayLike, lengths: ArrayLike, groups: Sequence[Hashable], share: float) -> Array:
+    """Takes `share` of the rewards' linear dependence on length out; the round's mean reward stays as it is.
+
+    The idea of length-controlled win rates (Dubois et al., 2024, arXiv 2404.04475), applied to the reward by regression.
+    """
+    n = np.asarray(lengths, np.float64)
+    scored = np.isfinite(np.asarray(rewards, np.float64))
+    if not scored.any():
+        return np.zeros(len(n))
+    term: Array = -share * length_slope(rewards, n, groups) * (n - n[scored].mean())
+    return term
+
+
+def length_penalty(lengths: ArrayLike, per_token: float, free: int) -> Array:
+    """−`per_token` for each token beyond `free`."""
+    beyond: Array = np.maximum(np.asarray(lengths, np.float64) - free, 0.0)
+    term: Array = -per_token * beyond
+    return term
+
+
+def repetition(token_ids: Sequence[int], ngram: int) -> float:
+    """Share of a response's n-grams of tokens that occurred in it before: 0 when none did, towards 1 in a loop."""
+    grams = [tuple(token_ids[i : i + ngram]) for i in range(len(token_ids) - ngram + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition_penalty(responses: Sequence[Sequence[int]], weight: float, ngram: int) -> Array:
+    """−`weight` × the share of repeated n-grams."""
+    return -weight * np.array([repetition(ids, ngram) for ids in responses], np.float64)
+
+
+def cut_off_penalty(finish_reasons: Sequence[str], penalty: float) -> Array:
+    """−`penalty` for a response that hit the token limit."""
+    return -penalty * np.array([reason == "length" for reason in finish_reasons], np.float64)

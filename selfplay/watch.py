@@ -1,0 +1,194 @@
+"""The stage `guard` and the probes: is the reward still what it was, and does it still tell good from better?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from selfplay import artifacts, guard, pairs
+from selfplay.display import Line
+from selfplay.errors import GuardError
+from selfplay.scorer import name
+from selfplay.types import DISAGREEMENT, Candidate, Message, Scored
+
+if TYPE_CHECKING:
+    from selfplay.round import Round
+
+ALIKE = 0.01  # standard deviations: what a model makes of the same text on another machine
+SHOWN = {
+    "ties": "pairs of answers with equal rewards (share)",
+    "saturation": "rewards at the end of their range (share)",
+    "length_correlation": "correlation of reward and length",
+    "shift": "shift of the rewards against the last rounds (Kolmogorov-Smirnov distance)",
+    "disagreement": "disagreement within the ensemble (standard deviations)",
+    "gold_drop": "fall of the gold score while the reward rose",
+    "probe_change": "change of the scores of texts that did not change (standard deviations)",
+}
+
+
+def probes_file(r: Round) -> Path:
+    return r.run.dir / "reward" / "probes.json"
+
+
+def probe(r: Round, candidates: Sequence[Candidate]) -> float:
+    """Score the probe texts past the cache; how far they are from their first scores (standard deviations).
+
+    The first time, texts are chosen among `candidates` and their scores kept; so again when the configuration names
+    another reward. NaN without probes. Raises GuardError when the change is above guard.probe_change.stop.
+    """
+    scorer, path, settings = r.run.reward, probes_file(r), r.config.guard
+    if not settings.probes:
+        return math.nan
+    sources = [source.which() for source in scorer.sources]
+    first = artifacts.read_json(path) if path.is_file() else None
+    items = (
+        _texts(r, candidates, settings.probes)
+        if first is None
+        else [(i["messages"], i["response"]) for i in first["items"]]
+    )
+    answer = scorer.ask(items, fresh=True)
+    now = [[v if math.isfinite(v) else None for v in scores] for scores in answer.scores.tolist()]
+    same = first is not None and list(answer.identities) == first["identities"]
+    renamed = first is not None and first["sources"] != sources
+    change = math.inf
+    if first is not None and len(now) == len(first["scores"]):
+        change = max(guard.probe_change(a, b) for a, b in zip(first["scores"], now, strict=True))
+    alarms = guard.alarms({"probe_change": change}, {"probe_change": settings.probe_change})
+    # another place in the configuration with the same scores is another address of the same reward
+    if first is None or (renamed and change > ALIKE):
+        if first is not None:
+            r.run.store.event("guard", "the configuration names another reward: the probes begin anew", r.index)
+        _keep(path, r.index, sources, answer.identities, items, now)
+        return 0.0
+    if any(alarm.level == "stop" for alarm in alarms):
+        raise GuardError(
+            f"the reward is not the one this run began with: a text scored in round {first['round']} changed its score by "
+            f"{change:.3g} standard deviations (limit: {settings.probe_change.stop:g}, guard.probe_change.stop); "
+            f"weights {_short(first['identities'])} then, {_short(answer.identities)} now",
+            "nothing was trained or promoted on it. Serve the earlier reward model again, then run the same command again; if the change is "
+            f"meant, delete {path}, and the next round takes the reward as it is",
+        )
+    for alarm in alarms:
+        _warn(r, alarm)
+    if not same:
+        warning = (
+            f"the reward server names other weights ({_short(answer.identities)} instead of {_short(first['identities'])}), "
+            f"but the probes' scores changed by {change:.3g} standard deviations only"
+        )
+        r.run.store.event("guard", warning, r.index)
+        r.run.display.warn(warning)
+    if not same or renamed:
+        before = [name(i, s) for i, s in zip(first["identities"], first["sources"], strict=True)]
+        scorer.rename(before, scorer.names(answer.identities))
+        _keep(path, first["round"], sources, answer.identities, items, first["scores"])
+    return change
+
+
+def _texts(r: Round, candidates: Sequence[Candidate], count: int) -> list[tuple[list[Message], str]]:
+    """Responses of this round, spread evenly over its prompts; two at least of each, for a judge that compares."""
+    messages = {p.prompt_id: p.messages for p in r.drawn}
+    by_prompt: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        by_prompt.setdefault(candidate.prompt_id, []).append(candidate)
+    groups = list(by_prompt.values())
+    each = max(2, math.ceil(count / len(groups)))
+    places = sorted({int(i) for i in np.linspace(0, len(groups) - 1, max(1, min(count // each, len(groups))))})
+    return [(messages[c.prompt_id], c.text) for i in places for c in groups[i][:each]][:count]
+
+
+def _keep(
+    path: Path,
+    index: int,
+    sources: list[dict[str, Any]],
+    identities: Sequence[str],
+    items: Sequence[tuple[list[Message], str]],
+    scores: list[list[float | None]],
+) -> None:
+    path.parent.mkdir(exist_ok=True)
+    artifacts.write_json(
+        path,
+        {
+            "round": index,
+            "sources": sources,
+            "identities": list(identities),
+            "items": [{"messages": messages, "response": response} for messages, response in items],
+            "scores": scores,
+        },
+    )
+
+
+def _short(identities: Sequence[str]) -> str:
+    """The beginning of the weights' hash, and the precision."""
+    parts = [identity.split("/") for identity in identities]
+    return ", ".join(" ".join([p[0][:12], *p[2:]]) if p[0] else "unnamed" for p in parts)
+
+
+def watch(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
+    """Compute the guard's numbers of a scored round, tell what is above a limit, and raise GuardError for a stop."""
+    values = measure(r)
+    limits = {sign: getattr(r.config.guard, sign) for sign in values}
+    artifacts.write_json(folder / "guard.json", {k: v if math.isfinite(v) else None for k, v in values.items()})
+    # of their own change the probes have told
+    alarms = guard.alarms({k: v for k, v in values.items() if k != "probe_change"}, limits)
+    for alarm in alarms:
+        if alarm.level == "warn":
+            _warn(r, alarm)
+    if stops := [alarm for alarm in alarms if alarm.level == "stop"]:
+        raise GuardError(
+            "the reward looks wrong: " + "; ".join(_said(alarm) for alarm in stops),
+            f"nothing was trained on. Look at rounds/{r.index:04d}/score/scored.parquet; then mend the reward and give the "
+            "round up (selfplay cancel), or raise the limit to go on with it",
+        )
+    line.update(text=f"{len(alarms)} warnings" if alarms else "nothing above a limit")
+    return values
+
+
+def measure(r: Round) -> dict[str, float]:
+    """The guard's numbers by their names in the configuration; NaN where a number has no meaning yet."""
+    rows: list[Scored] = r.rows("score", "scored", Scored)
+    by_prompt: dict[str, list[Scored]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt_id, []).append(row)
+    cut_off = r.config.pairs.cut_off
+    different = [c for group in by_prompt.values() for c in pairs.usable(group, cut_off)]  # equal answers are no tie
+    noise, prompts = r.config.reward.noise, [c.prompt_id for c in different]
+    rewards, lengths = [c.reward or 0.0 for c in different], [c.n_tokens for c in different]
+    apart = [c.reward_parts[DISAGREEMENT] for c in rows if DISAGREEMENT in c.reward_parts]
+    first = max(1, r.index - r.config.guard.history)
+    given_up = {row["round"] for row in r.run.store.rounds() if row["state"] == "cancelled"}  # perhaps for its rewards
+    before = [index for index in range(first, r.index) if index not in given_up]
+    earlier = [v for index in before for v in _rewards(r, index)]
+    ours = [math.nan if row.reward is None else row.reward for row in rows]
+    names = ["score/reward_mean", "evaluate/gold_total_champion"]
+    metrics = r.run.store.metrics_by_round(names)
+    past = [metrics[index] for index in before if len(metrics.get(index, ())) == len(names)]
+    found = {
+        "ties": guard.ties(rewards, prompts, noise),
+        "saturation": guard.saturation(rewards, noise),
+        "length_correlation": guard.length_correlation(rewards, lengths, prompts),
+        "shift": guard.shift(earlier, ours),
+        "disagreement": float(np.mean(apart)) if apart else math.nan,
+        "gold_drop": guard.gold_drop([m[names[0]] for m in past], [m[names[1]] for m in past]),
+        "probe_change": r.metric("score", "probe_change"),
+    }
+    return found
+
+
+def _rewards(r: Round, index: int) -> list[float]:
+    path = r.run.dir / "rounds" / f"{index:04d}" / "score" / "scored.parquet"
+    column = artifacts.read_column(path, "reward") if path.is_file() else []
+    return [v for v in column if v is not None]
+
+
+def _said(alarm: guard.Alarm) -> str:
+    return f"{SHOWN[alarm.name]} {alarm.value:.3g}, limit {alarm.limit:g} (guard.{alarm.name}.{alarm.level})"
+
+
+def _warn(r: Round, alarm: guard.Alarm) -> None:
+    text = f"guard: {_said(alarm)}"
+    r.run.store.event("guard", text, r.index)
+    r.run.display.warn(f"round {r.index}: {text}")

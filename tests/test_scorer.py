@@ -1,0 +1,254 @@
+"""Scorers with real reward servers: ensembles whose scale is kept, a cache that spares questions, models that change."""
+
+import contextlib
+import math
+import threading
+
+import numpy as np
+import pytest
+from mini import nothing_left
+from outside import served
+from reward_world import bare_scores, conversation, reward_model
+
+from selfplay import artifacts
+from selfplay.config import EnsembleConfig, RewardSource
+from selfplay.errors import GuardError, Interrupted, RewardError
+from selfplay.score_cache import ScoreCache
+from selfplay.scorer import Scorer
+
+ITEMS = [conversation(i, 3 + i % 5) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two reward models with other weights."""
+    return [reward_model(tmp_path_factory.mktemp(f"model{seed}"), seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def urls(models):
+    with served(models[0]) as first, served(models[1]) as second:
+        yield [first, second]
+
+
+def scorer(tmp_path, *urls, cache=None, combine="mean", events=None):
+    sources = [RewardSource(url=[url], deadline=20) for url in urls]
+    settings = None
+    if len(urls) > 1:
+        members = [{"name": name, "url": [url]} for name, url in zip("ab", urls, strict=True)]
+        settings = EnsembleConfig.model_validate({"members": members, "combine": combine})
+    tell = (events if events is not None else []).append
+    return Scorer(
+        "reward", sources, settings, tmp_path, cache=cache, gpus=None, on_event=lambda kind, text: tell((kind, text))
+    )
+
+
+def z(values):
+    return (np.array(values) - np.mean(values)) / np.std(values)
+
+
+def test_an_ensemble_keeps_the_scale_of_its_first_round(models, urls, tmp_path):
+    both = np.array([bare_scores(folder, ITEMS) for folder in models])
+    events = []
+    ours = scorer(tmp_path, *urls, events=events)
+    answer = ours.ask(ITEMS)
+    np.testing.assert_allclose(answer.scores, both, atol=1e-5)
+    found = ours.combine(answer.identities, answer.scores)
+    expected = np.array([z(both[0]), z(both[1])])
+    np.testing.assert_allclose(found.rewards, expected.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(found.disagreement, np.abs(expected[0] - expected[1]) / 2, atol=1e-4)
+    assert [kind for kind, _ in events] == ["scale"]
+
+    # Another process, other items: the scale is the one of the first.
+    later = scorer(tmp_path, *urls, combine="minimum")
+    few = later.score(ITEMS[:3])
+    np.testing.assert_allclose(few, expected.min(axis=0)[:3], atol=1e-4)
+    kept = artifacts.read_json(tmp_path / "reward" / "reward-scale.json")
+    assert set(kept) == {"a", "b"}
+
+
+def test_a_member_without_a_score_leaves_the_item_without_one(urls, tmp_path):
+    ours = scorer(tmp_path, *urls)
+    too_long = conversation(0, 2000)
+    assert [v is None for v in ours.score([*ITEMS, too_long])] == [False] * len(ITEMS) + [True]
+    with pytest.raises(RewardError, match="member a of the reward ensemble gave no score at all"):
+        scorer(tmp_path / "other", *urls).score([too_long])
+
+
+def test_what_was_scored_once_is_not_asked_again(urls, tmp_path, monkeypatch):
+    cache = ScoreCache(tmp_path / "scores.sqlite", 1000)
+    ours = scorer(tmp_path, urls[0], cache=cache)
+    asked = []
+    service = ours._services[0]
+    real = service.score
+    monkeypatch.setattr(service, "score", lambda items, *on: (asked.append(len(items)), real(items, *on))[1])
+    progress = []
+    too_long = conversation(0, 2000)
+    first = ours.ask([*ITEMS, *ITEMS[:5], too_long], progress.append).scores
+    assert asked == [len(ITEMS) + 1]
+    assert progress[-1] == len(ITEMS) + 6
+    np.testing.assert_array_equal(first[0, len(ITEMS) : -1], first[0, :5])
+    assert math.isnan(first[0, -1])
+    again = ours.ask([too_long, *ITEMS]).scores
+    assert asked == [len(ITEMS) + 1, 1]  # the missing score is asked for again, nothing else
+    np.testing.assert_array_equal(again[0, 1:], first[0, : len(ITEMS)])
+    ours.ask(ITEMS, fresh=True)
+    assert asked[-1] == len(ITEMS)
+
+
+def test_a_shard_that_is_cut_short_is_not_asked_for_again_whole(urls, tmp_path, monkeypatch):
+    cache = ScoreCache(tmp_path / "scores.sqlite", 1000)
+    ours = scorer(tmp_path, urls[0], cache=cache)
+    service = ours._services[0]
+    service._config = service._config.model_copy(update={"batch": 4, "concurrency": 1})
+
+    def stop(done):
+        if done >= 8:
+            raise Interrupted("the service stops")
+
+    with pytest.raises(Interrupted):
+        ours.ask(ITEMS, stop)
+    assert cache.count() == 8
+    counts = []
+    answer = ours.ask(ITEMS, counts.append)
+    assert counts[0] == len(ITEMS) and cache.count() == len(ITEMS)
+    np.testing.assert_array_equal(answer.scores, scorer(tmp_path, urls[0]).ask(ITEMS).scores)
+
+
+def test_a_model_that_changes_while_it_scores_leaves_nothing_in_the_cache(models, tmp_path, monkeypatch):
+    cache = ScoreCache(tmp_path / "scores.sqlite", 1000)
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        url = first.enter_context(served(models[0]))
+        ours = scorer(tmp_path, url, cache=cache)
+        service = ours._services[0]
+        real = service.score
+
+        def swap_after(items, *on):
+            found = real(items, *on)
+            first.close()
+            second.enter_context(served(models[1], int(url.rpartition(":")[2])))
+            return found
+
+        monkeypatch.setattr(service, "score", swap_after)
+        with pytest.raises(GuardError, match="changed while it scored"):
+            ours.ask(ITEMS)
+        assert cache.count() == 0
+        monkeypatch.setattr(service, "score", real)
+        np.testing.assert_allclose(ours.ask(ITEMS).scores[0], bare_scores(models[1], ITEMS), atol=1e-5)
+
+
+def test_servers_of_our_own_are_children_with_names_of_their_own(models, tmp_path):
+    members = [{"name": "a", "model": str(models[0])}, {"model": str(models[1])}]
+    settings = EnsembleConfig.model_validate({"members": members})
+    sources = [RewardSource(model=str(folder), dtype="float32") for folder in models]
+    ours = Scorer("reward", sources, settings, tmp_path, cache=None, gpus=None, on_event=lambda kind, text: None)
+    ours.start()
+    try:
+        assert len(set(ours.identities)) == 2
+        assert all(v is not None for v in ours.score(ITEMS))
+    finally:
+        ours.stop()
+    assert (tmp_path / "logs" / "reward-a.log").is_file() and (tmp_path / "logs" / "reward-1.log").is_file()
+    assert nothing_left(tmp_path)
+
+
+class Member:
+    """A service at its boundary: so many points a character, told of in steps of one item."""
+
+    def __init__(self, name, factor=1.0, identity="", weights=frozenset()):
+        self.name, self.factor, self.identity, self.weights, self.compares = name, factor, identity, weights, False
+        self.asked = 0
+
+    def score(self, items, on_progress, on_scored=None):
+        for n in range(len(items)):
+            self.asked += 1
+            on_progress(n + 1)
+        return [self.factor * len(text) for _, text in items]
+
+
+def by_hand(scorer, *members):
+    scorer._services = list(members)
+    return scorer
+
+
+def test_progress_is_told_in_the_callers_thread_and_its_end_is_the_end_of_all(tmp_path):
+    ours = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a"), Member("b"))
+    threads, counts = set(), []
+    ours.ask(ITEMS, lambda n: (threads.add(threading.current_thread()), counts.append(n)))
+    assert threads == {threading.current_thread()}
+    assert counts == sorted(counts) and counts[-1] == len(ITEMS)
+
+    def stop(done):
+        raise Interrupted("cancelled", now=True)
+
+    with pytest.raises(Interrupted, match="cancelled"):
+        ours.ask(ITEMS, stop)
+
+
+def test_members_that_have_no_name_of_their_weights_have_their_own_scales(tmp_path):
+    """The server at another address is another model: its scale is not that of the one before."""
+    first = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a", 2.0), Member("b"))
+    z_first = first.score(ITEMS)
+    second = by_hand(scorer(tmp_path, "http://c", "http://b"), Member("a", 200.0), Member("b"))
+    np.testing.assert_allclose(second.score(ITEMS), z_first, atol=1e-9)
+    again = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a", 4.0), Member("b"))
+    assert not np.allclose(again.score(ITEMS), z_first)
+    assert {k: len(v) for k, v in artifacts.read_json(tmp_path / "reward" / "reward-scale.json").items()} == {
+        "a": 2,
+        "b": 1,
+    }
+
+
+def test_a_resaved_model_keeps_its_scale(tmp_path):
+    ours = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a", identity="old/t"), Member("b", identity="b/t"))
+    ours.score(ITEMS)
+    ours.rename(ours.names(("old/t", "b/t")), ours.names(("new/t", "b/t")))
+    events = []
+    later = by_hand(
+        scorer(tmp_path, "http://a", "http://b", events=events),
+        Member("a", identity="new/t"),
+        Member("b", identity="b/t"),
+    )
+    assert all(v is not None for v in later.score(ITEMS[:3]))
+    assert events == []
+
+
+def test_scores_of_other_weights_than_the_server_names_are_not_kept(tmp_path):
+    cache = ScoreCache(tmp_path / "scores.sqlite", 100)
+    ours = by_hand(scorer(tmp_path, "http://a", cache=cache), Member("a", identity="one/t", weights={"two"}))
+    with pytest.raises(GuardError, match="changed while it scored: one/t before, one/t after, scores by two"):
+        ours.ask(ITEMS)
+    assert cache.count() == 0
+
+
+def test_probes_leave_the_cache_alone_and_what_is_forgotten_is_asked_again(tmp_path):
+    cache = ScoreCache(tmp_path / "scores.sqlite", 100)
+    member = Member("a", identity="one/t", weights={"one"})
+    ours = by_hand(scorer(tmp_path, "http://a", cache=cache), member)
+    ours.ask(ITEMS)
+    kept = cache.count()
+    member.factor = 9.0  # replaced, and it says nothing of it
+    ours.ask(ITEMS[:4], fresh=True)
+    member.factor = 1.0
+    right = [float(len(text)) for _, text in ITEMS]
+    assert ours.ask(ITEMS).scores[0].tolist() == right and cache.count() == kept
+    ours.forget(("one/t",), ITEMS)
+    assert cache.count() == 0
+
+
+def test_what_may_compare_items_is_asked_for_equal_ones_too(tmp_path):
+    member = Member("a")
+    ours = by_hand(scorer(tmp_path, "http://a"), member)
+    assert len(ours.score([*ITEMS, ITEMS[0]])) == len(ITEMS) + 1 and member.asked == len(ITEMS)
+    member.asked, member.compares = 0, True
+    assert len(ours.score([*ITEMS, ITEMS[0]])) == len(ITEMS) + 1 and member.asked == len(ITEMS) + 1
+
+
+def test_two_policies_are_not_compared_by_two_judges(tmp_path):
+    member = Member("a", identity="one/t")
+    ours = by_hand(scorer(tmp_path, "http://a"), member)
+    judge = ours.identities
+    ours.score(ITEMS, identities=judge)
+    member.identity = "two/t"
+    with pytest.raises(GuardError, match="changed during the stage"):
+        ours.score(ITEMS, identities=judge)
