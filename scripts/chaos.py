@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """A served run whose processes are killed at random moments must end with the artifacts of one that nobody disturbed.
 
-    python scripts/chaos.py [--kills 100] [--rounds 6] [--seed 0] [--every 4] [--out runs/chaos]
+    python scripts/chaos.py [--kills 100] [--rounds 6] [--seed 0] [--every 4] [--calm DIR] [--out runs/chaos]
 
 Two runs of `selfplay serve` on the miniature of the tiny world, in its smallest sizes. In the second, SIGKILL goes to the
-service itself or to a random process below it (engine, reward server, trainer, importer, their guards), at exponentially
-distributed times; a dead service is started again. Then prompts, candidates, pairs, verdicts, weights and β of every round
-are compared, to the byte. Exit code 0: everything is the same, no row is missing or double, no process and no lock is left.
+service itself or to a random process below it (engine, reward server, judge, trainer, importer, their guards), at
+exponentially distributed times, but never twice before the run got on; a dead service is started again. Then prompts,
+candidates, pairs, verdicts, weights and β of every round are compared, to the byte. Exit code 0: everything is the same, no
+row is missing or double, no process and no lock is left.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +45,26 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="kills before the run may end (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=6, help="rounds of each run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the times and the victims")
-    parser.add_argument("--every", type=float, default=4.0, help="mean seconds between kills (default: %(default)s)")
+    parser.add_argument("--every", type=float, help="mean seconds between kills (default: a twentieth of the calm run)")
     parser.add_argument("--share", type=float, default=0.3, help="share of the kills that hit the service itself")
+    parser.add_argument(
+        "--calm", type=Path, help="a finished run of these settings to compare with, instead of a new one"
+    )
     parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     args = parser.parse_args()
     sets = [*world(), *SETTINGS, f"schedule.end.rounds={args.rounds}", *args.set]
-    for name in ("calm", "storm"):
-        shutil.rmtree(args.out / name, ignore_errors=True)
-    began = time.monotonic()
-    calm = Served(args.config, sets, args.out / "calm")
-    calm.until_ended()
-    calm.stop()
-    print(f"calm: {args.rounds} rounds in {time.monotonic() - began:.0f} s", flush=True)
+    if args.calm is None:
+        args.calm = args.out / "calm"
+        shutil.rmtree(args.calm, ignore_errors=True)
+        calm = Served(args.config, sets, args.calm)
+        calm.until_ended()
+        calm.stop()
+    seconds = lasted(args.calm)
+    print(f"calm: {args.rounds} rounds in {seconds:.0f} s", flush=True)
+    args.every = args.every or seconds / 20
+    shutil.rmtree(args.out / "storm", ignore_errors=True)
     began = time.monotonic()
     hits, orphans = storm(args, sets)
     took = time.monotonic() - began
@@ -64,11 +72,13 @@ def main() -> int:
         f"storm: {sum(hits.values())} kills in {took:.0f} s: "
         + ", ".join(f"{n} × {what}" for what, n in hits.most_common())
     )
-    faults = compare(args.out / "calm", args.out / "storm")
+    faults = compare(args.calm, args.out / "storm")
     faults += [f"{orphans} processes outlived a killed service"] * bool(orphans)
+    if (kills := sum(hits.values())) < args.kills:
+        faults.append(f"{kills} kills, {args.kills} were asked: give it more --rounds")
     for fault in faults:
         print(f"FAULT: {fault}")
-    files = len(artifacts_of(args.out / "calm"))
+    files = len(artifacts_of(args.calm))
     print(f"{files} artifacts compared, {len(faults)} faults, {orphans} orphans")
     return int(bool(faults))
 
@@ -81,7 +91,7 @@ def world() -> list[str]:
     here = (out / "current").resolve()
     return [
         f"policy.model={here / 'policy'}", f"reward.model={here / 'reward'}", f"prompts.source={here / 'train.jsonl'}",
-        f"prompts.heldout={here / 'heldout.jsonl'}",
+        f"prompts.heldout={here / 'heldout.jsonl'}", f"evaluate.judge.model={here / 'judge'}",
     ]  # fmt: skip
 
 
@@ -89,7 +99,7 @@ class Served:
     """`selfplay serve` on a folder, started again when it is gone."""
 
     def __init__(self, config: str, sets: list[str], run_dir: Path) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.log = run_dir, run_dir / "service.log"
         words = [word for each in sets for word in ("--set", each)]
         self._argv = [
             sys.executable,
@@ -106,7 +116,7 @@ class Served:
 
     def start(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with (self.run_dir / "service.log").open("ab") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(self._argv, stdout=log, stderr=log, cwd=ROOT)
 
     def state(self) -> Any:
@@ -131,33 +141,42 @@ class Served:
             sys.exit(f"{self.run_dir}: the service ended with exit code {code} on SIGTERM")
 
 
+def lasted(run_dir: Path) -> float:
+    """Seconds from the first event of a run to the end of its last round."""
+    store = Store(run_dir)
+    first, last = store.events()[0]["time"], store.rounds()[-1]["ended"]
+    store.close()
+    return (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
+
+
 def storm(args: argparse.Namespace, sets: list[str]) -> tuple[Counter[str], int]:
     """Kill until there were enough kills and the run has ended; returns what was hit, and how many outlived a service."""
-    rng, hits, orphans = random.Random(args.seed), Counter[str](), 0
+    rng, hits, orphans, said = random.Random(args.seed), Counter[str](), 0, 0
     served = Served(args.config, sets, args.out / "storm")
     while True:
         time.sleep(rng.expovariate(1 / args.every))
         enough = sum(hits.values()) >= args.kills
         state = served.state()
         if state is not None and state[0] == "ended":
-            if not enough:
-                print(f"the run ended after {sum(hits.values())} kills: give it more --rounds", flush=True)
             break
         if state is not None and state[0] == "paused":
             sys.exit(f"the service paused itself: {state[1]}")
         if served.process.poll() is not None:  # nobody killed it: starting it again would hide that
             sys.exit(f"the service ended by itself with exit code {served.process.returncode}; see service.log")
-        if enough:
-            continue
         below = children.marked(served.run_dir)
-        if not below or rng.random() < args.share:
+        if enough or not below or served.log.stat().st_size == said:  # as after the last kill
+            continue
+        if hits["service"] + 0.5 < args.share * sum(hits.values()):
             hits["service"] += 1
             served.process.kill()
             served.process.wait()
             orphans += outlived(served.run_dir)
             served.start()
+        elif victim := kill(rng.choice(sorted(below))):
+            hits[victim] += 1
         else:
-            hits[kill(rng.choice(sorted(below)))] += 1
+            continue
+        said = served.log.stat().st_size
         if sum(hits.values()) % 10 == 0:
             print(f"  {sum(hits.values())} kills, state {state}", flush=True)
     served.stop()
@@ -172,13 +191,13 @@ def outlived(run_dir: Path, within: float = 10.0) -> int:
     return len(left)
 
 
-def kill(pid: int) -> str:
-    """SIGKILL a process; returns what it was."""
+def kill(pid: int) -> str | None:
+    """SIGKILL a process; returns what it was, None where it had just ended by itself."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         os.kill(pid, signal.SIGKILL)
     except (OSError, ProcessLookupError):
-        return "one that had just ended"
+        return None
     modules = [word for word in words if word.startswith(("selfplay.", "reward."))]
     return f"guard of {modules[1]}" if len(modules) > 1 else modules[0] if modules else words[0]
 

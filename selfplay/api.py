@@ -206,6 +206,14 @@ def _reads(app: FastAPI, view: View) -> None:
         """One base pair, whole: prompt, both responses, every number that decided on it."""
         return _found(view.pair(round, row), f"there is no pair {row} of round {round}")
 
+    @app.get("/api/prompts", tags=["prompts"])
+    def prompts(
+        after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Number of the first one: `next` of the page before.")] = 0,
+        limit: Limit = 50,
+    ) -> m.PromptPage:  # fmt: skip
+        """Prompts of the pool in the order they came, those that joined later last."""
+        return view.pool(after, limit)
+
     @app.get("/api/policies", tags=["policies"])
     def policies() -> list[m.PolicyRow]:
         """Policies, newest first."""

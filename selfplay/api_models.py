@@ -50,10 +50,13 @@ class RunSummary(Answer):
     service: Service
     current_policy: int | None
     rounds: dict[str, int]
-    """How many rounds are in each state (running, promoted, rejected, skipped)."""
+    """How many rounds are in each state (running, promoted, rejected, skipped, cancelled)."""
     orders_pending: int
     restarts: int
-    """Times that an engine was started again after it died or could not be shown to have new weights."""
+    """Times that a child was started again: the engine after it died or could not be shown to have new weights, a reward
+    server, the trainer."""
+    gate_independent: bool
+    """Whether another reward judges than trains: by the newest verdict, before one by the configuration."""
     free_bytes: int
     """Free space on the disk of the run folder."""
     version: str
@@ -65,7 +68,7 @@ class Round(Answer):
 
     round: int
     state: str
-    """running, promoted, rejected or skipped."""
+    """running, promoted, rejected, skipped or cancelled."""
     started: str
     ended: str | None
     sampler: int
@@ -73,7 +76,7 @@ class Round(Answer):
     policy: int | None
     """Policy that serves after it."""
     reasons: list[str]
-    """Why it was rejected or skipped."""
+    """Why it was rejected, skipped or cancelled."""
     seconds: float
     """Of all its finished stages."""
     metrics: dict[str, float]
@@ -130,6 +133,34 @@ class PairPage(Answer):
     """May be fewer than asked for, even none, before the end."""
     next: str | None
     """Cursor of the next page (`after`); null at the end."""
+
+
+class PromptRow(Answer):
+    """A prompt of the pool."""
+
+    number: int
+    """Its place in the pool, from 0 in the order they came."""
+    prompt_id: str
+    messages: list[dict[str, str]]
+    tokens: int
+    """Of the prompt as it is given to the policy."""
+    split: str
+    """train, heldout (asked at the gate) or audit (never gates)."""
+    source: str
+    parent: str | None
+    """prompt_id of the prompt it was made from."""
+    joined: int | None
+    """First round that may draw it; null: it was there from the start."""
+
+
+class PromptPage(Answer):
+    """A page of the pool."""
+
+    prompts: list[PromptRow]
+    total: int
+    """Prompts of the pool, all splits together."""
+    next: int | None
+    """Where the next page begins (`after`); null at the end."""
 
 
 class Response(Answer):

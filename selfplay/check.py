@@ -10,14 +10,20 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
+from zoneinfo import ZoneInfo
 
 import httpx
+import yaml
 
-from selfplay import gate, policies
+from reward.client import RewardClient, RewardRefused, RewardUnavailable
+from selfplay import gate, policies, trackers
 from selfplay.config import Config
+from selfplay.daemon import next_start
 from selfplay.errors import SelfplayError
+from selfplay.run import load_function
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 1 << 30
@@ -31,10 +37,12 @@ class Finding:
 
 
 def check(config: Config, run_dir: Path) -> list[Finding]:
-    """Everything that can be known before a round: models, prompts, reward, disk, memory, GPUs, port."""
+    """Everything that can be known before a round: models and their context, batches, prompts, reward, schedule, tracker,
+    functions, disk, memory, GPUs, port."""
     looks: list[tuple[str, Callable[[Config, Path], Iterator[Finding]]]] = [
-        ("models", _models), ("prompts", _prompts), ("reward", _reward), ("disk", _disk), ("memory", _memory),
-        ("gpu", _gpu), ("port", _port),
+        ("models", _models), ("context", _context), ("training", _training), ("prompts", _prompts), ("reward", _reward),
+        ("schedule", _schedule), ("track", _track),
+        ("functions", _functions), ("disk", _disk), ("memory", _memory), ("gpu", _gpu), ("port", _port),
     ]  # fmt: skip
     found: list[Finding] = []
     for name, look in looks:
@@ -48,10 +56,11 @@ def check(config: Config, run_dir: Path) -> list[Finding]:
 
 
 def _models(config: Config, run_dir: Path) -> Iterator[Finding]:
-    judge = config.evaluate.judge.model if config.evaluate.judge else None
-    for key, model, labels in (
-        ("policy.model", config.policy.model, None), ("reward.model", config.reward.model, 1), ("evaluate.judge.model", judge, 1),
-    ):  # fmt: skip
+    rewards = config.reward_sources() | config.judge_sources()
+    models = {"policy.model": config.policy.model, **{f"{key}.model": source.model for key, source in rewards.items()}}
+    for key, model in models.items():
+        source = rewards.get(key.removesuffix(".model"))
+        labels = 1 if source and not source.heads and not source.trust_remote_code else None
         if model is None:
             continue
         path = Path(model)
@@ -64,11 +73,66 @@ def _models(config: Config, run_dir: Path) -> Iterator[Finding]:
             yield Finding(about=key, level="error", text=f"{model} has {n} labels; a reward model has 1")
             continue
         elements = sum(math.prod(shape) for _, shape in policies.tensors(path).values())
+        if lack := _lacks(path):
+            yield Finding(about=key, level="error", text=f"{model} has no {lack}")
+            continue
         yield Finding(
             about=key,
             level="ok",
             text=f"{model}: {settings.get('architectures', ['?'])[0]}, {elements / 1e6:,.1f} M parameters, whole",
         )
+
+
+def _lacks(model: Path) -> str | None:
+    """What a folder needs beside its weights to be given conversations, and lacks."""
+    settings = model / "tokenizer_config.json"
+    known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if not known and not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return "tokenizer"
+    if (
+        known.get("chat_template")
+        or (model / "chat_template.jinja").is_file()
+        or (model / "chat_template.json").is_file()
+    ):
+        return None
+    return "chat template: use an instruct model, or add chat_template.jinja"
+
+
+def _context(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether the policy reads as many tokens as engine and trainer will give it."""
+    path = Path(config.policy.model) / "config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    limit = (settings.get("text_config") or settings).get("max_position_embeddings")
+    if not isinstance(limit, int):
+        return
+    asked = {
+        "prompts.max_tokens + generate.max_tokens + 1": config.prompts.max_tokens + config.generate.max_tokens + 1,
+        "generate.engine.max_model_len": config.generate.engine.max_model_len or 0,
+        "train.max_length": config.train.max_length,
+    }
+    over = [f"{name} is {length}" for name, length in asked.items() if length > limit]
+    said = f"the policy reads up to {limit} tokens" + (f", but {', '.join(over)}" if over else "")
+    yield Finding(about="context", level="error" if over else "ok", text=said)
+
+
+def _training(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether the batch can be shared among the trainer's processes."""
+    settings = config.train
+    if settings.accelerate is None:
+        return
+    if not settings.accelerate.is_file():
+        yield Finding(about="train.accelerate", level="error", text=f"{settings.accelerate}: no such file")
+        return
+    found = yaml.safe_load(settings.accelerate.read_text(encoding="utf-8"))
+    processes = int(found.get("num_processes", 1)) if isinstance(found, dict) else 1
+    together = settings.micro_batch_pairs * processes
+    said = f"{settings.batch_pairs} pairs a step on {processes} processes, {settings.micro_batch_pairs} at a time each"
+    if settings.batch_pairs % together:
+        yield Finding(about="train.batch_pairs", level="error", text=f"{said}: not a multiple of {together}")
+    else:
+        yield Finding(about="training", level="ok", text=said)
 
 
 def _on_the_hub(key: str, model: str) -> Finding:
@@ -105,19 +169,52 @@ def _prompts(config: Config, run_dir: Path) -> Iterator[Finding]:
 
 
 def _reward(config: Config, run_dir: Path) -> Iterator[Finding]:
-    judge = config.evaluate.judge.url if config.evaluate.judge else []
-    for url in [*config.reward.url, *judge]:
+    sources = config.reward_sources() | config.judge_sources()
+    for source, url in [(s, u) for s in sources.values() for u in s.url]:
+        key = os.environ.get(source.api_key_env) if source.api_key_env else None
         try:
-            health = httpx.get(f"{url.rstrip('/')}/healthz", timeout=10).raise_for_status().json()
-            yield Finding(about="reward", level="ok", text=f"{url} serves {health.get('model', '?')}")
-        except (httpx.HTTPError, ValueError) as error:
-            yield Finding(about="reward", level="error", text=f"{url}/healthz does not answer: {error}")
+            with RewardClient(
+                url, dialect=source.dialect, tokenizer=source.tokenizer, api_key=key, deadline=10.0
+            ) as client:
+                health = client.health()
+            asked = (
+                "is not asked: its format has no such question"
+                if source.dialect == "openrlhf"
+                else f"serves {health.model}"
+            )
+            yield Finding(about="reward", level="ok", text=f"{url} {asked}")
+        except (RewardUnavailable, RewardRefused, ValueError) as error:
+            yield Finding(about="reward", level="error", text=f"{url} does not answer: {error}")
     if config.evaluate.judge is None:
         yield Finding(
             about="gate",
             level="warning",
             text="gate not independent: the reward that trains also judges (evaluate.judge)",
         )
+
+
+def _schedule(config: Config, run_dir: Path) -> Iterator[Finding]:
+    settings, now = config.schedule, datetime.now(UTC)
+    if settings.mode == "continuous":
+        yield Finding(about="schedule", level="ok", text="a round follows a round")
+        return
+    first = next_start(settings, None, now, now, 0.0).astimezone(ZoneInfo(settings.time_zone))
+    yield Finding(
+        about="schedule", level="ok", text=f"{settings.mode}: if it began now, first at {first:%Y-%m-%d %H:%M %Z}"
+    )
+
+
+def _track(config: Config, run_dir: Path) -> Iterator[Finding]:
+    trackers.require(config.track)
+    yield Finding(about="track", level="ok", text=config.track)
+
+
+def _functions(config: Config, run_dir: Path) -> Iterator[Finding]:
+    rewriter = None if config.evolve.rewriter == "policy" else config.evolve.rewriter
+    for key, name in (("evaluate.gold", config.evaluate.gold), ("evolve.rewriter", rewriter)):
+        if name is not None:
+            load_function(key, name)
+            yield Finding(about=key, level="ok", text=f"{name} can be imported")
 
 
 def parameters(config: Config) -> int | None:

@@ -201,7 +201,8 @@ def _order(kind: str, arguments: dict[str, Any], config: Path, sets: list[str], 
 
     store = _store(config, sets, run_dir)
     number = submit(store, kind, arguments, "cli")
-    deadline = time.monotonic() + 5
+    there = _serves((store.state("service") or {}).get("pid"))
+    deadline = time.monotonic() + (5 if there else 0)
     while time.monotonic() < deadline:
         row = store.order(number)
         if row["state"] != "pending":
@@ -262,9 +263,19 @@ def add_prompts(
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
     """Let prompts join the pool of the next rounds."""
+    from collections import Counter
+
+    from selfplay.errors import InputError
     from selfplay.importer import read_file
 
-    rows = [row for row in read_file(file) if isinstance(row, dict)]
+    found = list(read_file(file))
+    rows = [row for row in found if isinstance(row, dict)]
+    unreadable = Counter(row for row in found if isinstance(row, str))
+    said = ", ".join(f"{n} × {why}" for why, n in unreadable.items())
+    if not rows:
+        raise InputError(f"{file} has no prompt" + (f" ({said})" if said else ": it is empty"))
+    if said:
+        print(f"set aside: {said}")
     _order("add_prompts", {"rows": rows}, config, set_, run_dir)
 
 
@@ -279,8 +290,7 @@ def report(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
     """Write report.html and report.png."""
     from selfplay.report import main as write
 
-    sys.argv = ["selfplay report", str(_folder(config, set_, run_dir))]
-    write()
+    raise typer.Exit(write([str(_folder(config, set_, run_dir))]))
 
 
 @app.command()

@@ -27,7 +27,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from selfplay import artifacts, children, orders, schedule
 from selfplay.config import ScheduleConfig, load
 from selfplay.display import Display, Line
-from selfplay.errors import ConfigError, InputError, Interrupted, SelfplayError
+from selfplay.errors import ConfigError, GuardError, InputError, Interrupted, SelfplayError
 from selfplay.round import cancel_round, roll_back, run_round
 from selfplay.run import Run
 from selfplay.store import LedgerError, Store
@@ -68,18 +68,20 @@ def _due(source: BaseTrigger, since: datetime, settings: ScheduleConfig) -> date
 
 
 def next_start(
-    settings: ScheduleConfig, last: datetime | None, up_since: datetime, now: datetime, jitter: float
-) -> datetime:
+    settings: ScheduleConfig, last: datetime | None, up_since: datetime, now: datetime, jitter: float,
+    ended: datetime | None = None,
+) -> datetime:  # fmt: skip
     """When the next round may start; asked again later, the answer is the same until a round has started.
 
     last: when the last round started; up_since: when the service came up, which tells what was missed. Both count as now
     where they lie in the future (the clock was set back); for an answer that stays, the caller has to keep that moment.
+    ended: when the last round ended, which a continuous one follows; not asked where it lies in the future.
     jitter: a number in [0, 1) for this start.
     """
-    if settings.mode == "continuous":
-        return schedule.after_quiet_hours(now, settings)
     up_since = min(up_since, now)
-    if last is None:
+    if settings.mode == "continuous":
+        due = up_since if ended is None or ended > now else max(ended, up_since)
+    elif last is None:
         due = _due(trigger(settings, up_since), up_since, settings)
     else:
         source = trigger(settings, min(last, now))
@@ -112,7 +114,6 @@ class Daemon:
         self._in_round = False
         self._cut: threading.Timer | None = None
         self._polled = 0.0
-        self._reload = False
         self._failures = 0
         self.progress: dict[str, Any] = {}
         display.on_line = self._on_line
@@ -145,7 +146,6 @@ class Daemon:
         try:
             with contextlib.suppress(Interrupted):
                 while not self._stopping.is_set():
-                    self._reload = False
                     if not self._opens():
                         continue
                     try:
@@ -161,7 +161,7 @@ class Daemon:
             children.uncut()
 
     def _serve_run(self) -> None:
-        """Open the folder and work in it until a stop or a reload."""
+        """Open the folder and work in it until a stop."""
         with Run(self.config, self.run_dir, self.display) as run:
             self.run = run
             run.breathe = self._breathe
@@ -184,7 +184,7 @@ class Daemon:
 
     def _loop(self) -> None:
         self._failures = 0
-        while not (self._stopping.is_set() or self._reload):
+        while not self._stopping.is_set():
             try:
                 self._turn()
             except LedgerError as error:  # locked for long, or its disk is full: nothing can be decided without it
@@ -195,8 +195,6 @@ class Daemon:
     def _turn(self) -> None:
         """Obey orders; then a round if one is due, else a moment's wait."""
         self._between_rounds()
-        if self._reload:
-            return
         why = self._why_not_now()
         if why is not None:
             self._say(*why)
@@ -242,12 +240,13 @@ class Daemon:
         end = self.config.schedule.end
         asks = any(value is not None for value in end.model_dump().values())
         metrics = store.metrics_by_round(names) if asks else {}
-        if reason := schedule.ended(end, finished, metrics, now, self._devices()):
+        if reason := schedule.ended(end, finished, metrics, now, self.run.current.version, self._devices()):
             return "ended", reason
         last = self._not_after(now, datetime.fromisoformat(finished[-1]["started"])) if finished else None
         self.up_since = min(self.up_since, now)
         jitter = artifacts.seed(self.config.run.seed, "jitter", len(finished)) / 2**63
-        due = next_start(self.config.schedule, last, self.up_since, now, jitter)
+        ended = datetime.fromisoformat(finished[-1]["ended"]) if finished else None
+        due = next_start(self.config.schedule, last, self.up_since, now, jitter, ended)
         return None if due <= now else ("waiting", due.isoformat(timespec="seconds"))
 
     def _not_after(self, now: datetime, last: datetime) -> datetime:
@@ -269,7 +268,8 @@ class Daemon:
             text = f"{type(error).__name__}: {error} (see {self._write_traceback(error)})"
         self.display.warn(text)
         service = self.config.service
-        hopeless = getattr(error, "exit_code", 3) == 2  # a wrong setting or input stays wrong
+        # a wrong setting or input stays wrong, and so does a reward that is another one
+        hopeless = getattr(error, "exit_code", 3) == 2 or isinstance(error.__cause__, GuardError)
         if hopeless or failures > service.retries:
             self.pause(f"a round failed {failures} time{'s' * (failures > 1)}: {text}")
             return
@@ -411,8 +411,8 @@ class Daemon:
         if config == self.config:
             return "nothing changed"
         trigger(config.schedule, self._clock())
-        Run(config, self.run_dir, self.display).require()
-        self.config, self._reload = config, True
+        self.run.reconfigure(config)
+        self.config, self._failures = config, 0
         if (is_open := self.run.store.unfinished()) is not None:
             return f"the new configuration holds; round {is_open['round']} goes on with it"
         return "the new configuration holds from the next round on"

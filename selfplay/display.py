@@ -26,7 +26,7 @@ from selfplay.store import Store
 from selfplay.types import RoundReport
 
 QUIET_SECONDS = 5.0  # least time between two plain lines of a stage
-STAGES = ("prompts", "generate", "score", "pairs", "evolve", "depth", "train", "evaluate", "promote")
+STAGES = ("prompts", "generate", "score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "promote")
 STYLES = {"promoted": "green", "rejected": "yellow", "skipped": "cyan", "cancelled": "cyan"}
 NOT_INDEPENDENT = "gate not independent: the judge is the reward that trains"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -345,7 +345,10 @@ def describe(report: RoundReport) -> list[tuple[str, str]]:
             *(f"gold {name} {change(m, f'evaluate/audit_gold_{name}_initial', f'evaluate/audit_gold_{name}')}"
               for name in ("total", "content") if f"evaluate/audit_gold_{name}" in m),
         ])),
-        ("swap", some("promote/swap_seconds", ".3f", "{} s") + some("promote/first_token_seconds", ".3f", ", first new token after {} s")),
+        ("swap", join([
+            some("promote/swap_seconds", ".3f", "{} s") + some("promote/first_token_seconds", ".3f", ", first new token after {} s"),
+            some("promote/engine_start_seconds", ".1f", "engine start {} s"),
+        ])),
         ("seconds", join([
             *(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items()),
             f"total {sum(report.seconds.values()):.1f}" if report.seconds else "",

@@ -19,7 +19,7 @@ class Round:
     """One row of the ledger with its metrics and seconds."""
 
     index: int
-    state: str  # running | promoted | rejected | skipped
+    state: str  # running | promoted | rejected | skipped | cancelled
     policy: int | None
     reasons: list[str]
     metrics: dict[str, float]
@@ -102,7 +102,7 @@ def state(run: Run) -> str:
     closed = Counter(r.state for r in run.rounds if r.state != "running")
     if not run.rounds:
         return "no rounds yet"
-    parts = [f"{count} {name}" for name in ("promoted", "rejected", "skipped") if (count := closed[name])]
+    parts = [f"{count} {name}" for name in ("promoted", "rejected", "skipped", "cancelled") if (count := closed[name])]
     done = sum(closed.values())
     text = f"{done} {'round' if done == 1 else 'rounds'} finished" + (f" ({', '.join(parts)})" if parts else "")
     running = [r for r in run.rounds if r.state == "running"]

@@ -13,6 +13,7 @@ from nicegui import ui
 
 from selfplay import page_charts, page_lists, page_pairs, paging, word_diff
 from selfplay.api_models import Round, RunSummary
+from selfplay.display import NOT_INDEPENDENT
 from selfplay.page_parts import (
     Column,
     Pages,
@@ -81,8 +82,9 @@ def glance(view: View, summary: RunSummary) -> None:
             chip = ui.label("").classes("chip")
             now = ui.label("")
         why = ui.label("").classes("why soft")
+        gate = ui.label(NOT_INDEPENDENT).classes("soft small")
         bar = ui.linear_progress(0, show_value=False, size="6px").props("rounded").style("margin: .5rem 0 .8rem")
-        names = ("Next round", "Serves", "Rounds", "Orders waiting", "Engine restarts", "Disk free")
+        names = ("Next round", "Serves", "Rounds", "Orders waiting", "Restarts", "Disk free")
         values: dict[str, ui.label] = {}
         with ui.element("div").classes("facts"):
             for name in names:
@@ -99,15 +101,17 @@ def glance(view: View, summary: RunSummary) -> None:
         count = f"{s.done}/{s.total} {s.unit}" if s.total else f"{s.done} {s.unit}" if s.done else ""
         said = (s.why, count, s.text, took(s.seconds) if s.stage else "")
         why.set_text(word_diff.plain(" · ".join(part for part in said if part)))
+        gate.set_visibility(not run.gate_independent)
         bar.set_visibility(s.stage is not None)
         bar.set_value(min(s.done / s.total, 1.0) if s.total else 0.0)
         bar.props(remove="indeterminate") if s.total else bar.props("indeterminate")
         values["Next round"].set_text(when(s.next_round) or ("now" if s.state == "running" else "–"))
         values["Serves"].set_text("–" if run.current_policy is None else f"policy {run.current_policy}")
-        done = [f"{n} {name}" for name in ("promoted", "rejected", "skipped", "running") if (n := run.rounds.get(name))]
+        states = ("promoted", "rejected", "skipped", "cancelled", "running")
+        done = [f"{n} {name}" for name in states if (n := run.rounds.get(name))]
         values["Rounds"].set_text(", ".join(done) or "none yet")
         values["Orders waiting"].set_text(str(run.orders_pending))
-        values["Engine restarts"].set_text(str(run.restarts))
+        values["Restarts"].set_text(str(run.restarts))
         values["Disk free"].set_text(f"{run.free_bytes / 1e9:.1f} GB")
 
     async def look() -> None:

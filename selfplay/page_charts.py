@@ -57,6 +57,11 @@ CHARTS = (
         Line("evaluate/length_ratio", "ratio", "teal"),), level=1.0),
     Chart("KL", "of the candidate, nats an answer", (
         Line("evaluate/kl_current", "to current", "purple"), Line("evaluate/kl_initial", "to initial", "grey", "dashed"))),
+    Chart("Guard", "signs that the reward goes wrong; limits are in the section guard of the configuration", (
+        Line("guard/ties", "ties", "blue"), Line("guard/saturation", "saturation", "orange"),
+        Line("guard/length_correlation", "correlation with length", "teal"), Line("guard/shift", "shift", "purple"),
+        Line("guard/disagreement", "disagreement", "green"), Line("guard/gold_drop", "fall of gold", "red"),
+        Line("guard/probe_change", "change of the probes", "grey", "dashed"))),
     Chart("Margins", "mean of the kept pairs: explicit in reward units, implicit in nats a token", (
         Line("pairs/explicit_margin", "explicit", "blue"), Line("pairs/implicit_margin", "implicit", "purple"))),
     Chart("Pairs", "base pairs, those kept, those trained on", (

@@ -10,7 +10,7 @@ from nicegui import ui
 
 from selfplay import page_charts, word_diff
 from selfplay.api_models import PolicyRow, RoundDetail
-from selfplay.display import STAGES, verdict
+from selfplay.display import NOT_INDEPENDENT, STAGES, verdict
 from selfplay.page_parts import (
     Pages,
     card,
@@ -69,6 +69,8 @@ def round_page(view: View, r: RoundDetail) -> None:
         ui.link("its pairs", f"/pairs?round={r.round}")
     with card():
         ui.label(word_diff.plain(verdict(r.state, r.policy, r.reasons))).classes("why")
+        if r.metrics.get("evaluate/independent") == 0:
+            ui.label(NOT_INDEPENDENT).classes("soft small")
         facts(
             [("began", when(r.started)), ("ended", when(r.ended) or "not yet"), ("in stages", took(r.seconds)),
              ("sampled by", f"policy {r.sampler}"), ("pairs", ", ".join(f"{n} {why}" for why, n in r.pairs.items()) or "–"),

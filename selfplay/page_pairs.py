@@ -171,6 +171,7 @@ def decided(p: PairDetail) -> list[tuple[str, str]]:
     why = {
         "noise": f"explicit margin at or below the reward's noise ({s.get('noise')})",
         "nonfinite": "a value that is not finite",
+        "disagreement": f"the ensemble disputes one of its answers (limit {s.get('max_disagreement')})",
     }.get(p.dropped_because or "", f"below the share that is kept ({s.get('keep')}) by {p.dropped_because}")
     rows = [
         ("verdict", f"kept ({p.kept_because})" if kept else f"dropped: {why}"),

@@ -236,7 +236,7 @@ def round_(store: Store, index: int) -> dict[str, Any] | None:
 
 def stages(store: Store, index: int) -> list[dict[str, Any]]:
     """The finished stages of a round, in the order they ended."""
-    return store.query("SELECT stage, ended, seconds FROM stages WHERE round = :round ORDER BY ended", round=index)
+    return store.query("SELECT stage, ended, seconds FROM stages WHERE round = :round ORDER BY rowid", round=index)
 
 
 def counts(store: Store, table: Literal["rounds", "orders"]) -> dict[str, int]:
@@ -294,6 +294,17 @@ def totals(store: Store) -> dict[str, dict[str, float]]:
     stages = store.query("SELECT stage, sum(seconds) AS n FROM stages GROUP BY stage")
     kinds = store.query("SELECT kind, count(*) AS n FROM events GROUP BY kind")
     return {"stages": {r["stage"]: r["n"] for r in stages}, "events": {r["kind"]: r["n"] for r in kinds}}
+
+
+def newest(store: Store, name: str, default: float, rounds: int = 50) -> float:
+    """The newest value of a metric within the last rounds."""
+    rows = store.query(
+        "SELECT value FROM metrics WHERE name = :name AND round > (SELECT max(round) FROM rounds) - :rounds"
+        " ORDER BY round DESC LIMIT 1",
+        name=name,
+        rounds=rounds,
+    )
+    return float(rows[0]["value"]) if rows else default
 
 
 def latest(store: Store, rounds: int = 50) -> dict[str, float]:

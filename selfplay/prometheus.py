@@ -9,7 +9,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from selfplay import paging
-from selfplay.view import RESTARTS, View
+from selfplay.config import GuardConfig, Limits
+from selfplay.store import RESTARTS
+from selfplay.view import View
 
 STATES = ("starting", "running", "waiting", "paused", "retrying", "ended", "stopped")
 # name, what it is, label, and the ledger's metric for each value of the label
@@ -22,6 +24,7 @@ GAUGES: list[tuple[str, str, str, dict[str, str]]] = [
     ("beta", "β of ε-DPO", "at", {"start": "train/beta_start", "end": "train/beta"}),
     ("win_rate", "Share of held-out prompts where the candidate wins (ties half), with its interval", "bound", {"mean": "evaluate/win_rate", "low": "evaluate/win_rate_low", "high": "evaluate/win_rate_high"}),
     ("kl_nats", "Estimated KL of the candidate policy, nats an answer", "to", {"current": "evaluate/kl_current", "initial": "evaluate/kl_initial"}),
+    ("guard", "Signs that the reward goes wrong, by their names in the section guard of the configuration", "sign", {name: f"guard/{name}" for name, field in GuardConfig.model_fields.items() if field.annotation is Limits}),
     ("length_ratio", "Mean answer length of the candidate over the champion's", "answers", {"heldout": "evaluate/length_ratio"}),
 ]  # fmt: skip
 
@@ -41,13 +44,20 @@ class RunCollector(Collector):
             state.add_metric([name], float(run.service.state == name))
         yield state
         rounds = CounterMetricFamily("selfplay_rounds", "Rounds by how they ended", labels=["state"])
-        for name in ("promoted", "rejected", "skipped"):
+        for name in ("promoted", "rejected", "skipped", "cancelled"):
             rounds.add_metric([name], run.rounds.get(name, 0))
         yield rounds
         yield GaugeMetricFamily("selfplay_policy", "Policy that serves", value=run.current_policy or 0)
+        yield GaugeMetricFamily(
+            "selfplay_gate_independent",
+            "1 where another reward judges at the gate than trains",
+            value=float(run.gate_independent),
+        )
         yield GaugeMetricFamily("selfplay_orders_pending", "Orders that wait", value=run.orders_pending)
         yield GaugeMetricFamily("selfplay_disk_free_bytes", "Free on the disk of the run folder", value=run.free_bytes)
-        restarts = CounterMetricFamily("selfplay_restarts", "Restarts of the engine", labels=["kind"])
+        restarts = CounterMetricFamily(
+            "selfplay_restarts", "Restarts of children: engine, reward server or judge, trainer", labels=["kind"]
+        )
         for kind in RESTARTS:
             restarts.add_metric([kind], totals["events"].get(kind, 0))
         yield restarts

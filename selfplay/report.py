@@ -44,11 +44,13 @@ def warnings(run: Run) -> list[str]:
         + (f", round {e['round']}" if e["round"] is not None else "")
         + f": {e['text']}"
         for e in run.events
-        if e["kind"] in ("warning", "failed", "error", "alert")
+        if e["kind"] in ("warning", "failed", "error", "alert", "reward_restart", "trainer_restart")
     ]
+    guarded = [f"round {e['round']}: {e['text']}" for e in run.events if e["kind"] == "guard"]
     for texts, where in (
         (stopped, "rejected or skipped rounds are in the table"),
         (told, "warnings are in the ledger"),
+        (guarded, "warnings of the guard are in the ledger"),
     ):
         if len(texts) > LATEST:
             found.append(f"{len(texts) - LATEST} earlier {where}")
@@ -142,6 +144,13 @@ COLUMNS: list[tuple[str, str | tuple[str, str], str]] = [
     ("audit win rate", "evaluate/audit_win_rate", ""),
     ("audit gold total", ("evaluate/audit_gold_total_initial", "evaluate/audit_gold_total"), ".3f"),
     ("audit gold content", ("evaluate/audit_gold_content_initial", "evaluate/audit_gold_content"), ".3f"),
+    ("ties", "guard/ties", ".1%"),
+    ("saturation", "guard/saturation", ".1%"),
+    ("reward × length", "guard/length_correlation", ".2f"),
+    ("shift", "guard/shift", ".2f"),
+    ("disagreement", "guard/disagreement", ".2f"),
+    ("gold fell by", "guard/gold_drop", ".3f"),
+    ("probes changed by", "guard/probe_change", ".1e"),
     ("swap (s)", "promote/swap_seconds", ".3f"),
 ]
 

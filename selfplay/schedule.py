@@ -68,21 +68,21 @@ def ended(
     rounds: Sequence[Mapping[str, Any]],
     metrics: Mapping[int, Mapping[str, float]],
     now: datetime,
+    current: int,
     devices: int = 1,
 ) -> str | None:
     """Why no further round starts, or None.
 
-    rounds: the ledger's finished rounds, of which cancelled ones do not count as rounds; metrics: `evaluate/reward`, `generate/tokens` and the like, by round. The reward
-    is that of the current policy on held-out prompts, so of the last promoted round; a round's hours run from its start to
-    its end, whatever it waited for.
+    rounds: the ledger's finished rounds, of which cancelled ones do not count as rounds; metrics: `evaluate/reward`,
+    `generate/tokens` and the like, by round; current: the policy that serves, whose reward on held-out prompts is that of
+    the round it is from; a round's hours run from its start to its end, whatever it waited for.
     """
     if end.rounds is not None and sum(row["state"] != "cancelled" for row in rounds) >= end.rounds:
         return f"the run has its {end.rounds} rounds (schedule.end.rounds)"
     if end.date is not None and now >= end.date:
         return f"it is past {end.date.isoformat()} (schedule.end.date)"
-    promoted = [row["round"] for row in rounds if row["state"] == "promoted"]
-    if end.reward is not None and promoted:
-        reward = metrics.get(promoted[-1], {}).get("evaluate/reward")
+    if end.reward is not None:
+        reward = metrics.get(current, {}).get("evaluate/reward")
         if reward is not None and reward >= end.reward:
             return (
                 f"the current policy's held-out reward is {reward:.4g}, the target {end.reward:g} (schedule.end.reward)"

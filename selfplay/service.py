@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfplay import artifacts
+from selfplay import artifacts, systemd
 from selfplay.access import read_token
 from selfplay.api import create_app
 from selfplay.daemon import Daemon, handle_signals
@@ -30,11 +30,15 @@ def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = No
             settings.port,
         )
         display.note(f"page and API: http://{settings.host}:{port}")
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        systemd.keep_watchdog(f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}")
+        systemd.tell("READY=1")
         daemon.at_last = lambda: leave(0)  # all that is finished is on disk, and no child is left
         handle_signals(daemon)
         try:
             daemon.serve()
         finally:
+            systemd.tell("STOPPING=1")
             server.stop()
         return 0
     except SelfplayError as error:

@@ -49,18 +49,13 @@ class TensorBoard:
 class WandbLike:
     """W&B, or trackio, which has the same interface. Both axes are metrics, so that they can be plotted against."""
 
-    def __init__(self, module: Any, config: Config, run_dir: Path) -> None:
+    def __init__(self, module: Any, config: Config, run_dir: Path, run_id: str) -> None:
         self._module = module
-        options: dict[str, Any] = {
-            "project": "selfplay",
-            "name": config.run.name,
-            "config": config.model_dump(mode="json"),
-        }
-        if module.__name__ == "wandb":
-            options |= {"dir": str(run_dir), "id": f"{config.run.name}-{config.run.seed}", "resume": "allow"}
-        else:
-            options |= {"resume": "allow"}
-        self._run = module.init(**options)
+        own = f"{config.run.name}-{run_id}"  # what «resume» goes by
+        names = (
+            {"name": config.run.name, "id": own, "dir": str(run_dir)} if module.__name__ == "wandb" else {"name": own}
+        )
+        self._run = module.init(project="selfplay", resume="allow", config=config.model_dump(mode="json"), **names)
 
     def log(self, axis: str, values: Mapping[str, float], step: int) -> None:
         self._module.log({f"{axis}/{name}": value for name, value in values.items()} | {f"{axis}/step": step})
@@ -76,14 +71,14 @@ def require(name: str) -> None:
         raise ConfigError(f"track: {name} is not installed", hint)
 
 
-def open_tracker(config: Config, run_dir: Path) -> Tracker | None:
-    """The tracker that `track` names."""
+def open_tracker(config: Config, run_dir: Path, run_id: str) -> Tracker | None:
+    """The tracker that `track` names; `run_id` tells runs of one name apart, and stays with the run folder."""
     if config.track == "none":
         return None
     if config.track == "tensorboard":
         return TensorBoard(run_dir / "tensorboard")
     require(config.track)
-    return WandbLike(importlib.import_module(config.track), config, run_dir)
+    return WandbLike(importlib.import_module(config.track), config, run_dir, run_id)
 
 
 def log_round(

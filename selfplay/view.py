@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import api_models as m
-from selfplay import artifacts, orders, paging
+from selfplay import artifacts, orders, paging, pool
 from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.policies import Policies
-from selfplay.store import Store
+from selfplay.store import RESTARTS, Store
 from selfplay.types import Pair, Prompt
 
 MAX_PENDING = 100  # orders that may wait at a time
-RESTARTS = ("engine_restart", "swap_restart")
 SUMMARY = (
     "evaluate/reward", "evaluate/reward_champion", "evaluate/win_rate", "evaluate/win_rate_low", "evaluate/win_rate_high",
     "evaluate/length_ratio", "evaluate/kl_current", "pairs/base", "pairs/kept", "depth/pairs", "score/reward_mean", "train/beta",
@@ -64,6 +63,9 @@ class View:
             rounds=paging.counts(self.store, "rounds"),
             orders_pending=paging.counts(self.store, "orders").get("pending", 0),
             restarts=paging.count_events(self.store, RESTARTS),
+            gate_independent=bool(
+                paging.newest(self.store, "evaluate/independent", self.config.evaluate.judge is not None)
+            ),
             free_bytes=shutil.disk_usage(self.run_dir).free,
             version=version("selfplay"),
         )
@@ -152,6 +154,21 @@ class View:
         return artifacts.rows_with(path, row_type, "prompt_id", prompt_ids) if path.is_file() else iter(())
 
     # the rest
+
+    def pool(self, after: int = 0, limit: int = 50) -> m.PromptPage:
+        """Prompts in the order they came into the pool, from number `after` on; without their gold answers."""
+        rows, total = pool.page(self.run_dir / "pool", after, limit)
+        return m.PromptPage(
+            prompts=[
+                m.PromptRow(
+                    number=after + i, prompt_id=p.prompt_id, messages=p.messages, tokens=len(p.prompt_ids), split=p.split,
+                    source=p.source, parent=p.parent, joined=p.joined,
+                )
+                for i, p in enumerate(rows)
+            ],
+            total=total,
+            next=after + len(rows) if rows and after + len(rows) < total else None,
+        )  # fmt: skip
 
     def policies(self) -> list[m.PolicyRow]:
         """Policies, newest first."""

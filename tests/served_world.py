@@ -104,6 +104,7 @@ def add_round(run_dir: Path, store: Store, index: int, pairs: int = 40, hostile:
         index, "generate", 3.1, {"candidates": 8 * pairs, "tokens_per_second": 5200 + 10 * index, "tokens": 9000}
     )
     store.record_stage(index, "score", 0.8, {"reward_mean": drift - 0.2})
+    store.record_stage(index, "guard", 0.1, {"ties": 0.125, "shift": 0.25})
     store.record_stage(
         index,
         "pairs",
@@ -117,7 +118,7 @@ def add_round(run_dir: Path, store: Store, index: int, pairs: int = 40, hostile:
     )
     win = 0.5 + rng.uniform(-0.05, 0.15)
     store.record_stage(index, "evaluate", 2.2, {
-        "reward": drift + rng.uniform(0, 0.05), "reward_champion": drift, "win_rate": win, "win_rate_low": win - 0.05,
+        "independent": 0, "reward": drift + rng.uniform(0, 0.05), "reward_champion": drift, "win_rate": win, "win_rate_low": win - 0.05,
         "win_rate_high": win + 0.05, "gold_total": 0.5 + drift / 3, "gold_content": 0.4 + drift / 4, "length_ratio": rng.uniform(0.95, 1.1),
         "kl_current": rng.uniform(0.3, 0.6), "kl_initial": 8 * drift, "audit_win_rate": 0.5 + drift / 2, "audit_gold_total": 0.48 + drift / 3,
     })  # fmt: skip

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import math
 import sqlite3
@@ -14,12 +15,15 @@ import pytest
 from served_world import HOSTILE, Progress, build, config
 from starlette.testclient import TestClient
 
+from selfplay import artifacts
 from selfplay import view as views
 from selfplay.access import read_token
 from selfplay.api import create_app
 from selfplay.errors import ConfigError
+from selfplay.pool import write_added
 from selfplay.server import serve_in_thread
 from selfplay.store import Store
+from selfplay.types import Prompt
 
 TOKEN = "correct horse battery staple"
 
@@ -89,6 +93,7 @@ def test_rounds(client):
         "prompts",
         "generate",
         "score",
+        "guard",
         "pairs",
         "depth",
         "train",
@@ -152,6 +157,35 @@ def test_a_pair_whose_artifacts_are_gone(client, run):
     assert client.get("/api/pairs/2/0").json()["messages"] == []
     (run[0] / "rounds" / "0002" / "pairs" / "pairs.parquet").unlink()
     assert client.get("/api/pairs/2/0").status_code == 404
+
+
+def test_prompts_of_the_pool_by_pages(client, run):
+    folder = run[0] / "pool"
+    assert client.get("/api/prompts").json() == {"prompts": [], "total": 0, "next": None}
+    rows = [
+        Prompt(
+            prompt_id=f"{i:016x}", messages=[{"role": "user", "content": f"question {i}"}], prompt_ids=[1] * i, source="a.jsonl",
+            split="heldout" if i == 1 else "train", meta={"answer": "secret"} if i == 1 else {},
+        )
+        for i in range(5)
+    ]  # fmt: skip
+    folder.mkdir()
+    artifacts.write_rows(folder / "pool.parquet", rows, Prompt)
+    later = [dataclasses.replace(p, prompt_id=f"{p.prompt_id}0", parent=p.prompt_id, joined=4) for p in rows[:2]]
+    write_added(folder, later)
+    first = client.get("/api/prompts", params={"limit": 2}).json()
+    assert (first["total"], first["next"]) == (7, 2)
+    assert first["prompts"][1] == {
+        "number": 1, "prompt_id": f"{1:016x}", "messages": rows[1].messages, "tokens": 1, "split": "heldout", "source": "a.jsonl",
+        "parent": None, "joined": None,
+    }  # fmt: skip
+    assert "secret" not in client.get("/api/prompts").text
+    middle = client.get("/api/prompts", params={"limit": 3, "after": 4}).json()
+    assert [(p["number"], p["parent"], p["joined"]) for p in middle["prompts"]] == [
+        (4, None, None), (5, rows[0].prompt_id, 4), (6, rows[1].prompt_id, 4),
+    ]  # fmt: skip
+    assert middle["next"] is None and client.get("/api/prompts", params={"after": 99}).json()["prompts"] == []
+    assert client.get("/api/prompts", params={"after": -1}).status_code == 422
 
 
 def test_policies_events_and_orders(client):
@@ -240,9 +274,11 @@ def test_metrics_for_prometheus(client):
     }  # fmt: skip
     assert found["selfplay_state", "running"] == 1 and found["selfplay_state", "paused"] == 0
     assert found["selfplay_rounds_total", "promoted"] == 3 and found["selfplay_rounds_total", "rejected"] == 2
+    assert found["selfplay_rounds_total", "skipped"] == found["selfplay_rounds_total", "cancelled"] == 0
     assert (
         found["selfplay_restarts_total", "engine_restart"] == 1
         and found["selfplay_restarts_total", "swap_restart"] == 0
+        and found["selfplay_restarts_total", "trainer_restart"] == 0
     )
     assert found["selfplay_stage_seconds_total", "train"] == pytest.approx(5 * 5.2)
     assert found["selfplay_last_stage_seconds", "train"] == 5.2
@@ -250,6 +286,8 @@ def test_metrics_for_prometheus(client):
     assert found["selfplay_margin", "explicit"] == 1.1 and found["selfplay_margin", "implicit"] == 0.12
     assert found["selfplay_beta", "start"] == 0.1 and found["selfplay_beta", "end"] < 0.1
     assert found["selfplay_win_rate", "low"] < found["selfplay_win_rate", "mean"] < found["selfplay_win_rate", "high"]
+    assert found["selfplay_guard", "ties"] == 0.125 and found["selfplay_guard", "shift"] == 0.25
+    assert found[("selfplay_gate_independent",)] == 0
     assert {("selfplay_reward", a) for a in ("sampled", "champion", "candidate")} <= found.keys()
     assert (found[("selfplay_orders_pending",)], found[("selfplay_policy",)], found[("selfplay_round",)]) == (0, 5, 5)
     assert found[("process_resident_memory_bytes",)] > 0
@@ -265,6 +303,7 @@ def test_metrics_of_a_run_that_has_nothing_yet(tmp_path):
         "/api/policies",
         "/api/events",
         "/api/orders",
+        "/api/prompts",
         "/api/rounds/1/histogram",
     ):
         assert client.get(path).status_code == 200

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 def test_killed_at_random_moments_a_served_run_ends_the_same(mini_world, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--kills", "10", "--rounds", "2", "--every", "2", "--seed", "1", "--out", str(tmp_path)],
+        [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--kills", "10", "--rounds", "2", "--share", "0.2", "--seed", "1", "--out", str(tmp_path)],
         capture_output=True, text=True, timeout=1700,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,8 @@
 """What the service decides, on a ledger of its own and rounds that only pretend: no engine, no children but one."""
 
+import contextlib
+import http.server
+import json
 import os
 import signal
 import sys
@@ -16,17 +19,16 @@ from selfplay import children, daemon, orders
 from selfplay.daemon import Daemon
 from selfplay.display import Display
 from selfplay.errors import InputError, Interrupted
+from selfplay.run import Run
 from selfplay.store import Store
 
 NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
 
 
-class Bare:
-    """What the daemon asks of a run between rounds."""
+class Bare(Run):
+    """A run of which nothing is open but its ledger."""
 
-    @property
-    def next_round(self):
-        return len(self.store.rounds()) + 1
+    current = SimpleNamespace(version=0)
 
 
 class World:
@@ -40,7 +42,7 @@ class World:
         self.store = Store(run_dir)
         self.ran = []
         self.work = lambda: None
-        self.daemon.run = Bare()
+        self.daemon.run = Bare(self.daemon.config, run_dir, display)
         self.daemon.run.store = self.store
         monkeypatch.setattr(daemon, "POLL_SECONDS", 0)
         monkeypatch.setattr(daemon, "run_round", self._round)
@@ -184,9 +186,10 @@ def test_a_configuration_that_would_end_the_service_is_refused(world, tmp_path):
         file.write_text(f"{text}\n{bad}\n")
         state, result = service.order("reload")
         assert state == "refused" and why in result
+    before = service.daemon.config
     file.write_text(text.replace(".cache/tiny/current/reward", str(tmp_path / "nowhere")) + "\n")
     assert "is no checkpoint folder" in service.order("reload")[1]
-    assert not service.daemon._reload
+    assert service.daemon.config is before
 
 
 def test_a_cut_ends_what_is_waited_for_and_starts_nothing_new(tmp_path):
@@ -217,3 +220,100 @@ def test_a_pin_of_weights_that_went_meanwhile_is_refused(world):
 
     service.daemon.run.policy = gone
     assert service.order("pin", version=1) == ("refused", "the weights are gone")
+
+
+def test_a_stop_gives_the_shard_its_time_and_then_cuts(world, monkeypatch):
+    """The shard that runs is not interrupted, the next one does not begin; after drain_seconds, or asked again, all is cut."""
+    cuts = []
+    monkeypatch.setattr(children, "cut", lambda: cuts.append(time.monotonic()))
+    service = world("service.drain_seconds=0.3")
+    shards = []
+
+    def sample():
+        for shard in range(3):
+            service.daemon._breathe("shard")
+            shards.append(shard)
+            service.daemon.stop()
+
+    service.work = sample
+    began = time.monotonic()
+    service.turn()
+    assert shards == [0] and not cuts
+    assert [e["text"] for e in service.store.events()] == ["the service stops"]
+    while not cuts and time.monotonic() - began < 10:
+        time.sleep(0.01)
+    assert cuts[0] - began >= 0.3
+    service.daemon.stop()
+    assert len(cuts) == 2
+    service.daemon._cut.cancel()
+
+
+@pytest.fixture
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_signals_stop_the_service_and_have_it_read_its_configuration_anew(world, signals, monkeypatch):
+    service = world()
+    stops = []
+    monkeypatch.setattr(service.daemon, "stop", lambda: stops.append(1))
+    daemon.handle_signals(service.daemon)
+    os.kill(os.getpid(), signal.SIGHUP)
+    until(lambda: service.store.orders("pending"))
+    (order,) = service.store.orders("pending")
+    assert (order["kind"], order["origin"]) == ("reload", "signal")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    until(lambda: len(stops) == 2)
+
+
+@contextlib.contextmanager
+def webhook(*statuses):
+    """A server that takes alerts, with these statuses one after another and then 200; yields its URL and what it got."""
+    got, left = [], list(statuses)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+            self.send_response(left.pop(0) if left else 200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/secret", got
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_alert_is_posted_until_it_is_taken(world, monkeypatch, caplog):
+    monkeypatch.setattr(daemon.post_alert.retry, "sleep", lambda seconds: None)
+    service = world()
+    with webhook(500, 503) as (url, got):
+        monkeypatch.setenv("SELFPLAY_WEBHOOK", url)
+        service.daemon.pause("3 rounds in a row were rejected")
+        until(lambda: len(got) == 3)
+        assert {path for path, _ in got} == {"/secret"}
+        body = got[-1][1]
+        assert (body["run"], body["kind"], body["text"]) == ("tiny", "alert", "paused: 3 rounds in a row were rejected")
+        assert body["time"] == NOON.isoformat()
+        service.daemon.pause("ordered", alert=False)
+    with webhook(*[500] * 9) as (url, got):
+        daemon.post_alert(url, {"kind": "alert"})  # five tries, then it is given up
+        assert len(got) == 5
+    assert "did not take an alert" in caplog.text and "secret" not in caplog.text
+    assert [e["kind"] for e in service.store.events()] == ["alert"]

@@ -44,6 +44,9 @@ METRICS = {
     "evaluate/gold_content": 0.436,
     "evaluate/gold_content_champion": 0.4,
     "evaluate/independent": 0,
+    "promote/swap_seconds": 0.126,
+    "promote/first_token_seconds": 0.111,
+    "promote/engine_start_seconds": 21.3,
 }
 
 
@@ -182,7 +185,7 @@ def test_round_table_has_every_number_and_fits_80_columns() -> None:
         "Round 2", "1536 for 192 prompts", "sampled 0.200 · held-out 0.200 → 0.382", "111 kept of 186", "4 noise, 71 potential",
         "explicit 2.380 (all 1.780)", "implicit 0.110 (all 0.210)", "potential 0.62", "0.1 → 0.0919", "relative norm 2.29e-03",
         "98.4% of the elements", "0.682 [0.632, 0.732]", "gate not independent", "length ratio 1.04", "KL 0.44 nats to current, 0.80 to initial",
-        "total 0.450 → 0.511", "content 0.400 → 0.436", "generate 9.1 · train 12.0 · total 21.1", "promoted: policy 2 serves",
+        "total 0.450 → 0.511", "content 0.400 → 0.436", "0.126 s, first new token after 0.111 s · engine start 21.3 s", "generate 9.1 · train 12.0 · total 21.1", "promoted: policy 2 serves",
     ):  # fmt: skip
         assert text in shown
     assert max(map(len, out.getvalue().splitlines())) <= 80

@@ -94,7 +94,7 @@ def shows(text: str) -> str:
 
 
 @needs_chromium
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (400, False), (400, True)])
 def test_every_page_loads_fits_and_fetches_nothing_from_elsewhere(served, tab, width, dark):
     for path, text in PAGES.items():
         tab.size(width, 900, dark)

@@ -143,6 +143,8 @@ def test_a_run_with_every_kind_of_round(run: Path) -> None:
         write_round(store, index, state)
     store.event("warning", f"β touched its bound {HOSTILE}", 4)
     store.event("promoted", "not a warning")
+    store.event("guard", "guard: correlation of reward and length 0.7, limit 0.6", 4)
+    store.record_stage(4, "guard", 0.1, {"length_correlation": 0.7})
     store.close()
     pairs = [pair(0, chosen=HOSTILE, rejected=HOSTILE * 2)] + [pair(i) for i in range(1, 8)]
     pairs += [pair(i, kept_because=None, dropped_because="potential", potential=-i / 10) for i in range(8, 12)]
@@ -154,6 +156,7 @@ def test_a_run_with_every_kind_of_round(run: Path) -> None:
         "4 rounds finished (2 promoted, 1 rejected, 1 skipped), round 5 unfinished (at prompts) · policy 4 serves",
         "gate not independent: the judge is the reward that trains",
         "round 3 rejected by the gate: mean reward did not rise; policy 2 goes on",
+        "round 4: guard: correlation of reward and length 0.7, limit 0.6", "reward × length", "0.70",
         "round 2 skipped: no pairs: every reward is the same; policy 1 goes on",
         "0.100 → 4.123", "0.679 [0.610, 0.740]", "0.500 → 0.531", "0.450 → 0.471", "0.1 → 0.09", "2.00e-03",
         "promoted · current", "A sample of the pairs of round 5", "12 base pairs and 1 added by depth",

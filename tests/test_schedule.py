@@ -52,6 +52,21 @@ def test_jitter_puts_a_start_off_by_its_share():
     assert start(every, jitter=0.5) == NOON + timedelta(seconds=50)
 
 
+def test_jitter_puts_off_what_follows_a_round_too():
+    """The last round ended at noon, the service is up since eleven, or came up an hour later; the clock may be set back."""
+    after = ScheduleConfig(jitter_seconds=100)
+
+    def due(now, up_since=NOON - HOUR, jitter=0.5, settings=after):
+        return next_start(settings, NOON - HOUR, up_since, now, jitter, ended=NOON)
+
+    assert [due(NOON + timedelta(seconds=s)) - NOON for s in (0, 30, 200)] == [timedelta(seconds=50)] * 3
+    assert due(NOON + 2 * HOUR, up_since=NOON + HOUR) == NOON + HOUR + timedelta(seconds=50)
+    assert due(NOON + HOUR, jitter=0.0) <= NOON + HOUR
+    assert due(NOON - HOUR, up_since=NOON - 2 * HOUR) <= NOON - HOUR  # set back: the end lies in the future
+    quiet = ScheduleConfig(jitter_seconds=100, quiet_hours=["12:00-13:00"])
+    assert due(NOON + timedelta(seconds=70), settings=quiet) == NOON + HOUR
+
+
 def test_no_round_starts_in_quiet_hours():
     """08:00-18:00 in New York is 12:00-22:00 UTC in March (summer time since the 8th); a window may pass midnight."""
     day = ScheduleConfig(quiet_hours=["08:00-18:00"], time_zone="America/New_York")
@@ -77,7 +92,7 @@ def row(index, state="promoted", hours=1.0):
         ({"rounds": 2}, "its 2 rounds"),
         ({"date": NOON}, "it is past 2026-03-10"),
         ({"date": NOON + HOUR}, None),
-        ({"reward": 0.5}, None),  # round 2 was rejected: what counts is round 1
+        ({"reward": 0.5}, None),  # round 2 was rejected: what counts is policy 1, which serves
         ({"reward": 0.4}, "held-out reward is 0.4"),
         ({"tokens": 301}, None),
         ({"tokens": 300}, "300 tokens were generated"),
@@ -90,8 +105,15 @@ def test_the_end_of_a_schedule(end, reason):
         1: {"evaluate/reward": 0.4, "generate/tokens": 100.0},
         2: {"evaluate/reward": 0.9, "generate/tokens": 200.0},
     }
-    found = ended(EndConfig(**end), [row(1), row(2, "rejected", 3.0)], metrics, NOON, devices=2)
+    found = ended(EndConfig(**end), [row(1), row(2, "rejected", 3.0)], metrics, NOON, current=1, devices=2)
     assert found is None if reason is None else reason in found
+
+
+def test_the_reward_target_is_for_the_policy_that_serves():
+    """After a roll-back it is that one's reward; the initial policy has none."""
+    rounds, metrics = [row(1), row(2)], {1: {"evaluate/reward": 0.4}, 2: {"evaluate/reward": 0.9}}
+    reached = [ended(EndConfig(reward=0.5), rounds, metrics, NOON, current=i) is not None for i in range(3)]
+    assert reached == [False, False, True]
 
 
 def starts(settings, last, up_since, hours, jitter=0.0, began=NOON + timedelta(seconds=0.4)):

@@ -13,7 +13,7 @@ HISTORY = [{"step": 1, "train/loss": 0.7, "train/beta": 0.1}, {"step": 2, "train
 
 
 def test_rounds_and_steps_come_back_from_tensorboard(tmp_path):
-    tracker = trackers.open_tracker(load(TINY), tmp_path)
+    tracker = trackers.open_tracker(load(TINY), tmp_path, "4f2a")
     trackers.log_round(tracker, 3, {"evaluate/win_rate": 0.625, "train/loss": float("nan")}, HISTORY, first_step=21)
     tracker.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -35,11 +35,13 @@ def test_wandb_and_trackio_get_the_same_by_the_same_calls(name, tmp_path, monkey
     module.log = lambda values: calls.append(("log", values))
     module.finish = lambda: calls.append(("finish", None))
     monkeypatch.setitem(sys.modules, name, module)
-    tracker = trackers.open_tracker(load(TINY, [f"track={name}"]), tmp_path)
+    tracker = trackers.open_tracker(load(TINY, [f"track={name}"]), tmp_path, "4f2a")
     trackers.log_round(tracker, 1, {"evaluate/win_rate": 0.5}, HISTORY[:1], first_step=1)
     tracker.close()
     assert [what for what, _ in calls] == ["init", "log", "log", "finish"]
-    assert calls[0][1]["project"] == "selfplay" and calls[0][1]["name"] == "tiny"
+    options = calls[0][1]
+    assert options["project"] == "selfplay" and options["resume"] == "allow"
+    assert options["id" if name == "wandb" else "name"] == "tiny-4f2a"
     assert json.dumps(calls[0][1]["config"])
     assert calls[1][1] == {"round/evaluate/win_rate": 0.5, "round/step": 1}
     assert calls[2][1] == {"train/loss": 0.7, "train/beta": 0.1, "train/step": 1}

@@ -1,0 +1,52 @@
+"""The page of a service that works: a real `selfplay serve` on the miniature, watched and ordered from a real Chromium."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mini import ROOT, TINY, nothing_left, overrides
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import chromium
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+CHIP = "document.querySelector('.chip').innerText.trim().toLowerCase()"
+
+
+def address(process: "subprocess.Popen[str]") -> str:
+    for line in process.stdout:
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            return found[0]
+    raise AssertionError(f"the service ended with {process.wait()}")
+
+
+@pytest.mark.skipif(chromium.found() is None, reason="no chromium here (Debian: apt-get install chromium)")
+def test_a_round_appears_while_it_runs_and_pause_and_resume_work(mini_world: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    longer = ["train.epochs=10", "train.learning_rate=1e-5"]  # long enough to be seen and paused
+    settings = [*overrides(mini_world), "service.port=0", "schedule.end.rounds=1", *longer]
+    argv = [sys.executable, "-m", "selfplay.cli", "serve", "--config", str(TINY), "--run-dir", str(run_dir)]
+    argv += [word for each in settings for word in ("--set", each)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    try:
+        with chromium.browser() as tab:
+            tab.size(1280, 900)
+            tab.open(address(process))
+            tab.wait("/round 1: \\w+/.test(document.body.innerText)", 300)
+            assert tab.read("!!document.querySelector('a[href=\"/rounds/1\"]')")
+            tab.click("Pause")
+            tab.click("after the stage")
+            tab.wait(f"{CHIP} === 'paused'", 300)
+            assert not (run_dir / "rounds" / "0001" / "promote").exists()
+            tab.click("Resume")
+            tab.wait(f"{CHIP} === 'running'", 60)
+            tab.wait("document.body.innerText.includes('promoted')", 300)
+            tab.wait(f"{CHIP} === 'ended'", 60)
+            assert tab.errors == []
+    finally:
+        process.terminate()
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert nothing_left(run_dir)
