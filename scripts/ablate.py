@@ -200,6 +200,7 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
                 "prompts.source": str(here / "train.jsonl"),
                 "prompts.heldout": str(here / "heldout.jsonl"),
                 "reward.model": None,
+                "evaluate.judge": None,  # arms are compared by the reward they were trained on, and by gold
                 "reward.url": [url],
             }
             found = one_run(args, work, arm, [*assignments(settings), *args.set]) | {
