@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from selfplay import artifacts, head
 from selfplay.epsilon_dpo import epsilon_steps, fused_shifts, lean_logps, pair_betas, pair_losses
 
+DUST = 1e-6  # a pair's gradient, relative to its responses' own, below which float32 has no digit of it right
+
 
 def pair_features(
     model: Any,
@@ -131,7 +133,9 @@ class PairGradients(AbstractContextManager["PairGradients"]):
                 self._in_backward = False
         chosen, rejected = self._sum.chunk(2)
         self._forget()
-        return chosen + rejected
+        # Responses that cancel to within rounding leave dust, whose direction is that of nothing.
+        cancelled = (chosen + rejected).norm(dim=1) <= DUST * torch.maximum(chosen.norm(dim=1), rejected.norm(dim=1))
+        return torch.where(cancelled[:, None], 0.0, chosen + rejected)
 
     def _losses(
         self, batch: Mapping[str, Tensor], beta: float, epsilon: float, label_smoothing: float, nll_weight: float

@@ -26,7 +26,7 @@ def address(process: "subprocess.Popen[str]") -> str:
 def test_a_round_appears_while_it_runs_and_pause_and_resume_work(mini_world: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     longer = ["train.epochs=10", "train.learning_rate=1e-5"]  # long enough to be seen and paused
-    settings = [*overrides(mini_world), "service.port=0", "schedule.end.rounds=1", *longer]
+    settings = [*overrides(mini_world), "service.port=0", "schedule.end.rounds=2", *longer]
     argv = [sys.executable, "-m", "selfplay.cli", "serve", "--config", str(TINY), "--run-dir", str(run_dir)]
     argv += [word for each in settings for word in ("--set", each)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
@@ -42,7 +42,7 @@ def test_a_round_appears_while_it_runs_and_pause_and_resume_work(mini_world: Pat
             assert not (run_dir / "rounds" / "0001" / "promote").exists()
             tab.click("Resume")
             tab.wait(f"{CHIP} === 'running'", 60)
-            tab.wait("document.body.innerText.includes('promoted')", 300)
+            tab.wait("/\\b2 (promoted|rejected)|1 promoted, 1 rejected/.test(document.body.innerText)", 300)
             tab.wait(f"{CHIP} === 'ended'", 60)
             assert tab.errors == []
     finally:
