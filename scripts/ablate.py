@@ -5,18 +5,23 @@
 
 An arm is a name made of components joined by «+»: a selection (potential, explicit, implicit, signed; else random),
 `epsilon` (ε-DPO instead of DPO), a depth (`gradient`, `uniform`), `breadth`; `plain` has none of them. Every arm generates
-as many candidates and trains on as many pairs a round (depth: half the prompts, twice the candidates and pairs of each). A world is a base
-policy with its own reward model, prompts and rubric (`make_tiny.py --seed`); a seed is one of prompts and sampling.
+as many candidates and trains on as many pairs a round (depth: half the prompts, twice the candidates and pairs of each). Controls take an
+arm's surroundings without its method: `deep` has depth's prompts and candidates and one pair of each prompt, `lower-beta` is DPO
+at the β that ε-DPO has on average, `others` has depth follow closeness that leaves the pair itself out. A world is a base policy with its
+own reward model, prompts and rubric (`make_tiny.py --seed`); a seed is one of prompts and sampling.
 
 Arms of a seed share what is the same by construction: the imported prompts, and of round 1 the stages before selection.
 The gate lets everything through, so that it cannot hide a bad arm. After the last round the policy answers every held-out
 prompt. An interrupted call goes on; a finished run adds a line to --results, from which `--report` makes the table and the
-picture beside it. One thread a process, --workers runs at a time.
+picture beside it. A line counts for the settings, world and rounds it was made with, and a call with others does its own runs.
+Intervals are of a bootstrap of Student's t over seeds within each world: a percentile interval of 14 values is too narrow.
+One thread a process, --workers runs at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -26,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 ALL = "potential+epsilon+breadth+gradient"
 ARMS = ["plain", "potential", "epsilon", "breadth+uniform", "breadth+gradient", ALL]
+CONTROLS = ["deep", "uniform", "gradient", "others", "lower-beta"]
 
 # What is expected of which difference, fixed before the runs: (arm, against, metric, least lower bound of the interval).
 COMPARISONS = [
@@ -71,6 +77,9 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "epsilon": {"train.epsilon": 0.05},
     **{name: {"depth.method": name, "depth.pairs_per_prompt": 2} | DEEP for name in ("uniform", "gradient")},
     "breadth": {"breadth.method": "clusters", "breadth.oversample": 4},
+    "deep": DEEP | {"pairs.keep": 1.0},
+    "others": {"depth.method": "gradient", "depth.pairs_per_prompt": 2, "depth.closeness": "others"} | DEEP,
+    "lower-beta": {"train.beta": 0.08},
 }
 BASE = {
     "pairs.selection": "random",
@@ -92,10 +101,15 @@ SHARED_STAGES = ("prompts", "generate", "score")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=ARMS)
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=ARMS,
+        help=f"the first is what others are held against; controls: {' '.join(CONTROLS)}",
+    )
     parser.add_argument("--seeds", type=int, default=7, help="run seeds for each world (default: 7)")
     parser.add_argument("--first-seed", type=int, default=1000, help="the first run seed (default: 1000)")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[0, 1], help="seeds of the worlds (default: 0 1)")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 3], help="seeds of the worlds (default: 2 3)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="for every arm")
@@ -114,7 +128,7 @@ def main() -> None:
         return
     if not args.report:
         run_all(args)
-    report(args.results, args.arms)
+    report(args)
 
 
 def overrides(arm: str) -> dict[str, Any]:
@@ -125,6 +139,14 @@ def overrides(arm: str) -> dict[str, Any]:
             sys.exit(f"arm {arm!r}: unknown component {name!r}; known: {', '.join(COMPONENTS)}")
         settings |= COMPONENTS[name]
     return settings
+
+
+def fingerprint(args: argparse.Namespace, world: int, arm: str) -> str:
+    """What a run is of, beside its seed: two lines with the same one may be compared."""
+    built = (world_dir(world) / "current").resolve().name  # the hash of the world's recipe
+    config = hashlib.sha256((ROOT / args.config).read_bytes()).hexdigest()
+    what = json.dumps([overrides(arm), args.set, args.rounds, built, config], sort_keys=True)
+    return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 
 def sampling(arm: str) -> dict[str, Any]:
@@ -180,8 +202,7 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
     """All arms of one seed in one world, one after another, with one reward server."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     work = args.out / f"world-{world}-seed-{seed}"
-    done = {row["arm"] for row in results(args.results) if (row["world"], row["seed"]) == (world, seed)}
-    missing = [arm for arm in args.arms if arm not in done]
+    missing = [arm for arm in args.arms if (world, seed) not in results(args, arm)]
     if not missing:
         return
     here = (world_dir(world) / "current").resolve()
@@ -203,10 +224,11 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
                 "evaluate.judge": None,  # arms are compared by the reward they were trained on, and by gold
                 "reward.url": [url],
             }
-            found = one_run(args, work, arm, [*assignments(settings), *args.set]) | {
+            found = one_run(args, work, world, arm, [*assignments(settings), *args.set]) | {
                 "world": world,
                 "seed": seed,
                 "arm": arm,
+                "fingerprint": fingerprint(args, world, arm),
             }
             with args.results.open("ab", buffering=0) as file:  # one write, so that lines of two processes never mix
                 file.write(json.dumps(found).encode() + b"\n")
@@ -223,7 +245,7 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
         server.wait()
 
 
-def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str]) -> dict[str, Any]:
+def one_run(args: argparse.Namespace, work: Path, world: int, arm: str, sets: Sequence[str]) -> dict[str, Any]:
     """Do (or go on with) the run of an arm, in a folder that starts with what the arms before it share with it."""
     from rich.console import Console
 
@@ -232,17 +254,16 @@ def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str])
     from selfplay.round import run_round
     from selfplay.run import Run
 
-    run_dir = work / arm
-    done = [
-        other for other in args.arms[: args.arms.index(arm)] if (work / other / "rounds" / "0001" / "score").is_dir()
-    ]
+    folders = {name: work / fingerprint(args, world, name) for name in args.arms[: args.arms.index(arm) + 1]}
+    run_dir = folders.pop(arm)
+    done = {name: folder for name, folder in folders.items() if (folder / "rounds" / "0001" / "score").is_dir()}
     if not run_dir.exists() and done:
-        partial = work / f".{arm}.partial"
+        partial = work / f".{run_dir.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(work / done[0] / "pool", partial / "pool")
-        if alike := [other for other in done if sampling(other) == sampling(arm)]:
+        shutil.copytree(next(iter(done.values())) / "pool", partial / "pool")
+        if alike := [folder for name, folder in done.items() if sampling(name) == sampling(arm)]:
             for stage in SHARED_STAGES:
-                shutil.copytree(work / alike[0] / "rounds" / "0001" / stage, partial / "rounds" / "0001" / stage)
+                shutil.copytree(alike[0] / "rounds" / "0001" / stage, partial / "rounds" / "0001" / stage)
         partial.rename(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     usual, last = load(args.config, sets), load(args.config, [*sets, *assignments(LAST)])
@@ -284,6 +305,9 @@ def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
         "up": statistics.fmean(m.get("train/epsilon_up", 0.0) for m in metrics),
         "down": statistics.fmean(m.get("train/epsilon_down", 0.0) for m in metrics),
         "length_correlation": end.get("depth/closeness_length_correlation"),
+        "size_correlation": end.get("depth/closeness_size_correlation"),
+        "closeness_to_others": end.get("depth/closeness_to_others"),
+        "most": end.get("depth/most"),
         "answers": len(answers),
     }
 
@@ -291,52 +315,86 @@ def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- the report
 
 
-def results(path: Path) -> list[dict[str, Any]]:
-    """The finished runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def results(args: argparse.Namespace, arm: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """The finished runs of an arm as this call would do them, by world and seed."""
+    if not args.results.is_file():
+        return {}
+    lines = [json.loads(line) for line in args.results.read_text().splitlines()]
+    wanted = {world: fingerprint(args, world, arm) for world in {row["world"] for row in lines}}
+    return {
+        (row["world"], row["seed"]): row
+        for row in lines
+        if row["arm"] == arm and row.get("fingerprint") == wanted[row["world"]]
+    }
 
 
-def report(path: Path, arms: Sequence[str]) -> None:
+def report(args: argparse.Namespace) -> None:
     """Print the tables of the finished runs, and draw the paired differences beside their file."""
-    found: dict[str, dict[tuple[int, int], dict[str, Any]]] = {arm: {} for arm in arms}
-    for row in results(path):
-        if row["arm"] in found:
-            found[row["arm"]][row["world"], row["seed"]] = row
-    found = {arm: rows for arm, rows in found.items() if rows}
-    if not found:
-        sys.exit(f"{path} has no finished run")
+    found = {arm: rows for arm in args.arms if (rows := results(args, arm))}
+    plain = args.arms[0]
+    if plain not in found:
+        sys.exit(f"{args.results} has no finished run of {plain} with these settings")
     print("\n| arm | runs | " + " | ".join(METRICS.values()) + " | pairs | tokens generated |")
     print("|---" * (len(METRICS) + 4) + "|")
     for arm, rows in found.items():
-        cells = [shown(*interval([row[m] for row in rows.values()])) for m in METRICS]
+        cells = [shown(*interval({key: row[m] for key, row in rows.items()})) for m in METRICS]
         costs = [f"{statistics.fmean(row[m] for row in rows.values()):.0f}" for m in ("pairs", "generated")]
         print(f"| {arm} | {len(rows)} | " + " | ".join([*cells, *costs]) + " |")
-    print("\nPaired differences to plain, mean [95 % bootstrap interval over seeds]:\n")
+    print(f"\nPaired differences to {plain}, mean [95 % interval]:\n")
     print("| arm | seeds | " + " | ".join(METRICS.values()) + " |")
     print("|---" * (len(METRICS) + 2) + "|")
+    worlds = sorted({world for world, _ in found[plain]})
     for arm in list(found)[1:]:
-        both = [paired(found, arm, arms[0], m) for m in METRICS]
+        both = [paired(found, arm, plain, m) for m in METRICS]
         print(f"| {arm} | {len(both[0])} | " + " | ".join(shown(*interval(d)) for d in both) + " |")
+        for world in worlds if len(worlds) > 1 else []:
+            own = [{key: d for key, d in each.items() if key[0] == world} for each in both]
+            if len(own[0]) > 1:
+                print(f"| … world {world} | {len(own[0])} | " + " | ".join(shown(*interval(d)) for d in own) + " |")
     print("\nWhat was expected before the runs:\n")
     for arm, against, metric, least in COMPARISONS:
         if arm in found and against in found:
-            mean, low, high = interval(paired(found, arm, against, metric))
-            few = len(paired(found, arm, against, metric)) < MIN_SEEDS
+            differences = paired(found, arm, against, metric)
+            mean, low, high = interval(differences)
+            few = len(differences) < MIN_SEEDS
             verdict = "too few seeds" if few else "shown" if low > least else "refuted" if high < least else "open"
             print(f"- {arm} − {against}, {METRICS[metric]} > {least:g}: {shown(mean, low, high)}: {verdict}")
-    draw(found, arms[0], path.with_suffix(".png"))
+    draw(found, plain, args.results.with_suffix(".png"))
 
 
-def paired(found: dict[str, Any], arm: str, against: str, metric: str) -> list[float]:
-    """Differences of a metric between two arms on the seeds that both have."""
-    return [row[metric] - found[against][key][metric] for key, row in found[arm].items() if key in found[against]]
+def paired(found: Mapping[str, Any], arm: str, against: str, metric: str) -> dict[tuple[int, int], float]:
+    """Differences of a metric between two arms, by world and seed, where both have a run."""
+    other = found[against]
+    return {key: row[metric] - other[key][metric] for key, row in found[arm].items() if key in other}
 
 
-def interval(values: Sequence[float], samples: int = 10_000) -> tuple[float, float, float]:
-    """Mean and its 95 % percentile bootstrap interval."""
-    data = np.asarray(values, np.float64)
-    drawn = np.random.default_rng(0).choice(data, (samples, len(data))).mean(axis=1)
-    return float(data.mean()), *map(float, np.quantile(drawn, [0.025, 0.975]))  # type: ignore[return-value]
+def interval(values: Mapping[tuple[int, int], float], samples: int = 10_000) -> tuple[float, float, float]:
+    """Mean of values by world and seed, and its 95 % interval: bootstrap of Student's t, seeds drawn within each world.
+
+    Worlds count by their number of seeds and are not drawn: the interval speaks of these worlds. With one seed in a world
+    there is none (NaN).
+    """
+    groups = [
+        np.array([v for key, v in values.items() if key[0] == world], np.float64)
+        for world in sorted({world for world, _ in values})
+    ]
+    total = sum(map(len, groups))
+    mean = sum(group.sum() for group in groups) / total
+    if min(map(len, groups)) < 2:
+        return float(mean), float("nan"), float("nan")
+
+    def error(drawn: list[np.ndarray]) -> Any:
+        """Standard error of the mean over the last axis."""
+        return np.sqrt(sum(len(g) * d.var(axis=-1, ddof=1) for g, d in zip(groups, drawn, strict=True))) / total
+
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(group, (samples, len(group))) for group in groups]
+    means = sum(d.sum(axis=1) for d in drawn) / total
+    errors = error(drawn)
+    usable = errors > 0  # a sample of one seed drawn every time has no error of its own
+    low, high = np.quantile((means - mean)[usable] / errors[usable], [0.025, 0.975]) if usable.any() else (0.0, 0.0)
+    own = float(error(groups))
+    return float(mean), float(mean - high * own), float(mean - low * own)
 
 
 def shown(mean: float, low: float, high: float) -> str:
@@ -357,8 +415,9 @@ def draw(found: dict[str, Any], against: str, path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(names), figsize=(3 * len(names), 0.5 * len(arms) + 1.4), sharey=True)
     for panel, metric in zip(panels, names, strict=True):
         for row, arm in enumerate(arms):
-            values = paired(found, arm, against, metric)
-            mean, low, high = interval(values)
+            differences = paired(found, arm, against, metric)
+            mean, low, high = interval(differences)
+            values = list(differences.values())
             panel.plot(values, [row + 0.18] * len(values), "|", color="#9aa3af", markersize=5)
             panel.plot([low, high], [row, row], color="#2563c9", linewidth=2)
             panel.plot(mean, row, "o", color="#2563c9", markersize=5)

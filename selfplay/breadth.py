@@ -43,9 +43,11 @@ def representatives(
 def kmeans(x: NDArray[np.float32], clusters: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Labels (n,) and centres (k, d) of K-means over x (n, d); k ≤ clusters, and no cluster is empty."""
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     different = min(clusters, len({row.tobytes() for row in x}))
-    fitted = KMeans(different, n_init=1, random_state=seed % 2**32).fit(x)
+    with threadpool_limits(1):  # sums over threads differ from run to run
+        fitted = KMeans(different, n_init=1, random_state=seed % 2**32).fit(x)
     used, labels = np.unique(fitted.labels_, return_inverse=True)
     return labels.astype(np.int64), fitted.cluster_centers_[used]
 

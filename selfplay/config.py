@@ -348,6 +348,9 @@ class DepthConfig(Section):
     """The last decoder blocks whose gradients count (`gradient`); by default all. Fewer take less time and memory."""
     clusters: Positive | None = None
     """Clusters of gradients (`gradient`); by default the square root of the number of kept pairs."""
+    closeness: Literal["centre", "others"] = "centre"
+    """What a gradient is compared with (`gradient`): the centre of its cluster, or that of the others in its cluster. Where
+    gradients are nearly orthogonal the first mostly says how small the cluster is, since each is a part of its centre."""
 
 
 class EvolveConfig(Section):

@@ -110,6 +110,13 @@ def closeness_to_others(features: ArrayLike, labels: ArrayLike) -> NDArray[np.fl
     return result
 
 
+def sizes(labels: ArrayLike) -> NDArray[np.float64]:
+    """How many features are in the cluster of each, (n,); NaN without a cluster."""
+    found = np.asarray(labels, np.int64)
+    counts = np.bincount(found[found >= 0], minlength=1)
+    return np.where(found >= 0, counts[found], np.nan)
+
+
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's ρ of two arrays (n,) over the entries that are finite in both; NaN where a side is constant."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)

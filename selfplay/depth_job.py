@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfplay import artifacts, weights
-from selfplay.depth import closeness_to_others, cluster, rank_correlation
+from selfplay.depth import closeness_to_others, cluster, rank_correlation, sizes
 from selfplay.errors import TrainError
 from selfplay.features import PairGradients
 from selfplay.jobs import FeaturesJob
@@ -36,7 +36,8 @@ def features(job: FeaturesJob, on_done: Callable[[int], None]) -> dict[str, floa
 
     Each process holds the whole policy in `job.dtype`. The result, metrics by name, None for one that is not defined:
     `clusters`; `closeness_mean` and `closeness_std`; `closeness_to_others` (mean, see `depth`);
-    `closeness_length_correlation` (Spearman, with the tokens of both responses: summed gradients follow length);
+    `closeness_length_correlation` (Spearman, with the tokens of both responses: summed gradients follow length) and
+    `closeness_size_correlation` (with the size of the cluster);
     `zero_gradients` and `nonfinite_gradients` (pairs); `seconds_load`, `seconds_features` and `seconds_cluster`.
     `on_done` gets the number of pairs that are done. Raises TrainError.
     """
@@ -72,17 +73,20 @@ def features(job: FeaturesJob, on_done: Callable[[int], None]) -> dict[str, floa
     if rank:
         return None
     labels, closeness = cluster(found.numpy(), job.clusters, job.seed)
+    others = closeness_to_others(found.numpy(), labels)
+    if job.closeness == "others":
+        closeness = others
     responses = [len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
     norms = found.double().norm(dim=1).numpy()
     _write(job.out, [pair["prompt_id"] for pair in pairs], labels, closeness, norms, found.numpy())
     finite = closeness[np.isfinite(closeness)]
-    others = closeness_to_others(found.numpy(), labels)
     metrics = {
         "clusters": len(set(labels[labels >= 0].tolist())),
         "closeness_mean": finite.mean() if finite.size else math.nan,
         "closeness_std": finite.std() if finite.size else math.nan,
         "closeness_to_others": np.nanmean(others) if np.isfinite(others).any() else math.nan,
         "closeness_length_correlation": rank_correlation(closeness, responses),
+        "closeness_size_correlation": rank_correlation(closeness, sizes(labels)),
         "zero_gradients": (norms == 0).sum(),
         "nonfinite_gradients": (~np.isfinite(norms)).sum(),
         "seconds_load": loaded - started,
@@ -182,7 +186,7 @@ def _write(
         {
             "prompt_id": prompt_ids,
             "cluster": pa.array(labels, mask=labels < 0),
-            "closeness": pa.array(closeness, mask=labels < 0),
+            "closeness": pa.array(closeness, mask=np.isnan(closeness)),
             "norm": norms,
         },
         schema=artifacts.schema(PairGradient),

@@ -119,6 +119,8 @@ class FeaturesJob(BaseModel):
     layers: Count | None = None
     """The last decoder blocks whose layers count; None for all."""
     clusters: Count
+    closeness: Literal["centre", "others"] = "centre"
+    """To the centre of a pair's cluster, or of the others in it; then a pair alone in its cluster has none."""
     seed: int = 0
     micro_batch_pairs: Count
     """Pairs of one forward and backward in one process."""

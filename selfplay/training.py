@@ -84,6 +84,7 @@ def features(r: Round, out: Path, line: Line) -> dict[str, float]:
         dim=r.config.depth.dim,
         layers=r.config.depth.layers,
         clusters=r.config.depth.clusters or max(1, round(math.sqrt(kept))),
+        closeness=r.config.depth.closeness,
         seed=r.seed("depth"),
         micro_batch_pairs=settings.micro_batch_pairs,
         lora=None if settings.lora is None else LoraJob.model_validate(settings.lora.model_dump()),

@@ -116,7 +116,7 @@ class Pair:
 class PairGradient:
     prompt_id: str
     cluster: int | None  # None: the gradient is 0 or not finite
-    closeness: float | None  # cosine to the centre of the cluster
+    closeness: float | None  # cosine to the centre of the cluster, or of the others in it (depth.closeness)
     norm: float  # of the feature, which estimates that of the gradient
 
 

@@ -107,6 +107,19 @@ def test_closeness_is_the_cosine_to_the_mean_of_the_unit_features():
     assert again[0].tobytes() == labels.tobytes() and again[1].tobytes() == closeness.tobytes()
 
 
+def test_sizes_of_clusters():
+    assert depth.sizes([1, 0, 1, -1, 1]) == pytest.approx([3, 1, 3, float("nan"), 3], nan_ok=True)
+
+
+def test_without_the_pair_itself_closeness_says_nothing_of_the_size_of_its_cluster():
+    """Of gradients that have nothing in common: to the centre 1/√m in a cluster of m, to the others 0."""
+    rows = np.random.default_rng(4).normal(size=(96, 2048))
+    labels, closeness = depth.cluster(rows, 10, 0)
+    assert depth.rank_correlation(closeness, depth.sizes(labels)) < -0.8
+    assert closeness == pytest.approx(depth.sizes(labels) ** -0.5, abs=0.15)
+    assert abs(np.nanmean(depth.closeness_to_others(rows, labels))) < 0.05
+
+
 def test_clusters_that_are_there_are_found():
     rng = np.random.default_rng(3)
     truth = rng.integers(0, 5, 80)

@@ -17,7 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from selfplay import artifacts, weights
 from selfplay.children import Child, ChildError
-from selfplay.depth import cluster, rank_correlation
+from selfplay.depth import closeness_to_others, cluster, rank_correlation, sizes
 from selfplay.depth_job import batches, collate, features, load
 from selfplay.errors import TrainError
 from selfplay.features import linear_layers, pair_features
@@ -100,6 +100,7 @@ def test_features_clusters_and_closeness_in_the_order_of_the_pairs(world: Path, 
     assert metrics["closeness_mean"] == pytest.approx(closeness.mean())
     assert metrics["closeness_std"] == pytest.approx(closeness.std())
     assert metrics["closeness_length_correlation"] == pytest.approx(rank_correlation(closeness, tokens))
+    assert metrics["closeness_size_correlation"] == pytest.approx(rank_correlation(closeness, sizes(labels)))
     assert -1 <= metrics["closeness_to_others"] < metrics["closeness_mean"]
     assert metrics["zero_gradients"] == metrics["nonfinite_gradients"] == 0
     assert {"seconds_load", "seconds_features", "seconds_cluster"} <= metrics.keys()
@@ -134,6 +135,21 @@ def test_other_settings_and_what_they_change(world: Path, tmp_path: Path) -> Non
     lora = directions("lora", lora=LoraJob(r=4, alpha=8))
     assert np.isfinite(lora).all() and (lora == directions("lora again", lora=LoraJob(r=4, alpha=8))).all()
     assert agreement(lora, directions("lora low", lora=LoraJob(r=4, alpha=8), dtype="bfloat16")) > 0.99
+
+
+def test_closeness_to_the_others_of_a_cluster(world: Path, tmp_path: Path) -> None:
+    job = features_job(world, tmp_path / "g.parquet", closeness="others", clusters=6)
+    metrics = run(job)
+    rows, found = found_in(job.out)
+    labels, _ = cluster(found, 6, job.seed)
+    alone = np.bincount(labels)[labels] == 1
+    assert alone.any() and not alone.all()
+    assert [row.cluster for row in rows] == labels.tolist()
+    assert [row.closeness is None for row in rows] == alone.tolist()
+    others = closeness_to_others(found, labels)
+    assert [row.closeness for row in rows if row.closeness is not None] == others[~alone].tolist()
+    assert metrics["closeness_mean"] == pytest.approx(metrics["closeness_to_others"])
+    assert metrics["closeness_to_others"] == pytest.approx(others[~alone].mean())
 
 
 def test_pairs_without_a_gradient_have_no_cluster(world: Path, tmp_path: Path) -> None:
