@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import os
 import statistics
 import sys
@@ -35,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-BATCH, DIM, SEEDS = 16, 1024, 5
+BATCH, DIM, SEEDS, MEMORY_REPEATS = 16, 1024, 5, 3
 Batch = dict[str, Any]
 
 
@@ -135,7 +136,7 @@ def step(case: str, model: Any, pairs: list[dict[str, Any]], repeats: int) -> No
     )
     print(f"{case}: {len(pairs)} pairs in {len(together)} batches, {own} tokens, {padded} with padding; "
           f"features equal those of one backward a pair to {error:.1e}", flush=True)  # fmt: skip
-    growth = {name: memory(arm) for name, arm in arms.items()}
+    growth: dict[str, list[float]] = {name: [] for name in arms}
     wall: dict[str, list[float]] = {name: [] for name in arms}
     cpu: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats):
@@ -144,8 +145,12 @@ def step(case: str, model: Any, pairs: list[dict[str, Any]], repeats: int) -> No
             arms[name]()
             wall[name].append(time.perf_counter() - before[0])
             cpu[name].append(time.process_time() - before[1])
+            if repeat < MEMORY_REPEATS:
+                growth[name].append(memory(arms[name]))
     for name in arms:
-        print(f"{case}: {name:8s} wall {spread(wall[name])} s, CPU {spread(cpu[name])} s, memory {growth[name]:.1f} MB")
+        print(
+            f"{case}: {name:8s} wall {spread(wall[name])} s, CPU {spread(cpu[name])} s, memory {spread(growth[name])} MB"
+        )
     for unit, found in (("wall", wall), ("CPU", cpu)):
         median = {name: statistics.median(values) for name, values in found.items()}
         for other in ("plain", "lean"):
@@ -153,7 +158,8 @@ def step(case: str, model: Any, pairs: list[dict[str, Any]], repeats: int) -> No
         for other in ("one", "one-lean"):
             ratio(f"{case}: pairs a {unit} second, features / {other}", median[other] / median["features"], "≥", 1.5)
     for other in ("plain", "lean"):
-        ratio(f"{case}: memory, features / {other}", growth["features"] / growth[other], "≤", 1.0)
+        used = statistics.median(growth["features"]) / statistics.median(growth[other])
+        ratio(f"{case}: memory, features / {other}", used, "≤", 1.0)
 
 
 def attended(batch: Batch) -> Any:
@@ -285,8 +291,9 @@ def rounds(run_dir: Path, folder: Path, repeats: int) -> None:
     print(f"round: wall {spread([t for t, _ in warm])} s over {len(warm)} warm rounds")
     parts = [sum(m[f"depth/seconds_{part}"] for part in ("load", "features", "cluster")) / t for t, m in warm]
     print(f"round: share of loading, features and clusters {spread([100 * p for p in parts])} %")
-    share = statistics.median(m["depth/seconds_features"] / t for t, m in warm)
-    ratio("round: share of features", share, "≤", 0.08)
+    alone = [m["depth/seconds_features"] / t for t, m in warm]
+    print(f"round: share of features alone {spread([100 * p for p in alone])} %")
+    ratio("round: share of loading, features and clusters", statistics.median(parts), "≤", 0.08)
     fewer_layers(run_dir, folder, config, repeats)
 
 
@@ -338,18 +345,42 @@ def fewer_layers(run_dir: Path, folder: Path, config: dict[str, Any], repeats: i
         print(f"{name}: CPU seconds / those of all layers {cost:.3f}")
 
     def agreement(name: str, seed: int, other: int) -> tuple[float, float]:
-        """Rank correlation of closeness and correlation of the pairs' cosines, with all layers from another start."""
+        """Rank correlation of closeness and correlation of the pairs' cosines, with all layers under a projection `other`."""
         a, b = rows[name, seed], rows[every, other]
-        ours, theirs = depth.cluster(a, clusters, seed)[1], depth.cluster(b, clusters, other)[1]
+        ours, theirs = depth.cluster(a, clusters, 0)[1], depth.cluster(b, clusters, 0)[1]
         above = np.triu_indices(len(a), 1)
         cosines = [(x / np.linalg.norm(x, axis=1, keepdims=True)) for x in (a, b)]
         pairs = [(x @ x.T)[above] for x in cosines]
         return depth.rank_correlation(ours, theirs), float(np.corrcoef(pairs)[0, 1])
 
     for name in choices:
-        found = [agreement(name, seed, seed + 1) for seed in range(SEEDS)]
-        print(f"{name}: closeness, rank correlation with all layers under another seed {spread([c for c, _ in found])}; "
-              f"cosines between pairs, correlation {spread([c for _, c in found])}")  # fmt: skip
+        for which, step in (("the same projection", 0), ("another projection", 1)):
+            found = [agreement(name, seed, seed + step) for seed in range(SEEDS)]
+            print(f"{name}: closeness, rank correlation with all layers under {which} {spread([c for c, _ in found])}; "
+                  f"cosines between pairs, correlation {spread([c for _, c in found])}")  # fmt: skip
+    directions(rows[every, 0], clusters)
+
+
+def directions(found: Any, clusters: int) -> None:
+    """What there is for clusters to find in features (n, d) of all layers."""
+    import numpy as np
+
+    from selfplay import depth
+
+    unit = found / np.linalg.norm(found, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[np.triu_indices(len(unit), 1)]
+    print(f"cosines between pairs: mean {cosines.mean():.4f}, standard deviation {cosines.std():.4f}; of unrelated features "
+          f"of this dimension 0 and {found.shape[1] ** -0.5:.4f}")  # fmt: skip
+    starts = [depth.cluster(found, clusters, seed) for seed in range(SEEDS)]
+    same = [depth.rank_correlation(a[1], b[1]) for a, b in itertools.pairwise(starts)]
+    print(f"closeness, rank correlation between two starts of K-means {spread(same)}")
+    for name, of in (
+        ("closeness", lambda s: s[1]),
+        ("closeness to the others", lambda s: depth.closeness_to_others(found, s[0])),
+    ):
+        by_size = [depth.rank_correlation(of(s), depth.sizes(s[0])) for s in starts]
+        print(f"{name}: rank correlation with the size of the cluster {spread(by_size)}, mean "
+              f"{spread([float(np.nanmean(of(s))) for s in starts])}")  # fmt: skip
 
 
 def spread(values: list[float]) -> str:

@@ -228,9 +228,11 @@ def test_jobs_that_cannot_be_done(world: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Child]]:
-    """Two that import while the tests without a child run."""
-    argv = (sys.executable, "-m", "selfplay.trainer", "--clusters")
-    found = [start(tmp_path_factory.mktemp("child"), *argv) for _ in range(2)]
+    """One behind accelerate's launcher and one without, which import while the tests without a child run."""
+    config = Path(__file__).parents[1] / "configs" / "accelerate" / "single.yaml"
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config))
+    argv = ("-m", "selfplay.trainer", "--clusters")
+    found = [start(tmp_path_factory.mktemp("child"), sys.executable, *before, *argv) for before in (launcher, ())]
     yield found
     for one in found:
         one.stop()

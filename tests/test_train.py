@@ -295,6 +295,27 @@ def test_a_policy_that_is_its_reference_takes_no_step(tmp_path: Path) -> None:
     assert second["epsilon/zero"] < 1.0 and second["kl/pair_tokens"] > 0
 
 
+def test_kl_is_that_of_the_two_models_at_the_tokens_of_the_pairs(tmp_path: Path) -> None:
+    """With r = π/π_ref, the mean over responses of Σ_t r·log r − r + 1, at the weights that the first step begins with."""
+    trainer = make(tmp_path, num_train_epochs=1, per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    policy, reference, found = model(), model(7), []
+    for row in pairs():
+        for name in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor(row["prompt_ids"] + row[name])
+            with torch.no_grad():
+                logps = [
+                    m(ids[None])
+                    .logits[0, :-1]
+                    .log_softmax(-1)
+                    .gather(-1, ids[1:, None])[len(row["prompt_ids"]) - 1 :, 0]
+                    for m in (policy, reference)
+                ]
+            ratio = (logps[0] - logps[1]).exp()
+            found.append((ratio * ratio.log() - ratio + 1).sum().item())
+    trainer.train()
+    assert trainer.state.log_history[0]["kl/pair_tokens"] == pytest.approx(np.mean(found), rel=1e-4)
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     plain, recomputed = make(tmp_path), make(tmp_path, gradient_checkpointing=True)
     plain.train()
