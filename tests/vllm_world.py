@@ -1,6 +1,7 @@
 """A real vLLM OpenAI server as a process of its own, for the tests of what is spoken with it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,10 +25,11 @@ def vllm_server(folder: Path, *options: str) -> Iterator[str]:
     log = folder.with_name(f"{folder.name}-vllm.log")
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     argv += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", *options]
-    # the engine within the server's process: nothing is left behind when it is killed
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(argv, env=os.environ | env, stdout=out, stderr=subprocess.STDOUT)
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as out:  # its engine is a process of its own, which outlives it: both are in one group
+        process = subprocess.Popen(
+            argv, env=os.environ | env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + START
@@ -37,7 +39,7 @@ def vllm_server(folder: Path, *options: str) -> Iterator[str]:
             time.sleep(0.5)
         yield url
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
