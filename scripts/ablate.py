@@ -308,6 +308,7 @@ def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
         "size_correlation": end.get("depth/closeness_size_correlation"),
         "closeness_to_others": end.get("depth/closeness_to_others"),
         "most": end.get("depth/most"),
+        "evenness": end.get("prompts/cluster_evenness"),
         "answers": len(answers),
     }
 
