@@ -1,11 +1,14 @@
 #!/usr/bin/env python
-"""Does a service that runs for long grow? Many rounds of the smallest size, and what the processes hold after each.
+"""Does a service that runs for long grow? Many rounds of the smallest size, and what the processes hold in each.
 
     python scripts/soak.py [--rounds 100] [--out runs/soak]
 
-`selfplay serve` on the miniature of the tiny world. After each round: resident memory, file descriptors, threads and
-number of processes of the service itself and of all its children together. Growth compares the median of the last tenth of
-the rounds with that of the second tenth (the first warms up). Also: the share of each round's time outside its stages.
+`selfplay serve` on the miniature of the tiny world, with the default tracker. Five times a second: resident memory, file
+descriptors and threads of the service itself, and the same, with the number of processes, of everything below it together
+(engine, reward server, judge, trainer, their guards; a trainer lives for one round). A round's figure is the largest that
+was seen in it, so that it does not hang on which stage a look met; the table gives the median over the rounds of each tenth
+of the run. Growth compares the last tenth with the second (the first warms up). A round's time goes from the end of the one
+before it to its own end.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ from selfplay.store import Store  # noqa: E402
 
 SMALLEST = [
     "prompts.per_round=8", "generate.candidates=2", "train.batch_pairs=4", "train.micro_batch_pairs=4", "train.epochs=1",
-    "train.save_steps=100", "evaluate.prompts=4", "evaluate.audit_every=0", "retention.last=1",
+    "train.save_steps=100", "evaluate.prompts=4", "evaluate.audit_every=0", "retention.last=1", "track=tensorboard",
 ]  # fmt: skip
+
+Held = dict[str, float]
 
 
 def main() -> int:
@@ -44,80 +49,102 @@ def main() -> int:
     shutil.rmtree(args.out, ignore_errors=True)
     sets = [*world(), *SETTINGS, *SMALLEST, f"schedule.end.rounds={args.rounds}", *args.set]
     served = Served(args.config, sets, args.out)
-    samples: list[dict[str, float]] = []
-    began = time.monotonic()
+    peaks: dict[int, Held] = {}  # by round
+    said, began = 0, time.monotonic()
     while (state := served.state()) is None or state[0] != "ended":
         if served.process.poll() is not None or (state is not None and state[0] == "paused"):
             sys.exit(f"the service is {state}; see {args.out}/service.log")
         time.sleep(0.2)
-        if not (args.out / "ledger.sqlite").is_file():
+        if (index := open_round(args.out)) is None:
             continue
-        store = Store(args.out)
-        finished = sum(row["state"] != "running" for row in store.rounds())
-        store.close()
-        if finished > len(samples):
-            samples += [held(served.process.pid, args.out)] * (finished - len(samples))
-            if finished % 10 == 0:
-                print(
-                    f"  round {finished}, {(time.monotonic() - began) / finished:.1f} s a round: " + shown(samples[-1]),
-                    flush=True,
-                )
+        now = held(served.process.pid, args.out)
+        before = peaks.get(index, now)
+        peaks[index] = {name: max(value, before[name]) for name, value in now.items()}
+        if index > 1 and index % 10 == 1 and index != said and index - 1 in peaks:
+            said, each = index, (time.monotonic() - began) / (index - 1)
+            print(f"  round {index - 1}, {each:.1f} s a round: {shown(peaks[index - 1])}", flush=True)
     served.stop()
-    return report(samples, args.out)
+    return report(peaks, times(args.out))
 
 
-def held(pid: int, run_dir: Path) -> dict[str, float]:
-    """What the service and its children hold now."""
-    own, below = used([pid]), used(p for p in children.marked(run_dir) if "selfplay.trainer" not in command(p))
-    return {f"service {k}": v for k, v in own.items() if k != "processes"} | {
-        f"children {k}": v for k, v in below.items()
-    }
+def open_round(run_dir: Path) -> int | None:
+    """The round that runs now, None between rounds."""
+    if not (run_dir / "ledger.sqlite").is_file():
+        return None
+    store = Store(run_dir)
+    row = store.unfinished()
+    store.close()
+    return row["round"] if row is not None else None
 
 
-def command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+def held(pid: int, run_dir: Path) -> Held:
+    """What the service and everything below it hold now."""
+    own, below = used([pid]), used(children.marked(run_dir))
+    del own["processes"]
+    return {f"service {k}": v for k, v in own.items()} | {f"children {k}": v for k, v in below.items()}
 
 
-def used(pids: Iterable[int]) -> dict[str, float]:
+def used(pids: Iterable[int]) -> Held:
     total = {"MiB": 0.0, "descriptors": 0.0, "threads": 0.0, "processes": 0.0}
     for pid in pids:
         try:
             status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-            total["descriptors"] += len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        except OSError:  # it ended meanwhile
+            descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            resident = int(status["VmRSS"].split()[0]) / 1024
+        except (OSError, KeyError):  # it ended meanwhile, or is about to: no memory is left to it
             continue
-        total["MiB"] += int(status["VmRSS"].split()[0]) / 1024
+        total["MiB"] += resident
+        total["descriptors"] += descriptors
         total["threads"] += int(status["Threads"])
         total["processes"] += 1
     return total
 
 
-def shown(sample: dict[str, float]) -> str:
+def shown(sample: Held) -> str:
     return ", ".join(f"{name} {value:.0f}" for name, value in sample.items())
 
 
-def report(samples: list[dict[str, float]], run_dir: Path) -> int:
-    """Print the table; 1 where something grew by more than a twentieth."""
-    tenth = max(1, len(samples) // 10)
-    print(f"\n{len(samples)} rounds\n\n| | rounds {tenth + 1}-{2 * tenth} | last {tenth} | growth |\n|---|---|---|---|")
-    grown = 0
-    for name in samples[0]:
-        before = statistics.median(s[name] for s in samples[tenth : 2 * tenth] or samples)
-        after = statistics.median(s[name] for s in samples[-tenth:])
-        growth = after / before - 1 if before else 0.0
-        grown |= growth > 0.05
-        print(f"| {name} | {before:.1f} | {after:.1f} | {growth:+.1%} |")
+def times(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """Of each round: its seconds, and the share of them that no stage accounts for."""
     store = Store(run_dir)
-    shares = []
-    for row in store.rounds():
-        whole = (datetime.fromisoformat(row["ended"]) - datetime.fromisoformat(row["started"])).total_seconds()
-        shares.append(1 - sum(store.seconds(row["round"]).values()) / whole)
+    rows = store.rounds()
+    found, since = {}, datetime.fromisoformat(rows[0]["started"])
+    for row in rows:
+        ended = datetime.fromisoformat(row["ended"])
+        whole = (ended - since).total_seconds()
+        found[row["round"]] = whole, 1 - sum(store.seconds(row["round"]).values()) / whole
+        since = ended
     store.close()
-    print(f"\nshare of a round outside its stages: median {statistics.median(shares):.2%}, most {max(shares):.2%}")
-    return grown
+    return found
+
+
+def report(peaks: dict[int, Held], spent: dict[int, tuple[float, float]]) -> int:
+    """Print the table; 1 where something grew by more than a twentieth."""
+    rounds = sorted(peaks)  # a round that was over between two looks has no sample, and none is made up for it
+    parts = min(10, len(rounds))
+    tenths = [rounds[i * len(rounds) // parts : (i + 1) * len(rounds) // parts] for i in range(parts)]
+    names = list(peaks[rounds[0]])
+    medians = [[statistics.median(peaks[r][name] for r in tenth) for name in names] for tenth in tenths]
+    print(f"\n{len(spent)} rounds, {len(rounds)} of them sampled\n")
+    print("| rounds | " + " | ".join(names) + " | seconds a round | outside stages |")
+    print("|---" * (len(names) + 3) + "|")
+    for tenth, values in zip(tenths, medians, strict=True):
+        seconds, outside = (statistics.median(spent[r][i] for r in tenth) for i in (0, 1))
+        cells = " | ".join(
+            f"{value:.1f}" if "MiB" in name else f"{value:g}" for name, value in zip(names, values, strict=True)
+        )
+        print(f"| {tenth[0]}-{tenth[-1]} | {cells} | {seconds:.1f} | {outside:.2%} |")
+    growth = [
+        after / before - 1 if before else 0.0
+        for before, after in zip(medians[min(1, parts - 1)], medians[-1], strict=True)
+    ]
+    print("| growth | " + " | ".join(f"{g:+.1%}" for g in growth) + " | | |")
+    whole = sum(seconds for seconds, _ in spent.values())
+    outside = sum(seconds * share for seconds, share in spent.values())
+    print(
+        f"\noutside stages: {outside / whole:.2%} of the run, {max(share for _, share in spent.values()):.2%} at most"
+    )
+    return int(max(growth) > 0.05)
 
 
 if __name__ == "__main__":
