@@ -83,16 +83,18 @@ def init(
 def check(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006  typer wants a list
     """Check configuration and machine, and print the plan of a round."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    from selfplay.check import check, plan
+    from selfplay.check import check
+    from selfplay.check_models import loads
     from selfplay.config import load
+    from selfplay.plan import plan
 
     settings = load(config, set_)
     console = Console(highlight=False)
-    findings = check(settings, run_dir or settings.run_dir)
-    table = Table(box=None, show_header=False, padding=(0, 1))
+    findings = [*check(settings, run_dir or settings.run_dir), *loads(settings)]
+    table = Table("level", "about", Column(overflow="fold"), box=None, show_header=False, padding=(0, 1))
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for finding in findings:
         table.add_row(Text(finding.level, styles[finding.level]), finding.about, Text(finding.text))

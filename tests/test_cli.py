@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from selfplay import cli, policies, report
 from selfplay import config as configuration
-from selfplay.check import check, plan
+from selfplay.check import check
 from selfplay.errors import InputError
+from selfplay.plan import plan
 from selfplay.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
