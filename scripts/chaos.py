@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from selfplay import children  # noqa: E402
+from selfplay import artifacts, children, paging  # noqa: E402
 from selfplay.store import RunLock, Store  # noqa: E402
 
 SETTINGS = [
@@ -73,6 +73,8 @@ def main() -> int:
         + ", ".join(f"{n} × {what}" for what, n in hits.most_common())
     )
     faults = compare(args.calm, args.out / "storm")
+    if wrong := report_rows(args.calm, args.out / "storm"):
+        faults.append(f"{wrong} rows are missing or double")
     faults += [f"{orphans} processes outlived a killed service"] * bool(orphans)
     if (kills := sum(hits.values())) < args.kills:
         faults.append(f"{kills} kills, {args.kills} were asked: give it more --rounds")
@@ -202,10 +204,35 @@ def kill(pid: int) -> str | None:
     return f"guard of {modules[1]}" if len(modules) > 1 else modules[0] if modules else words[0]
 
 
+PATTERNS = ("pool/**/*.parquet", "rounds/*/*/*.parquet", "rounds/*/*/verdict.json", "policies/*/*.safetensors")
+
+
 def artifacts_of(run_dir: Path) -> dict[str, bytes]:
     """What two equal runs share to the byte."""
-    patterns = ("pool/**/*.parquet", "rounds/*/*/*.parquet", "rounds/*/*/verdict.json", "policies/*/*.safetensors")
-    return {str(f.relative_to(run_dir)): f.read_bytes() for pattern in patterns for f in sorted(run_dir.glob(pattern))}
+    return {str(f.relative_to(run_dir)): f.read_bytes() for pattern in PATTERNS for f in sorted(run_dir.glob(pattern))}
+
+
+def rows_of(run_dir: Path) -> Counter[str]:
+    """Rows in all rounds together of each kind of table: prompts/prompts, generate/candidates, pairs/pairs, …"""
+    counts: Counter[str] = Counter()
+    for path in sorted(run_dir.glob("pool/**/*.parquet")) + sorted(run_dir.glob("rounds/*/*/*.parquet")):
+        parts = path.relative_to(run_dir).with_suffix("").parts
+        counts["/".join(parts[2:] if parts[0] == "rounds" else parts[:2])] += artifacts.count_rows(path)
+    store = Store(run_dir)
+    counts["ledger/pairs"] = sum(sum(paging.reasons(store, row["round"]).values()) for row in store.rounds())
+    store.close()
+    return counts
+
+
+def report_rows(calm: Path, disturbed: Path) -> int:
+    """Print the rows of both runs, kind by kind; returns how many are missing or double."""
+    a, b = rows_of(calm), rows_of(disturbed)
+    lost, double = (a - b).total(), (b - a).total()
+    print("\n| rows of | calm | storm |\n|---|---|---|")
+    for kind in sorted(a | b):
+        print(f"| {kind} | {a[kind]:,} | {b[kind]:,} |")
+    print(f"\n{a.total():,} rows compared: {lost} lost rows, {double} double rows")
+    return lost + double
 
 
 def compare(calm: Path, disturbed: Path) -> list[str]:
