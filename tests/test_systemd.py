@@ -5,13 +5,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from selfplay import systemd
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -70,8 +67,3 @@ def test_the_watchdog_is_fed_while_the_server_answers(manager, monkeypatch):
         manager.recv(100)
     server.shutdown()
     server.server_close()
-
-
-def test_the_unit_asks_for_what_the_service_says():
-    unit = (ROOT / "configs" / "deploy" / "selfplay.service").read_text()
-    assert "Type=notify\n" in unit and "WatchdogSec=" in unit and "Restart=on-failure" in unit
