@@ -2,7 +2,8 @@
 """How fast API and page are on a long run: `python scripts/bench_page.py` (1,000 rounds and 1e6 pairs, made up).
 
 Pages of `/api/pairs` over HTTP, for filters times orders times directions, the first pages and the last of a walk; first
-paint and charts in a real Chromium, with an empty cache and a warm one; memory of the process that serves.
+paint and charts in a real Chromium, with an empty cache and a warm one; memory of the process that serves. At the end each
+bound with PASS or FAIL; exit code 1 where one fails.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ FILTERS: dict[str, dict[str, object]] = {
     "wide range": {"explicit_min": 0.5, "potential_max": 2}, "narrow range": {"potential_min": 3, "potential_max": 3.01},
     "no such corner": {"explicit_min": 6, "implicit_max": 1e-6, "potential_max": -3},
 }  # fmt: skip
+PAIRS_MS, PAINT_MS = 100.0, 1000.0  # the slowest page of pairs, and the slowest first paint, may take so long
 SORTS = ("round", "explicit_margin", "implicit_margin", "potential")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--pairs", type=int, default=1000, help="pairs of a round")
@@ -48,7 +50,7 @@ def main() -> None:
             print(
                 f"made {args.rounds} rounds, {args.rounds * args.pairs} pairs in {time.perf_counter() - started:.0f} s"
             )
-        bench(run_dir, args.loads, not args.no_browser)
+        return bench(run_dir, args.loads, not args.no_browser)
 
 
 def make(run_dir: Path, rounds: int, pairs: int) -> None:
@@ -105,7 +107,7 @@ def row(rng: random.Random, n: int, i: int, rounds: int) -> tuple[object, ...]:
     return n, i, prompt, rng.gammavariate(2, 0.5), rng.gammavariate(1, 0.1), value, None if why else "base", why or None
 
 
-def bench(run_dir: Path, loads: int, browse: bool) -> None:
+def bench(run_dir: Path, loads: int, browse: bool) -> int:
     from selfplay.api import create_app
     from selfplay.config import load
     from selfplay.server import serve_in_thread
@@ -125,7 +127,7 @@ def bench(run_dir: Path, loads: int, browse: bool) -> None:
     print(f"memory after the start: {resident():.0f} MB")
     with httpx.Client(base_url=base, timeout=60) as client:
         some = client.get("/api/rounds").json()[0]["round"] // 2 or 1
-        bench_pairs(client, some)
+        failed = verdict("the slowest page of pairs", bench_pairs(client, some), PAIRS_MS)
         one = f"/api/rounds/{some}"
         paths = (
             "/api/run",
@@ -141,9 +143,16 @@ def bench(run_dir: Path, loads: int, browse: bool) -> None:
             show(path, [timed(client, path)[1] for _ in range(7)])
     print(f"memory after the requests: {resident():.0f} MB")
     if browse:
-        bench_paint(base, loads)
+        failed |= verdict("the slowest first paint", bench_paint(base, loads), PAINT_MS)
         print(f"memory after the page loads: {resident():.0f} MB")
     server.stop()
+    return int(failed)
+
+
+def verdict(what: str, took: float, bound: float) -> bool:
+    """Say whether a bound (milliseconds) holds; True where it does not."""
+    print(f"{'PASS' if took <= bound else 'FAIL'}: {what} took {took:.1f} ms, the bound is {bound:.0f} ms\n")
+    return took > bound
 
 
 def timed(
@@ -161,8 +170,8 @@ def show(name: str, times: list[tuple[float, float]]) -> None:
     print(f"{name:25} {statistics.median(walls):10.1f} {max(walls):8.1f} {max(cpus):11.1f}")
 
 
-def bench_pairs(client: httpx.Client, some: int) -> None:
-    """Each page of walks of up to six pages, for every filter, order and direction."""
+def bench_pairs(client: httpx.Client, some: int) -> float:
+    """Each page of walks of up to six pages, for every filter, order and direction; returns the milliseconds of the slowest."""
     print(f"\n{'/api/pairs, filter':25} {'median ms':>10} {'max ms':>8} {'max CPU ms':>11}")
     everything = []
     for name, where in FILTERS.items():
@@ -183,15 +192,17 @@ def bench_pairs(client: httpx.Client, some: int) -> None:
         show(name, times)
         everything += times
     show(f"all {len(everything)} pages", everything)
-    print()
+    return max(wall for wall, _ in everything)
 
 
-def bench_paint(base: str, loads: int) -> None:
-    """Milliseconds from the navigation to the first paint, and until all charts and the table of rounds are there."""
+def bench_paint(base: str, loads: int) -> float:
+    """Milliseconds from the navigation to the first paint, and until all charts and the table of rounds are there; returns
+    those of the slowest first paint."""
     from chromium import browser
 
     paint = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
     whole = "document.querySelectorAll('canvas').length >= 8 && document.querySelectorAll('.q-table tbody tr').length >= 15 && performance.now()"
+    slowest = 0.0
     with browser() as tab:
         tab.size(1280, 900)
         for kind in ("empty", "warm"):
@@ -207,10 +218,12 @@ def bench_paint(base: str, loads: int) -> None:
                 f"first paint, {kind} cache: median {statistics.median(paints):.0f} ms, max {max(paints):.0f} ms; "
                 f"all charts and rounds: median {statistics.median(wholes):.0f} ms, max {max(wholes):.0f} ms"
             )
+            slowest = max(slowest, *paints)
         elsewhere = [
             url for url in tab.requests if base.split("//")[1] not in url and not url.startswith(("data:", "about:"))
         ]
         print(f"requests elsewhere: {len(elsewhere)} {elsewhere[:3]}")
+    return slowest
 
 
 def resident() -> float:
@@ -219,4 +232,4 @@ def resident() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

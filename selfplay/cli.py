@@ -47,7 +47,8 @@ def _folder(config: Path, sets: list[str], run_dir: Path | None) -> Path:
     folder = run_dir or load(config, sets).run_dir
     if not (folder / "ledger.sqlite").is_file():
         raise InputError(
-            f"{folder} is no run folder", "start one with `selfplay round` or `selfplay serve`, or give --run-dir"
+            f"{folder} is no run folder: nothing was started there",
+            "name another one (--config, --run-dir), or start it with `selfplay round` or `selfplay serve`",
         )
     return folder
 
@@ -81,7 +82,7 @@ def init(
 
 @app.command()
 def check(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006  typer wants a list
-    """Check configuration and machine, and print the plan of a round."""
+    """Would it run here? And the plan of a round."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -122,7 +123,7 @@ def round_(
 
 @app.command()
 def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """Run rounds on the configured schedule, with API and page, until told to stop."""
+    """Run rounds on schedule, with API and page, until told to stop."""
     from selfplay.rounds import leave
     from selfplay.service import serve
 
@@ -187,8 +188,11 @@ def show(
     store = _store(config, set_, run_dir)
     known = {row["round"]: row["state"] for row in store.rounds()}
     if known.get(round_, "running") == "running":
-        finished = [str(index) for index, state in known.items() if state != "running"]
-        raise InputError(f"round {round_} is not finished", f"finished: {', '.join(finished) or 'none'}")
+        finished = [index for index, state in known.items() if state != "running"]
+        raise InputError(
+            f"round {round_} is not finished" if round_ in known else f"there is no round {round_}",
+            f"finished: {finished[0]} to {finished[-1]}" if finished else "none is finished yet",
+        )
     Display().round_table(report(store, round_))
     for event in store.events(round_):
         print(f" {event['time']} {event['kind']}: {event['text']}")
@@ -297,12 +301,15 @@ def report(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
 
 @app.command()
 def export(
-    what: Annotated[str, typer.Argument(help="pairs, or policy.")],
-    out: Annotated[Path, typer.Argument(help="New folder.")],
+    what: Annotated[str, typer.Argument(help="pairs or policy.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
     version: Annotated[int | None, typer.Option(min=0, help="Policy to export (default: the current one).")] = None,
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
-    """Write the pairs as a TRL preference dataset, or a policy as a model folder, each with a card."""
+    """Write pairs as a TRL dataset, or a policy as a model folder.
+
+    Each with a card that says where it comes from. Nothing that is there already is written over.
+    """
     from selfplay.errors import InputError
     from selfplay.export import export_pairs, export_policy
     from selfplay.policies import Policies

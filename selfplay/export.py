@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ SCHEMA = pa.schema(
         ("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES), ("prompt_id", pa.string()),
         ("round", pa.int32()), ("policy", pa.int32()), ("chosen_reward", pa.float64()), ("rejected_reward", pa.float64()),
         ("explicit_margin", pa.float64()), ("implicit_margin", pa.float64()), ("alignment_potential", pa.float64()),
-        ("kept_because", pa.string()), ("parent", pa.string()), ("source", pa.string()),
+        ("kept_because", pa.string()), ("parent", pa.string()), ("root", pa.string()), ("source", pa.string()),
     ]
 )  # fmt: skip
 
@@ -37,8 +38,9 @@ def export_pairs(run_dir: Path, out: Path) -> int:
         raise InputError(f"{out} is there already", "name a new folder")
     ledger = Store(run_dir)
     samplers = {row["round"]: row["sampler"] for row in ledger.rounds() if row["state"] in ("promoted", "rejected")}
-    ledger.close()
     rounds = [(index, path) for index, path in _depth_files(run_dir) if index in samplers and path.is_file()]
+    configs = {index: ledger.config(index) for index, _ in rounds}
+    ledger.close()
     if not rounds:
         raise InputError(f"no finished round of {run_dir} has pairs", "run one first: selfplay round")
     total = 0
@@ -48,7 +50,7 @@ def export_pairs(run_dir: Path, out: Path) -> int:
             rows = [_row(index, samplers[index], pair, prompt) for pair, prompt in _pairs(path)]
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial / "data" / f"train-{index:05d}.parquet")
             total += len(rows)
-        (partial / "README.md").write_text(_dataset_card(run_dir, total, len(rounds)), encoding="utf-8")
+        (partial / "README.md").write_text(_dataset_card(configs, total), encoding="utf-8")
     return total
 
 
@@ -77,6 +79,7 @@ def _row(index: int, sampler: int, pair: Pair, prompt: Prompt) -> dict[str, Any]
         "alignment_potential": pair.potential,
         "kept_because": pair.kept_because,
         "parent": prompt.parent,
+        "root": prompt.ancestor,
         "source": prompt.source,
     }
 
@@ -104,25 +107,47 @@ def _front(**fields: Any) -> str:
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in fields.items()) + "---\n"
 
 
-def _config(run_dir: Path) -> dict[str, Any]:
-    ledger = Store(run_dir)
-    try:
-        rounds = ledger.rounds()
-        return ledger.config(rounds[-1]["round"]) if rounds else {}
-    finally:
-        ledger.close()
+def _scored_by(section: dict[str, Any]) -> str:
+    """The source of scores that a section `reward`, or a member of its ensemble, names. Addresses stay at home."""
+    if ensemble := section.get("ensemble"):
+        members = ", ".join(_scored_by(member) for member in ensemble["members"])
+        return f"an ensemble ({ensemble['combine']}) of {members}"
+    if section.get("rules"):
+        return "rules (" + ", ".join(rule["rule"] for rule in section["rules"]) + ")"
+    if judge := section.get("chat_judge"):
+        return f"the {judge['mode']} judge `{judge['model']}`"
+    if section.get("url"):
+        return f"the reward server's `{section['served_model']}`" if section.get("served_model") else "a reward server"
+    return f"`{section['model']}`"
 
 
-def _dataset_card(run_dir: Path, pairs: int, rounds: int) -> str:
-    config = _config(run_dir)
+def _made_by(config: dict[str, Any]) -> str:
+    """How a round with this configuration made its pairs."""
+    pairs, depth = config["pairs"], config["depth"]["method"]
+    return f"ranked by {_scored_by(config['reward'])}, selected by `{pairs['selection']}` (keep {pairs['keep']:g}), depth `{depth}`"
+
+
+def _dataset_card(configs: dict[int, dict[str, Any]], pairs: int) -> str:
+    """configs: by round, oldest first."""
+    name = next(iter(configs.values()))["run"]["name"]
+    alike = [
+        (made, [index for index, _ in group])
+        for made, group in groupby(configs.items(), lambda item: _made_by(item[1]))
+    ]
+    made = "\n".join(
+        f"- {f'rounds {rounds[0]} to {rounds[-1]}' if len(rounds) > 1 else f'round {rounds[0]}'}: {how}"
+        for how, rounds in alike
+    )
     return (
         _front(tags=["preference", "dpo", "selfplay", "trl"], task_categories=["text-generation"])
         + f"""
-# Preference pairs of the run «{config["run"]["name"]}»
+# Preference pairs of the run «{name}»
 
-{pairs} pairs from {rounds} rounds of self-play: responses sampled by the policy of the round, ranked by
-`{config["reward"]["model"] or "a reward server"}`, selected by `{config["pairs"]["selection"]}` (keep {config["pairs"]["keep"]:g}), depth
-`{config["depth"]["method"]}`. One Parquet file a round, in TRL's conversational preference format (`prompt`, `chosen`, `rejected`).
+{pairs} pairs from {len(configs)} rounds of self-play: responses sampled by the policy of the round, scored by a reward.
+
+{made}
+
+One Parquet file a round, in TRL's conversational preference format (`prompt`, `chosen`, `rejected`).
 
 | column | meaning |
 |---|---|
@@ -130,7 +155,8 @@ def _dataset_card(run_dir: Path, pairs: int, rounds: int) -> str:
 | chosen_reward, rejected_reward, explicit_margin | the reward's scores and their difference |
 | implicit_margin, alignment_potential | of the sampling policy, as the pair was ranked |
 | kept_because | `base` (the prompt's widest pair) or `depth` (added to it) |
-| prompt_id, parent, source | content hash of the prompt, its root ancestor, where it came from |
+| prompt_id, source | content hash of the prompt, and where it came from |
+| parent, root | the prompt that it was rewritten from, null for none; the oldest ancestor, itself where it has none |
 
 The texts are model output: nobody has read them.
 """
@@ -138,8 +164,15 @@ The texts are model output: nobody has read them.
 
 
 def _model_card(run_dir: Path, manifest: policies.Manifest) -> str:
-    config = _config(run_dir)
+    ledger = Store(run_dir)
+    config = ledger.config(manifest.round or 1)  # the initial policy was there before any
+    ledger.close()
     update = ", ".join(f"{name} {value:.3g}" for name, value in manifest.update.items()) or "none (the initial policy)"
+    made = (
+        f"Trained by self-play with ε-DPO on pairs {_made_by(config)}."
+        if manifest.round
+        else "The model that the run began with."
+    )
     return (
         _front(
             tags=["selfplay", "dpo", "epsilon-dpo"],
@@ -152,12 +185,16 @@ def _model_card(run_dir: Path, manifest: policies.Manifest) -> str:
 | | |
 |---|---|
 | round | {manifest.round} |
-| parent, reference | policy {manifest.parent}, policy {manifest.reference} |
-| β at the end | {manifest.beta} |
+| parent, reference | {_policy(manifest.parent)}, {_policy(manifest.reference)} |
+| β at the end | {"none" if manifest.beta is None else manifest.beta} |
 | update | {update} |
 | config fingerprint | {manifest.fingerprint} |
 | packages | {", ".join(f"{name} {version}" for name, version in sorted(manifest.packages.items()))} |
 
-Trained by self-play with ε-DPO on pairs ranked by alignment potential. SHA-256 of every file is in the run's manifest.
+{made} SHA-256 of every file is in the run's manifest.
 """
     )
+
+
+def _policy(version: int | None) -> str:
+    return "none" if version is None else f"policy {version}"

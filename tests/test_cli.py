@@ -62,7 +62,7 @@ def test_what_a_run_says_of_itself(run_dir):
     code, out, _ = selfplay("show", 1, *at)
     assert code == 0 and "pairs" in out and "policy 1 is current" in out
     code, _, errors = selfplay("show", 7, *at)
-    assert code == 2 and "round 7 is not finished" in errors and "finished: 1, 2" in errors
+    assert code == 2 and "there is no round 7" in errors and "finished: 1 to 2" in errors
     code, _, errors = selfplay("status", "--run-dir", run_dir / "nothing")
     assert code == 2 and "is no run folder" in errors and "what to do:" in errors
 
