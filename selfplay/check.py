@@ -82,7 +82,7 @@ def _prompts(config: Config, run_dir: Path) -> Iterator[Finding]:
         + "; those over prompts.max_tokens go too",
     )
     asked = [
-        ("train", "prompts.per_round", settings.per_round, "a round begins the next pass over the pool midway"),
+        ("train", "prompts.per_round", settings.per_round, "every round draws them all"),
         ("heldout", "evaluate.prompts", evaluation.prompts, "the gate decides on fewer, with less power"),
     ]
     if evaluation.audit_every:

@@ -68,7 +68,7 @@ def init(
 ) -> None:
     """Write a configuration to start from."""
     from selfplay.config import load
-    from selfplay.errors import InputError
+    from selfplay.errors import ConfigError, InputError
     from selfplay.starter import starter
 
     if path.exists():
@@ -76,7 +76,11 @@ def init(
     path.parent.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
     path.write_text(starter(name, model, reward, prompts), encoding="utf-8")
-    load(path)
+    try:
+        load(path)
+    except ConfigError:
+        path.unlink()  # what was given makes no configuration: nothing is left in the way of the next try
+        raise
     print(f"wrote {path}; next: selfplay check -c {path}")
 
 
@@ -94,7 +98,9 @@ def check(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
 
     settings = load(config, set_)
     console = Console(highlight=False)
-    findings = [*check(settings, run_dir or settings.run_dir), *loads(settings)]
+    findings = check(settings, run_dir or settings.run_dir)
+    if not any(finding.level == "error" for finding in findings):  # it takes seconds
+        findings += loads(settings)
     table = Table("level", "about", Column(overflow="fold"), box=None, show_header=False, padding=(0, 1))
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for finding in findings:
@@ -314,16 +320,17 @@ def export(
     from selfplay.export import export_pairs, export_policy
     from selfplay.policies import Policies
 
+    if what not in ("pairs", "policy"):
+        raise InputError(f"cannot export {what!r}", "pairs or policy")
     folder = _folder(config, set_, run_dir)
     if what == "pairs":
         print(f"{export_pairs(folder, out)} pairs in {out}")
-    elif what == "policy":
-        chosen = version if version is not None else Policies(folder).current
-        assert chosen is not None, "a run has a current policy"
-        export_policy(folder, chosen, out)
-        print(f"policy {chosen} in {out}")
-    else:
-        raise InputError(f"cannot export {what!r}", "pairs or policy")
+        return
+    chosen = version if version is not None else Policies(folder).current
+    if chosen is None:
+        raise InputError(f"{folder} has no policy yet", "it comes with the import at the first start")
+    export_policy(folder, chosen, out)
+    print(f"policy {chosen} in {out}")
 
 
 if __name__ == "__main__":

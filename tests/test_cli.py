@@ -166,7 +166,15 @@ def test_a_policy_is_exported_as_a_model_folder(run_dir, tmp_path):
     card = (tmp_path / "model" / "README.md").read_text()
     assert "# Policy 2 of the run «tiny»" in card and "relative_norm" in card
     assert selfplay("export", "policy", tmp_path / "x", "--version", 5, "--run-dir", run_dir)[0] == 2
-    assert selfplay("export", "nonsense", tmp_path / "x", "--run-dir", run_dir)[0] == 2
+    assert selfplay("export", "nonsense", tmp_path / "x")[0] == 2
+
+
+def test_a_run_that_was_never_opened_has_no_policy_to_export(tmp_path):
+    Store(tmp_path).close()
+    with pytest.raises(InputError, match="has no policy yet"):
+        CliRunner().invoke(
+            cli.app, ["export", "policy", str(tmp_path / "x"), "--run-dir", str(tmp_path)], catch_exceptions=False
+        )
 
 
 def test_a_starting_configuration_is_written_and_valid(tmp_path):
@@ -181,6 +189,11 @@ def test_a_starting_configuration_is_written_and_valid(tmp_path):
         made = configuration.load(file)
         assert (made.policy.model, made.run.name, (made.reward.model, made.reward.url)) == ("org/model", "my", expected)
     assert selfplay("init", file, "--model", "m", "--reward", "r", "--prompts", "p")[0] == 2
+    file.unlink()
+    secret = ("--reward", "http://user:password@host", "--model", "m", "--prompts", "p")
+    code, _, errors = selfplay("init", file, *secret)
+    assert code == 2 and "api_key_env" in errors and "password@" not in errors
+    assert not file.exists()
 
 
 def test_check_finds_what_would_fail_and_prints_the_plan(mini_world, tmp_path):
