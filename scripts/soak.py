@@ -5,9 +5,9 @@
 
 `selfplay serve` on the miniature of the tiny world, with the default tracker. Five times a second: resident memory, file
 descriptors and threads of the service itself, and the same, with the number of processes, of everything below it together
-(engine, reward server, judge, trainer, their guards; a trainer lives for one round). A round's figure is the largest that
-was seen in it, so that it does not hang on which stage a look met; the table gives the median over the rounds of each tenth
-of the run. Growth compares the last tenth with the second (the first warms up). A round's time goes from the end of the one
+(engine, reward server, judge, trainer, their guards; a trainer lives for one round). A round's memory is the largest that was
+seen in it; its counts are the median over the looks, for threads that live for a request are no growth. The table gives the
+median over the rounds of each tenth of the run. Growth compares the last tenth with the second (the first warms up). A round's time goes from the end of the one
 before it to its own end.
 """
 
@@ -49,7 +49,7 @@ def main() -> int:
     shutil.rmtree(args.out, ignore_errors=True)
     sets = [*world(), *SETTINGS, *SMALLEST, f"schedule.end.rounds={args.rounds}", *args.set]
     served = Served(args.config, sets, args.out)
-    peaks: dict[int, Held] = {}  # by round
+    looks: dict[int, list[Held]] = {}  # by round
     said, began = 0, time.monotonic()
     while (state := served.state()) is None or state[0] != "ended":
         if served.process.poll() is not None or (state is not None and state[0] == "paused"):
@@ -57,14 +57,19 @@ def main() -> int:
         time.sleep(0.2)
         if (index := open_round(args.out)) is None:
             continue
-        now = held(served.process.pid, args.out)
-        before = peaks.get(index, now)
-        peaks[index] = {name: max(value, before[name]) for name, value in now.items()}
-        if index > 1 and index % 10 == 1 and index != said and index - 1 in peaks:
+        looks.setdefault(index, []).append(held(served.process.pid, args.out))
+        if index > 1 and index % 10 == 1 and index != said and index - 1 in looks:
             said, each = index, (time.monotonic() - began) / (index - 1)
-            print(f"  round {index - 1}, {each:.1f} s a round: {shown(peaks[index - 1])}", flush=True)
+            print(f"  round {index - 1}, {each:.1f} s a round: {shown(of_round(looks[index - 1]))}", flush=True)
     served.stop()
-    return report(peaks, times(args.out))
+    return report({index: of_round(found) for index, found in looks.items()}, times(args.out))
+
+
+def of_round(looks: list[Held]) -> Held:
+    """The largest memory of all looks at a round, and the median of each count."""
+    return {
+        name: (max if name.endswith("MiB") else statistics.median)(look[name] for look in looks) for name in looks[0]
+    }
 
 
 def open_round(run_dir: Path) -> int | None:
@@ -118,13 +123,13 @@ def times(run_dir: Path) -> dict[int, tuple[float, float]]:
     return found
 
 
-def report(peaks: dict[int, Held], spent: dict[int, tuple[float, float]]) -> int:
+def report(held_in: dict[int, Held], spent: dict[int, tuple[float, float]]) -> int:
     """Print the table; 1 where something grew by more than a twentieth."""
-    rounds = sorted(peaks)  # a round that was over between two looks has no sample, and none is made up for it
+    rounds = sorted(held_in)  # a round that was over between two looks has no sample, and none is made up for it
     parts = min(10, len(rounds))
     tenths = [rounds[i * len(rounds) // parts : (i + 1) * len(rounds) // parts] for i in range(parts)]
-    names = list(peaks[rounds[0]])
-    medians = [[statistics.median(peaks[r][name] for r in tenth) for name in names] for tenth in tenths]
+    names = list(held_in[rounds[0]])
+    medians = [[statistics.median(held_in[r][name] for r in tenth) for name in names] for tenth in tenths]
     print(f"\n{len(spent)} rounds, {len(rounds)} of them sampled\n")
     print("| rounds | " + " | ".join(names) + " | seconds a round | outside stages |")
     print("|---" * (len(names) + 3) + "|")
@@ -133,7 +138,7 @@ def report(peaks: dict[int, Held], spent: dict[int, tuple[float, float]]) -> int
         cells = " | ".join(
             f"{value:.1f}" if "MiB" in name else f"{value:g}" for name, value in zip(names, values, strict=True)
         )
-        print(f"| {tenth[0]}-{tenth[-1]} | {cells} | {seconds:.1f} | {outside:.2%} |")
+        print(f"| {tenth[0]} to {tenth[-1]} | {cells} | {seconds:.1f} | {outside:.2%} |")
     growth = [
         after / before - 1 if before else 0.0
         for before, after in zip(medians[min(1, parts - 1)], medians[-1], strict=True)
