@@ -10,7 +10,7 @@ import queue
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -93,17 +93,21 @@ class RewardClient:
         *,
         references: Sequence[str | None] | None = None,
         on_scored: Callable[[Sequence[Scored]], None] | None = None,
+        known: Container[int] = (),
     ) -> list[float | None]:
         """One finite score for each (messages, response), in order, or None where that item is bad.
 
         `references`: an answer that is known to be right for each item, for rules and judges that compare with one.
+        `known`: places of items whose scores the caller has; they get None and are left out of the requests, each of
+        which is otherwise what it would be: a score's last bits depend on what is in its request.
         `on_progress` is called in this thread with the number of items done so far, `on_scored` before it with what a
         request was answered with.
         Raises RewardUnavailable (an outage), RewardRefused (what was asked, or what answers, is wrong), and ValueError
         for items that are no conversations.
         """
         entries, bad = self._entries(items, references or [None] * len(items))
-        chunks = self._chunks(entries)
+        whole = self._chunks(entries)
+        chunks = [chunk for all_of_it in whole if (chunk := [e for e in all_of_it if e.place not in known])]
         todo: queue.SimpleQueue[list[Entry]] = queue.SimpleQueue()
         answers: queue.SimpleQueue[list[Scored] | Exception] = queue.SimpleQueue()
         stop = threading.Event()
@@ -121,7 +125,7 @@ class RewardClient:
                 except Exception as error:  # raised again below, in the caller's thread
                     answers.put(error)
 
-        done = bad  # and those that follow
+        done = [d for d in bad if d.place not in known]  # and those that follow
         try:
             for _ in range(min(self._concurrency, len(chunks))):
                 # daemons: an interrupt or an outage does not wait for requests that nobody wants any more
@@ -148,7 +152,8 @@ class RewardClient:
             log.warning(
                 "%d of %d items got no score: %s", self.reasons.total(), len(items), dict(self.reasons.most_common(5))
             )
-        return [d.score for d in sorted(done, key=lambda d: d.place)]
+        scores = {d.place: d.score for d in done}
+        return [scores.get(place) for place in range(len(items))]
 
     def health(self) -> Health:
         """What serves, as the addresses say that answer now. Raises RewardUnavailable where none does, and RewardRefused

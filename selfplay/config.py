@@ -308,6 +308,8 @@ class GuardConfig(Section):
     """Fall of the gold score over the last `history` rounds while the reward rose; where evaluate.gold is set."""
     probe_change: Limits = Limits(warn=0.01, stop=0.1)
     """Change of the score of a text that did not change, in standard deviations of the probes' first scores."""
+    probe_missing: Limits = Limits(warn=0.1, stop=0.25)
+    """Share of the texts that did not change which lost their score, or got one."""
     probes: Annotated[int, Field(ge=0)] = 16
     """Texts of the first round whose scores are asked for again, past the cache, before and after every round's; 0: none."""
     history: Positive = 3

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 Combine = Literal["mean", "minimum", "mean_minus_std"]
+ROUNDING = 1e-6  # of the largest score: what differs by less is the same score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +22,17 @@ class Moments:
 
 
 def moments(scores: ArrayLike) -> Moments:
-    """Moments of the finite scores (N,). Raises ValueError where none is finite."""
+    """Moments of the finite scores (N,), with a standard deviation of 0 where they differ by rounding errors alone.
+
+    Raises ValueError where none is finite.
+    """
     values = np.asarray(scores, np.float64)
     values = values[np.isfinite(values)]
     if not len(values):
         raise ValueError("a member without any finite score has no scale")
-    return Moments(mean=float(values.mean()), std=float(values.std()))
+    std = float(values.std())
+    # even of equal numbers the standard deviation is seldom 0: their mean is rounded; scores are float32 at best
+    return Moments(mean=float(values.mean()), std=std if std > ROUNDING * float(np.abs(values).max()) else 0.0)
 
 
 def normalise(scores: ArrayLike, by: Moments) -> Array:

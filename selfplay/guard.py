@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from selfplay.config import Limits
+from selfplay.ensemble import moments
 from selfplay.shaping import within
 
 
@@ -88,15 +89,20 @@ def shift(earlier: ArrayLike, now: ArrayLike) -> float:
 def probe_change(first: Sequence[float | None], now: Sequence[float | None]) -> float:
     """Largest change of a score of the same texts, in standard deviations of the first scores.
 
-    Infinite where a text has lost its score or got one: the same model treats the same text alike. Where all first
-    scores are equal the change is in the scores' own units.
+    Texts that have no score now, or had none, are `probe_missing`'s. Where all first scores are equal the change is in
+    the scores' own units.
     """
     assert len(first) == len(now), "the probe texts are always the same"
-    if any((a is None) != (b is None) for a, b in zip(first, now, strict=True)):
-        return math.inf
-    a = np.array([v for v in first if v is not None], np.float64)
-    b = np.array([v for v in now if v is not None], np.float64)
-    return float(np.abs(a - b).max() / (a.std() or 1.0)) if len(a) else 0.0
+    by = moments([v for v in first if v is not None] or [0.0])
+    changes = [abs(a - b) for a, b in zip(first, now, strict=True) if a is not None and b is not None]
+    return max(changes, default=0.0) / (by.std or 1.0)
+
+
+def probe_missing(first: Sequence[float | None], now: Sequence[float | None]) -> float:
+    """Share of the same texts that have lost their score or got one: 0 for a model, now and then one for a chat judge."""
+    assert len(first) == len(now), "the probe texts are always the same"
+    changed = sum((a is None) != (b is None) for a, b in zip(first, now, strict=True))
+    return changed / len(first) if first else 0.0
 
 
 def gold_drop(rewards: Sequence[float], gold: Sequence[float]) -> float:

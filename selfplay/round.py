@@ -334,19 +334,15 @@ class Round:
         candidates = self.rows("generate", "candidates", Candidate)
         prompts = {p.prompt_id: p for p in self.drawn}
         scorer, shard_items = self.run.reward, self.config.generate.shard_prompts * self.config.generate.candidates
-        changes = [watch.probe(self, candidates)]
         identities = scorer.identities
         who = list(zip(scorer.members or [scorer.role], scorer.names(identities), strict=True))
         shards = self._shards("score", who, shard_items, [(c.prompt_id, c.index) for c in candidates])
 
-        def verify() -> None:
-            try:
-                changes.append(watch.probe(self, candidates))
-            except GuardError:  # a reward that was replaced meanwhile may have scored some of them
-                shutil.rmtree(shards)
-                scorer.forget(identities, [(prompts[c.prompt_id].messages, c.text) for c in candidates])
-                raise
+        def forget() -> None:
+            shutil.rmtree(shards, ignore_errors=True)
+            scorer.forget(identities, [(prompts[c.prompt_id].messages, c.text) for c in candidates])
 
+        changes = [self._probe(forget)]
         rows = score.score(
             scorer,
             prompts,
@@ -358,13 +354,24 @@ class Round:
             settings=self.config.reward.shaping,
             on_progress=lambda n: line.update(done=n),
             before_shard=lambda: self.run.breathe("shard"),
-            when_scored=verify,
+            when_scored=lambda: changes.append(self._probe(forget)),
         )
         artifacts.write_rows(folder / "scored.parquet", rows, Scored)
         artifacts.write_json(folder / "reward.json", {"members": scorer.members, "identities": identities})
-        metrics = {**score.metrics(rows), "probe_change": max(changes)}
+        metrics = {**score.metrics(rows), **{name: max(c[name] for c in changes) for name in changes[0]}}
         line.update(text=f"mean reward {metrics.get('reward_mean', math.nan):.3f}")
         return metrics
+
+    def _probe(self, forget: Callable[[], None]) -> Metrics:
+        """How far the reward is from the one this run began with; `forget` what another one may have scored meanwhile.
+
+        One that was exchanged in mid-stage may be seen only by the next start: an outage or SIGKILL came in between.
+        """
+        try:
+            return watch.probe(self, self.rows("generate", "candidates", Candidate))
+        except GuardError:
+            forget()
+            raise
 
     def guard(self, folder: Path, line: Line) -> Metrics:
         return watch.watch(self, folder, line)
@@ -521,9 +528,13 @@ class Round:
         return engine.swap(policy, keep_verified=trial)
 
     def evaluate(self, folder: Path, line: Line) -> Metrics:
-        if self.run.judge is self.run.reward:
-            watch.probe(self, self.rows("generate", "candidates", Candidate))  # no replaced reward decides at the gate
-        return evaluate.evaluate(self, folder, line)
+        reward_judges = self.run.judge is self.run.reward
+        if reward_judges:  # no replaced reward decides at the gate
+            self._probe(self.run.reward.forget_all)
+        metrics = evaluate.evaluate(self, folder, line)
+        if reward_judges:
+            self._probe(self.run.reward.forget_all)
+        return metrics
 
     def promote(self, folder: Path, line: Line) -> Metrics:
         """Swap in what the gate decided for, verified, and only then point `current` at it."""

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -89,12 +89,15 @@ class RewardService:
         items: Sequence[tuple[list[Message], str]],
         on_progress: Callable[[int], None] | None = None,
         on_scored: Callable[[Sequence[Given]], None] | None = None,
+        known: Container[int] = (),
     ) -> list[float | None]:
         """One finite number for each item, or None where the item itself cannot be scored.
 
-        `on_scored` gets the answers of each request when they come, with places in `items`. Raises RewardError when the reward stays down, InputError when the server refuses the model or the request.
+        `on_scored` gets the answers of each request when they come, with places in `items`. Items at places in `known`
+        are not asked, and get None. Raises RewardError when the reward stays down, InputError when the server refuses the
+        model or the request.
         """
-        return self._ask(lambda client: client.score(items, on_progress=on_progress, on_scored=on_scored))
+        return self._ask(lambda client: client.score(items, on_progress=on_progress, on_scored=on_scored, known=known))
 
     @property
     def identity(self) -> str:

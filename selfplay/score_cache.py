@@ -82,6 +82,10 @@ class ScoreCache:
         with self._lock, self._disk():
             self._write("DELETE FROM scores WHERE used < ? AND key = ?", [(k,) for k in keys])
 
+    def clear(self) -> None:
+        with self._lock, self._disk():
+            self._connection.execute("DELETE FROM scores")
+
     def count(self) -> int:
         return int(self._connection.execute("SELECT count(*) FROM scores").fetchone()[0])
 

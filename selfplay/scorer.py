@@ -176,22 +176,24 @@ class Scorer:
         # without a name of the weights an old score may be another model's
         cache = self._cache if identity and not fresh else None
         known = cache.get(list(dict.fromkeys(keys))) if cache else {}
-        asked = list(range(len(keys)))
+        unique = list(range(len(keys)))
         if not fresh and (identity or not service.compares):
-            first = {k: i for i, k in reversed(list(enumerate(keys))) if k not in known}
-            asked = sorted(first.values())
+            first = {k: i for i, k in reversed(list(enumerate(keys)))}
+            unique = sorted(first.values())
+        have = frozenset(place for place, i in enumerate(unique) if keys[i] in known)
         weights = identity.partition("/")[0]
         kept: set[bytes] = set()
 
         def keep(given: Sequence[Given]) -> None:
             """Request by request: a round that is killed in mid-shard asks for none of these again."""
-            found = {keys[asked[g.place]]: g.score for g in given if g.score is not None and g.weights == weights}
+            found = {keys[unique[g.place]]: g.score for g in given if g.score is not None and g.weights == weights}
             if cache and found:
                 cache.put(found)
                 kept.update(found)
 
+        left = len(unique) - len(have)
         values = service.score(
-            [items[i] for i in asked], lambda n: on_progress(len(items) - len(asked) + n), keep if cache else None
+            [items[i] for i in unique], lambda n: on_progress(len(items) - left + n), keep if cache else None, have
         )
         now = service.identity
         if now != identity or (identity and service.weights - {weights}):
@@ -202,12 +204,13 @@ class Scorer:
                 + (f", scores by {', '.join(sorted(service.weights))}" if now == identity else ""),
                 "see that one and the same model serves, then run the same command again: these scores are not kept",
             )
-        given = {i: np.nan if v is None else v for i, v in zip(asked, values, strict=True)}
+        asked = {i: v for place, (i, v) in enumerate(zip(unique, values, strict=True)) if place not in have}
+        given = {i: np.nan if v is None else v for i, v in asked.items()}
         # of servers that name themselves only when they are asked for it
         if cache and (rest := {keys[i]: v for i, v in given.items() if np.isfinite(v) and keys[i] not in kept}):
             cache.put(rest)
-        if len(asked) == len(items):
-            return identity, [given[i] for i in asked]
+        if len(given) == len(items):  # equal items may have different scores where they are compared
+            return identity, list(given.values())
         known |= {keys[i]: v for i, v in given.items()}
         on_progress(len(items))
         return identity, [known[k] for k in keys]
@@ -231,12 +234,28 @@ class Scorer:
             named = [identity for identity in identities if identity]
             self._cache.remove([key(identity, *item) for identity in named for item in items])
 
+    def forget_all(self) -> None:
+        """Empty the cache."""
+        if self._cache is not None:
+            self._cache.clear()
+
+    def begin_anew(self, identities: Sequence[str]) -> None:
+        """Other models may go by the names of earlier ones now: these have no scale and no scores any more."""
+        self.forget_all()
+        names = set(self.names(identities))
+        known = {
+            member: {n: scale for n, scale in scales.items() if n not in names}
+            for member, scales in self._known_scales().items()
+        }
+        if known:
+            artifacts.write_json(self._scale_file, known)
+
     def rename(self, before: Sequence[str], now: Sequence[str]) -> None:
         """The same models go by other `names` now: they keep their scales."""
         known = self._known_scales()
         for member, old, new in zip(self.members, before, now, strict=bool(self.members)):
-            if old in known.get(member, {}):
-                known[member].setdefault(new, known[member][old])
+            if (scale := _scale_of(known, member, old)) is not None:
+                known.setdefault(member, {}).setdefault(new, scale)
         if known:
             artifacts.write_json(self._scale_file, known)
 
@@ -252,7 +271,8 @@ class Scorer:
         known, names = self._known_scales(), self.names(identities)
         new: list[str] = []
         for member, known_as, own in zip(self.members, names, scores, strict=True):
-            if known_as in known.setdefault(member, {}):
+            if (scale := _scale_of(known, member, known_as)) is not None:
+                known.setdefault(member, {})[known_as] = scale
                 continue
             try:
                 found = ensemble.moments(own)
@@ -261,10 +281,21 @@ class Scorer:
                     f"member {member} of the {self.role} ensemble gave no score at all, so it has no scale",
                     f"see the log of {self.role}-{member}; nothing was trained on",
                 ) from None
-            known[member][known_as] = {"mean": found.mean, "std": found.std}
+            known.setdefault(member, {})[known_as] = {"mean": found.mean, "std": found.std}
             new.append(f"{member} (mean {found.mean:.4g}, standard deviation {found.std:.4g})")
+            if not found.std:
+                self._on_event(
+                    "warning",
+                    f"member {member} of the {self.role} ensemble gave every item {found.mean:.4g} in the first round that it "
+                    f"scored: it has no part in the {self.role}. Delete {self._scale_file} to have all scales fixed anew",
+                )
         if new:
             self._scale_file.parent.mkdir(exist_ok=True)
             artifacts.write_json(self._scale_file, known)
             self._on_event("scale", f"the scale of the {self.role} ensemble is fixed: {', '.join(new)}")
         return [ensemble.Moments(**known[m][n]) for m, n in zip(self.members, names, strict=True)]
+
+
+def _scale_of(known: Mapping[str, Mapping[str, dict[str, float]]], member: str, name: str) -> dict[str, float] | None:
+    """The scale that goes by this name, of the member itself before that of another: members may change their places."""
+    return next((of[name] for of in (known.get(member, {}), *known.values()) if name in of), None)

@@ -26,7 +26,8 @@ SHOWN = {
     "shift": "shift of the rewards against the last rounds (Kolmogorov-Smirnov distance)",
     "disagreement": "disagreement within the ensemble (standard deviations)",
     "gold_drop": "fall of the gold score while the reward rose",
-    "probe_change": "change of the scores of texts that did not change (standard deviations)",
+    "probe_change": "change of the score of a text that did not change (standard deviations)",
+    "probe_missing": "texts that did not change, but lost their score or got one (share)",
 }
 
 
@@ -34,15 +35,15 @@ def probes_file(r: Round) -> Path:
     return r.run.dir / "reward" / "probes.json"
 
 
-def probe(r: Round, candidates: Sequence[Candidate]) -> float:
-    """Score the probe texts past the cache; how far they are from their first scores (standard deviations).
+def probe(r: Round, candidates: Sequence[Candidate]) -> dict[str, float]:
+    """Score the probe texts past the cache; how far they are from their first scores, by the names in the configuration.
 
-    The first time, texts are chosen among `candidates` and their scores kept; so again when the configuration names
-    another reward. NaN without probes. Raises GuardError when the change is above guard.probe_change.stop.
+    The first time, texts are chosen among `candidates` and their scores kept; so again for a member where the
+    configuration names another reward. Empty without probes. Raises GuardError when a change is above its `stop`.
     """
     scorer, path, settings = r.run.reward, probes_file(r), r.config.guard
     if not settings.probes:
-        return math.nan
+        return {}
     sources = [source.which() for source in scorer.sources]
     first = artifacts.read_json(path) if path.is_file() else None
     items = (
@@ -52,40 +53,64 @@ def probe(r: Round, candidates: Sequence[Candidate]) -> float:
     )
     answer = scorer.ask(items, fresh=True)
     now = [[v if math.isfinite(v) else None for v in scores] for scores in answer.scores.tolist()]
-    same = first is not None and list(answer.identities) == first["identities"]
-    renamed = first is not None and first["sources"] != sources
-    change = math.inf
-    if first is not None and len(now) == len(first["scores"]):
-        change = max(guard.probe_change(a, b) for a, b in zip(first["scores"], now, strict=True))
-    alarms = guard.alarms({"probe_change": change}, {"probe_change": settings.probe_change})
-    # another place in the configuration with the same scores is another address of the same reward
-    if first is None or (renamed and change > ALIKE):
-        if first is not None:
-            r.run.store.event("guard", "the configuration names another reward: the probes begin anew", r.index)
+    if first is None:
+        if r.run.store.metrics_by_round(["score/probe_change"]):  # the file was deleted: a change is meant
+            scorer.begin_anew(answer.identities)
+            r.run.store.event("guard", "the reward is taken as it is: probes, scale and cache begin anew", r.index)
         _keep(path, r.index, sources, answer.identities, items, now)
-        return 0.0
-    if any(alarm.level == "stop" for alarm in alarms):
+        return {"probe_change": 0.0, "probe_missing": 0.0}
+    places = [_place(member, sources, first["sources"]) for member in range(len(sources))]
+    changes = [
+        (math.inf, 1.0)
+        if place is None
+        else (guard.probe_change(first["scores"][place], own), guard.probe_missing(first["scores"][place], own))
+        for place, own in zip(places, now, strict=True)
+    ]
+    alike = [change <= ALIKE and not missing for change, missing in changes]
+    moved = [place is None or first["sources"][place] != s for place, s in zip(places, sources, strict=True)]
+    # another place in the configuration with the same scores is another address of the same reward
+    new = [is_moved and not is_alike for is_moved, is_alike in zip(moved, alike, strict=True)]
+    kept = [change for change, is_new in zip(changes, new, strict=True) if not is_new]
+    found = {name: max((c[i] for c in kept), default=0.0) for i, name in enumerate(("probe_change", "probe_missing"))}
+    told = guard.alarms(found, {name: getattr(settings, name) for name in found})
+    if stops := [alarm for alarm in told if alarm.level == "stop"]:
         raise GuardError(
-            f"the reward is not the one this run began with: a text scored in round {first['round']} changed its score by "
-            f"{change:.3g} standard deviations (limit: {settings.probe_change.stop:g}, guard.probe_change.stop); "
-            f"weights {_short(first['identities'])} then, {_short(answer.identities)} now",
+            "the reward is not the one this run began with: "
+            + "; ".join(_said(alarm) for alarm in stops)
+            + f"; weights {_short(first['identities'])} in round {first['round']}, {_short(answer.identities)} now",
             "nothing was trained or promoted on it. Serve the earlier reward model again, then run the same command again; if the change is "
             f"meant, delete {path}, and the next round takes the reward as it is",
         )
-    for alarm in alarms:
+    for alarm in told:
         _warn(r, alarm)
-    if not same:
-        warning = (
-            f"the reward server names other weights ({_short(answer.identities)} instead of {_short(first['identities'])}), "
-            f"but the probes' scores changed by {change:.3g} standard deviations only"
+    if any(new):
+        r.run.store.event("guard", "the configuration names another reward: the probes begin anew", r.index)
+    before = [None if new[m] else place for m, place in enumerate(places)]
+    if others := [m for m, p in enumerate(before) if p is not None and first["identities"][p] != answer.identities[m]]:
+        text = (
+            f"the reward server names other weights ({_short([answer.identities[m] for m in others])} instead of "
+            f"{_short([first['identities'][before[m]] for m in others])}); the probes' scores changed by "
+            f"{max(changes[m][0] for m in others):.3g} standard deviations"
         )
-        r.run.store.event("guard", warning, r.index)
-        r.run.display.warn(warning)
-    if not same or renamed:
-        before = [name(i, s) for i, s in zip(first["identities"], first["sources"], strict=True)]
-        scorer.rename(before, scorer.names(answer.identities))
-        _keep(path, first["round"], sources, answer.identities, items, first["scores"])
-    return change
+        r.run.store.event("guard", text, r.index)
+        r.run.display.warn(text)
+    if others or any(moved):
+        names = scorer.names(answer.identities)
+        known = [
+            name(first["identities"][p], first["sources"][p]) if p is not None and alike[m] else names[m]
+            for m, p in enumerate(before)
+        ]
+        scorer.rename(known, names)
+        scores = [now[m] if p is None else first["scores"][p] for m, p in enumerate(before)]
+        _keep(path, r.index if all(new) else first["round"], sources, answer.identities, items, scores)
+    return found
+
+
+def _place(member: int, sources: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> int | None:
+    """Which of the sources `before` a member is compared with: the same one, or the one that had its place and is gone."""
+    if sources[member] in before:
+        return before.index(sources[member])
+    return member if member < len(before) and before[member] not in sources else None
 
 
 def _texts(r: Round, candidates: Sequence[Candidate], count: int) -> list[tuple[list[Message], str]]:

@@ -15,6 +15,8 @@ def test_members_are_brought_to_one_scale():
     np.testing.assert_allclose(ensemble.normalise([5.0, 10.0, math.nan], by), [0, math.sqrt(5), np.nan])
     same = ensemble.moments([3.0, 3.0])
     np.testing.assert_array_equal(ensemble.normalise([3.0, 4.0, math.nan], same), [0, 0, np.nan])
+    assert np.std([0.1] * 768) > 0 == ensemble.moments([0.1] * 768).std
+    assert ensemble.moments([100.0, 100.001]).std == pytest.approx(0.0005)
     with pytest.raises(ValueError, match="no scale"):
         ensemble.moments([math.nan])
 

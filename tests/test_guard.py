@@ -44,10 +44,16 @@ def test_shift_is_the_largest_distance_of_the_distributions():
 def test_probes_change_in_units_of_their_spread():
     """First scores 0 and 2: standard deviation 1."""
     assert guard.probe_change([0.0, 2.0, None], [0.5, 1.9, None]) == pytest.approx(0.5)
-    assert guard.probe_change([0.0, 2.0], [0.0, None]) == math.inf
-    assert guard.probe_change([None], [1.0]) == math.inf
+    assert guard.probe_change([0.0, 2.0], [0.25, None]) == 0.25
+    assert guard.probe_change([None], [1.0]) == 0.0
+    assert guard.probe_change([0.1] * 6, [0.1] * 5 + [0.2]) == pytest.approx(0.1)  # equal but for rounding
     assert guard.probe_change([3.0, 3.0], [3.0, 3.25]) == 0.25
     assert guard.probe_change([], []) == 0.0
+
+
+def test_probes_that_lose_their_score_or_get_one_are_counted():
+    assert guard.probe_missing([0.0, 2.0, None, None], [0.5, None, None, 1.0]) == 0.5
+    assert guard.probe_missing([0.0], [9.0]) == guard.probe_missing([], []) == 0.0
 
 
 def test_gold_that_falls_while_the_reward_rises():

@@ -1,6 +1,7 @@
 """Scorers with real reward servers: ensembles whose scale is kept, a cache that spares questions, models that change."""
 
 import contextlib
+import json
 import math
 import threading
 
@@ -9,6 +10,7 @@ import pytest
 from mini import nothing_left
 from outside import served
 from reward_world import bare_scores, conversation, reward_model
+from test_reward_client import fake, send
 
 from selfplay import artifacts
 from selfplay.config import EnsembleConfig, RewardSource
@@ -81,7 +83,7 @@ def test_what_was_scored_once_is_not_asked_again(urls, tmp_path, monkeypatch):
     asked = []
     service = ours._services[0]
     real = service.score
-    monkeypatch.setattr(service, "score", lambda items, *on: (asked.append(len(items)), real(items, *on))[1])
+    monkeypatch.setattr(service, "score", lambda *a: (asked.append(len(a[0]) - len(a[3])), real(*a))[1])
     progress = []
     too_long = conversation(0, 2000)
     first = ours.ask([*ITEMS, *ITEMS[:5], too_long], progress.append).scores
@@ -115,6 +117,30 @@ def test_a_shard_that_is_cut_short_is_not_asked_for_again_whole(urls, tmp_path, 
     np.testing.assert_array_equal(answer.scores, scorer(tmp_path, urls[0]).ask(ITEMS).scores)
 
 
+def test_after_a_cut_the_requests_are_what_they_would_have_been(tmp_path):
+    """The last bits of a score depend on what is in its request. Answer 1 gets no score, so it is asked for again: alone,
+    and not together with the next ones."""
+
+    def all_but_one(handler, asked):
+        scores = [None if i["response"] == "answer 1" else 1.0 for i in asked["items"]]
+        ids = [i["id"] for i in asked["items"]]
+        send(handler, 200, json.dumps({"scores": scores, "ids": ids, "weights_sha256": "one"}).encode())
+
+    def stop(done):
+        raise Interrupted("the service stops")
+
+    items = [(conversation(i, 3)[0], f"answer {i}") for i in range(10)]
+    with fake(default=all_but_one) as server:
+        ours = scorer(tmp_path, server.url, cache=ScoreCache(tmp_path / "scores.sqlite", 100))
+        service = ours._services[0]
+        service._config = service._config.model_copy(update={"batch": 4, "concurrency": 1})
+        with pytest.raises(Interrupted):
+            ours.ask(items, stop)
+        assert [i for i, v in enumerate(ours.ask(items).scores[0]) if math.isnan(v)] == [1]
+        requests = {tuple(int(i["response"].split()[1]) for i in asked["items"]) for asked in server.asked}
+    assert requests == {(0, 1, 2, 3), (1,), (4, 5, 6, 7), (8, 9)}
+
+
 def test_a_model_that_changes_while_it_scores_leaves_nothing_in_the_cache(models, tmp_path, monkeypatch):
     cache = ScoreCache(tmp_path / "scores.sqlite", 1000)
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
@@ -123,8 +149,8 @@ def test_a_model_that_changes_while_it_scores_leaves_nothing_in_the_cache(models
         service = ours._services[0]
         real = service.score
 
-        def swap_after(items, *on):
-            found = real(items, *on)
+        def swap_after(*asked):
+            found = real(*asked)
             first.close()
             second.enter_context(served(models[1], int(url.rpartition(":")[2])))
             return found
@@ -157,13 +183,13 @@ class Member:
 
     def __init__(self, name, factor=1.0, identity="", weights=frozenset()):
         self.name, self.factor, self.identity, self.weights, self.compares = name, factor, identity, weights, False
-        self.asked = 0
+        self.asked, self.offset = 0, 0.0
 
-    def score(self, items, on_progress, on_scored=None):
-        for n in range(len(items)):
+    def score(self, items, on_progress, on_scored=None, known=()):
+        for n in range(len(items) - len(known)):
             self.asked += 1
             on_progress(n + 1)
-        return [self.factor * len(text) for _, text in items]
+        return [self.offset + self.factor * len(text) for _, text in items]
 
 
 def by_hand(scorer, *members):
@@ -197,6 +223,37 @@ def test_members_that_have_no_name_of_their_weights_have_their_own_scales(tmp_pa
         "a": 2,
         "b": 1,
     }
+
+
+def test_members_that_change_their_places_keep_their_scales(tmp_path):
+    ours = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a", 2.0), Member("b", 3.0))
+    before = ours.score(ITEMS)
+    events = []
+    turned = by_hand(scorer(tmp_path, "http://b", "http://a", events=events), Member("a", 3.0), Member("b", 2.0))
+    assert turned.score(ITEMS[:3]) == pytest.approx(before[:3]) and events == []
+
+
+def test_a_member_that_gives_every_item_the_same_is_told_and_has_no_part(tmp_path):
+    """The standard deviation of equal numbers is 0 but for rounding, which is no scale."""
+    events = []
+    ours = by_hand(scorer(tmp_path, "http://a", "http://b", events=events), Member("a", 2.0), Member("b", 0.0))
+    ours._services[1].offset = 0.1
+    rewards = ours.score(ITEMS)
+    assert rewards == pytest.approx(z([len(text) for _, text in ITEMS]) / 2)
+    assert [kind for kind, _ in events] == ["warning", "scale"] and "member b of the reward ensemble" in events[0][1]
+    ours._services[1].offset = 0.2
+    assert ours.score(ITEMS) == pytest.approx(rewards)
+
+
+def test_models_that_may_be_others_under_the_same_name_begin_anew(tmp_path):
+    cache = ScoreCache(tmp_path / "scores.sqlite", 100)
+    member = Member("a", identity="judge/t", weights={"judge"})
+    ours = by_hand(scorer(tmp_path, "http://a", "http://b", cache=cache), member, Member("b"))
+    first = ours.score(ITEMS)
+    member.factor = ours._services[1].factor = 50.0
+    ours.begin_anew(ours.identities)
+    assert cache.count() == 0
+    assert ours.score(ITEMS) == pytest.approx(first)
 
 
 def test_a_resaved_model_keeps_its_scale(tmp_path):

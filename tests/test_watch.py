@@ -13,23 +13,35 @@ from selfplay.scorer import Answer
 from selfplay.store import Store
 from selfplay.types import Prompt, Scored
 
+SAME = {"probe_change": 0.0, "probe_missing": 0.0}
+
 
 class Reward:
-    """A reward at the process boundary: length times a factor, plus an offset; nothing for empty texts."""
+    """A reward at the process boundary: length times a factor, plus an offset; nothing for empty texts.
+
+    Of several sources each has another factor.
+    """
 
     def __init__(self):
         self.factor, self.offset, self.identity, self.sources = 1.0, 0.0, "weights", [RewardSource(model="a")]
+        self.factors, self.silent, self.renamed, self.anew = [1.0], {""}, [], []
 
     def ask(self, items, fresh=False):
         assert fresh, "probes go past the cache"
-        scores = [self.factor * len(text) + self.offset if text else math.nan for _, text in items]
-        return Answer(identities=(self.identity,), scores=np.array([scores]))
+        scores = [
+            [math.nan if text in self.silent else self.factor * own * len(text) + self.offset for _, text in items]
+            for own in self.factors
+        ]
+        return Answer(identities=(self.identity,) * len(scores), scores=np.array(scores))
 
     def names(self, identities):
         return [f"named {identity}" for identity in identities]
 
     def rename(self, before, now):
         self.renamed = [*before, *now]
+
+    def begin_anew(self, identities):
+        self.anew += identities
 
 
 class Round:
@@ -82,14 +94,14 @@ def r(tmp_path):
 def test_the_same_texts_get_the_same_scores(r):
     """Texts of 0 to 3 characters: scores none, 1, 2, 3, with standard deviation √(2/3) = .816."""
     candidates = r.write(1, [1.0, 2.0, 3.0, 4.0])
-    assert watch.probe(r, candidates) == 0.0
+    assert watch.probe(r, candidates) == SAME
     kept = artifacts.read_json(r.run.dir / "reward" / "probes.json")
     assert kept["scores"] == [[None, 1.0, 2.0, 3.0]] and kept["round"] == 1
     r.run.reward.offset = 1e-3
-    assert watch.probe(r, []) == pytest.approx(1e-3 / math.sqrt(2 / 3))
+    assert watch.probe(r, [])["probe_change"] == pytest.approx(1e-3 / math.sqrt(2 / 3))
     assert r.warned == []
     r.run.reward.offset = 0.05
-    assert watch.probe(r, []) == pytest.approx(0.0612, rel=1e-3)
+    assert watch.probe(r, [])["probe_change"] == pytest.approx(0.0612, rel=1e-3)
     assert len(r.warned) == 1 and "guard.probe_change.warn" in r.events()[0]
 
 
@@ -103,15 +115,58 @@ def test_a_replaced_reward_stops_and_is_taken_when_that_is_meant(r):
     assert f"delete {path}" in error.value.hint
     assert artifacts.read_json(path)["scores"] == [[None, 1.0, 2.0, 3.0]]  # what the run began with stays
     path.unlink()
-    assert watch.probe(r, candidates) == 0.0
+    assert watch.probe(r, candidates) == SAME
     assert artifacts.read_json(path)["scores"] == [[None, -1.0, -2.0, -3.0]]
+
+
+def test_a_text_that_loses_its_score_or_gets_one_is_counted_apart(tmp_path):
+    """Of four texts one in four; a judge whose reply cannot be read stops nothing by itself."""
+    r = Round(tmp_path, probe_missing={"warn": 0.0, "stop": 0.25}, probe_change={"stop": 0.1})
+    watch.probe(r, r.write(1, [1.0, 2.0, 3.0, 4.0]))
+    r.run.reward.silent = {"", "x"}
+    assert watch.probe(r, []) == {"probe_change": 0.0, "probe_missing": 0.25}
+    assert len(r.warned) == 1 and "lost their score or got one (share) 0.25" in r.warned[0]
+    r.run.reward.silent = {"x"}
+    with pytest.raises(GuardError, match=r"\(share\) 0\.5, limit 0\.25 \(guard\.probe_missing\.stop\)"):
+        watch.probe(r, [])
+
+
+def test_when_the_probes_were_deleted_all_that_goes_by_the_name_begins_anew(r):
+    candidates = r.write(1, [1.0, 2.0, 3.0, 4.0])
+    watch.probe(r, candidates)
+    assert r.run.reward.anew == [] and r.events() == []  # the first time
+    r.run.store.record_stage(1, "score", 1.0, SAME)
+    watch.probes_file(r).unlink()
+    watch.probe(r, candidates)
+    assert r.run.reward.anew == ["weights"] and "begin anew" in r.events()[0]
+
+
+def test_other_weights_that_score_otherwise_do_not_take_over_the_scale(tmp_path):
+    r = Round(tmp_path, probe_change={"stop": None})
+    watch.probe(r, r.write(1, [1.0, 2.0, 3.0, 4.0]))
+    r.run.reward.identity, r.run.reward.factor = "others", 3.0
+    assert watch.probe(r, [])["probe_change"] > 1
+    assert r.run.reward.renamed == ["named others", "named others"]
+    assert "names other weights (others instead of weights); the probes' scores changed by 7.35" in r.warned[-1]
+
+
+def test_a_member_that_the_configuration_left_alone_is_watched_while_another_changes(r):
+    ours = r.run.reward
+    ours.sources, ours.factors = [RewardSource(model="a"), RewardSource(url=["http://b"])], [1.0, 2.0]
+    watch.probe(r, r.write(1, [1.0, 2.0, 3.0, 4.0]))
+    ours.sources, ours.factors = [RewardSource(url=["http://b"]), RewardSource(model="new")], [2.0, 7.0]
+    assert watch.probe(r, []) == SAME
+    assert artifacts.read_json(watch.probes_file(r))["scores"] == [[None, 2.0, 4.0, 6.0], [None, 7.0, 14.0, 21.0]]
+    ours.sources, ours.factors = [RewardSource(url=["http://b"]), RewardSource(model="newer")], [5.0, 8.0]
+    with pytest.raises(GuardError, match="not the one this run began with"):
+        watch.probe(r, [])
 
 
 def test_another_reward_by_configuration_is_no_alarm(r):
     watch.probe(r, r.write(1, [1.0, 2.0, 3.0, 4.0]))
     r.run.reward.factor, r.run.reward.sources = 7.0, [RewardSource(model="b")]
-    assert watch.probe(r, []) == 0.0
-    assert watch.probe(r, []) == 0.0
+    assert watch.probe(r, []) == SAME
+    assert watch.probe(r, []) == SAME
     assert r.events() == ["the configuration names another reward: the probes begin anew"]
 
 
@@ -130,7 +185,7 @@ def test_the_same_reward_at_another_address_is_compared_still(r, identity):
     r.run.reward.sources = [RewardSource(url=["http://here"])]
     watch.probe(r, r.write(1, [1.0, 2.0, 3.0, 4.0]))
     r.run.reward.sources = [RewardSource(url=["http://here", "http://elsewhere"])]
-    assert watch.probe(r, []) == 0.0 and r.events() == []
+    assert watch.probe(r, []) == SAME and r.events() == []
     assert r.run.reward.renamed == [identity or '{"url": ["http://here"]}', f"named {identity}"]
     r.run.reward.factor = -1.0
     with pytest.raises(GuardError, match="not the one"):
@@ -144,13 +199,13 @@ def test_other_rules_heads_or_precision_by_configuration_are_no_alarm(r, other):
     watch.probe(r, r.write(1, [1.0, 2.0, 3.0, 4.0]))
     r.run.reward.factor, r.run.reward.identity = 7.0, "others"
     r.run.reward.sources = [RewardSource.model_validate(other)]
-    assert watch.probe(r, []) == 0.0
+    assert watch.probe(r, []) == SAME
 
 
 def test_without_probes_nothing_is_asked(tmp_path):
     r = Round(tmp_path, probes=0)
     r.run.reward = None
-    assert math.isnan(watch.probe(r, []))
+    assert watch.probe(r, []) == {}
 
 
 def test_numbers_of_a_round_and_those_before_it(tmp_path):
