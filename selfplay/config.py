@@ -305,7 +305,8 @@ class GuardConfig(Section):
     disagreement: Limits = Limits(warn=0.5)
     """Mean over the candidates of the standard deviation over an ensemble's members (normalised scores)."""
     gold_drop: Limits = Limits(warn=0.05)
-    """Fall of the gold score over the last `history` rounds while the reward rose; where evaluate.gold is set."""
+    """Fall of the gold score from its best of earlier rounds while the reward rose; where evaluate.gold is set. It has no
+    `stop`: gold is reported and decides nothing."""
     probe_change: Limits = Limits(warn=0.01, stop=0.1)
     """Change of the score of a text that did not change, in standard deviations of the probes' first scores."""
     probe_missing: Limits = Limits(warn=0.1, stop=0.25)
@@ -314,6 +315,12 @@ class GuardConfig(Section):
     """Texts of the first round whose scores are asked for again, past the cache, before and after every round's; 0: none."""
     history: Positive = 3
     """Earlier rounds that a round is compared with."""
+
+    @model_validator(mode="after")
+    def _gold_decides_nothing(self) -> GuardConfig:
+        if self.gold_drop.stop is not None:
+            raise ValueError("gold_drop may warn and has no `stop`: gold is reported and never decides what is trained")
+        return self
 
 
 class PairsConfig(Section):

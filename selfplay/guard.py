@@ -105,14 +105,17 @@ def probe_missing(first: Sequence[float | None], now: Sequence[float | None]) ->
     return changed / len(first) if first else 0.0
 
 
-def gold_drop(rewards: Sequence[float], gold: Sequence[float]) -> float:
-    """How far gold fell from the first round to the last while the reward rose: over-optimisation. 0 where it did not.
+def gold_drop(rewards: Sequence[float], gold: Sequence[float], window: int) -> float:
+    """How far gold lies below its best of earlier rounds with a lower reward: over-optimisation. 0 where it does not.
 
-    One value a round, of the policy that samples it (Gao et al., 2023, arXiv 2210.10760). NaN with fewer than two.
+    One value a round, of the policy that samples it (Gao et al., 2023, arXiv 2210.10760). Compared are means over `window`
+    rounds, fewer at first: the best of many single rounds is a lucky one. NaN with fewer than two rounds.
     """
     if len(rewards) < 2:
         return math.nan
-    return max(0.0, gold[0] - gold[-1]) if rewards[-1] > rewards[0] else 0.0
+    wide = np.ones(min(window, len(rewards) // 2))
+    r, g = (np.convolve(values, wide / len(wide), "valid") for values in (rewards, gold))
+    return max([0.0, *(g[r < r[-1]] - g[-1]).tolist()])
 
 
 def _finite(values: ArrayLike) -> NDArray[np.float64]:

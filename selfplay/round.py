@@ -357,7 +357,8 @@ class Round:
             when_scored=lambda: changes.append(self._probe(forget)),
         )
         artifacts.write_rows(folder / "scored.parquet", rows, Scored)
-        artifacts.write_json(folder / "reward.json", {"members": scorer.members, "identities": identities})
+        who_scored = {"members": scorer.members, "identities": identities, "names": scorer.described(identities)}
+        artifacts.write_json(folder / "reward.json", who_scored)
         metrics = {**score.metrics(rows), **{name: max(c[name] for c in changes) for name in changes[0]}}
         line.update(text=f"mean reward {metrics.get('reward_mean', math.nan):.3f}")
         return metrics

@@ -89,6 +89,11 @@ class Scorer:
         """What each member's scores are known by."""
         return [name(identity, s.which()) for identity, s in zip(identities, self.sources, strict=True)]
 
+    def described(self, identities: Sequence[str]) -> list[str]:
+        """What its rewards depend on: what the members' scores are known by, and how they are combined."""
+        how = [] if self._ensemble is None else [f"{self._ensemble.combine} {self._ensemble.std_weight:g}"]
+        return self.names(identities) + how
+
     def score(
         self,
         items: Sequence[Item],

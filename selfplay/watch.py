@@ -13,11 +13,12 @@ from selfplay import artifacts, guard, pairs
 from selfplay.display import Line
 from selfplay.errors import GuardError
 from selfplay.scorer import name
-from selfplay.types import DISAGREEMENT, Candidate, Message, Scored
+from selfplay.types import DISAGREEMENT, EXTERNAL, Candidate, Message, Scored
 
 if TYPE_CHECKING:
     from selfplay.round import Round
 
+PROBED = ("probe_change", "probe_missing")
 ALIKE = 0.01  # standard deviations: what a model makes of the same text on another machine
 SHOWN = {
     "ties": "pairs of answers with equal rewards (share)",
@@ -25,7 +26,7 @@ SHOWN = {
     "length_correlation": "correlation of reward and length",
     "shift": "shift of the rewards against the last rounds (Kolmogorov-Smirnov distance)",
     "disagreement": "disagreement within the ensemble (standard deviations)",
-    "gold_drop": "fall of the gold score while the reward rose",
+    "gold_drop": "fall of the gold score from its best while the reward rose",
     "probe_change": "change of the score of a text that did not change (standard deviations)",
     "probe_missing": "texts that did not change, but lost their score or got one (share)",
 }
@@ -58,7 +59,7 @@ def probe(r: Round, candidates: Sequence[Candidate]) -> dict[str, float]:
             scorer.begin_anew(answer.identities)
             r.run.store.event("guard", "the reward is taken as it is: probes, scale and cache begin anew", r.index)
         _keep(path, r.index, sources, answer.identities, items, now)
-        return {"probe_change": 0.0, "probe_missing": 0.0}
+        return dict.fromkeys(PROBED, 0.0)
     places = [_place(member, sources, first["sources"]) for member in range(len(sources))]
     changes = [
         (math.inf, 1.0)
@@ -71,7 +72,7 @@ def probe(r: Round, candidates: Sequence[Candidate]) -> dict[str, float]:
     # another place in the configuration with the same scores is another address of the same reward
     new = [is_moved and not is_alike for is_moved, is_alike in zip(moved, alike, strict=True)]
     kept = [change for change, is_new in zip(changes, new, strict=True) if not is_new]
-    found = {name: max((c[i] for c in kept), default=0.0) for i, name in enumerate(("probe_change", "probe_missing"))}
+    found = {name: max((c[i] for c in kept), default=0.0) for i, name in enumerate(PROBED)}
     told = guard.alarms(found, {name: getattr(settings, name) for name in found})
     if stops := [alarm for alarm in told if alarm.level == "stop"]:
         raise GuardError(
@@ -158,11 +159,12 @@ def watch(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     limits = {sign: getattr(r.config.guard, sign) for sign in values}
     artifacts.write_json(folder / "guard.json", {k: v if math.isfinite(v) else None for k, v in values.items()})
     # of their own change the probes have told
-    alarms = guard.alarms({k: v for k, v in values.items() if k != "probe_change"}, limits)
+    alarms = guard.alarms({k: v for k, v in values.items() if k not in PROBED}, limits)
     for alarm in alarms:
-        if alarm.level == "warn":
-            _warn(r, alarm)
+        _warn(r, alarm)
     if stops := [alarm for alarm in alarms if alarm.level == "stop"]:
+        known = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if math.isfinite(value))
+        r.run.store.event("guard", f"stopped before training; all signs: {known}", r.index)  # the stage leaves no trace
         raise GuardError(
             "the reward looks wrong: " + "; ".join(_said(alarm) for alarm in stops),
             f"nothing was trained on. Look at rounds/{r.index:04d}/score/scored.parquet; then mend the reward and give the "
@@ -173,7 +175,10 @@ def watch(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
 
 
 def measure(r: Round) -> dict[str, float]:
-    """The guard's numbers by their names in the configuration; NaN where a number has no meaning yet."""
+    """The guard's numbers by their names in the configuration; NaN where a number has no meaning yet.
+
+    They are the external reward's; a round that was given up, or that another reward scored, is no measure for this one.
+    """
     rows: list[Scored] = r.rows("score", "scored", Scored)
     by_prompt: dict[str, list[Scored]] = {}
     for row in rows:
@@ -181,32 +186,47 @@ def measure(r: Round) -> dict[str, float]:
     cut_off = r.config.pairs.cut_off
     different = [c for group in by_prompt.values() for c in pairs.usable(group, cut_off)]  # equal answers are no tie
     noise, prompts = r.config.reward.noise, [c.prompt_id for c in different]
-    rewards, lengths = [c.reward or 0.0 for c in different], [c.n_tokens for c in different]
+    rewards, lengths = [_external(c) for c in different], [c.n_tokens for c in different]
     apart = [c.reward_parts[DISAGREEMENT] for c in rows if DISAGREEMENT in c.reward_parts]
-    first = max(1, r.index - r.config.guard.history)
     given_up = {row["round"] for row in r.run.store.rounds() if row["state"] == "cancelled"}  # perhaps for its rewards
-    before = [index for index in range(first, r.index) if index not in given_up]
-    earlier = [v for index in before for v in _rewards(r, index)]
-    ours = [math.nan if row.reward is None else row.reward for row in rows]
-    names = ["score/reward_mean", "evaluate/gold_total_champion"]
-    metrics = r.run.store.metrics_by_round(names)
-    past = [metrics[index] for index in before if len(metrics.get(index, ())) == len(names)]
+    ours = _scored_by(r, r.index)  # another reward has another range, and likes other things
+    before = [index for index in range(1, r.index) if index not in given_up and _scored_by(r, index) == ours]
+    earlier = [v for index in before if index >= r.index - r.config.guard.history for v in _externals(r, index)]
+    means = ("score/part_external", "score/reward_mean")
+    gold = "evaluate/gold_total_champion"
+    metrics = r.run.store.metrics_by_round([*means, gold])
+    past = [
+        (next(m[name] for name in means if name in m), m[gold])
+        for index in before
+        if gold in (m := metrics.get(index, {})) and not m.keys().isdisjoint(means)
+    ]
     found = {
         "ties": guard.ties(rewards, prompts, noise),
         "saturation": guard.saturation(rewards, noise),
         "length_correlation": guard.length_correlation(rewards, lengths, prompts),
-        "shift": guard.shift(earlier, ours),
+        "shift": guard.shift(earlier, [_external(row) for row in rows]),
         "disagreement": float(np.mean(apart)) if apart else math.nan,
-        "gold_drop": guard.gold_drop([m[names[0]] for m in past], [m[names[1]] for m in past]),
-        "probe_change": r.metric("score", "probe_change"),
+        "gold_drop": guard.gold_drop([v for v, _ in past], [v for _, v in past], r.config.guard.history),
+        **{name: r.metric("score", name) for name in PROBED},
     }
     return found
 
 
-def _rewards(r: Round, index: int) -> list[float]:
+def _external(row: Scored) -> float:
+    """What the reward gave, before shaping: that is what may go wrong, and shaping would hide it. NaN where it gave none."""
+    return row.reward_parts.get(EXTERNAL, math.nan if row.reward is None else row.reward)
+
+
+def _externals(r: Round, index: int) -> list[float]:
     path = r.run.dir / "rounds" / f"{index:04d}" / "score" / "scored.parquet"
-    column = artifacts.read_column(path, "reward") if path.is_file() else []
-    return [v for v in column if v is not None]
+    return [_external(row) for row in artifacts.read_rows(path, Scored)] if path.is_file() else []
+
+
+def _scored_by(r: Round, index: int) -> list[str] | None:
+    """What gave a round its rewards; None where that is not recorded."""
+    path = r.run.dir / "rounds" / f"{index:04d}" / "score" / "reward.json"
+    found: list[str] | None = artifacts.read_json(path).get("names") if path.is_file() else None
+    return found
 
 
 def _said(alarm: guard.Alarm) -> str:

@@ -17,7 +17,8 @@ from outside import served as reward_server
 from safetensors.torch import load_file, save_file
 
 from reward.client import RewardClient
-from selfplay import artifacts, store
+from selfplay import artifacts, guard, store
+from selfplay.pairs import usable as usable_of
 from selfplay.types import Pair, Prompt, Scored
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -120,7 +121,12 @@ def test_members_disagree_shaping_adds_up_and_the_guard_looks_on(service):
     assert {f"guard/{n}" for n in ("ties", "saturation", "length_correlation", "disagreement", "probe_change")} <= set(
         metrics
     )
-    assert abs(metrics["guard/length_correlation"]) < 0.1 and metrics["guard/probe_change"] < 1e-3
+    usable = [c for p in {r.prompt_id for r in rows} for c in usable_of([r for r in rows if r.prompt_id == p], "drop")]
+    lengths, prompts = [c.n_tokens for c in usable], [c.prompt_id for c in usable]
+    external = guard.length_correlation([c.reward_parts["external"] for c in usable], lengths, prompts)
+    assert metrics["guard/length_correlation"] == pytest.approx(external)
+    assert abs(guard.length_correlation([c.reward for c in usable], lengths, prompts)) < 0.1  # what shaping left of it
+    assert metrics["guard/probe_change"] < 1e-3 and metrics["guard/probe_missing"] == 0
     assert "guard" in [e["kind"] for e in service.store.events(1)]
     assert metrics["evaluate/independent"] == 1.0
     assert (service.run_dir / "logs" / "judge.log").is_file()

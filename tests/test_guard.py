@@ -57,10 +57,16 @@ def test_probes_that_lose_their_score_or_get_one_are_counted():
 
 
 def test_gold_that_falls_while_the_reward_rises():
-    assert guard.gold_drop([1.0, 1.5, 2.0], [0.8, 0.9, 0.6]) == pytest.approx(0.2)
-    assert guard.gold_drop([2.0, 1.0], [0.8, 0.6]) == 0.0  # both fall: no over-optimisation
-    assert guard.gold_drop([1.0, 2.0], [0.6, 0.8]) == 0.0
-    assert math.isnan(guard.gold_drop([1.0], [0.5]))
+    assert guard.gold_drop([1.0, 2.0], [0.8, 0.6], 3) == pytest.approx(0.2)
+    assert guard.gold_drop([1.0, 1.5, 2.0], [0.8, 0.9, 0.6], 3) == pytest.approx(0.3)  # from the best
+    assert guard.gold_drop([2.0, 1.0], [0.8, 0.6], 3) == 0.0  # both fall: no over-optimisation
+    assert guard.gold_drop([1.0, 2.0], [0.6, 0.8], 3) == 0.0
+    assert math.isnan(guard.gold_drop([1.0], [0.5], 3))
+    # .01 a round is never much within three rounds; means of three: .79 at first, .63 now
+    slow = [0.8 - 0.01 * i for i in range(19)]
+    assert guard.gold_drop(list(range(19)), slow, 3) == pytest.approx(0.16)
+    # one lucky round in the middle: means .5 .5 .8 .8 .8 .5
+    assert guard.gold_drop(list(range(8)), [0.5, 0.5, 0.5, 0.5, 1.4, 0.5, 0.5, 0.5], 3) == pytest.approx(0.3)
 
 
 def test_alarms():

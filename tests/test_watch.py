@@ -1,5 +1,6 @@
 """Probes and the stage `guard` on rounds whose reward is written by hand."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -219,10 +220,36 @@ def test_numbers_of_a_round_and_those_before_it(tmp_path):
         r.run.store.record_stage(index, "evaluate", 1.0, {"gold_total_champion": gold})
     r.metrics["score/probe_change"] = 0.001
     found = watch.measure(r)
+    assert math.isnan(found.pop("probe_missing"))
     # prompt p: rewards −.5 .5 and lengths −.5 .5 around their means; prompt q: 0 0 and −.5 .5: 0.5 / √(.5 · 1)
     assert found.pop("length_correlation") == pytest.approx(math.sqrt(0.5))
     assert found.pop("gold_drop") == pytest.approx(0.2)
     assert found == {"ties": 0.5, "saturation": 0.75, "shift": 0.25, "disagreement": 0.25, "probe_change": 0.001}
+
+
+def test_the_signs_are_those_of_the_reward_and_not_of_what_shaping_made_of_it(tmp_path):
+    """The rewards 0 1 1 1 as above, of which shaping makes 4 3 2 1, in both rounds."""
+    r = Round(tmp_path, index=2)
+    for index in (1, 2):
+        rows = r.write(index, [0.0, 1.0, 1.0, 1.0])
+        shaped = [
+            dataclasses.replace(row, reward=4.0 - i, reward_parts={"external": row.reward})
+            for i, row in enumerate(rows)
+        ]
+        artifacts.write_rows(r.folder(index) / "scored.parquet", shaped, Scored)
+    found = watch.measure(r)
+    assert (found["ties"], found["saturation"], found["shift"]) == (0.5, 0.75, 0.0)
+    assert found["length_correlation"] == pytest.approx(math.sqrt(0.5))
+
+
+def test_rounds_that_another_reward_scored_are_no_measure(tmp_path):
+    r = Round(tmp_path, index=3)
+    for index, (rewards, name) in enumerate([([9.0] * 4, "b"), ([0.0] * 4, "a"), ([0.0] * 4, "a")], 1):
+        r.write(index, rewards)
+        artifacts.write_json(r.folder(index) / "reward.json", {"names": [name]})
+        r.run.store.record_stage(index, "score", 1.0, {"reward_mean": float(index)})
+        r.run.store.record_stage(index, "evaluate", 1.0, {"gold_total_champion": 1.0 / index})
+    assert watch.measure(r)["shift"] == 0.0 and math.isnan(watch.measure(r)["gold_drop"])
 
 
 def test_a_round_that_was_given_up_is_no_measure(tmp_path):
@@ -257,4 +284,5 @@ def test_a_number_above_its_limit_warns_or_stops(tmp_path):
     r.write(1, [0.0, 1.0, 1.0, 1.0])
     with pytest.raises(GuardError, match=r"the reward looks wrong: .*0\.5, limit 0\.4 \(guard\.ties\.stop\)"):
         watch.watch(r, tmp_path, SimpleNamespace(update=lambda **text: None))
-    assert len(r.warned) == 2 and "(guard.saturation.warn)" in r.warned[0] and "length" in r.warned[1]
+    assert [w.split("guard.")[1] for w in r.warned] == ["ties.stop)", "saturation.warn)", "length_correlation.warn)"]
+    assert r.events()[-1].startswith("stopped before training; all signs: ties 0.5, saturation 0.75, ")
