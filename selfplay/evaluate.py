@@ -46,7 +46,7 @@ def evaluate(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     if not np.isfinite(np.add(scores, champion_scores)).any():
         raise RewardError(
             f"the {r.run.judge.role} scored no prompt of the gate for both policies: they cannot be compared",
-            f"see why in {r.run.judge.log}, then run the same command again",
+            "see why it gives no score, then run the same command again",
         )
     metrics = gate.compare(
         rows,
@@ -149,10 +149,10 @@ def _judged(
     """
     judge: Scorer = r.run.judge
     items = [(p.messages, c.text) for p, *both in zip(rows, answers, others, strict=True) for c in both]
-    values = judge.score(items, lambda n: r.run.breathe("shard"), identities)
+    values, reasons = judge.score(items, lambda n: r.run.breathe("shard"), identities)
     found = []
     for side, said in enumerate((answers, others)):
-        score.require(values[side::2], r.config.reward.max_missing, judge.log)
+        score.require(values[side::2], r.config.reward.max_missing, reasons, judge.logs)
         found.append(
             [
                 Scored(

@@ -115,7 +115,7 @@ def gold_drop(rewards: Sequence[float], gold: Sequence[float], window: int) -> f
         return math.nan
     wide = np.ones(min(window, len(rewards) // 2))
     r, g = (np.convolve(values, wide / len(wide), "valid") for values in (rewards, gold))
-    return max([0.0, *(g[r < r[-1]] - g[-1]).tolist()])
+    return float((g[r < r[-1]] - g[-1]).max(initial=0.0))
 
 
 def _finite(values: ArrayLike) -> NDArray[np.float64]:

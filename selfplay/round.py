@@ -343,7 +343,7 @@ class Round:
             scorer.forget(identities, [(prompts[c.prompt_id].messages, c.text) for c in candidates])
 
         changes = [self._probe(forget)]
-        rows = score.score(
+        rows, reasons = score.score(
             scorer,
             prompts,
             candidates,
@@ -359,7 +359,9 @@ class Round:
         artifacts.write_rows(folder / "scored.parquet", rows, Scored)
         who_scored = {"members": scorer.members, "identities": identities, "names": scorer.described(identities)}
         artifacts.write_json(folder / "reward.json", who_scored)
-        metrics = {**score.metrics(rows), **{name: max(c[name] for c in changes) for name in changes[0]}}
+        if reasons:
+            self.run.store.event("score", f"answers without a score: {score.said(reasons)}", self.index)
+        metrics = {**score.metrics(rows, reasons), **{name: max(c[name] for c in changes) for name in changes[0]}}
         line.update(text=f"mean reward {metrics.get('reward_mean', math.nan):.3f}")
         return metrics
 

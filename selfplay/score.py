@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -109,6 +110,15 @@ class RewardService:
     def compares(self) -> bool:
         """Whether a server that does not say which weights it has may compare the items of a request."""
         return self._config.dialect == "selfplay"
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why items of the last call have no score; what is particular to one item is left out."""
+        given = self._client.reasons if self._client is not None else Counter[str]()
+        found: Counter[str] = Counter()
+        for reason, count in given.items():
+            found[reason.partition(": ")[0]] += count
+        return found
 
     @property
     def weights(self) -> frozenset[str]:
@@ -221,8 +231,8 @@ def score(
     on_progress: Callable[[int], None],
     before_shard: Callable[[], None] = lambda: None,
     when_scored: Callable[[], None] = lambda: None,
-) -> list[Scored]:
-    """Scored candidates in their order; finished shards in `shards` are read, not scored again.
+) -> tuple[list[Scored], Counter[str]]:
+    """Scored candidates in their order, and why some have no score; finished shards in `shards` are read, not scored again.
 
     `identities`: the models that score all of them. `when_scored` is called before anything is made of the scores.
     Raises GuardError when others answer, and RewardError when more than a share `max_missing` has no score: missing
@@ -231,6 +241,7 @@ def score(
     shards.mkdir(parents=True, exist_ok=True)
     rows: list[Scored] = []
     incomplete: list[Path] = []
+    reasons: Counter[str] = Counter()
     for start in range(0, len(candidates), shard_items):
         part = candidates[start : start + shard_items]
         path = shards / f"{start:08d}.parquet"
@@ -243,6 +254,7 @@ def score(
                     f"the model behind the {scorer.role} changed during the stage: {answer.identities} instead of {identities}",
                     "see that one and the same model serves, then run the same command again: finished shards are kept",
                 )
+            reasons += answer.reasons
             artifacts.write_rows(path, _as_given(scorer, part, answer.scores), Scored)
         found = artifacts.read_rows(path, Scored)
         incomplete += [path] * any(_missing(scorer, row) for row in found)
@@ -250,12 +262,12 @@ def score(
         on_progress(start + len(part))
     when_scored()
     try:
-        require([None if _missing(scorer, row) else 0.0 for row in rows], max_missing, scorer.log)
+        require([None if _missing(scorer, row) else 0.0 for row in rows], max_missing, reasons, scorer.logs)
     except RewardError:
         for path in incomplete:
             path.unlink()
         raise
-    return shape(_combined(scorer, rows, identities), settings)
+    return shape(_combined(scorer, rows, identities), settings), reasons
 
 
 def _missing(scorer: Scorer, row: Scored) -> bool:
@@ -319,19 +331,27 @@ def shape(rows: Sequence[Scored], settings: ShapingConfig) -> list[Scored]:
     return result
 
 
-def require(values: Sequence[float | None], max_missing: float, log: Path) -> None:
-    """Raise RewardError when more than a share `max_missing` of the values is None."""
+def require(values: Sequence[float | None], max_missing: float, reasons: Counter[str], logs: Sequence[Path]) -> None:
+    """Raise RewardError when more than a share `max_missing` of the values is None. `logs`: of the servers that are ours."""
     missing = sum(v is None for v in values)
     if missing > max_missing * len(values):
+        why = f": {said(reasons)}" if reasons else ""
         raise RewardError(
-            f"{missing} of {len(values)} answers have no reward (limit: a share of {max_missing:g}, reward.max_missing)",
-            f"see why in {log}; nothing was trained on",
+            f"{missing} of {len(values)} answers have no reward (limit: a share of {max_missing:g}, reward.max_missing){why}",
+            "nothing was trained on" + (f"; see {', '.join(map(str, logs))}" if logs else ""),
         )
 
 
-def metrics(rows: Sequence[Scored]) -> dict[str, float]:
+def said(reasons: Counter[str]) -> str:
+    """The commonest reasons, in a line."""
+    return ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+
+
+def metrics(rows: Sequence[Scored], reasons: Counter[str]) -> dict[str, float]:
+    """`missing`: candidates without a reward; `unparsable`: member scores that are missing for want of a verdict."""
     values = [r.reward for r in rows if r.reward is not None]
-    result: dict[str, float] = {"missing": len(rows) - len(values)}
+    unparsable = sum(count for reason, count in reasons.items() if reason.endswith("no verdict"))
+    result: dict[str, float] = {"missing": len(rows) - len(values), "unparsable": unparsable}
     if values:
         result |= {"reward_mean": float(np.mean(values)), "reward_std": float(np.std(values))}
     parts = [r.reward_parts for r in rows if r.reward is not None and r.reward_parts]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Answer:
 
     identities: tuple[str, ...]  # of the members; «» where a server does not say which weights it has
     scores: NDArray[np.float64]  # (M, N); NaN where a member has none
+    reasons: Counter[str] = field(default_factory=Counter)  # why there is none, of those that were asked for now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +68,9 @@ class Scorer:
         self._scale_file = run_dir / "reward" / f"{role}-scale.json"
 
     @property
-    def log(self) -> Path:
-        """Where what went wrong is said; of an ensemble a pattern of files."""
-        log = self._services[0].log
-        return log.with_name(f"{self.role}-*.log") if self.members else log
+    def logs(self) -> list[Path]:
+        """Of the servers that are ours; others keep theirs."""
+        return [service.log for service in self._services if service.log.is_file()]
 
     def start(self) -> None:
         """Start the servers that are ours; returns at once."""
@@ -99,9 +100,9 @@ class Scorer:
         items: Sequence[Item],
         on_progress: Callable[[int], None] = lambda done: None,
         identities: tuple[str, ...] | None = None,
-    ) -> list[float | None]:
-        """One finite number for each item, or None where a member cannot score it. Raises as `ask`, and GuardError when
-        others than `identities` answer."""
+    ) -> tuple[list[float | None], Counter[str]]:
+        """One finite number for each item, or None where a member cannot score it, and why not. Raises as `ask`, and
+        GuardError when others than `identities` answer."""
         answer = self.ask(items, on_progress)
         if identities is not None and answer.identities != identities:
             raise GuardError(
@@ -109,7 +110,7 @@ class Scorer:
                 "see that one and the same model serves, then run the same command again",
             )
         rewards = self.combine(answer.identities, answer.scores).rewards
-        return [v if np.isfinite(v) else None for v in rewards.tolist()]
+        return [v if np.isfinite(v) else None for v in rewards.tolist()], answer.reasons
 
     def ask(
         self, items: Sequence[Item], on_progress: Callable[[int], None] = lambda done: None, fresh: bool = False
@@ -124,7 +125,8 @@ class Scorer:
             answers = self._ask_all(items, on_progress, fresh)
         shape = (len(answers), len(items))
         scores = np.array([scores for _, scores in answers], np.float64).reshape(shape)
-        return Answer(identities=tuple(identity for identity, _ in answers), scores=scores)
+        reasons = sum((service.reasons for service in self._services), Counter[str]())
+        return Answer(identities=tuple(identity for identity, _ in answers), scores=scores, reasons=reasons)
 
     def _ask_all(
         self, items: Sequence[Item], on_progress: Callable[[int], None], fresh: bool

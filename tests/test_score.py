@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_a_model_that_is_no_reward_model(service, mini_world):
 class Counting:
     """A reward at the process boundary: counts what it is asked, and has no score for some texts."""
 
-    log, role, members = Path("reward.log"), "reward", ()
+    logs, role, members = [Path("reward.log")], "reward", ()
 
     def __init__(self, missing=(), swapped_at=10**9):
         self.asked, self.missing, self.swapped_at = 0, missing, swapped_at
@@ -100,7 +101,9 @@ class Counting:
     def ask(self, items, on_progress=None):
         self.asked += len(items)
         values = [math.nan if text in self.missing else float(len(text)) for _, text in items]
-        return Answer(identities=("new" if self.asked > self.swapped_at else "old",), scores=np.array([values]))
+        why = Counter({"no verdict": sum(map(math.isnan, values))})
+        identities = ("new" if self.asked > self.swapped_at else "old",)
+        return Answer(identities=identities, scores=np.array([values]), reasons=why)
 
 
 def rows(n):
@@ -114,6 +117,10 @@ def rows(n):
 
 
 def stage(scorer, tmp_path, n=10, **shaped):
+    return stage_with_reasons(scorer, tmp_path, n, **shaped)[0]
+
+
+def stage_with_reasons(scorer, tmp_path, n=10, **shaped):
     prompt = Prompt(prompt_id="p", messages=MESSAGES, prompt_ids=[1], split="train")
     return score.score(
         scorer,
@@ -138,10 +145,11 @@ def test_finished_shards_are_not_asked_again(tmp_path):
 
 
 def test_items_without_a_score_are_set_aside_and_too_many_are_an_error(tmp_path):
-    few = stage(Counting({"answer 3"}), tmp_path / "few")
+    few, reasons = stage_with_reasons(Counting({"answer 3"}), tmp_path / "few")
     assert [r.reward is None for r in few] == [i == 3 for i in range(10)]
-    assert score.metrics(few)["missing"] == 1
-    with pytest.raises(RewardError, match="3 of 10 answers have no reward"):
+    metrics = score.metrics(few, reasons)
+    assert (metrics["missing"], metrics["unparsable"]) == (1, 1)
+    with pytest.raises(RewardError, match=r"3 of 10 answers have no reward .*max_missing\): 3 × no verdict"):
         stage(Counting({"answer 1", "answer 2", "answer 3"}), tmp_path / "many")
     mended = Counting()
     assert all(r.reward == 8.0 for r in stage(mended, tmp_path / "many"))
@@ -165,7 +173,7 @@ def test_each_part_of_a_shaped_reward_is_recorded_and_their_sum_is_the_reward(tm
     )
     assert [r.reward for r in shaped] == [None if i == 3 else 7.75 for i in range(10)]
     assert shaped[0].reward_parts == {"external": 8.0, "length_penalty": -0.25, "repetition_penalty": 0.0}
-    assert score.metrics(shaped)["part_length_penalty"] == -0.25
+    assert score.metrics(shaped, Counter())["part_length_penalty"] == -0.25
     controlled = score.shape(
         [dataclasses.replace(r, n_tokens=i, reward=None if r.reward is None else 3.0 * i) for i, r in enumerate(plain)],
         ShapingConfig(length_control=1.0, cut_off_penalty=2.0),

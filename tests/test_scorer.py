@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def test_an_ensemble_keeps_the_scale_of_its_first_round(models, urls, tmp_path):
     events = []
     ours = scorer(tmp_path, *urls, events=events)
     answer = ours.ask(ITEMS)
+    assert not answer.reasons
     np.testing.assert_allclose(answer.scores, both, atol=1e-5)
     found = ours.combine(answer.identities, answer.scores)
     expected = np.array([z(both[0]), z(both[1])])
@@ -63,7 +65,7 @@ def test_an_ensemble_keeps_the_scale_of_its_first_round(models, urls, tmp_path):
 
     # Another process, other items: the scale is the one of the first.
     later = scorer(tmp_path, *urls, combine="minimum")
-    few = later.score(ITEMS[:3])
+    few = later.score(ITEMS[:3])[0]
     np.testing.assert_allclose(few, expected.min(axis=0)[:3], atol=1e-4)
     kept = artifacts.read_json(tmp_path / "reward" / "reward-scale.json")
     assert set(kept) == {"a", "b"}
@@ -72,7 +74,7 @@ def test_an_ensemble_keeps_the_scale_of_its_first_round(models, urls, tmp_path):
 def test_a_member_without_a_score_leaves_the_item_without_one(urls, tmp_path):
     ours = scorer(tmp_path, *urls)
     too_long = conversation(0, 2000)
-    assert [v is None for v in ours.score([*ITEMS, too_long])] == [False] * len(ITEMS) + [True]
+    assert [v is None for v in ours.score([*ITEMS, too_long])[0]] == [False] * len(ITEMS) + [True]
     with pytest.raises(RewardError, match="member a of the reward ensemble gave no score at all"):
         scorer(tmp_path / "other", *urls).score([too_long])
 
@@ -86,7 +88,9 @@ def test_what_was_scored_once_is_not_asked_again(urls, tmp_path, monkeypatch):
     monkeypatch.setattr(service, "score", lambda *a: (asked.append(len(a[0]) - len(a[3])), real(*a))[1])
     progress = []
     too_long = conversation(0, 2000)
-    first = ours.ask([*ITEMS, *ITEMS[:5], too_long], progress.append).scores
+    answer = ours.ask([*ITEMS, *ITEMS[:5], too_long], progress.append)
+    assert answer.reasons == {"longer than 256 tokens": 1}
+    first = answer.scores
     assert asked == [len(ITEMS) + 1]
     assert progress[-1] == len(ITEMS) + 6
     np.testing.assert_array_equal(first[0, len(ITEMS) : -1], first[0, :5])
@@ -171,7 +175,7 @@ def test_servers_of_our_own_are_children_with_names_of_their_own(models, tmp_pat
     ours.start()
     try:
         assert len(set(ours.identities)) == 2
-        assert all(v is not None for v in ours.score(ITEMS))
+        assert all(v is not None for v in ours.score(ITEMS)[0])
     finally:
         ours.stop()
     assert (tmp_path / "logs" / "reward-a.log").is_file() and (tmp_path / "logs" / "reward-1.log").is_file()
@@ -183,7 +187,7 @@ class Member:
 
     def __init__(self, name, factor=1.0, identity="", weights=frozenset()):
         self.name, self.factor, self.identity, self.weights, self.compares = name, factor, identity, weights, False
-        self.asked, self.offset = 0, 0.0
+        self.asked, self.offset, self.reasons = 0, 0.0, Counter()
 
     def score(self, items, on_progress, on_scored=None, known=()):
         for n in range(len(items) - len(known)):
@@ -214,11 +218,11 @@ def test_progress_is_told_in_the_callers_thread_and_its_end_is_the_end_of_all(tm
 def test_members_that_have_no_name_of_their_weights_have_their_own_scales(tmp_path):
     """The server at another address is another model: its scale is not that of the one before."""
     first = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a", 2.0), Member("b"))
-    z_first = first.score(ITEMS)
+    z_first = first.score(ITEMS)[0]
     second = by_hand(scorer(tmp_path, "http://c", "http://b"), Member("a", 200.0), Member("b"))
-    np.testing.assert_allclose(second.score(ITEMS), z_first, atol=1e-9)
+    np.testing.assert_allclose(second.score(ITEMS)[0], z_first, atol=1e-9)
     again = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a", 4.0), Member("b"))
-    assert not np.allclose(again.score(ITEMS), z_first)
+    assert not np.allclose(again.score(ITEMS)[0], z_first)
     assert {k: len(v) for k, v in artifacts.read_json(tmp_path / "reward" / "reward-scale.json").items()} == {
         "a": 2,
         "b": 1,
@@ -227,10 +231,10 @@ def test_members_that_have_no_name_of_their_weights_have_their_own_scales(tmp_pa
 
 def test_members_that_change_their_places_keep_their_scales(tmp_path):
     ours = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a", 2.0), Member("b", 3.0))
-    before = ours.score(ITEMS)
+    before = ours.score(ITEMS)[0]
     events = []
     turned = by_hand(scorer(tmp_path, "http://b", "http://a", events=events), Member("a", 3.0), Member("b", 2.0))
-    assert turned.score(ITEMS[:3]) == pytest.approx(before[:3]) and events == []
+    assert turned.score(ITEMS[:3])[0] == pytest.approx(before[:3]) and events == []
 
 
 def test_a_member_that_gives_every_item_the_same_is_told_and_has_no_part(tmp_path):
@@ -238,27 +242,27 @@ def test_a_member_that_gives_every_item_the_same_is_told_and_has_no_part(tmp_pat
     events = []
     ours = by_hand(scorer(tmp_path, "http://a", "http://b", events=events), Member("a", 2.0), Member("b", 0.0))
     ours._services[1].offset = 0.1
-    rewards = ours.score(ITEMS)
+    rewards = ours.score(ITEMS)[0]
     assert rewards == pytest.approx(z([len(text) for _, text in ITEMS]) / 2)
     assert [kind for kind, _ in events] == ["warning", "scale"] and "member b of the reward ensemble" in events[0][1]
     ours._services[1].offset = 0.2
-    assert ours.score(ITEMS) == pytest.approx(rewards)
+    assert ours.score(ITEMS)[0] == pytest.approx(rewards)
 
 
 def test_models_that_may_be_others_under_the_same_name_begin_anew(tmp_path):
     cache = ScoreCache(tmp_path / "scores.sqlite", 100)
     member = Member("a", identity="judge/t", weights={"judge"})
     ours = by_hand(scorer(tmp_path, "http://a", "http://b", cache=cache), member, Member("b"))
-    first = ours.score(ITEMS)
+    first = ours.score(ITEMS)[0]
     member.factor = ours._services[1].factor = 50.0
     ours.begin_anew(ours.identities)
     assert cache.count() == 0
-    assert ours.score(ITEMS) == pytest.approx(first)
+    assert ours.score(ITEMS)[0] == pytest.approx(first)
 
 
 def test_a_resaved_model_keeps_its_scale(tmp_path):
     ours = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a", identity="old/t"), Member("b", identity="b/t"))
-    ours.score(ITEMS)
+    ours.score(ITEMS)[0]
     ours.rename(ours.names(("old/t", "b/t")), ours.names(("new/t", "b/t")))
     events = []
     later = by_hand(
@@ -266,7 +270,7 @@ def test_a_resaved_model_keeps_its_scale(tmp_path):
         Member("a", identity="new/t"),
         Member("b", identity="b/t"),
     )
-    assert all(v is not None for v in later.score(ITEMS[:3]))
+    assert all(v is not None for v in later.score(ITEMS[:3])[0])
     assert events == []
 
 
@@ -296,16 +300,16 @@ def test_probes_leave_the_cache_alone_and_what_is_forgotten_is_asked_again(tmp_p
 def test_what_may_compare_items_is_asked_for_equal_ones_too(tmp_path):
     member = Member("a")
     ours = by_hand(scorer(tmp_path, "http://a"), member)
-    assert len(ours.score([*ITEMS, ITEMS[0]])) == len(ITEMS) + 1 and member.asked == len(ITEMS)
+    assert len(ours.score([*ITEMS, ITEMS[0]])[0]) == len(ITEMS) + 1 and member.asked == len(ITEMS)
     member.asked, member.compares = 0, True
-    assert len(ours.score([*ITEMS, ITEMS[0]])) == len(ITEMS) + 1 and member.asked == len(ITEMS) + 1
+    assert len(ours.score([*ITEMS, ITEMS[0]])[0]) == len(ITEMS) + 1 and member.asked == len(ITEMS) + 1
 
 
 def test_two_policies_are_not_compared_by_two_judges(tmp_path):
     member = Member("a", identity="one/t")
     ours = by_hand(scorer(tmp_path, "http://a"), member)
     judge = ours.identities
-    ours.score(ITEMS, identities=judge)
+    ours.score(ITEMS, identities=judge)[0]
     member.identity = "two/t"
     with pytest.raises(GuardError, match="changed during the stage"):
-        ours.score(ITEMS, identities=judge)
+        ours.score(ITEMS, identities=judge)[0]
