@@ -72,8 +72,10 @@ class Desk:
             return await asyncio.get_running_loop().run_in_executor(self._threads, scorer.score, items)
         except (Refusal, Stopped):
             raise
-        except (RewardUnavailable, RewardRefused) as error:
+        except RewardUnavailable as error:
             raise Refusal(503, f"what this server asks itself has failed: {error}") from error
+        except RewardRefused as error:  # such as a wrong key: no use in asking again
+            raise Refusal(424, f"what this server asks itself refuses: {error}") from error
         except Exception as error:
             # one boundary for whatever a model may raise, out of memory above all: this request fails, the server stays
             log.exception("scoring %d items failed", len(items))

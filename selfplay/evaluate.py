@@ -40,7 +40,9 @@ def evaluate(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
 
     line.update(text="scoring")
     judge = r.run.judge.identities
-    artifacts.write_json(folder / "judge.json", {"members": r.run.judge.members, "identities": judge})
+    names = r.run.judge.described(judge)
+    artifacts.write_json(folder / "judge.json", {"members": r.run.judge.members, "identities": judge, "names": names})
+    _notice_another_judge(r, names)
     judged, champion_judged = _judged(r, held_out, rows, champion_rows, judge)
     scores, champion_scores = _rewards(judged), _rewards(champion_judged)
     if not np.isfinite(np.add(scores, champion_scores)).any():
@@ -124,6 +126,9 @@ def independent(r: Round, judge: Sequence[str]) -> bool:
     The configuration names two; a server may still have the same weights under both names.
     """
     if r.config.evaluate.judge is None:
+        text = "gate not independent: the reward that trains judges (evaluate.judge names no other)"
+        r.run.store.event("evaluate", text, r.index)
+        r.run.display.note(text)
         return False
     path = r.dir / "score" / "reward.json"
     trains = artifacts.read_json(path)["identities"] if path.is_file() else []
@@ -133,6 +138,20 @@ def independent(r: Round, judge: Sequence[str]) -> bool:
         r.run.store.event("guard", text, r.index)
         r.run.display.warn(text)
     return not both
+
+
+def _notice_another_judge(r: Round, names: list[str]) -> None:
+    """Say so where another judge decides than at the last gate; `names`: what this one's scores are known by."""
+    for index in range(r.index - 1, 0, -1):
+        path = r.run.dir / "rounds" / f"{index:04d}" / "evaluate" / "judge.json"
+        if not path.is_file():
+            continue
+        before = artifacts.read_json(path).get("names", names)
+        if before != names:
+            text = f"another judge decides at this gate than in round {index}: {', '.join(names)} instead of {', '.join(before)}"
+            r.run.store.event("guard", text, r.index)
+            r.run.display.warn(text)
+        return
 
 
 def _judged(

@@ -24,18 +24,32 @@ from selfplay.types import Candidate, Prompt
     ],
 )
 def test_a_gate_is_independent_where_other_weights_judge(tmp_path, configured, reward, judge, expected):
-    warned = []
+    warned, noted = [], []
     r = SimpleNamespace(
         dir=tmp_path / "rounds" / "0001",
         index=1,
         config=SimpleNamespace(evaluate=SimpleNamespace(judge=object() if configured else None)),
-        run=SimpleNamespace(store=Store(tmp_path), display=SimpleNamespace(warn=warned.append)),
+        run=SimpleNamespace(store=Store(tmp_path), display=SimpleNamespace(warn=warned.append, note=noted.append)),
     )
     (r.dir / "score").mkdir(parents=True)
     if reward is not None:
         artifacts.write_json(r.dir / "score" / "reward.json", {"identities": reward})
     assert evaluate.independent(r, judge) is expected
-    assert len(warned) == (configured and not expected)
+    assert len(warned) == (configured and not expected) and len(noted) == (not configured)
+    assert ["gate not independent" in e["text"] for e in r.run.store.events(1)] == [True] * (not expected)
+
+
+def test_another_judge_than_at_the_last_gate_is_told(tmp_path):
+    warned = []
+    run = SimpleNamespace(dir=tmp_path, store=Store(tmp_path), display=SimpleNamespace(warn=warned.append))
+    for index, name in ((1, "other"), (3, "one")):
+        folder = tmp_path / "rounds" / f"{index:04d}" / "evaluate"
+        folder.mkdir(parents=True)
+        artifacts.write_json(folder / "judge.json", {"names": [name]})
+    evaluate._notice_another_judge(SimpleNamespace(run=run, index=5), ["one"])
+    assert warned == []
+    evaluate._notice_another_judge(SimpleNamespace(run=run, index=5), ["two"])
+    assert warned == ["another judge decides at this gate than in round 3: two instead of one"]
 
 
 def test_a_pairwise_judge_compares_candidate_and_champion(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from reward.app import build_app
-from reward.faults import RewardUnavailable
+from reward.faults import RewardRefused, RewardUnavailable
 from reward.openrlhf import Unrender
 from reward.schema import Health, Item
 from reward.scorer import Score, Stopped
@@ -81,7 +81,13 @@ def test_what_has_no_place_is_told_when_to_ask_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(RuntimeError("out of memory"), 500), (Stopped(), 503), (RewardUnavailable("down"), 503)]
+    ("error", "code"),
+    [
+        (RuntimeError("out of memory"), 500),
+        (Stopped(), 503),
+        (RewardUnavailable("down"), 503),
+        (RewardRefused("wrong key"), 424),
+    ],
 )
 def test_a_failure_gives_its_place_and_its_scorer_back(error: Exception, code: int) -> None:
     scorer = Waiting(error)
