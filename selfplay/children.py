@@ -195,6 +195,13 @@ class Child:
         _running.discard(self)
         self._process = None
 
+    def cut(self) -> None:
+        """End the child and everything below it at once, from any thread; whoever waits for it finds it dead."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
+
     def _events(self) -> Iterator[Event]:
         """Protocol lines as they come; ends when the child closes its output."""
         assert self._process is not None and self._process.stdout is not None, f"{self.name} was not started"
@@ -256,10 +263,7 @@ def cut() -> None:
     """
     _ending.set()
     for child in list(_running):
-        process = child._process
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGUSR1)
+        child.cut()
 
 
 def uncut() -> None:

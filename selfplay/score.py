@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import threading
 from collections import Counter
@@ -51,6 +52,7 @@ class RewardService:
         self._env = {"OMP_NUM_THREADS": "1", **gpu_env}
         self.log = run_dir / "logs" / f"{name}.log"
         self._child: Child | None = None
+        self._starting: Child | None = None  # the same while `_watch` waits until it serves
         self._port = 0  # any free one at first; kept for restarts
         self._client: RewardClient | None = None
 
@@ -128,7 +130,7 @@ class RewardService:
     def _ask(self, call: Callable[[RewardClient], Answer]) -> Answer:
         """Do `call` with a server that is kept alive meanwhile."""
         client = self._ready()
-        done = threading.Event()
+        done, unavailable = threading.Event(), False
         watch = threading.Thread(target=self._watch, args=(done,), name=f"{self.name}-watch", daemon=True)
         if self._child is not None:
             watch.start()
@@ -137,23 +139,28 @@ class RewardService:
         except RewardRefused as error:
             raise InputError(f"the {self.name} server refuses: {error}", self._hint()) from error
         except RewardUnavailable as error:
+            unavailable = True
             raise RewardError(f"the {self.name} is unavailable: {error}", self._hint()) from error
         finally:
             done.set()
-            if watch.is_alive():
-                watch.join()
+            while watch.is_alive():  # it may wait for a server that takes its time to start, and nobody else does
+                if self._starting is not None:
+                    self._starting.cut()
+                watch.join(0.2)
+            if unavailable and self._child is not None:
+                self._child.stop(grace=0)  # it may hang: the next call starts another one
 
     def _ready(self) -> RewardClient:
+        """The client of a server that serves; one of ours is started where there is none."""
         if self._child is not None and not self._child.alive:
             self._on_event("reward_restart", f"the {self.name} server died; starting it again")
             self._child.stop()
             self._child = None
+        url = self._config.url
+        if not url and (self._child is None or self._client is None):
             self.start()
-            if self._client is not None:  # else it is waited for below: it says only once that it is ready
-                self._wait_until_it_serves()
+            url = [self._wait_until_it_serves()]
         if self._client is None:
-            self.start()
-            url = self._config.url or [self._wait_until_it_serves()]
             key = self._config.api_key_env
             if key and not os.environ.get(key):
                 raise InputError(f"the key for the {self.name} is to be in ${key}, which is not set", "export it")
@@ -180,7 +187,7 @@ class RewardService:
         except ChildDied as error:
             self._child = None
             message = f"the {self.name} server for {self._config.model or 'rules or a judge'} did not start: {last_line(self.log)}"
-            failure = InputError if "exit code 2" in str(error) else RewardError
+            failure = InputError if re.search(r"exit code 2\b", str(error)) else RewardError
             raise failure(message, self._hint()) from error
         self._port = int(url.rpartition(":")[2])
         return url
@@ -191,17 +198,23 @@ class RewardService:
             while self._child is None or self._child.alive:
                 if done.wait(0.2):
                     return
+            if done.is_set():
+                return
             self._on_event("reward_restart", f"the {self.name} server died; starting it again")
             self._child.stop()
             self._child = None
             try:
                 self.start()
+                self._starting = self._child
                 self._wait_until_it_serves()
             except Interrupted:
                 return
             except (InputError, RewardError) as error:
-                self._on_event("warning", str(error))
+                if not done.is_set():
+                    self._on_event("warning", str(error))
                 return
+            finally:
+                self._starting = None
 
     def _hint(self) -> str:
         if self._config.url:

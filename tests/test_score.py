@@ -15,6 +15,7 @@ import pytest
 from mini import commands, nothing_left
 
 from selfplay import score, shaping
+from selfplay.children import Child
 from selfplay.config import RewardSource, ShapingConfig
 from selfplay.errors import GuardError, InputError, RewardError
 from selfplay.scorer import Answer
@@ -40,8 +41,12 @@ def service(mini_world, tmp_path):
     assert nothing_left(tmp_path)
 
 
+def server(run_dir: Path) -> int:
+    return next(pid for pid, words in commands(run_dir) if words[1:3] == ["-m", "reward.server"])
+
+
 def kill_server(run_dir: Path) -> None:
-    os.kill(next(pid for pid, words in commands(run_dir) if words[1:3] == ["-m", "reward.server"]), signal.SIGKILL)
+    os.kill(server(run_dir), signal.SIGKILL)
 
 
 def test_a_server_killed_while_it_scores_costs_a_pause(service, tmp_path):
@@ -71,6 +76,54 @@ def test_a_server_killed_before_it_was_ever_asked_is_started_again(service, tmp_
         time.sleep(0.01)
     assert ours.score([(MESSAGES, "Blue.")])[0] is not None
     assert events == [("reward_restart", "the reward server died; starting it again")]
+
+
+RULES = {"model": None, "rules": [{"rule": "length", "max": 9}]}
+
+
+@pytest.mark.timeout(120)
+def test_a_server_that_hangs_is_ended_and_the_next_call_starts_another(service, tmp_path):
+    ours, events = service(**RULES, deadline=1.0)
+    assert ours.score([(MESSAGES, "Blue.")]) == [1.0]
+    os.kill(server(tmp_path), signal.SIGSTOP)
+    with pytest.raises(RewardError, match="the reward is unavailable"):
+        ours.score([(MESSAGES, "Blue.")])
+    ours._config, ours._client = ours._config.model_copy(update={"deadline": 60.0}), None
+    assert ours.score([(MESSAGES, "Blue.")]) == [1.0]
+    assert events == [("reward_restart", "the reward server died; starting it again")]
+
+
+@pytest.mark.timeout(120)
+def test_an_outage_does_not_wait_for_a_server_that_never_comes_up(service, tmp_path, monkeypatch):
+    ours, events = service(**RULES, deadline=3.0)
+    ours.score([(MESSAGES, "Blue.")])
+
+    def start():
+        if ours._child is None:
+            ours._child = Child("reward", ["sleep", "1000"], run_dir=tmp_path, log=ours.log, silence=1000)
+            ours._child.start()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "start", start)
+        kill_server(tmp_path)
+        patch.setattr(ours, "_ready", lambda: ours._client)  # it died a moment after it was seen alive
+        with pytest.raises(RewardError, match="the reward is unavailable"):
+            ours.score([(MESSAGES, "Blue.")])
+    ours._config, ours._client = ours._config.model_copy(update={"deadline": 60.0}), None
+    assert ours.score([(MESSAGES, "Blue.")]) == [1.0]
+    assert [kind for kind, _ in events] == ["reward_restart"]
+
+
+@pytest.mark.parametrize(("code", "error"), [(2, InputError), (20, RewardError), (201, RewardError), (1, RewardError)])
+def test_only_exit_code_2_means_that_it_cannot_be_served(service, tmp_path, code, error):
+    ours, _ = service()
+    ours.log.parent.mkdir()
+    ours.log.write_text("what it said last\n")
+    child = Child("reward", ["sh", "-c", f"exit {code}"], run_dir=tmp_path, log=ours.log)
+    child.start()
+    ours._child = child
+    with pytest.raises(error, match="did not start: what it said last"):
+        ours._wait_until_it_serves()
 
 
 def test_a_url_where_nobody_answers(service):
