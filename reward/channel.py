@@ -56,7 +56,9 @@ class Channel:
             raise ValueError("timeout and deadline must be positive, waits not negative")
         self._what, self._advice, self._too_large = what, advice, too_large
         self._timeout, self._deadline = timeout, deadline
-        self._jitter = tenacity.wait_exponential_jitter(multiplier=first_wait, max=longest_wait, jitter=first_wait)
+        # apart: clients that wait for longest must not return together either
+        exponential = tenacity.wait_exponential(multiplier=first_wait, max=longest_wait)
+        self._jitter = exponential + tenacity.wait_random(0, first_wait)
         self._endpoints = Endpoints(self.urls, first_rest=first_wait, longest_rest=longest_wait)
         self._http = httpx.Client(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -87,23 +89,36 @@ class Channel:
 
         for endpoint in self._endpoints.all:
             if self._endpoints.pause([endpoint]) == 0:
+                until = time.monotonic() + min(self._timeout, PATIENCE)
                 with contextlib.suppress(Fault):  # its work is done by the others, while there are any
-                    self._once([endpoint], attempt, min(self._timeout, PATIENCE))
+                    self._once([endpoint], attempt, until, stop, closes=False)
         if not found:
-            self._retry(self._endpoints.all, attempt, stop)
+            self._retry(self._endpoints.all, attempt, stop, closes=False)
         return found
 
-    def _once(self, among: list[Endpoint], attempt: Callable[[str, float], T], seconds: float) -> T:
-        """One attempt at the best of these. Raises Fault, which is noted."""
-        with self._endpoints.use(among) as endpoint:
+    def _once(
+        self,
+        among: list[Endpoint],
+        attempt: Callable[[str, float], T],
+        until: float,
+        stop: threading.Event,
+        closes: bool,
+    ) -> T:
+        """One attempt at the best of these. Raises Fault, which is noted. `closes`: whether a success closes its breaker."""
+        with self._endpoints.use(among, until=until, stop=stop, closes=closes) as endpoint:
+            began = time.monotonic()
             try:
-                return attempt(endpoint.url, seconds)
+                return attempt(endpoint.url, max(min(self._timeout, until - began), 0.05))
             except Fault as fault:
-                note = self._endpoints.busy if fault.busy else self._endpoints.failed
-                note(endpoint, fault.retry_after)
+                if fault.busy:
+                    self._endpoints.busy(endpoint, fault.retry_after)
+                else:
+                    self._endpoints.failed(endpoint, fault.retry_after, began)
                 raise
 
-    def _retry(self, among: list[Endpoint], attempt: Callable[[str, float], T], stop: threading.Event) -> T:
+    def _retry(
+        self, among: list[Endpoint], attempt: Callable[[str, float], T], stop: threading.Event, closes: bool = True
+    ) -> T:
         """The one retry policy: `attempt(url, seconds)` until it succeeds or the deadline leaves no time for another."""
         began = time.monotonic()
         tried = 0
@@ -113,11 +128,10 @@ class Channel:
 
         def once() -> T:
             nonlocal tried
-            left = began + self._deadline - time.monotonic()
-            stop.wait(min(self._endpoints.pause(among), max(left, 0.0)))
-            left = began + self._deadline - time.monotonic()
+            until = began + self._deadline
+            stop.wait(min(self._endpoints.pause(among), max(until - time.monotonic(), 0.0)))
             tried += 1
-            return self._once(among, attempt, max(min(self._timeout, left), 0.05))
+            return self._once(among, attempt, until, stop, closes)
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Fault),
