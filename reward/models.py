@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward.chat import ChatEncoder
@@ -100,7 +99,8 @@ class RewardModel:
         field = "rewards" if separate is not None else "logits"
         count = getattr(output, field).shape[-1]
         labels = self._model.config.id2label
-        names = [str(labels[i]) if len(labels) == count else str(i) for i in range(count)]
+        numbers = [str(i) for i in range(count)]
+        names = [str(labels[i]) for i in range(count)] if len(labels) == count else numbers
         if not heads and count == 1:
             return lambda output: output.logits[:, 0].float()
         if not heads:
@@ -108,9 +108,10 @@ class RewardModel:
                 f"a reward model has one label, this one has num_labels = {count}: name the heads to add up, "
                 f"--head NAME or --head NAME=WEIGHT, out of {', '.join(names)}"
             )
-        if unknown := [h for h in heads if h not in names]:
+        if unknown := [h for h in heads if h not in names + numbers]:
             raise ModelRefused(f"the model has no head {unknown[0]!r}; it has {', '.join(names)}")
-        weights = torch.tensor([float(heads.get(n, 0.0)) for n in names], device=self._model.device)
+        each = [float(heads.get(n, heads.get(i, 0.0))) for n, i in zip(names, numbers, strict=True)]
+        weights = torch.tensor(each, device=self._model.device)
         return lambda output: getattr(output, field).float() @ weights
 
     def _pad_id(self, sequences: Sequence[list[int]]) -> int:
@@ -187,8 +188,8 @@ def load_all(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **own_code
             )
             model = model.to(device).eval().requires_grad_(False)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelRefused(f"{name}: {error}") from error
+        except Exception as error:  # whatever the readers of its files raise, and code that comes with a model
+            raise ModelRefused(f"{name}: {type(error).__name__}: {error}") from error
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:5])
             raise ModelRefused(f"{name}: no trained reward model, its weight files lack {missing}")
@@ -208,6 +209,8 @@ def load_all(
             found.append(RewardModel(model, encoder, health, budget, heads))
         except ModelRefused as error:
             raise ModelRefused(f"{name}: {error}") from error
+        except Exception as error:  # code that comes with a model, at its first conversation
+            raise ModelRefused(f"{name}: {type(error).__name__} at its first conversation: {error}") from error
     return found
 
 

@@ -96,6 +96,28 @@ def test_a_named_head_and_a_weighted_sum(folder: Path) -> None:
     assert mixed == pytest.approx((0.65 * logits[:, 0] - 0.2 * logits[:, 2]).tolist(), abs=1e-5)
 
 
+def test_heads_by_number(folder: Path) -> None:
+    named, numbered = (load(str(folder), heads=h).score(ITEMS) for h in ({"correctness": 2.0}, {"1": 2.0}))
+    assert [s.value for s in named] == [s.value for s in numbered]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("import torch\n", "import torch\nfrom transformers import NO_SUCH_NAME\n", "ImportError: .*NO_SUCH_NAME"),
+        ("hidden = self.model(", "hidden = self.modle(", "AttributeError at its first conversation: .*modle"),
+    ],
+)
+def test_code_of_a_model_that_fails_means_that_it_cannot_be_served(
+    gated: Path, tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(gated, folder)
+    (folder / "own_code.py").write_text(OWN_CODE.replace(before, after, 1))
+    with pytest.raises(ModelRefused, match=message):
+        load(str(folder), trust_remote_code=True)
+
+
 def test_heads_are_part_of_what_scores(folder: Path) -> None:
     hashes = {
         load(str(folder), heads=h).health.weights_sha256
