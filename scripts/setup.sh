@@ -11,9 +11,11 @@ if [ "${1:-}" = browser ]; then
         if command -v "$name" >/dev/null; then exit 0; fi
     done
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -e .venv/.no-browser ]; then
-        say "installing chromium for the tests of the page (Debian's package, about a minute)"
+        say "installing chromium for the tests of the page (Debian's package; once, about a minute, given up after five)"
         export DEBIAN_FRONTEND=noninteractive
-        { timeout 300 apt-get update && timeout 600 apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 </dev/null && exit 0
+        # A network that drops packets answers nothing: no attempt waits long.
+        get="apt-get -o Acquire::Retries=1 -o Acquire::http::Timeout=10 -o Acquire::https::Timeout=10"
+        { timeout 60 $get update && timeout 240 $get install -y --no-install-recommends chromium; } >/dev/null 2>&1 </dev/null && exit 0
         touch .venv/.no-browser # tried once
     fi
     say "there is no chromium: the tests that need a browser will be skipped"
@@ -25,16 +27,28 @@ python=${PYTHON:-python3}
     say "Python 3.11 or newer is needed; $("$python" --version) was found. Set PYTHON to another one."
     exit 1
 }
-if [ ! -x .venv/bin/python ]; then
+# One that was interrupted while it was made has a Python and no pip.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     say "making .venv"
-    "$python" -m venv .venv || { say "the venv module is missing: install it (Debian: apt-get install python3-venv)"; exit 1; }
+    "$python" -m venv --clear .venv || { say "the venv module is missing: install it (Debian: apt-get install python3-venv)"; exit 1; }
 fi
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet "uv==$(sed -n 's/^uv==//p' constraints.txt)" 2>/dev/null || "${pip[@]}" install "uv==$(sed -n 's/^uv==//p' constraints.txt)"
 
-# uv does not read pip's configuration: a folder of wheels that pip knows is passed on.
-links=$("${pip[@]}" config get global.find-links 2>/dev/null || true)
-[ -z "$links" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-${links//[[:space:]]/,}}"
+# uv does not read pip's configuration: the index, further ones and folders of wheels that pip knows are passed on.
+of_pip() {
+    local variable=PIP_${1^^}
+    variable=${variable//-/_}
+    printf '%s' "${!variable-$("${pip[@]}" config get "global.$1" 2>/dev/null)}" | xargs
+}
+index=$(of_pip index-url)
+more=$(of_pip extra-index-url)
+links=$(of_pip find-links)
+[ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
+if [ -n "$more" ] && [ -z "${UV_INDEX:-}" ]; then
+    export UV_INDEX="$more" UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}" # pip's way: all indexes are one
+fi
+[ -z "$links" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-${links// /,}}"
 uv=(.venv/bin/uv pip install --python .venv/bin/python --constraint constraints.txt --quiet)
 
 cuda=gpu
