@@ -445,24 +445,11 @@ class Generator:
         assert self._child is not None
         return self._child.order(order, on_event, **fields)
 
-    def _folder(self, policy: Policy) -> Path:
-        """Where the policy's manifest is: with its weights, or in the run folder for the initial policy."""
-        beside = Path(policy.path)
-        return (
-            beside if (beside / "manifest.json").is_file() else policies.Policies(self._run_dir).folder(policy.version)
-        )
-
     def _manifest(self, policy: Policy) -> Manifest:
-        """The policy's manifest, every file of it checked."""
-        folder = self._folder(policy)
+        """The run's manifest of the policy, every file of it checked. A source folder's own, of another run, has no say."""
+        folder = policies.Policies(self._run_dir).folder(policy.version)
         manifest = policies.verify(folder)
-        if manifest.version != policy.version:
-            raise CheckpointError(f"{folder} holds policy {manifest.version}, not {policy.version}")
-        checked = Path(manifest.source) if manifest.source else folder
-        if checked.resolve() != Path(policy.path).resolve():
-            raise CheckpointError(
-                f"{policy.path} has no manifest: the one of policy {policy.version} is about {checked}"
-            )
+        assert Path(manifest.source or folder).resolve() == Path(policy.path).resolve(), "policies come from the run"
         Canaries.of(manifest.canaries)
         return manifest
 

@@ -22,6 +22,7 @@ from selfplay.errors import CheckpointError
 from selfplay.types import Policy
 
 TensorSpec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
+MASTERS = "masters"  # folder in a checkpoint with the same in float32, from which training starts
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")  # what a checkpoint is made of
 
 
@@ -85,8 +86,16 @@ def tensors(path: Path) -> dict[str, TensorSpec]:
 
 
 def checkpoint_files(path: Path) -> dict[str, str]:
-    """SHA-256 of the files of a checkpoint that others made."""
-    return {p.name: artifacts.sha256(p) for p in sorted(path.iterdir()) if p.is_file() and p.suffix in SUFFIXES}
+    """SHA-256 of the files of a checkpoint that others made.
+
+    A policy of another run is one too: its masters count, its manifest there does not.
+    """
+    found = sorted([*path.iterdir(), *(path / MASTERS).glob("*")])
+    return {
+        p.relative_to(path).as_posix(): artifacts.sha256(p)
+        for p in found
+        if p.is_file() and p.suffix in SUFFIXES and p.name != artifacts.MANIFEST
+    }
 
 
 def weights_sha256(manifest: Manifest) -> str:

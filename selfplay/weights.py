@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from selfplay.epsilon_dpo import chosen_logps
 from selfplay.errors import TrainError
+from selfplay.policies import MASTERS
 
 logger = logging.getLogger(__name__)
 
-MASTERS = "masters"
 # What belongs to the tokenizer, the chat template and generation: never rewritten, only copied.
 COPIED = ("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model", "*.tiktoken",
           "chat_template*", "additional_chat_templates/*", "generation_config.json", "*.py")  # fmt: skip

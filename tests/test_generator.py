@@ -10,9 +10,10 @@ import pytest
 from engine_world import EOS, config, logps, prompts, write_manifest, write_policy
 from transformers import AutoModelForCausalLM
 
-from selfplay import children, generator
+from selfplay import artifacts, children
 from selfplay.errors import CheckpointError, ConfigError, InputError, SwapError
 from selfplay.generator import Generator
+from selfplay.policies import Policies
 from selfplay.swap import Canaries
 
 
@@ -63,12 +64,19 @@ def kill(service):
     os.kill(pid, signal.SIGKILL)
 
 
-def damaged(policy, tmp_path, change):
-    """A copy of a policy with its weights file changed."""
-    path = tmp_path / "damaged"
+def copy(policy, version):
+    """The policy once more, in the same run and under another number."""
+    path = Path(policy.path).with_name(f"{version:04d}")
+    shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(policy.path, path)
-    change(path / "model.safetensors")
-    return generator.Policy(version=policy.version, path=str(path), parent=1, round=1, beta=None, reference=None)
+    return dataclasses.replace(policy, version=version, path=str(path))
+
+
+def damaged(policy, change):
+    """A copy of a policy with its weights file changed."""
+    found = copy(policy, 9)
+    change(Path(found.path) / "model.safetensors")
+    return found
 
 
 def test_candidates_come_in_order(service, golden):
@@ -130,11 +138,9 @@ def tamper(file):
     ],
     ids=["truncated", "tampered", "missing", "no manifest"],
 )
-def test_a_damaged_checkpoint_is_refused_and_the_old_weights_answer(
-    service, policies, golden, tmp_path, change, message
-):
+def test_a_damaged_checkpoint_is_refused_and_the_old_weights_answer(service, policies, golden, change, message):
     with pytest.raises(CheckpointError, match=message):
-        service.swap(damaged(policies[2], tmp_path, change))
+        service.swap(damaged(policies[2], change))
     assert service.generate(prompts(32)) == golden
 
 
@@ -144,7 +150,7 @@ def test_another_shape_is_refused(service, policies, golden):
     assert service.generate(prompts(32)) == golden
 
 
-def test_a_missing_tensor_is_refused(service, policies, golden, tmp_path):
+def test_a_missing_tensor_is_refused(service, policies, golden):
     from safetensors.torch import load_file, save_file
 
     def drop(file):
@@ -152,11 +158,22 @@ def test_a_missing_tensor_is_refused(service, policies, golden, tmp_path):
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, file, metadata={"format": "pt"})
 
-    policy = damaged(policies[2], tmp_path, drop)
-    write_manifest(Path(policy.path), 2, [-1.0] * 6)
+    policy = damaged(policies[2], drop)
+    write_manifest(Path(policy.path), 9, [-1.0] * 6)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
         service.swap(policy)
     assert service.generate(prompts(32)) == golden
+
+
+def test_an_initial_policy_that_is_a_policy_of_another_run(service, policies, run_dir, tmp_path):
+    """Its source folder has a manifest of its own, about another number."""
+    source = write_policy(tmp_path / "policies", 3, seed=2)
+    canaries = artifacts.read_json(Path(policies[2].path) / "manifest.json")["canaries"]
+    own = Policies(run_dir)
+    own.import_initial(Path(source.path), canaries, "f", {})
+    assert service.swap(own.get(0)).method == "canaries"
+    assert service.policy.version == 0 and service.generate(prompts(4))[0].policy == 0
+    service.swap(policies[1])
 
 
 def test_sleep_is_not_there_on_a_cpu(service, golden):

@@ -84,6 +84,19 @@ def test_the_source_of_the_initial_policy_is_checked_too(run, tmp_path):
         policies.verify(run.folder(0))
 
 
+def test_a_policy_of_another_run_as_the_initial_one(run, tmp_path):
+    checkpoint(run.folder(3) / "masters")
+    other = Policies(tmp_path / "other")
+    other.import_initial(run.folder(3), {}, "f", {})
+    manifest = policies.verify(other.folder(0))
+    assert sorted(manifest.files) == [
+        "config.json", "masters/config.json", "masters/model.safetensors", "model.safetensors"
+    ]  # fmt: skip
+    (run.folder(3) / "masters" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="masters/model.safetensors is not what"):
+        policies.verify(other.folder(0))
+
+
 def test_retention_keeps_what_is_needed_and_every_manifest(run):
     rule = RetentionConfig(last=1, every=0, pinned=[1], rejected_rounds=2)
     assert run.prune(rule, keep={5, 4}, rejected={2, 4}, round_index=5) == [2, 3]
