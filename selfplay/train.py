@@ -143,6 +143,7 @@ class EpsilonDPOTrainer(DPOTrainer):
             raise ValueError("compute_metrics is not supported: whole logits are never kept")
         self._sums = torch.zeros(len(SUMS))
         self._step_sums: dict[str, float] = {}
+        self._step_pairs = 0  # of the running optimizer step, in this process
         self._logratios: deque[list[float]] = deque(maxlen=DROP_STEPS)
         super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
         words = self.model.get_input_embeddings().num_embeddings
@@ -174,6 +175,23 @@ class EpsilonDPOTrainer(DPOTrainer):
         if self.ref_model is not None:
             self._unchecked.append(self.ref_model)
             head.make_lean(_bare(self.accelerator.unwrap_model(self.ref_model)))
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        """The micro-batches of the next optimizer step, whose pairs are counted."""
+        batches, items = super().get_batch_samples(*args)
+        self._step_pairs = sum(len(batch["input_ids"]) // 2 for batch in batches)
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Loss of one micro-batch. In training weighted so that a step's loss is the mean over its pairs.
+
+        What calls this divides by the number of micro-batches; the last one of an epoch may be shorter than the others.
+        """
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.model.training and self._step_pairs:
+            pairs = len(inputs["input_ids"]) // 2
+            loss = loss * (pairs * self.current_gradient_accumulation_steps / self._step_pairs)
+        return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Tensor:
         """ε-DPO loss of one micro-batch: the mean over its pairs. Rows of `inputs` are [chosen; rejected]."""

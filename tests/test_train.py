@@ -356,6 +356,22 @@ def test_nll_of_the_chosen_is_added_by_its_weight(tmp_path: Path) -> None:
     assert mixed.state.log_history[-2]["nll/chosen"] < plain.state.log_history[-2]["nll/chosen"]
 
 
+def test_a_short_last_micro_batch_counts_by_its_pairs(tmp_path: Path) -> None:
+    """13 pairs in steps of 8: the second step has micro-batches of 4 and 1, and is what one batch of 5 would be."""
+    trainers = [
+        make(tmp_path, pairs(13), num_train_epochs=1, per_device_train_batch_size=size, gradient_accumulation_steps=n)
+        for size, n in ((4, 2), (8, 1))
+    ]
+    for trainer in trainers:
+        trainer.train()
+    uneven, whole = trainers
+    for log, other in zip(uneven.state.log_history[:-1], whole.state.log_history[:-1], strict=True):
+        for name in ("loss", "grad_norm"):
+            assert log[name] == pytest.approx(other[name], rel=1e-4)
+    for name, expected in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(uneven)[name], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_drop_of_the_chosen_is_averaged_over_the_last_steps(tmp_path: Path) -> None:
     """Ten steps' means of log π/π_ref, which a checkpoint carries on; the reference of the first step is the policy."""
     whole = make(
