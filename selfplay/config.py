@@ -394,7 +394,7 @@ class TrainConfig(Section):
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Shape of the learning rate over a round."""
-    warmup_ratio: Share = 0.1
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of a round's steps with a rising learning rate."""
     epochs: Positive = 1
     """Passes over a round's pairs."""

@@ -1,12 +1,14 @@
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from selfplay.children import ChildDied, ChildError
 from selfplay.config import TrainConfig
 from selfplay.errors import TrainError
-from selfplay.jobs import CanaryJob
+from selfplay.jobs import CanaryJob, TrainJob
 from selfplay.training import TRAINER_STARTS, alarms, order
 
 QUIET = {"train/beta": 0.1, "train/beta_at_limit": 0.0, "train/chosen_drop": 49.0}
@@ -81,3 +83,21 @@ def test_an_order_that_fails_is_no_reason_for_a_second_try(tmp_path: Path) -> No
     with pytest.raises(TrainError, match="out of memory") as error:
         order(r, "canaries", JOB)  # type: ignore[arg-type]
     assert (error.value.kind, error.value.hint, r.events) == ("oom", "lower micro_batch_pairs", [])
+
+
+def test_what_the_configuration_takes_the_trainers_job_takes() -> None:
+    """Otherwise it would be refused after a round has sampled."""
+
+    def takes(model: Any, name: str, value: object) -> bool:
+        field = model.model_fields[name]
+        try:
+            TypeAdapter(Annotated[field.annotation, field]).validate_python(value)
+        except ValidationError:
+            return False
+        return True
+
+    numbers = [n for n, f in TrainConfig.model_fields.items() if n in TrainJob.model_fields and n != "lora"]
+    assert "warmup_ratio" in numbers and "beta" in numbers
+    for name in numbers:
+        for value in (-1, 0, 1e-6, 0.4, 0.5, 0.99, 1, 2, 1_000_000, None):
+            assert not takes(TrainConfig, name, value) or takes(TrainJob, name, value), (name, value)
