@@ -66,13 +66,14 @@ def run_rounds(
 def _rounds(run: Run, total: int | None) -> None:
     from selfplay.round import run_round
 
-    finished = [r for r in run.store.rounds() if r["state"] != "running"]
-    target = len(finished) + 1 if total is None else total
-    if len(finished) >= target:
+    unfinished = run.store.unfinished() is not None
+    finished = len(run.store.rounds()) - unfinished
+    target = finished + 1 if total is None else total
+    left = max(target - finished, int(unfinished))
+    if not left:
         run.display.note(f"{run.dir} has its {target} rounds already")
         run.display.run_table(run.store)
-        return
-    for _ in range(target - len(finished)):
+    for _ in range(left):
         run.display.round_table(run_round(run))
 
 

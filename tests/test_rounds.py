@@ -88,6 +88,14 @@ def test_an_unfinished_round_comes_first_and_counts(command, tmp_path, capsys):
     assert states(tmp_path) == ["promoted"]
 
 
+def test_an_unfinished_round_is_completed_however_many_are_asked_for(command, tmp_path):
+    failed = StageFailed("train", 2, EngineError("the GPU is gone"), None)
+    assert command("promoted", failed)[0] == 0 and command(failed)[0] == 3
+    assert states(tmp_path) == ["promoted", "running"]
+    assert command("rejected", "not asked for", total=1) == (0, ["not asked for"])
+    assert states(tmp_path) == ["promoted", "rejected"]
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
