@@ -33,7 +33,7 @@ from selfplay import (
     training,
     watch,
 )
-from selfplay.display import Line
+from selfplay.display import STAGES, Line
 from selfplay.errors import CheckpointError, GuardError, SelfplayError, StageFailed
 from selfplay.jobs import EmbedJob
 from selfplay.run import Run, size
@@ -43,10 +43,18 @@ from selfplay.types import Candidate, Drawn, Pair, PairGradient, Policy, Prompt,
 
 Metrics = Mapping[str, float]
 
+GIVE_UP = "put the folder back from a copy, or give the round up (selfplay cancel): its policy was made from it"
+
 
 def run_round(run: Run) -> RoundReport:
     """Complete the unfinished round of a run, or do the next one. Raises StageFailed; what was finished is kept."""
     r = Round.begin(run)
+    if r.adopted and not r.done("train"):
+        raise CheckpointError(
+            f"{r.dir / 'train'} is gone, but the policy that was trained there is {run.policies.folder(r.index)}: trained "
+            "again it would be another one",
+            GIVE_UP,
+        )
     run.warm_up()
     if not r.done("train"):
         run.trainer()  # pays for its imports while the engine samples
@@ -80,7 +88,7 @@ def cancel_round(run: Run) -> RoundReport:
     """Give up the open round: nothing of it is used, and the current policy serves on."""
     assert run.store.unfinished() is not None, "there is a round to give up"
     r = Round.begin(run)
-    if run.policies.folder(r.index).is_dir():  # it may have been adopted a moment before all ended
+    if r.adopted:  # it may have been adopted a moment before all ended
         training.record_candidate(r)
     if run.generator.policy is not None:
         r.serve(run.current, trial=False)
@@ -130,8 +138,7 @@ class Round:
         """Record how the round ended, and delete what nothing needs any more."""
         run, store = self.run, self.run.store
         current = run.current
-        candidate = run.policies.folder(self.index)
-        if candidate.is_dir():
+        if self.adopted:
             store.record_policy(self.index, outcome)
         for scratch in self.dir.iterdir() if self.dir.is_dir() else ():
             if scratch.name.endswith((".shards", ".work")):
@@ -154,11 +161,27 @@ class Round:
     def done(self, name: str) -> bool:
         return (self.dir / name).is_dir()
 
+    @property
+    def adopted(self) -> bool:
+        """Whether the policy that this round trained has its place among the run's."""
+        return self.run.policies.folder(self.index).is_dir()
+
+    def _mend(self, name: str) -> str:
+        """What to do about a damaged stage: those after it were made from it."""
+        after = [stage for stage in STAGES[STAGES.index(name) :] if self.done(stage)]
+        if self.adopted and "train" in after:
+            return GIVE_UP
+        return f"delete {', '.join(after)} in {self.dir} to have that done again"
+
     def stage(self, name: str, work: Callable[[Path, Line], Metrics], total: int | None = None, unit: str = "") -> None:
         """Run a stage unless its folder is there, and record it. `work` writes to a folder and returns metrics."""
         target = self.dir / name
         if target.is_dir():
-            artifacts.verify_files(target, self._manifest(name)["files"], CheckpointError)
+            files = self._manifest(name)["files"]
+            try:
+                artifacts.verify_files(target, files, CheckpointError)
+            except CheckpointError as error:
+                raise CheckpointError(str(error), self._mend(name)) from error
             self.run.display.kept(self.index, name)
         else:
             self.run.breathe("stage")
@@ -177,7 +200,7 @@ class Round:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error!r}): this stage cannot be shown to be whole",
-                f"delete the folder {path.parent} to have the stage done again",
+                self._mend(name),
             ) from error
 
     def _run_stage(self, name: str, target: Path, work: Callable[[Path, Line], Metrics], line: Line) -> None:

@@ -244,12 +244,20 @@ class Store:
             )
 
     def record_stage(self, index: int, stage: str, seconds: float, values: dict[str, float]) -> None:
-        """Record a finished stage with its metrics (names without the stage). Recording it again changes nothing."""
+        """Record a finished stage with its metrics (names without the stage), once.
+
+        A stage that was done again took other seconds: it replaces what was recorded of it before.
+        """
+        this = (stages.c.round == index) & (stages.c.stage == stage)
         with self._engine.begin() as connection:
-            if connection.execute(
-                sa.select(stages.c.stage).where(stages.c.round == index, stages.c.stage == stage)
-            ).first():
+            if connection.scalar(sa.select(stages.c.seconds).where(this)) == seconds:
                 return
+            connection.execute(stages.delete().where(this))
+            connection.execute(
+                metrics.delete().where(
+                    metrics.c.round == index, metrics.c.name.startswith(f"{stage}/", autoescape=True)
+                )
+            )
             connection.execute(stages.insert().values(round=index, stage=stage, ended=now(), seconds=seconds))
             rows = [
                 {"round": index, "name": f"{stage}/{name}", "value": float(value)} for name, value in values.items()

@@ -17,7 +17,6 @@ def test_a_round_from_its_opening_to_its_close(tmp_path):
     store.open_round(1, sampler=0, cursor=(0, 5), fingerprint="f", config={"a": 1})
     assert store.unfinished()["cursor"] == [0, 5]
     store.record_stage(1, "generate", 2.5, {"tokens": 10})
-    store.record_stage(1, "generate", 9.9, {"tokens": 99})  # a stage that is there is not recorded anew
     assert (store.metrics(1), store.seconds(1)) == ({"generate/tokens": 10.0}, {"generate": 2.5})
     store.close_round(1, "rejected", 0, ["too long"])
     assert [(r["state"], r["policy"], r["reasons"]) for r in store.rounds()] == [("rejected", 0, ["too long"])]
@@ -31,6 +30,19 @@ def test_a_round_from_its_opening_to_its_close(tmp_path):
     again = Store(tmp_path)
     assert again.metrics(1) == {"generate/tokens": 10.0}
     again.close()
+
+
+def test_a_stage_that_was_done_again_replaces_what_was_recorded_of_it(tmp_path):
+    store = Store(tmp_path)
+    store.record_stage(1, "score", 1.0, {"reward_mean": 0.5, "missing": 3})
+    store.record_stage(1, "pairs", 0.1, {"kept": 7})
+    (before, _) = store.query("SELECT * FROM stages ORDER BY stage DESC")
+    store.record_stage(1, "score", 1.0, {"reward_mean": 0.5, "missing": 3})  # at every start that finds its folder
+    assert store.query("SELECT * FROM stages ORDER BY stage DESC")[0] == before
+    store.record_stage(1, "score", 1.25, {"reward_mean": 0.75})
+    assert store.metrics(1) == {"score/reward_mean": 0.75, "pairs/kept": 7.0}
+    assert store.seconds(1) == {"score": 1.25, "pairs": 0.1}
+    store.close()
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
