@@ -523,8 +523,19 @@ def show(events: Iterator[dict[str, Any]]) -> None:
             )
 
 
+def read_world(folder: Path) -> dict[str, Any] | None:
+    """What a whole world says of itself; None where there is none, or a power cut left one that is not whole."""
+    try:
+        world: dict[str, Any] = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return world
+
+
 def build(recipe: Recipe, target: Path) -> None:
     """Runs the workers and renames what they made to `target`. Raises RuntimeError when one of them fails."""
+    from selfplay.artifacts import sync, sync_tree
+
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo"}
@@ -553,9 +564,12 @@ def build(recipe: Recipe, target: Path) -> None:
         (partial / "world.json").write_text(json.dumps(world, indent=2) + "\n", encoding="utf-8")
         for left in (partial / "measured.json", partial / "rendezvous", *partial.glob("worker*.log")):
             left.unlink(missing_ok=True)
+        sync_tree(partial)
         # Somebody else may have built the same world meanwhile: then theirs stays.
-        if not (target / "world.json").exists():
+        if read_world(target) is None:
+            shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+            sync(target.parent)
     finally:
         for worker in workers:
             worker.kill()
@@ -600,7 +614,7 @@ def main() -> int:
     out = options.out.resolve()
     target = out / name
     try:
-        if (target / "world.json").exists():
+        if read_world(target) is not None:
             print(f"tiny world {name} is there already: {target}")
         else:
             sweep(out)
@@ -609,7 +623,8 @@ def main() -> int:
                 flush=True,
             )
             build(recipe, target)
-            world = json.loads((target / "world.json").read_text())
+            world = read_world(target)
+            assert world is not None
             print(f"built in {world['wall_seconds']:.0f} s ({world['cpu_seconds']:.0f} CPU seconds): {target}")
         link = out / f".current.{os.getpid()}"
         link.unlink(missing_ok=True)

@@ -264,6 +264,28 @@ def test_a_failing_worker_leaves_nothing_and_says_why(builder: ModuleType, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_equal_recipes_build_equal_worlds_and_one_that_is_not_whole_is_replaced(
+    builder: ModuleType, tmp_path: Path
+) -> None:
+    """To the byte, with two workers whose gradients are summed; what was measured names the time it took."""
+    recipe = replace(
+        builder.SIZES["mini"], workers=2, scale=0.05, sft_examples=480, group_prompts=48, judge_prompts=24, hidden=32
+    )
+
+    def built() -> dict[str, bytes]:
+        builder.build(recipe, tmp_path / "world")
+        found = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*") if path.is_file()}
+        del found["world/world.json"]
+        return {name: path.read_bytes() for name, path in found.items()}
+
+    first = built()
+    assert {f"world/{part}/model.safetensors" for part in ("policy", "reward", "judge")} < first.keys()
+    (tmp_path / "world" / "world.json").write_text("")
+    (tmp_path / "world" / "policy" / "model.safetensors").write_bytes(b"")
+    assert built() == first
+    assert builder.read_world(tmp_path / "world")["recipe"]["workers"] == 2
+
+
 def test_what_a_killed_build_left_is_swept(builder: ModuleType, tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
