@@ -172,6 +172,14 @@ def whole(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
+def make(path: Path) -> None:
+    """Make a folder, and those above it that are missing, to stay: every new name is synced."""
+    missing = [new for new in (path, *path.parents) if not new.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for new in missing:
+        sync(new.parent)
+
+
 @contextlib.contextmanager
 def folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`; on success sync all of it and rename it to `target` in one step.
@@ -183,7 +191,7 @@ def folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     with disk_errors(target):
         try:
-            partial.mkdir(parents=True)
+            make(partial)
             yield partial
             sync_tree(partial)
             partial.rename(target)

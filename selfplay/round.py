@@ -185,7 +185,6 @@ class Round:
             self.run.display.kept(self.index, name)
         else:
             self.run.breathe("stage")
-            self.dir.mkdir(parents=True, exist_ok=True)
             with self.run.display.stage(self.index, name, total, unit) as line:
                 self._run_stage(name, target, work, line)
         manifest = self._manifest(name)

@@ -368,6 +368,7 @@ class EpsilonDPOTrainer(DPOTrainer):
                      "logratios": list(self._logratios)}  # fmt: skip
             artifacts.sync_tree(folder)
             artifacts.write_json(folder / STATE_FILE, state)
+            artifacts.sync(folder.parent)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """TRL's `train`; a checkpoint to resume from also gives β. Raises ValueError where it has none."""

@@ -186,7 +186,7 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
         settings["pairs"] = hashlib.file_digest(file, "sha256").hexdigest()
     mark = job.work / "job.json"
     if trainer.accelerator.is_main_process:
-        job.work.mkdir(parents=True, exist_ok=True)
+        artifacts.make(job.work)
         (job.work / STOP).unlink(missing_ok=True)
         same = mark.is_file() and artifacts.read_json(mark) == settings
         for folder in job.work.glob("checkpoint-*"):

@@ -124,7 +124,7 @@ def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
 
     def save(stop: Interrupted) -> None:
         wants_to_stop[:] = [stop]
-        job.work.mkdir(parents=True, exist_ok=True)
+        artifacts.make(job.work)
         (job.work / STOP).touch()  # the trainer saves at the end of its step, and answers
 
     def meanwhile() -> None:

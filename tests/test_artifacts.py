@@ -58,6 +58,19 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert [p.name for p in target.iterdir()] == ["all"]
 
 
+def test_every_new_name_of_a_folder_is_synced(tmp_path, monkeypatch):
+    synced, sync = [], artifacts.sync
+    monkeypatch.setattr(artifacts, "sync", lambda path: (synced.append(path), sync(path)))
+    target = tmp_path / "rounds" / "0001" / "stage"
+    with artifacts.folder(target) as partial:
+        assert synced == [target.parent, tmp_path / "rounds", tmp_path]
+        (partial / "file").write_text("x")
+    assert synced[3:] == [partial / "file", partial, target.parent]
+    synced.clear()
+    artifacts.make(target)
+    assert synced == []
+
+
 def test_a_file_that_changed_or_is_gone_is_noticed(tmp_path):
     (tmp_path / "a").write_text("one")
     files = artifacts.hash_files(tmp_path)
