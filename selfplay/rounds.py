@@ -28,6 +28,7 @@ def run_rounds(
     """
     from selfplay.display import Display
     from selfplay.errors import ConfigError, SelfplayError
+    from selfplay.store import LedgerError
 
     display = Display()
     for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell starts background jobs with it ignored
@@ -49,6 +50,13 @@ def run_rounds(
     except SelfplayError as error:
         display.error(error)
         return error.exit_code
+    except LedgerError as error:
+        display.error(
+            f"the ledger of {run_dir} cannot be used: {error.orig}",
+            "end what else works on its ledger.sqlite (a backup, a database shell), then run the same command again: "
+            "finished stages are kept",
+        )
+        return 3
     except KeyboardInterrupt:
         display.note("interrupted: the same command goes on where this one stopped")
         return 130

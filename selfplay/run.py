@@ -158,7 +158,7 @@ class Run:
             raise InputError(
                 f"{self.dir} began with the policy in {initial['source']}, policy.model now leads to "
                 f"{Path(config.policy.model).resolve()}",
-                "use another folder for another initial policy (--run-dir)",
+                f"another initial policy needs another folder (--run-dir); to begin anew in this one: rm -r {self.dir}",
             )
 
     def _open_scorers(self, config: Config) -> None:

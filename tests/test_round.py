@@ -111,6 +111,11 @@ def test_what_cannot_run_is_refused_with_exit_code_2(calm, mini_world, tmp_path,
     assert "reward.model: /nowhere is no checkpoint folder" in refused("reward.model=/nowhere")
     assert "cannot be imported" in refused("evaluate.gold=selfplay.tiny:nothing")
     assert "made by another config: run.seed (0 there, 9 here)" in refused("run.seed=9", at=calm[0])
+    initial = calm[0] / "pool" / "initial.json"
+    whole = initial.read_text()
+    initial.write_text(whole.replace(str(mini_world), "/an/older/world"))
+    assert f"to begin anew in this one: rm -r {calm[0]}" in refused(at=calm[0])
+    initial.write_text(whole)
     assert "at least 1" in refused(rounds=0)
     two = tmp_path / "two-labels"
     two.mkdir()

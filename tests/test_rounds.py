@@ -1,6 +1,7 @@
 """The command's exit codes, over a run and rounds that only pretend."""
 
 import signal
+import sqlite3
 
 import pytest
 from mini import TINY
@@ -10,7 +11,7 @@ from selfplay import run as run_module
 from selfplay.display import Display
 from selfplay.errors import EngineError, InputError, StageFailed
 from selfplay.rounds import run_rounds
-from selfplay.store import Store
+from selfplay.store import LedgerError, Store
 from selfplay.types import RoundReport
 
 
@@ -102,6 +103,11 @@ def test_an_unfinished_round_is_completed_however_many_are_asked_for(command, tm
         (KeyboardInterrupt(), 130, "the same command goes on"),
         (InputError("no such file", "name one"), 2, "what to do: name one"),
         (StageFailed("prompts", 1, InputError("every prompt was drawn once"), None), 2, "drawn once"),
+        (
+            LedgerError("INSERT", {}, sqlite3.OperationalError("database is locked")),
+            3,
+            "cannot be used: database is locked",
+        ),
         (ZeroDivisionError("x"), 3, "this is a bug"),
     ],
 )
