@@ -124,18 +124,19 @@ def _errors(app: FastAPI) -> None:
 
 def _probes(app: FastAPI, view: View) -> None:
     @app.get("/healthz", tags=["health"])
-    def healthz() -> m.Health:
-        """The process answers."""
+    async def healthz() -> m.Health:
+        """The process answers. In no thread: those may all wait for the ledger."""
         return m.Health(status="ok")
 
     @app.get("/readyz", tags=["health"], responses={503: {"model": m.Health, "description": "Not ready"}})
     def readyz(response: Response) -> m.Health:
         """The ledger answers, and the service has come up and not stopped. A paused service is ready: it takes orders."""
         try:
-            service = view.service()
+            view.store.created()
         except LedgerError:
             response.status_code = 503
             return m.Health(status="unavailable", detail="the ledger does not answer")
+        service = view.service()
         ready = service.state not in ("starting", "stopped", "failed")
         response.status_code = 200 if ready else 503
         return m.Health(status="ok" if ready else "unavailable", detail=service.state)

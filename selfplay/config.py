@@ -533,9 +533,10 @@ class EndConfig(Section):
     reward: float | None = None
     """Stop when the current policy's mean held-out reward reaches this."""
     tokens: Positive | None = None
-    """Budget of generated tokens, over all rounds."""
+    """Budget of sampled tokens, over all rounds: candidates, rewrites, and answers to held-out prompts."""
     device_hours: Annotated[float, Field(gt=0)] | None = None
-    """Budget of hours in rounds, times the devices that work (the GPUs of `placement`; 1 where none are named)."""
+    """Budget of hours in finished stages, times the devices that work: the GPUs of `placement`, all that are visible where
+    a role has none of its own there, 1 without any."""
 
 
 class ScheduleConfig(Section):
@@ -552,7 +553,7 @@ class ScheduleConfig(Section):
     quiet_hours: list[Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]] = []
     """Times of day («22:00-06:30») in which no round starts."""
     missed: Literal["skip", "once"] = "once"
-    """Rounds that fell due while the service was down: forgotten, or made up for by a single one."""
+    """Rounds that fell due while the service was down or paused: forgotten, or made up for by a single one."""
     end: EndConfig = EndConfig()
     """When the service stops starting rounds."""
 
@@ -568,6 +569,14 @@ class ScheduleConfig(Section):
             zoneinfo.ZoneInfo(self.time_zone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
             raise ValueError(f"time_zone {self.time_zone!r} is no IANA time zone, such as Europe/Paris") from None
+        quiet: set[int] = set()
+        for window in self.quiet_hours:
+            begin, end = (int(part[:2]) * 60 + int(part[3:]) for part in window.split("-"))
+            if begin == end:
+                raise ValueError(f"quiet_hours {window!r} is empty: it ends when it begins")
+            quiet |= {minute % 1440 for minute in range(begin, end if end > begin else end + 1440)}
+        if len(quiet) == 1440:
+            raise ValueError("quiet_hours cover the whole day: no round would ever start")
         return self
 
 

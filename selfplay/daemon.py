@@ -7,7 +7,6 @@ that the service decides is in the ledger: what it is doing (state `service`), o
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -18,22 +17,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
-import tenacity
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from selfplay import artifacts, children, orders, schedule
+from selfplay.alerts import Alerts
 from selfplay.config import ScheduleConfig, load
 from selfplay.display import Display, Line
 from selfplay.errors import ConfigError, GuardError, InputError, Interrupted, SelfplayError
+from selfplay.policies import Policies
 from selfplay.round import cancel_round, roll_back, run_round
 from selfplay.run import Run
 from selfplay.store import LedgerError, Store
-from selfplay.types import RoundReport
-
-logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0  # between two looks at the ledger for orders
 STATE = "service"
@@ -61,7 +57,7 @@ def trigger(settings: ScheduleConfig, anchor: datetime) -> BaseTrigger:
 def _due(source: BaseTrigger, since: datetime, settings: ScheduleConfig) -> datetime:
     """The first time at or after `since`, in UTC: arithmetic in a zone forgets which pass of a repeated hour it is in."""
     due = source.get_next_fire_time(None, since)
-    if settings.cron is not None and due.fold and "*" not in settings.cron.split()[1]:
+    while settings.cron is not None and due.fold and "*" not in settings.cron.split()[1]:
         due = source.get_next_fire_time(None, due.astimezone(UTC) + timedelta(seconds=1))  # it was due an hour before
     found: datetime = due.astimezone(UTC)
     return found
@@ -95,7 +91,11 @@ def next_start(
 
 
 class Daemon:
-    """Serves one run folder until it is told to stop. `start` … `run` … with `stop` from any thread or signal handler."""
+    """Serves one run folder until it is told to stop: `serve`, with `stop` from any thread or signal handler.
+
+    What fails, wherever it fails, is tried again with back-off, and then the service pauses itself. The ledger may be what
+    fails: a pause and an alert hold from the moment that they are decided, and are written down once it takes them.
+    """
 
     def __init__(
         self, config_path: Path, overrides: list[str], run_dir: Path | None, display: Display,
@@ -106,17 +106,30 @@ class Daemon:
         self.run_dir = run_dir or self.config.run_dir
         self.display = display
         self.up_since = clock()
+        """Since when rounds can start: what fell due before was missed."""
         trigger(self.config.schedule, self.up_since)  # a cron line that is none is found now
         self.at_last: Callable[[], None] = lambda: None
         """Called where even the cut did not end the service; should end the process."""
+        self.run: Run | None = None
+        self._store: Store | None = None
         self._set_back: tuple[datetime, datetime] | None = None  # a start in the future, and when it was noticed
         self._stopping = threading.Event()
+        self._reloading = threading.Event()  # SIGHUP came, and is not in the ledger yet
+        self._alerts = Alerts(lambda: os.environ.get(self.config.service.webhook_env), self._stopping)
         self._in_round = False
         self._cut: threading.Timer | None = None
         self._polled = 0.0
-        self._failures = 0
+        self._failures = 0  # in a row
+        self._retry_at: datetime | None = None
+        self._pause: dict[str, Any] | None = None  # of its own, while it is not in the ledger
+        self._told: tuple[str, str] | None = None  # state and reason in the ledger
         self.progress: dict[str, Any] = {}
         display.on_line = self._on_line
+
+    @property
+    def store(self) -> Store:
+        assert self._store is not None, "the ledger is open"
+        return self._store
 
     # --- from other threads and signal handlers ----------------------------------------------------------------------
 
@@ -127,6 +140,10 @@ class Daemon:
             return
         self._stopping.set()
         self._later(self.config.service.drain_seconds, self._cut_short)
+
+    def reload(self) -> None:
+        """Order that the configuration file is read anew."""
+        self._reloading.set()
 
     def _cut_short(self) -> None:
         children.cut()
@@ -142,112 +159,148 @@ class Daemon:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Run rounds until `stop`. Raises SelfplayError when the folder cannot be opened at all."""
+        """Run rounds until `stop`. Raises InputError or ConfigError for a folder or a configuration that cannot be used."""
         try:
             with contextlib.suppress(Interrupted):
                 while not self._stopping.is_set():
-                    if not self._opens():
-                        continue
-                    try:
-                        self._serve_run()
-                    except SelfplayError as error:  # while the folder was opened: a child of the import died, say
-                        if error.exit_code == 2 or self._stopping.is_set():
-                            raise
-                        self.display.warn(f"{error}; trying again")
-                        self._stopping.wait(min(self.config.service.retry_seconds, LONGEST_WAIT))
+                    self._turn()
+            self._say("stopped", "")
         finally:
+            if self.run is not None:
+                self.run.__exit__()
+            if self._store is not None:
+                self._store.close()
             if self._cut is not None:
                 self._cut.cancel()
             children.uncut()
 
-    def _serve_run(self) -> None:
-        """Open the folder and work in it until a stop."""
-        with Run(self.config, self.run_dir, self.display) as run:
-            self.run = run
-            run.breathe = self._breathe
-            self._note("event", "started", f"the service started (process {os.getpid()})")
-            with contextlib.suppress(Interrupted):
-                self._loop()
-            if self._stopping.is_set():
-                self._say("stopped", "")
-
-    def _opens(self) -> bool:
-        """Whether the ledger can be opened; else say so and wait a little: it may be locked, or its disk full."""
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            Store(self.run_dir).close()
-        except (LedgerError, OSError) as error:
-            self.display.warn(f"the ledger of {self.run_dir} cannot be opened, trying again: {error}")
-            self._stopping.wait(10 * POLL_SECONDS)
-            return False
-        return True
-
-    def _loop(self) -> None:
-        self._failures = 0
-        while not self._stopping.is_set():
-            try:
-                self._turn()
-            except LedgerError as error:  # locked for long, or its disk is full: nothing can be decided without it
-                self.display.warn(f"the ledger does not answer: {error.orig}")
-                self._stopping.wait(POLL_SECONDS)
-        self.run.stop_trainer()
-
     def _turn(self) -> None:
-        """Obey orders; then a round if one is due, else a moment's wait."""
-        self._between_rounds()
-        why = self._why_not_now()
-        if why is not None:
-            self._say(*why)
-            self._stopping.wait(POLL_SECONDS)
-            return
-        self._say("running", "")
-        self._in_round = True
+        """One step of the loop, and the boundary around it: a bug, too, is tried again, and then pauses the service."""
         try:
-            try:
-                report = run_round(self.run)
-            except Interrupted as stop:
-                self._interrupted(stop)
-                return
-        except Interrupted:  # the service was cut while it gave the round up
+            self._step()
+        except Interrupted:  # the service was cut
             raise
-        except Exception as error:  # the boundary: a bug, too, is tried again, and then pauses the service
-            if not self._stopping.is_set():
-                self._failures += 1
-                self._failed(error, self._failures)
-        else:
-            self._failures = 0
-            self.display.round_table(report)
-            self._after(report)
+        except Exception as error:
+            if self._stopping.is_set():
+                return  # its children were ended under it
+            if self.run is None and getattr(error, "exit_code", 3) == 2:
+                raise
+            if (held := self._held()) is None:
+                self._failed(error)
+            else:  # what failed before fails still
+                self._say(*held)
+                self._stopping.wait(POLL_SECONDS)
         finally:
             self._in_round = False
 
+    def _step(self) -> None:
+        """Obey orders; then a round if one is due, else a moment's wait."""
+        self._open_ledger()
+        self._write_down()
+        self._between_rounds()
+        why = self._why_not_now()
+        if self.run is None and (why is None or not self._failures):  # at a start in any case: orders need it
+            self._open_run()
+            return
+        if why is not None:
+            if why[0] in ("waiting", "ended"):
+                self._fresh()
+            self._say(*why)
+            self._stopping.wait(POLL_SECONDS)
+            return
+        assert self.run is not None
+        self._say("running", "")
+        self._in_round = True
+        try:
+            report = run_round(self.run)
+        except Interrupted as stop:
+            self._interrupted(stop)
+            return
+        self._fresh()
+        self.display.round_table(report)
+
+    def _open_ledger(self) -> None:
+        if self._store is None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            store = Store(self.run_dir)
+            self._alerts.load(store)
+            self._store = store
+
+    def _write_down(self) -> None:
+        """What the ledger could not take when it was decided, and what changed since."""
+        if self._pause is not None:
+            self.store.event("alert", f"paused: {self._pause['why']}")
+            self.store.set_state("pause", self._pause)
+            self._pause = None
+        self._alerts.keep(self.store)
+        if self._reloading.is_set():
+            self.store.submit("reload", {}, "signal")
+            self._reloading.clear()
+
+    def _open_run(self) -> None:
+        run = Run(self.config, self.run_dir, self.display)
+        run.breathe = self._breathe
+        self.run = run.__enter__()
+        self._fresh()
+        self.store.event("started", f"the service started (process {os.getpid()})")
+
+    def _held(self) -> tuple[str, str] | None:
+        """State and reason while what failed waits for its next try, or for a person."""
+        if self._pause is not None:
+            return "paused", self._pause["why"]
+        longest = timedelta(seconds=max(LONGEST_WAIT, self.config.service.retry_seconds))
+        if self._retry_at is not None and (now := self._clock()) < self._retry_at <= now + longest:
+            return "retrying", f"next try at {self._retry_at.isoformat(timespec='seconds')}"
+        return None
+
+    def _fresh(self) -> None:
+        """Nothing fails any more, or a person said to try again."""
+        self._failures, self._retry_at = 0, None
+
     def _why_not_now(self) -> tuple[str, str] | None:
         """State and reason for not starting (or going on with) a round at this moment."""
-        store, now = self.run.store, self._clock()
+        store, now = self.store, self._clock()
         is_open = store.unfinished() is not None
         pause = store.state("pause")
         if pause and not (pause.get("after") == "round" and is_open):  # that one is finished first
+            self.up_since = now
             return "paused", pause["why"]
-        longest = timedelta(seconds=max(LONGEST_WAIT, self.config.service.retry_seconds))
-        if (retry := store.state("retry_at")) and now < datetime.fromisoformat(retry) <= now + longest:
-            return "retrying", f"next try at {retry}"
-        if is_open:
-            return None
-        finished = store.rounds()
+        if (held := self._held()) is not None or is_open:
+            return held
+        finished, schedule_ = store.rounds(), self.config.schedule
+        if (why := self._rejected(finished)) is not None:
+            self.pause("rejected", why)
+            return "paused", why
         if len(finished) < store.state("run_now", 0):
             return None
-        names = ("evaluate/reward", "generate/tokens")
-        end = self.config.schedule.end
-        asks = any(value is not None for value in end.model_dump().values())
-        metrics = store.metrics_by_round(names) if asks else {}
-        if reason := schedule.ended(end, finished, metrics, now, self.run.current.version, self._devices()):
+        if reason := self._ended(finished, now):
             return "ended", reason
-        last = self._not_after(now, datetime.fromisoformat(finished[-1]["started"])) if finished else None
+        start = finished[-1]["started"] if finished else store.created() if schedule_.cron is not None else None
+        last = None if start is None else self._not_after(now, datetime.fromisoformat(start))
         self.up_since = min(self.up_since, now)
         jitter = artifacts.seed(self.config.run.seed, "jitter", len(finished)) / 2**63
         ended = datetime.fromisoformat(finished[-1]["ended"]) if finished else None
-        due = next_start(self.config.schedule, last, self.up_since, now, jitter, ended)
+        due = next_start(schedule_, last, self.up_since, now, jitter, ended)
         return None if due <= now else ("waiting", due.isoformat(timespec="seconds"))
+
+    def _ended(self, finished: list[dict[str, Any]], now: datetime) -> str | None:
+        """Why the schedule has no further round, or None."""
+        end, store = self.config.schedule.end, self.store
+        if all(value is None for value in end.model_dump().values()):
+            return None
+        metrics = store.metrics_by_round(("evaluate/reward", *schedule.TOKENS))
+        current = Policies(self.run_dir).current or 0
+        return schedule.ended(end, finished, metrics, now, current, store.spent() * self._devices())
+
+    def _rejected(self, finished: list[dict[str, Any]]) -> str | None:
+        """Why rejected rounds pause the service, unless a person resumed it after the last of them."""
+        limit = self.config.service.pause_after_rejected
+        last = finished[-limit:]
+        if [row["state"] for row in last] != ["rejected"] * limit or last[-1]["round"] <= self.store.state(
+            "resumed", 0
+        ):
+            return None
+        return f"{limit} rounds in a row were rejected, the last because: {'; '.join(last[-1]['reasons'])}"
 
     def _not_after(self, now: datetime, last: datetime) -> datetime:
         """The last start; where it lies in the future, for the clock was set back, the moment when that was noticed."""
@@ -259,48 +312,51 @@ class Daemon:
 
     def _devices(self) -> int:
         placement = self.config.placement
-        return len({*(placement.generator or []), *(placement.trainer or []), *(placement.reward or [])}) or 1
+        roles = (placement.generator, placement.trainer, placement.reward)
+        named = len({gpu for role in roles for gpu in role or ()})
+        return (named if None not in roles else max(named, _visible_gpus())) or 1
 
-    def _failed(self, error: Exception, failures: int) -> None:
-        """Try the round again later, or pause and say why."""
-        text = str(error) + (f"; what to do: {error.hint}" if isinstance(error, SelfplayError) and error.hint else "")
-        if not isinstance(error, SelfplayError | LedgerError):
+    def _failed(self, error: Exception) -> None:
+        """Try again later, or pause and say why."""
+        self._failures += 1
+        if isinstance(error, LedgerError):
+            text = f"the ledger does not answer: {error.orig}"
+        elif isinstance(error, SelfplayError):
+            text = f"{error}; what to do: {error.hint}" if error.hint else str(error)
+        else:
             text = f"{type(error).__name__}: {error} (see {self._write_traceback(error)})"
-        self.display.warn(text)
-        service = self.config.service
+        service, what = self.config.service, "a round" if self._in_round else "the service"
         # a wrong setting or input stays wrong, and so does a reward that is another one
         hopeless = getattr(error, "exit_code", 3) == 2 or isinstance(error.__cause__, GuardError)
-        if hopeless or failures > service.retries:
-            self.pause(f"a round failed {failures} time{'s' * (failures > 1)}: {text}")
+        if hopeless or self._failures > service.retries:
+            self.pause("failed", f"{what} failed {self._failures} time{'s' * (self._failures > 1)}: {text}")
             return
-        wait = max(service.retry_seconds, min(service.retry_seconds * 2.0 ** min(failures - 1, 30), LONGEST_WAIT))
-        self.run.store.set_state("retry_at", (self._clock() + timedelta(seconds=wait)).isoformat())
-        self._note(
-            "event",
-            "warning",
-            f"a round failed, trying again in {wait:.0f} s ({failures} of {service.retries}): {text}",
-        )
+        wait = service.retry_seconds * 2.0 ** min(self._failures - 1, 30)
+        wait = max(service.retry_seconds, min(wait, LONGEST_WAIT))
+        self._retry_at = self._clock() + timedelta(seconds=wait)
+        said = f"{what} failed, trying again in {wait:.0f} s ({self._failures} of {service.retries}): {text}"
+        self.display.warn(said)
+        self._event("warning", said)
 
     def _write_traceback(self, error: Exception) -> Path:
         log = self.run_dir / "logs" / "service.log"
         with contextlib.suppress(OSError):
             log.parent.mkdir(parents=True, exist_ok=True)
+            children.bound_log(log)
             with log.open("a", encoding="utf-8") as file:
                 file.write(f"{self._clock().isoformat()} {''.join(traceback.format_exception(error))}\n")
         return log
 
-    def _after(self, report: RoundReport) -> None:
-        """Pause after so many rejected rounds in a row."""
-        limit = self.config.service.pause_after_rejected
-        states = [row["state"] for row in self.run.store.rounds()][-limit:]
-        if report.outcome == "rejected" and states == ["rejected"] * limit:
-            self.pause(f"{limit} rounds in a row were rejected, the last because: {'; '.join(report.reasons)}")
-
-    def pause(self, why: str, alert: bool = True) -> None:
-        self.run.store.set_state("pause", {"why": why, "time": self._clock().isoformat()})
-        self.run.store.set_state("retry_at", None)
-        if alert:
-            self._note("alert", "alert", f"paused: {why}")
+    def pause(self, kind: str, why: str) -> None:
+        """Pause by itself, and say why: to people first, for the ledger may be what is wrong. kind: failed, rejected."""
+        time = self._clock().isoformat()
+        self._retry_at = None
+        self._pause = {"why": why, "kind": kind, "time": time}
+        self.display.warn(f"paused: {why}")
+        self._alerts.send({"run": self.config.run.name, "kind": "alert", "text": f"paused: {why}", "time": time})
+        if self._store is not None:
+            with contextlib.suppress(LedgerError):
+                self._write_down()
 
     # --- within a round ----------------------------------------------------------------------------------------------
 
@@ -312,35 +368,38 @@ class Daemon:
             return
         self._polled = time.monotonic()
         with contextlib.suppress(LedgerError):  # a locked ledger delays an order, not the round
-            for row in self.run.store.orders("pending"):
-                if row["kind"] in ("pause", "resume", "cancel", "pin"):
-                    self._obey(row)
-            if where == "stage" and (self.run.store.state("pause") or {}).get("after") == "stage":
+            self._write_down()
+            for row in self.store.pending(("pause", "resume", "cancel", "pin")):
+                self._obey(row["id"])
+            if where == "stage" and (self.store.state("pause") or {}).get("after") == "stage":
                 raise Interrupted("paused after the stage")
             if self._is_cancelled():
                 raise Interrupted("cancelled", now=True)
 
     def _is_cancelled(self) -> bool:
         """Whether the open round is to be given up; the state names it, so that no later one is taken for it."""
-        is_open = self.run.store.unfinished()
-        return is_open is not None and self.run.store.state("cancel") == is_open["round"]
+        is_open = self.store.unfinished()
+        return is_open is not None and self.store.state("cancel") == is_open["round"]
 
     def _interrupted(self, stop: Interrupted) -> None:
         if self._is_cancelled():
+            assert self.run is not None
             cancel_round(self.run)
-            self._failures = 0
-        self._note("event", "interrupted", str(stop))
+            self._fresh()
+        self._event("interrupted", str(stop))
 
     # --- orders ------------------------------------------------------------------------------------------------------
 
     def _between_rounds(self) -> None:
-        for row in self.run.store.orders("pending"):
-            if row["kind"] == "rollback" and self.run.store.unfinished() is not None:
+        is_open = self.store.unfinished() is not None
+        for row in self.store.pending(() if self.run is not None else ("pause", "resume", "reload")):
+            if row["kind"] == "rollback" and is_open:
                 continue  # until the round that is open has ended
-            self._obey(row)
+            self._obey(row["id"])
 
-    def _obey(self, row: dict[str, Any]) -> None:
+    def _obey(self, number: int) -> None:
         """Carry an order out and record what came of it."""
+        row = self.store.order(number)
         try:
             result = self._carry_out(orders.parse(row["kind"], row["arguments"]))
         except (LedgerError, Interrupted):
@@ -351,28 +410,35 @@ class Daemon:
             text = str(error)
             if not isinstance(error, SelfplayError):
                 text = f"{type(error).__name__}: {error} (see {self._write_traceback(error)})"
-            self.run.store.answer(row["id"], "refused", text)
+            self.store.answer(row["id"], "refused", text)
             self.display.warn(f"order {row['kind']} refused: {text}")
         else:
-            self.run.store.answer(row["id"], "done", result)
+            self.store.answer(row["id"], "done", result)
             self.display.note(f"order {row['kind']}: {result}")
 
     def _carry_out(self, order: orders.Order) -> str:
-        store = self.run.store
+        store = self.store
         match order:
             case orders.Pause():
                 if order.after == "round" and not self._in_round and store.state("pause"):
                     return "is paused already"  # an open round is not to go on for this
                 why = f"ordered, after the {order.after}"
-                store.set_state("pause", {"why": why, "after": order.after, "time": self._clock().isoformat()})
+                time = self._clock().isoformat()
+                store.set_state("pause", {"why": why, "kind": "ordered", "after": order.after, "time": time})
                 return f"pauses after the {order.after}"
             case orders.Resume():
+                rounds = [row["round"] for row in store.rounds() if row["state"] != "running"]
+                store.set_state("resumed", max(rounds, default=0))
                 store.set_state("pause", None)
-                store.set_state("retry_at", None)
-                self._failures = 0
+                self._fresh()
                 return "goes on"
+            case orders.Reload():
+                return self._take_over()
+        assert self.run is not None, "the others wait until the run is open"
+        match order:
             case orders.RunNow():
                 store.set_state("run_now", self.run.next_round)  # done once the run has so many
+                self._fresh()
                 return "a round starts now" if not store.state("pause") else "a round starts when the pause ends"
             case orders.Cancel():
                 if (is_open := store.unfinished()) is None:
@@ -381,7 +447,7 @@ class Daemon:
                     store.set_state("cancel", is_open["round"])
                 else:
                     cancel_round(self.run)
-                    self._failures = 0
+                    self._fresh()
                 return "the round is given up"
             case orders.Rollback():
                 return roll_back(self.run, order.version)
@@ -393,8 +459,6 @@ class Daemon:
             case orders.AddPrompts():
                 counts = self.run.add_prompts(order.rows, "order")
                 return ", ".join(f"{n} {what}" for what, n in counts.items())
-            case orders.Reload():
-                return self._take_over()
 
     def _take_over(self) -> str:
         """Read the configuration file anew; what is not valid, or cannot change in this folder, is refused."""
@@ -402,7 +466,7 @@ class Daemon:
         old, new = self.config.fixed(), config.fixed()
         if changed := [key for key in old if old[key] != new[key]]:
             raise InputError(f"{', '.join(changed)} cannot change within a run; the old configuration stays")
-        served = ("host", "port", "token_env", "token_file")
+        served = ("host", "port", "hosts", "token_env", "token_file")
         changed = [f"service.{k}" for k in served if getattr(config.service, k) != getattr(self.config.service, k)]
         if (self._given_dir or config.run_dir) != self.run_dir:
             changed = ["run.dir or run.name", *changed]
@@ -411,9 +475,13 @@ class Daemon:
         if config == self.config:
             return "nothing changed"
         trigger(config.schedule, self._clock())
-        self.run.reconfigure(config)
-        self.config, self._failures = config, 0
-        if (is_open := self.run.store.unfinished()) is not None:
+        if self.run is not None:
+            self.run.reconfigure(config)
+        else:
+            Run(config, self.run_dir, self.display).require()
+        self.config = config
+        self._fresh()
+        if (is_open := self.store.unfinished()) is not None:
             return f"the new configuration holds; round {is_open['round']} goes on with it"
         return "the new configuration holds from the next round on"
 
@@ -426,52 +494,32 @@ class Daemon:
         }  # fmt: skip
 
     def _say(self, state: str, why: str) -> None:
-        """Keep state and reason in the ledger, where they changed."""
+        """Tell state and reason where they changed: page and terminal, and the ledger once it takes them."""
         if (state, why) != (self.progress.get("state"), self.progress.get("why")):
-            self.progress |= {"state": state, "why": why}
-            value = {"state": state, "why": why, "pid": os.getpid(), "since": self._clock().isoformat()}
-            with contextlib.suppress(LedgerError):
-                self.run.store.set_state(STATE, value)
+            self.progress |= {"state": state, "why": why, "since": self._clock().isoformat()}
             self.display.note(f"{state}{': ' if why else ''}{why}")
+        if self._store is not None and self._told != (state, why):
+            with contextlib.suppress(LedgerError):
+                said = {name: self.progress[name] for name in ("state", "why", "since")}
+                self._store.set_state(STATE, {**said, "pid": os.getpid()})
+                self._told = (state, why)
 
-    def _note(self, how: str, kind: str, text: str) -> None:
-        """An event; an alert goes to the webhook too."""
-        with contextlib.suppress(LedgerError):
-            self.run.store.event(kind, text)
-        if how == "alert":
-            self.display.warn(text)
-            if url := os.environ.get(self.config.service.webhook_env):
-                body = {"run": self.config.run.name, "kind": kind, "text": text, "time": self._clock().isoformat()}
-                threading.Thread(target=post_alert, args=(url, body), daemon=True, name="webhook").start()
+    def _event(self, kind: str, text: str) -> None:
+        if self._store is not None:
+            with contextlib.suppress(LedgerError):
+                self._store.event(kind, text)
 
 
-@tenacity.retry(
-    stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=60),
-    retry=tenacity.retry_if_exception_type((httpx.HTTPError, httpx.InvalidURL)), retry_error_callback=lambda state: None,
-)  # fmt: skip
-def post_alert(url: str, body: dict[str, Any]) -> None:
-    """Post an alert as JSON; five tries. The URL is a secret: it goes into no message."""
-    try:
-        httpx.post(url, json=body, timeout=10).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        logger.warning("the webhook did not take an alert (%s)", type(error).__name__)
-        raise
+def _visible_gpus() -> int:
+    """GPUs that this process and its children may use, as far as that can be told without their driver."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return sum(name.strip() not in ("", "-1") for name in listed.split(","))
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def handle_signals(daemon: Daemon) -> None:
     """SIGTERM and SIGINT stop the service, SIGHUP has it read its configuration anew."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stop())
-
-    def reload(*_: object) -> None:
-        threading.Thread(target=_submit_reload, args=(daemon.run_dir,), daemon=True).start()
-
-    signal.signal(signal.SIGHUP, reload)
-
-
-def _submit_reload(run_dir: Path) -> None:
-    store = Store(run_dir)
-    try:
-        store.submit("reload", {}, "signal")
-    finally:
-        store.close()
+    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())

@@ -60,6 +60,7 @@ def evaluate(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
         seed=r.seed("bootstrap"),
     )
     metrics |= {"kl_current": kl_current, "kl_initial": kl_initial}
+    metrics["tokens"] = sum(c.n_tokens for c in [*rows, *champion_rows, *audit_rows])
     metrics |= _gold("gold", judged) | _gold("gold", champion_judged, "_champion")
     artifacts.write_rows(folder / "candidate.parquet", judged, Scored)
     artifacts.write_rows(folder / "champion.parquet", champion_judged, Scored)

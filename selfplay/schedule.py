@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 
 from selfplay.config import EndConfig, ScheduleConfig
 
+TOKENS = ("generate/tokens", "evolve/tokens", "evaluate/tokens")  # metrics of what a round sampled
 DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
 
@@ -51,7 +52,7 @@ def after_quiet_hours(start: datetime, schedule: ScheduleConfig) -> datetime:
             local = start.astimezone(zone)
             now = local.time().replace(tzinfo=None)
             overnight = begin > end
-            if begin == end or not ((begin <= now or now < end) if overnight else begin <= now < end):
+            if not ((begin <= now or now < end) if overnight else begin <= now < end):
                 continue
             day = local.date() + timedelta(days=1 if overnight and now >= begin else 0)
             ends = datetime.combine(day, end, zone)
@@ -69,13 +70,13 @@ def ended(
     metrics: Mapping[int, Mapping[str, float]],
     now: datetime,
     current: int,
-    devices: int = 1,
+    device_seconds: float = 0.0,
 ) -> str | None:
     """Why no further round starts, or None.
 
-    rounds: the ledger's finished rounds, of which cancelled ones do not count as rounds; metrics: `evaluate/reward`,
-    `generate/tokens` and the like, by round; current: the policy that serves, whose reward on held-out prompts is that of
-    the round it is from; a round's hours run from its start to its end, whatever it waited for.
+    rounds: the ledger's finished rounds, of which cancelled ones do not count as rounds; metrics: `evaluate/reward` and
+    TOKENS by round; current: the policy that serves, whose reward on held-out prompts is that of the round it is from;
+    device_seconds: spent in stages, times devices.
     """
     if end.rounds is not None and sum(row["state"] != "cancelled" for row in rounds) >= end.rounds:
         return f"the run has its {end.rounds} rounds (schedule.end.rounds)"
@@ -87,14 +88,10 @@ def ended(
             return (
                 f"the current policy's held-out reward is {reward:.4g}, the target {end.reward:g} (schedule.end.reward)"
             )
-    tokens = sum(m.get("generate/tokens", 0.0) for m in metrics.values())
+    tokens = sum(m.get(name, 0.0) for m in metrics.values() for name in TOKENS)
     if end.tokens is not None and tokens >= end.tokens:
         return f"{tokens:.0f} tokens were generated, the budget is {end.tokens} (schedule.end.tokens)"
-    seconds = sum(
-        (datetime.fromisoformat(row["ended"]) - datetime.fromisoformat(row["started"])).total_seconds()
-        for row in rounds
-    )
-    hours = max(seconds, 0.0) * devices / 3600
+    hours = device_seconds / 3600
     if end.device_hours is not None and hours >= end.device_hours:
         return f"{hours:.1f} device-hours were used, the budget is {end.device_hours:g} (schedule.end.device_hours)"
     return None

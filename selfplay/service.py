@@ -23,7 +23,6 @@ def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = No
         daemon = Daemon(config, list(overrides), run_dir, display)
         settings = daemon.config.service
         token = read_token(settings)
-        daemon.run_dir.mkdir(parents=True, exist_ok=True)
         server, port = serve_in_thread(
             create_app(daemon.run_dir, daemon.config, lambda: dict(daemon.progress), token),
             settings.host,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.exc import OperationalError as LedgerError
 
 from selfplay.errors import InputError
@@ -154,7 +155,11 @@ BUSY = 30.0  # seconds to wait for another process that writes
 
 
 class Store:
-    """Reads and writes the ledger. All times are UTC, ISO 8601."""
+    """Reads and writes the ledger. All times are UTC, ISO 8601.
+
+    Raises LedgerError where it does not answer (locked for long, disk full); opened, also OSError, and InputError for one
+    that cannot be used.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "ledger.sqlite"
@@ -163,8 +168,14 @@ class Store:
         # Service, API and command line may open a new ledger at the same moment.
         with (run_dir / ".ledger.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with self._engine.begin() as connection:
-                self._migrate(connection)
+            try:
+                with self._engine.begin() as connection:
+                    self._migrate(connection)
+            except LedgerError:
+                raise
+            except DatabaseError as error:
+                hint = "restore the run folder from a backup"
+                raise InputError(f"{self.path} is damaged: {error.orig}", hint) from error
 
     def close(self) -> None:
         self._engine.dispose()
@@ -303,10 +314,11 @@ class Store:
             connection.execute(events.insert().values(time=now(), round=index, kind=kind, text=text))
 
     def submit(self, kind: str, arguments: dict[str, Any], origin: str) -> int:
-        """Leave an order for whoever runs this folder; returns its number."""
+        """Leave an order for whoever runs this folder, and an event that says so; returns its number."""
         values = {"time": now(), "origin": origin, "kind": kind, "arguments": arguments, "state": "pending"}
         with self._engine.begin() as connection:
             key = connection.execute(orders.insert().values(**values)).inserted_primary_key
+            connection.execute(events.insert().values(time=now(), kind="order_given", text=_given(values)))
         assert key is not None
         return int(key[0])
 
@@ -317,8 +329,7 @@ class Store:
                 orders.update().where(orders.c.id == order).values(state=state, ended=now(), result=result)
             )
             row = connection.execute(sa.select(orders).where(orders.c.id == order)).mappings().one()
-            given = " ".join([row["kind"], *(f"{k}={v}" for k, v in row["arguments"].items() if k != "rows")])
-            text = f"{given} (from {row['origin']}): {result}"
+            text = f"{_given(dict(row))}: {result}"
             connection.execute(events.insert().values(time=now(), kind=f"order_{state}", text=text))
 
     def set_state(self, name: str, value: Any) -> None:
@@ -343,6 +354,12 @@ class Store:
         """Orders, oldest first; only those in a state if one is given."""
         query = sa.select(orders).order_by(orders.c.id)
         return self._rows(query if state is None else query.where(orders.c.state == state))
+
+    def pending(self, kinds: Iterable[str] = ()) -> list[dict[str, Any]]:
+        """Number, time and kind of the orders that wait, oldest first; only those of some kinds if any are given."""
+        kinds = list(kinds)
+        query = sa.select(orders.c.id, orders.c.time, orders.c.kind).where(orders.c.state == "pending")
+        return self._rows((query.where(orders.c.kind.in_(kinds)) if kinds else query).order_by(orders.c.id))
 
     def order(self, number: int) -> dict[str, Any]:
         """One order."""
@@ -384,6 +401,16 @@ class Store:
             found.setdefault(row["round"], {})[row["name"]] = row["value"]
         return found
 
+    def spent(self) -> float:
+        """Seconds in finished stages, over all rounds."""
+        with self._engine.connect() as connection:
+            return float(connection.scalar(sa.select(sa.func.sum(stages.c.seconds))) or 0.0)
+
+    def created(self) -> str:
+        """When the run was first opened."""
+        with self._engine.connect() as connection:
+            return str(connection.scalar(sa.select(runs.c.created)) or now())
+
     def seconds(self, index: int) -> dict[str, float]:
         """Seconds of each finished stage of a round, in the order they ended."""
         rows = self._rows(sa.select(stages).where(stages.c.round == index).order_by(sa.text("rowid")))
@@ -395,6 +422,12 @@ class Store:
     def events(self, index: int | None = None) -> list[dict[str, Any]]:
         query = sa.select(events).order_by(events.c.id)
         return self._rows(query if index is None else query.where(events.c.round == index))
+
+
+def _given(order: dict[str, Any]) -> str:
+    """«rollback version=3 (from api)»; of prompts to add, which may be many, no word."""
+    arguments = [f"{name}={value}" for name, value in order["arguments"].items() if name != "rows"]
+    return f"{' '.join([order['kind'], *arguments])} (from {order['origin']})"
 
 
 def _wal(connection: Any, _: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -16,7 +16,7 @@ from selfplay import artifacts, orders, paging, pool
 from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.policies import Policies
-from selfplay.store import RESTARTS, Store
+from selfplay.store import RESTARTS, LedgerError, Store
 from selfplay.types import Pair, Prompt
 
 MAX_PENDING = 100  # orders that may wait at a time
@@ -29,22 +29,23 @@ SUMMARY = (
 class View:
     """Reads one run; leaves orders for it. Safe to use from several threads.
 
-    progress: what the service does now: state, why, round, stage, done, total, unit, text, seconds; empty while it starts.
+    progress: what the service does now: state, why, since, round, stage, done, total, unit, text, seconds; empty while it starts.
     """
 
     def __init__(self, run_dir: Path, config: Config, progress: Callable[[], dict[str, Any]]) -> None:
         self.run_dir, self.config, self._progress = run_dir, config, progress
-        self.store = Store(run_dir)
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """Opened when it is first asked: the page is there before a ledger that is locked, or whose disk is full."""
+        try:
+            return Store(self.run_dir)
+        except OSError as error:
+            raise LedgerError(f"open {self.run_dir}", {}, error) from error
 
     def service(self) -> m.Service:
         said = self._progress()
-        kept: dict[str, Any] = self.store.state("service") or {}
-        if not said.get("state"):
-            # What the ledger tells may be of a process that is gone.
-            said = kept if kept.get("pid") == os.getpid() else {"state": "starting"}
-        found = m.Service(state=said["state"], why=said.get("why") or "")
-        if kept.get("state") == found.state:
-            found.since = kept.get("since")
+        found = m.Service(state=said.get("state") or "starting", why=said.get("why") or "", since=said.get("since"))
         if found.state == "waiting" and _is_time(found.why):
             found.next_round, found.why = found.why, ""
         if found.state == "running" and said.get("stage"):

@@ -67,6 +67,22 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes daemons that decide on rounds which only pretend (daemon_world.World); opened, as after a start."""
+    from daemon_world import World
+
+    made: list[World] = []
+
+    def make(*more: str) -> World:
+        made.append(World(tmp_path / "run", monkeypatch, *more))
+        return made[-1].opened()
+
+    yield make
+    for each in made:
+        each.store.close()
+
+
 @pytest.fixture(scope="module")
 def served(mini_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Starts services (daemon_world.Served) on the miniature; none of their processes outlives the file's tests."""

@@ -1,18 +1,28 @@
-"""The service in a thread of the test's own process, on the miniature."""
+"""The service in the test's own process: in a thread, on the miniature; or step by step, with rounds that only pretend."""
 
+import contextlib
+import http.server
 import io
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from mini import TINY, overrides
 from rich.console import Console
 
-from selfplay import orders
+from selfplay import daemon, orders
 from selfplay.daemon import Daemon
 from selfplay.display import Display
+from selfplay.run import Run
 from selfplay.store import Store
+
+NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
 
 
 class Served:
@@ -72,3 +82,105 @@ class Served:
         self.daemon.stop()
         self.thread.join(120)
         assert not self.thread.is_alive()
+
+
+class Bare(Run):
+    """A run of which nothing is open but its ledger."""
+
+    def __enter__(self) -> Run:
+        self.store = Store(self.dir)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.store.close()
+
+
+class World:
+    """A daemon over a bare run, a clock that is set by hand, and `turn` for one turn of its loop.
+
+    Its rounds do what `work` does, and end as `outcome` says.
+    """
+
+    def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+        self.now, self.run_dir, self._settings = NOON, run_dir, more
+        self.ran: list[int] = []
+        self.work: Callable[[], object] = lambda: None
+        self.outcome = "promoted"
+        monkeypatch.setattr(daemon, "POLL_SECONDS", 0)
+        monkeypatch.setattr(daemon, "Run", Bare)
+        monkeypatch.setattr(daemon, "run_round", self._round)
+        monkeypatch.setattr(daemon, "cancel_round", lambda run: self.close("cancelled"))
+        monkeypatch.setattr(Display, "round_table", lambda display, report: None)
+        run_dir.mkdir(exist_ok=True)
+        self.store = Store(run_dir)
+        self.made()
+
+    def made(self) -> Daemon:
+        """A daemon that has not had a turn yet; another one after a kill."""
+        said = Display(Console(file=(self.run_dir / "said").open("a")))
+        self.daemon = Daemon(TINY, list(self._settings), self.run_dir, said, clock=lambda: self.now)
+        return self.daemon
+
+    def opened(self) -> "World":
+        self.daemon._open_ledger()
+        self.daemon._open_run()
+        return self
+
+    def _round(self, run: Run) -> SimpleNamespace:
+        if self.store.unfinished() is None:
+            self.open()
+        self.ran.append(len(self.store.rounds()))
+        self.work()
+        return self.close(self.outcome)
+
+    def open(self) -> None:
+        self.store.open_round(len(self.store.rounds()) + 1, 0, (0, 0), "f", {})
+
+    def close(self, state: str) -> SimpleNamespace:
+        self.store.close_round(len(self.store.rounds()), state, 0, ["it is longer"] if state == "rejected" else [])
+        return SimpleNamespace(outcome=state, reasons=[])
+
+    def turn(self) -> str:
+        self.daemon._turn()
+        state: str = self.daemon.progress.get("state", "")
+        return state
+
+    def order(self, kind: str, **arguments: object) -> tuple[str, str]:
+        number = orders.submit(self.store, kind, arguments, "test")
+        self.daemon._between_rounds()
+        row = self.store.order(number)
+        return row["state"], row["result"]
+
+    def events(self, kind: str) -> list[str]:
+        return [event["text"] for event in self.store.events() if event["kind"] == kind]
+
+
+@contextlib.contextmanager
+def webhook(*statuses: int) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """A server that takes alerts, with these statuses one after another and then 200; yields its URL and what it got."""
+    got: list[tuple[str, Any]] = []
+    left = list(statuses)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+            self.send_response(left.pop(0) if left else 200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/secret", got
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

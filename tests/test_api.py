@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -66,12 +67,12 @@ def test_the_run_at_a_glance(client, run):
 
 def test_a_service_that_has_not_come_up_does_not_show_what_the_last_one_said(client, run):
     store = Store(run[0])
-    store.set_state("service", {"state": "running", "why": "", "pid": 1, "since": "then"})
+    # a process of the same number, as the first one of every container is
+    store.set_state("service", {"state": "running", "why": "", "pid": os.getpid(), "since": "then"})
     run[1].said = {}
     assert client.get("/api/run").json()["service"]["state"] == "starting"
     assert client.get("/readyz").status_code == 503
-    run[1].said = {"state": "paused", "why": "ordered"}
-    store.set_state("service", {"state": "paused", "why": "ordered", "pid": 1, "since": "now"})
+    run[1].said = {"state": "paused", "why": "ordered", "since": "now"}
     assert client.get("/api/run").json()["service"] | {"done": 0} == {
         **client.get("/api/run").json()["service"], "state": "paused", "why": "ordered", "since": "now",
     }  # fmt: skip
@@ -80,6 +81,17 @@ def test_a_service_that_has_not_come_up_does_not_show_what_the_last_one_said(cli
     assert client.get("/readyz").status_code == 503
     assert client.get("/healthz").json() == {"status": "ok", "detail": ""}
     store.close()
+
+
+def test_a_ledger_that_cannot_be_opened_yet_is_opened_later(tmp_path):
+    """The page is there before it."""
+    client = TestClient(
+        create_app(tmp_path / "run", config(), Progress(), None, page=False), base_url="http://localhost"
+    )
+    assert client.get("/healthz").status_code == 200
+    assert [client.get(path).status_code for path in ("/readyz", "/api/run")] == [503, 503]
+    build(tmp_path / "run", rounds=1, pairs=4).close()
+    assert [client.get(path).status_code for path in ("/readyz", "/api/run")] == [200, 200]
 
 
 def test_rounds(client):
@@ -194,8 +206,8 @@ def test_policies_events_and_orders(client):
         (5, "promoted", True),
         (4, "rejected", False),
     ]
-    events = client.get("/api/events", params={"limit": 2}).json()
-    assert [e["kind"] for e in events] == ["order_done", "warning"]
+    events = client.get("/api/events", params={"limit": 3}).json()
+    assert [e["kind"] for e in events] == ["order_done", "order_given", "warning"]
     older = client.get("/api/events", params={"limit": 1, "before": events[-1]["id"]}).json()
     assert older[0]["kind"] == "engine_restart" and HOSTILE in older[0]["text"]
     assert [e["round"] for e in client.get("/api/events", params={"round": 3}).json()] == [3]
@@ -266,12 +278,30 @@ def test_a_ledger_that_does_not_answer(client, run):
     assert client.get("/readyz").status_code == 200
 
 
+def scraped(client):
+    families = prometheus_client.parser.text_string_to_metric_families(client.get("/metrics").text)
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def test_metrics_tell_what_is_left_to_do_and_why_nothing_is_done(client, run):
+    found = scraped(client)
+    assert found["selfplay_queue_depth", "generate"] == 192 - 64
+    assert not any(name == "selfplay_pause_info" for name, *_ in found)
+    store = Store(run[0])
+    run[1].said = {"state": "paused", "why": "ordered"}
+    for pause, labels in (
+        ({"why": "ordered, after the round", "after": "round"}, ("ordered", "ordered, after the round")),
+        ({"why": "x" * 900, "kind": "failed"}, ("failed", "x" * 200)),
+    ):
+        store.set_state("pause", pause)
+        found = scraped(client)
+        assert [key[1:] for key in found if key[0] == "selfplay_pause_info"] == [labels]
+        assert not any(name == "selfplay_queue_depth" for name, *_ in found)
+    store.close()
+
+
 def test_metrics_for_prometheus(client):
-    text = client.get("/metrics").text
-    found = {
-        (s.name, *s.labels.values()): s.value
-        for family in prometheus_client.parser.text_string_to_metric_families(text) for s in family.samples
-    }  # fmt: skip
+    found = scraped(client)
     assert found["selfplay_state", "running"] == 1 and found["selfplay_state", "paused"] == 0
     assert found["selfplay_rounds_total", "promoted"] == 3 and found["selfplay_rounds_total", "rejected"] == 2
     assert found["selfplay_rounds_total", "skipped"] == found["selfplay_rounds_total", "cancelled"] == 0

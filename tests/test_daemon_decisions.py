@@ -1,89 +1,18 @@
 """What the service decides, on a ledger of its own and rounds that only pretend: no engine, no children but one."""
 
-import contextlib
-import http.server
-import json
 import os
 import signal
 import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 
 import pytest
+from daemon_world import NOON, until
 from mini import TINY
-from rich.console import Console
 
 from selfplay import children, daemon, orders
-from selfplay.daemon import Daemon
-from selfplay.display import Display
 from selfplay.errors import InputError, Interrupted
-from selfplay.run import Run
-from selfplay.store import Store
-
-NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
-
-
-class Bare(Run):
-    """A run of which nothing is open but its ledger."""
-
-    current = SimpleNamespace(version=0)
-
-
-class World:
-    """A daemon over a bare ledger, a clock that is set by hand, and `turn` for one turn of its loop."""
-
-    def __init__(self, run_dir, monkeypatch, *more):
-        self.now = NOON
-        run_dir.mkdir()
-        display = Display(Console(file=(run_dir / "said").open("w")))
-        self.daemon = Daemon(TINY, list(more), run_dir, display, clock=lambda: self.now)
-        self.store = Store(run_dir)
-        self.ran = []
-        self.work = lambda: None
-        self.daemon.run = Bare(self.daemon.config, run_dir, display)
-        self.daemon.run.store = self.store
-        monkeypatch.setattr(daemon, "POLL_SECONDS", 0)
-        monkeypatch.setattr(daemon, "run_round", self._round)
-        monkeypatch.setattr(daemon, "cancel_round", lambda run: self._close("cancelled"))
-        monkeypatch.setattr(display, "round_table", lambda report: None)
-
-    def _round(self, run):
-        if self.store.unfinished() is None:
-            self.open()
-        self.ran.append(len(self.store.rounds()))
-        self.work()
-        return self._close("promoted")
-
-    def open(self):
-        self.store.open_round(len(self.store.rounds()) + 1, 0, (0, 0), "f", {})
-
-    def _close(self, state):
-        self.store.close_round(len(self.store.rounds()), state, 0, [])
-        return SimpleNamespace(outcome=state, reasons=[])
-
-    def turn(self):
-        self.daemon._turn()
-        return self.daemon.progress.get("state")
-
-    def order(self, kind, **arguments):
-        number = orders.submit(self.store, kind, arguments, "test")
-        self.daemon._between_rounds()
-        return next((row["state"], row["result"]) for row in self.store.orders() if row["id"] == number)
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    made = []
-
-    def make(*more):
-        made.append(World(tmp_path / "run", monkeypatch, *more))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.store.close()
 
 
 def test_an_order_for_a_round_holds_until_that_round_is_open(world):
@@ -100,7 +29,7 @@ def test_a_cancel_means_the_round_that_was_open(world):
     service = world()
     service.open()
     service.store.set_state("cancel", 1)
-    service._close("cancelled")  # killed between this and the next word
+    service.close("cancelled")  # killed between this and the next word
     service.work = lambda: service.daemon._breathe("stage")
     service.turn()
     assert [row["state"] for row in service.store.rounds()] == ["cancelled", "promoted"]
@@ -153,9 +82,11 @@ def test_a_pause_after_the_round_lets_an_open_one_end(world):
 def test_retries_wait_an_hour_at_most_and_outlive_a_clock_that_is_set_back(world):
     service = world("service.retries=5000", "service.retry_seconds=30")
     service.open()
-    service.daemon._failed(RuntimeError("x"), 4000)
-    assert datetime.fromisoformat(service.store.state("retry_at")) == NOON + timedelta(hours=1)
+    service.daemon._failures = 3999
+    service.daemon._failed(RuntimeError("x"))
+    assert "trying again in 3600 s (4000 of 5000)" in service.events("warning")[-1]
     assert service.turn() == "retrying"
+    assert service.daemon.progress["why"] == f"next try at {(NOON + timedelta(hours=1)).isoformat()}"
     service.now = NOON - timedelta(days=300)
     service.turn()
     assert service.ran == [1]
@@ -165,7 +96,7 @@ def test_retries_wait_an_hour_at_most_and_outlive_a_clock_that_is_set_back(world
 def test_a_clock_that_is_set_back_does_not_stop_the_schedule(world, mode):
     service = world(f"schedule={mode}")
     service.open()  # starts by the real clock, which is years ahead of the daemon's, or behind
-    service._close("promoted")
+    service.close("promoted")
     service.now = datetime.now(UTC) - timedelta(days=3)
     for _ in range(15):
         service.now += timedelta(minutes=5)
@@ -239,7 +170,7 @@ def test_a_stop_gives_the_shard_its_time_and_then_cuts(world, monkeypatch):
     began = time.monotonic()
     service.turn()
     assert shards == [0] and not cuts
-    assert [e["text"] for e in service.store.events()] == ["the service stops"]
+    assert service.events("interrupted") == ["the service stops"]
     while not cuts and time.monotonic() - began < 10:
         time.sleep(0.01)
     assert cuts[0] - began >= 0.3
@@ -256,20 +187,14 @@ def signals():
         signal.signal(number, handler)
 
 
-def until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_signals_stop_the_service_and_have_it_read_its_configuration_anew(world, signals, monkeypatch):
     service = world()
     stops = []
     monkeypatch.setattr(service.daemon, "stop", lambda: stops.append(1))
     daemon.handle_signals(service.daemon)
     os.kill(os.getpid(), signal.SIGHUP)
-    until(lambda: service.store.orders("pending"))
+    until(service.daemon._reloading.is_set)
+    service.daemon._write_down()
     (order,) = service.store.orders("pending")
     assert (order["kind"], order["origin"]) == ("reload", "signal")
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -277,43 +202,20 @@ def test_signals_stop_the_service_and_have_it_read_its_configuration_anew(world,
     until(lambda: len(stops) == 2)
 
 
-@contextlib.contextmanager
-def webhook(*statuses):
-    """A server that takes alerts, with these statuses one after another and then 200; yields its URL and what it got."""
-    got, left = [], list(statuses)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            got.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
-            self.send_response(left.pop(0) if left else 200)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/secret", got
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def test_an_alert_is_posted_until_it_is_taken(world, monkeypatch, caplog):
-    monkeypatch.setattr(daemon.post_alert.retry, "sleep", lambda seconds: None)
-    service = world()
-    with webhook(500, 503) as (url, got):
-        monkeypatch.setenv("SELFPLAY_WEBHOOK", url)
-        service.daemon.pause("3 rounds in a row were rejected")
-        until(lambda: len(got) == 3)
-        assert {path for path, _ in got} == {"/secret"}
-        body = got[-1][1]
-        assert (body["run"], body["kind"], body["text"]) == ("tiny", "alert", "paused: 3 rounds in a row were rejected")
-        assert body["time"] == NOON.isoformat()
-        service.daemon.pause("ordered", alert=False)
-    with webhook(*[500] * 9) as (url, got):
-        daemon.post_alert(url, {"kind": "alert"})  # five tries, then it is given up
-        assert len(got) == 5
-    assert "did not take an alert" in caplog.text and "secret" not in caplog.text
-    assert [e["kind"] for e in service.store.events()] == ["alert"]
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize(("missed", "then"), [("skip", "waiting"), ("once", "running")])
+def test_what_fell_due_in_a_pause_or_before_the_first_round_is_missed_too(world, missed, then, paused):
+    service = world(f"schedule={{mode: cron, cron: 0 3 * * *, missed: {missed}}}")
+    with service.store._engine.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO runs VALUES ('tiny', '2026-03-10T11:00:00+00:00', '{}')")
+    assert service.turn() == "waiting"
+    if paused:
+        service.order("pause", after="stage")
+    service.now = NOON + timedelta(hours=16)  # past three in the night
+    if paused:
+        assert service.turn() == "paused"
+        service.order("resume")
+    else:
+        service.made()  # killed before, and started again now
+        service.opened()
+    assert service.turn() == then

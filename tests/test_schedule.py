@@ -103,9 +103,11 @@ def row(index, state="promoted", hours=1.0):
 def test_the_end_of_a_schedule(end, reason):
     metrics = {
         1: {"evaluate/reward": 0.4, "generate/tokens": 100.0},
-        2: {"evaluate/reward": 0.9, "generate/tokens": 200.0},
+        2: {"evaluate/reward": 0.9, "generate/tokens": 150.0, "evolve/tokens": 30.0, "evaluate/tokens": 20.0},
     }
-    found = ended(EndConfig(**end), [row(1), row(2, "rejected", 3.0)], metrics, NOON, current=1, devices=2)
+    found = ended(
+        EndConfig(**end), [row(1), row(2, "rejected", 3.0)], metrics, NOON, current=1, device_seconds=8 * 3600
+    )
     assert found is None if reason is None else reason in found
 
 
@@ -157,6 +159,9 @@ def test_the_hour_that_the_clocks_repeat():
     night = datetime(2026, 11, 1, 4, 0, tzinfo=UTC)
     nightly = ScheduleConfig(mode="cron", cron="30 1 * * *", time_zone="America/New_York")
     assert [f"{at:%H:%M}" for at in starts(nightly, night - 9 * HOUR, night - 9 * HOUR, 5, began=night)] == ["05:30"]
+    twice = ScheduleConfig(mode="cron", cron="*/30 1 * * *", time_zone="America/New_York")
+    found = starts(twice, night - 9 * HOUR, night - 9 * HOUR, 5, began=night)
+    assert [f"{at:%H:%M}" for at in found] == ["05:00", "05:30"]
     always = ScheduleConfig(mode="cron", cron="30 * * * *", time_zone="America/New_York")
     found = starts(always, night, night - 9 * HOUR, 4, began=night)
     assert [f"{at:%H:%M}" for at in found] == ["04:30", "05:30", "06:30", "07:30"]
@@ -168,3 +173,17 @@ def test_the_hour_that_the_clocks_repeat():
 def test_a_round_that_is_overdue_does_not_start_in_quiet_hours_either():
     every = ScheduleConfig(mode="interval", every_minutes=60, quiet_hours=["11:30-18:00"])
     assert start(every, last=NOON - 2 * HOUR, up_since=NOON - 9 * HOUR) == NOON.replace(hour=18)
+
+
+@pytest.mark.parametrize(
+    ("windows", "why"),
+    [
+        (["22:00-22:00"], "is empty"),
+        (["00:00-00:00"], "is empty"),
+        (["06:00-22:00", "21:00-06:00"], "cover the whole day"),
+    ],
+)
+def test_quiet_hours_without_an_end_are_refused(windows, why):
+    with pytest.raises(ValueError, match=why):
+        ScheduleConfig(quiet_hours=windows)
+    assert ScheduleConfig(quiet_hours=["06:00-22:00", "22:00-05:59"]).quiet_hours

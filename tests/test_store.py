@@ -63,6 +63,28 @@ def test_a_ledger_of_a_newer_version_is_refused(tmp_path):
         Store(tmp_path)
 
 
+def test_a_ledger_that_is_damaged_is_refused(tmp_path):
+    (tmp_path / "ledger.sqlite").write_bytes(b"this is no database, however long it may be" * 100)
+    with pytest.raises(InputError, match="is damaged: file is not a database"):
+        Store(tmp_path)
+
+
+def test_an_order_is_an_event_when_it_is_given_and_when_it_is_obeyed(tmp_path):
+    store = Store(tmp_path)
+    number = store.submit("rollback", {"version": 3}, "api")
+    store.submit("add_prompts", {"rows": [{"prompt": "x"}]}, "page")
+    assert [row["kind"] for row in store.pending()] == ["rollback", "add_prompts"]
+    assert [row["id"] for row in store.pending(["rollback", "pin"])] == [number]
+    store.answer(number, "done", "policy 3 is current")
+    assert [(e["kind"], e["text"]) for e in store.events()] == [
+        ("order_given", "rollback version=3 (from api)"),
+        ("order_given", "add_prompts (from page)"),
+        ("order_done", "rollback version=3 (from api): policy 3 is current"),
+    ]
+    assert [row["kind"] for row in store.pending()] == ["add_prompts"]
+    store.close()
+
+
 def test_one_runner_a_folder(tmp_path):
     with RunLock(tmp_path), pytest.raises(InputError, match="in use by process"):
         RunLock(tmp_path).__enter__()

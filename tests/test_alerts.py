@@ -1,0 +1,60 @@
+"""Alerts to a real HTTP server that does not take them at first."""
+
+import threading
+
+import pytest
+from daemon_world import until, webhook
+
+from selfplay import alerts
+from selfplay.alerts import Alerts
+from selfplay.store import Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path)
+    yield store
+    store.close()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(alerts, "LONGEST_WAIT", 0)
+
+
+def test_an_alert_is_posted_until_it_is_taken(store, caplog):
+    with webhook(*[500] * 9) as (url, got):
+        found = Alerts(lambda: url, threading.Event())
+        found.send({"text": "one"})
+        found.send({"text": "two"})
+        until(lambda: len(got) == 11)
+        assert [body["text"] for _, body in got] == ["one"] * 10 + ["two"]
+        until(lambda: found._sender is None)
+        found.keep(store)
+    assert store.state(alerts.STATE) == []
+    assert "did not take an alert" in caplog.text and "secret" not in caplog.text
+
+
+def test_an_alert_that_was_not_taken_outlives_the_service(store):
+    stopping = threading.Event()
+    first = Alerts(lambda: "http://127.0.0.1:9/nobody", stopping)
+    first.send({"text": "the disk is full"})
+    first.keep(store)
+    stopping.set()
+    first._sender.join(60)
+    with webhook() as (url, got):
+        second = Alerts(lambda: url, threading.Event())
+        second.load(store)
+        until(lambda: got)
+        assert got == [("/secret", {"text": "the disk is full"})]
+        until(lambda: second._sender is None)
+        second.keep(store)
+    assert store.state(alerts.STATE) == []
+
+
+def test_without_a_webhook_the_newest_are_kept(store):
+    nowhere = Alerts(lambda: None, threading.Event())
+    for number in range(alerts.MOST + 5):
+        nowhere.send({"text": str(number)})
+    nowhere.keep(store)
+    assert [each["text"] for each in store.state(alerts.STATE)] == [str(i) for i in range(5, alerts.MOST + 5)]
