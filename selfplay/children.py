@@ -19,6 +19,7 @@ import gc
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ GUARDED = "SELFPLAY_GUARDED"  # set for children that have to die with their par
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 PATIENT = 86_400.0  # seconds of silence for a child that may be fetching a model
+
+LARGEST_LOG = 16 << 20  # bytes; a longer log begins anew, and the one before stays as `<name>.1`
 
 Event = dict[str, Any]
 
@@ -62,6 +65,20 @@ class ChildDied(RuntimeError):
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
 _running: set[Child] = set()
 _ending = threading.Event()  # no child is to start any more
+_withheld: set[str] = set()
+
+
+def withhold(*variables: str) -> None:
+    """Keep environment variables, those with secrets that are not theirs, from all children that start later."""
+    _withheld.update(variables)
+
+
+def bound_log(log: Path) -> None:
+    """Have a log that grew too long begin anew. What appends to it goes on, so it is copied and cut, not renamed."""
+    with contextlib.suppress(OSError):  # it is not there yet, or its disk is full
+        if log.stat().st_size > LARGEST_LOG:
+            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)
 
 
 class Child:
@@ -82,7 +99,8 @@ class Child:
     ) -> None:
         self.name, self.log, self.silence = name, log, silence
         self._argv = [sys.executable, "-m", "selfplay.children", str(os.getpid()), "--", *argv]
-        self._env = {**os.environ, **(env or {}), RUN_MARKER: str(run_dir.resolve()), GUARDED: "1"}
+        inherited = {name: value for name, value in os.environ.items() if name not in _withheld}
+        self._env = {**inherited, **(env or {}), RUN_MARKER: str(run_dir.resolve()), GUARDED: "1"}
         # Without bytecode files the imports of a child take two to three times as long, at every start.
         self._env.pop("PYTHONDONTWRITEBYTECODE", None)
         # Children are found by module name from wherever the service was started.
@@ -102,6 +120,7 @@ class Child:
         if _ending.is_set():
             raise Interrupted("everything is to end")
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        bound_log(self.log)
         with self.log.open("ab") as log:
             self._process = _spawner.submit(
                 subprocess.Popen,
@@ -136,6 +155,7 @@ class Child:
     def send(self, order: str, **fields: Any) -> int:
         """Send one order; `result` with the returned number waits for what came of it."""
         self._next_id += 1
+        bound_log(self.log)
         line = json.dumps({"id": self._next_id, "order": order, **fields}, allow_nan=False).encode() + b"\n"
         try:
             assert self._process is not None and self._process.stdin is not None, f"{self.name} was not started"

@@ -156,7 +156,7 @@ def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
     policies = [p for p in store.policies() if p["state"] in ("promoted", "initial")]
     current = Policies(store.path.parent).current or 0
     print(f"policy   {current} serves; {len(policies)} were promoted or imported")
-    for order in store.orders("pending"):
+    for order in store.pending():
         print(f"order    {order['id']} {order['kind']} waits since {order['time']}")
     for event in store.events()[-3:]:
         print(f"event    {event['time']} {event['kind']}: {event['text']}")
@@ -207,23 +207,34 @@ def show(
 
 def _order(kind: str, arguments: dict[str, Any], config: Path, sets: list[str], run_dir: Path | None) -> None:
     """Leave an order in the ledger, and say what became of it if a service is there to obey."""
+    _orders([(kind, arguments)], config, sets, run_dir)
+
+
+def _orders(
+    given: list[tuple[str, dict[str, Any]]], config: Path, sets: list[str], run_dir: Path | None
+) -> None:  # fmt: skip
+    """The same with several orders; exit code 2 where one is refused."""
     import time
 
     from selfplay.orders import submit
 
     store = _store(config, sets, run_dir)
-    number = submit(store, kind, arguments, "cli")
+    waiting = [submit(store, kind, arguments, "cli") for kind, arguments in given]
     there = _serves((store.state("service") or {}).get("pid"))
     deadline = time.monotonic() + (5 if there else 0)
-    while time.monotonic() < deadline:
-        row = store.order(number)
-        if row["state"] != "pending":
-            print(f"order {number} {row['state']}: {row['result']}")
-            store.close()
-            raise typer.Exit(0 if row["state"] == "done" else 2)
-        time.sleep(0.1)
+    refused = False
+    while waiting and time.monotonic() < deadline:
+        row = store.order(waiting[0])
+        if row["state"] == "pending":
+            time.sleep(0.1)
+            continue
+        print(f"order {waiting.pop(0)} {row['state']}: {row['result']}")
+        refused |= row["state"] != "done"
     store.close()
-    print(f"order {number} waits: the service obeys it when it runs, and between rounds where it has to")
+    for number in waiting:
+        print(f"order {number} waits: the service obeys it when it runs, and between rounds where it has to")
+    if refused:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -279,6 +290,7 @@ def add_prompts(
 
     from selfplay.errors import InputError
     from selfplay.importer import read_file
+    from selfplay.orders import MAX_PROMPTS
 
     found = list(read_file(file))
     rows = [row for row in found if isinstance(row, dict)]
@@ -288,7 +300,8 @@ def add_prompts(
         raise InputError(f"{file} has no prompt" + (f" ({said})" if said else ": it is empty"))
     if said:
         print(f"set aside: {said}")
-    _order("add_prompts", {"rows": rows}, config, set_, run_dir)
+    parts = [rows[start : start + MAX_PROMPTS] for start in range(0, len(rows), MAX_PROMPTS)]
+    _orders([("add_prompts", {"rows": part}) for part in parts], config, set_, run_dir)
 
 
 @app.command()

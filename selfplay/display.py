@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich import box
 from rich.console import Console
@@ -67,11 +68,30 @@ class Line:
         return time.monotonic() - self.started
 
 
+class _Output:
+    """A stream whose troubles end nobody who prints: its disk may be full, or its reader gone."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Display:
     """Prints for one run. Stages may be shown from several threads, several at a time."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(file=cast(IO[str], _Output(sys.stdout)), highlight=False)
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._progress: Progress | None = None
         self._open = 0

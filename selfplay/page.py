@@ -31,6 +31,7 @@ from selfplay.page_parts import (
     took,
     when,
 )
+from selfplay.server import LARGEST_MESSAGE
 from selfplay.store import LedgerError
 from selfplay.view import View
 
@@ -39,6 +40,7 @@ ICON = (
     '<path d="M8 21a9 9 0 0 1 15-9m1-5v6h-6M24 11a9 9 0 0 1-15 9m-1 5v-6h6" fill="none" stroke="#fff" stroke-width="2.6"/></svg>'
 )
 ROUNDS = 15  # of the table on the overview
+LONGEST_TEXT = LARGEST_MESSAGE // 4  # characters of prompts typed or pasted; a browser sends up to three bytes for each
 
 
 def mount(app: FastAPI, view: View, logout: bool) -> None:
@@ -145,6 +147,9 @@ def add_prompts(view: View) -> None:
     """Ask for prompts, one a line or as JSON lines, and order that they join the pool."""
 
     async def go() -> None:
+        if len(text.value or "") >= LONGEST_TEXT:
+            ui.notify(f"cut off after {LONGEST_TEXT} characters: use `selfplay add-prompts FILE`", type="negative")
+            return
         lines = [line for line in (text.value or "").splitlines() if line.strip()]
         try:
             rows = [json.loads(line) if line.lstrip().startswith("{") else {"prompt": line} for line in lines]
@@ -157,9 +162,10 @@ def add_prompts(view: View) -> None:
     with ui.dialog() as dialog, ui.card().style("width: min(44rem, 92vw)"):
         heading("h2", "Add prompts")
         ui.label(
-            "One prompt a line, or JSON lines with `prompt` or `messages`. They join the pool between rounds."
+            "One prompt a line, or JSON lines with `prompt` or `messages`. They join the pool between rounds. A longer text than "
+            f"{LONGEST_TEXT:,} characters is for `selfplay add-prompts FILE`."
         ).classes("soft small")
-        text = ui.textarea().props("outlined autogrow").classes("full-width")
+        text = ui.textarea().props(f"outlined autogrow maxlength={LONGEST_TEXT}").classes("full-width")
         with ui.element("div").classes("row-wrap"):
             ui.button("Add", on_click=go).props("no-caps unelevated")
             ui.button("Not now", on_click=dialog.close).props("no-caps flat")

@@ -13,6 +13,7 @@ from selfplay.config import GuardConfig, Limits
 from selfplay.store import RESTARTS
 from selfplay.view import View
 
+LONGEST_WHY = 200  # characters of a reason in a label
 STATES = ("starting", "running", "waiting", "paused", "retrying", "ended", "stopped")
 # name, what it is, label, and the ledger's metric for each value of the label
 GAUGES: list[tuple[str, str, str, dict[str, str]]] = [
@@ -43,6 +44,18 @@ class RunCollector(Collector):
         for name in STATES:
             state.add_metric([name], float(run.service.state == name))
         yield state
+        if (pause := store.state("pause")) is not None:
+            kind, why = pause.get("kind", "ordered"), pause["why"][:LONGEST_WHY]
+            paused = GaugeMetricFamily(
+                "selfplay_pause_info", "A pause: ordered, or the service's own (failed, rejected), and why", labels=["kind", "why"]
+            )  # fmt: skip
+            paused.add_metric([kind, why], 1.0)
+            yield paused
+        now = run.service
+        queue = GaugeMetricFamily("selfplay_queue_depth", "What the stage that runs has not done yet", labels=["stage"])
+        if now.stage is not None and now.total is not None:
+            queue.add_metric([now.stage], max(now.total - now.done, 0))
+        yield queue
         rounds = CounterMetricFamily("selfplay_rounds", "Rounds by how they ended", labels=["state"])
         for name in ("promoted", "rejected", "skipped", "cancelled"):
             rounds.add_metric([name], run.rounds.get(name, 0))

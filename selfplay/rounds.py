@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -87,7 +88,8 @@ def _rounds(run: Run, total: int | None) -> None:
 
 def leave(code: int) -> NoReturn:
     """End the process at once: threads that wait for answers nobody wants any more must not hold up the exit."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a full disk, or a reader that has gone
+        sys.stdout.flush()
     os._exit(code)
 
 

@@ -41,6 +41,7 @@ class Run:
 
     def __init__(self, config: Config, run_dir: Path, display: Display) -> None:
         self.config, self.dir, self.display = config, run_dir, display
+        children.withhold(config.service.token_env, config.service.webhook_env)
         self.policies = Policies(run_dir)
         self.prompts: dict[str, Prompt] = {}
         self.gold: Gold | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from selfplay import artifacts
+from selfplay import artifacts, children
 from selfplay.children import Child, ChildDied, ChildError, descendants, marked, reap
 
 ECHO = """
@@ -223,3 +223,32 @@ def test_an_exit_code_that_is_no_signal_is_told_as_it_is(tmp_path):
     child = start(tmp_path, [sys.executable, "-c", "import os; os._exit(255)"])
     with pytest.raises(ChildDied, match="ended with exit code 255"):
         child.wait_for("ready")
+
+
+def test_secrets_that_are_not_theirs_are_kept_from_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(children, "_withheld", set())
+    monkeypatch.setenv("THE_TOKEN", "secret")
+    monkeypatch.setenv("THE_KEY", "theirs")
+    children.withhold("THE_TOKEN", "NOT_SET")
+    child = start(tmp_path)
+    child.wait_for("ready")
+    inside = [pid for pid in marked(tmp_path) if b"secret" in Path(f"/proc/{pid}/environ").read_bytes()]
+    theirs = [pid for pid in marked(tmp_path) if b"theirs" in Path(f"/proc/{pid}/environ").read_bytes()]
+    child.stop()
+    assert inside == [] and len(theirs) >= 2
+
+
+def test_a_log_that_grew_too_long_begins_anew_while_its_child_writes_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(children, "LARGEST_LOG", 1000)
+    log = tmp_path / "echo.log"
+    log.write_text("x" * 1001)
+    child = start(tmp_path)
+    child.wait_for("ready")
+    assert (tmp_path / "echo.log.1").read_text() == "x" * 1001
+    assert "a library's print" in log.read_text()
+    with log.open("a") as file:
+        file.write("y" * 1001)
+    child.order("add", a=1, b=2)
+    child.stop()
+    assert (tmp_path / "echo.log.1").read_text().endswith("y" * 1001)
+    assert log.stat().st_size < 1000

@@ -15,6 +15,7 @@ from selfplay import cli, policies, report
 from selfplay import config as configuration
 from selfplay.check import check
 from selfplay.errors import InputError
+from selfplay.orders import MAX_PROMPTS
 from selfplay.plan import plan
 from selfplay.store import Store
 
@@ -253,3 +254,11 @@ def test_the_plan_counts_what_a_round_does():
     said = dict(plan(configuration.load(TINY)))
     assert said["prompts"] == "192, 8 candidates each: 1,536"
     assert said["pairs"] == "up to 192 base pairs, 153 kept, 153 trained on in 20 steps of 16"
+
+
+def test_a_file_of_prompts_becomes_as_many_orders_as_it_takes(bare, tmp_path):
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(f'{{"prompt": "number {i}"}}\n' for i in range(MAX_PROMPTS + 1)))
+    code, out, _ = selfplay("add-prompts", file, "--run-dir", tmp_path)
+    assert code == 0 and "order 1 waits" in out and "order 2 waits" in out
+    assert [len(row["arguments"]["rows"]) for row in bare.orders("pending")] == [MAX_PROMPTS, 1]

@@ -1,5 +1,8 @@
+import errno
 import io
+import os
 import re
+import sys
 import threading
 import time
 
@@ -234,3 +237,20 @@ def test_numbers_in_words() -> None:
     assert change({"b": 2.0}, "a", "b", ".1f") == "2.0" and change({}, "a", "b") == ""
     assert interval({"evaluate/win_rate": 0.5}) == "0.500"
     assert verdict("running", None, []).startswith("unfinished")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EPIPE])
+def test_an_output_that_fails_ends_nobody(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(code, os.strerror(code))
+
+        def flush(self) -> None:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    display = Display()
+    with display.stage(1, "generate", 4, "prompts") as line:
+        line.update(done=2)
+    display.warn("the disk is full")
+    display.error("it is")

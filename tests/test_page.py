@@ -11,6 +11,7 @@ import httpx
 import pytest
 from served_world import HOSTILE, ROOT, build
 
+from selfplay.page import LONGEST_TEXT
 from selfplay.store import Store
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -185,6 +186,10 @@ def test_orders_from_the_page_are_left_in_the_ledger(served, tab):
     tab.click("Add prompts")
     tab.wait("!!document.querySelector('.q-dialog textarea')")
     tab.read("document.querySelector('.q-dialog textarea').focus()")
+    tab.call("Input.insertText", text="é" * (LONGEST_TEXT + 1))  # a longer message would end the connection
+    tab.click("Add", ".q-dialog button")
+    tab.wait(shows(f"cut off after {LONGEST_TEXT} characters"))
+    tab.read("document.querySelector('.q-dialog textarea').select()")
     tab.call("Input.insertText", text='What is it?\n{"prompt": "And that?", "meta": {"a": 1}}')
     tab.click("Add", ".q-dialog button")
     tab.wait("!document.querySelector('.q-dialog')")
