@@ -93,6 +93,24 @@ def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
     return _records(pq.read_table(path, schema=schema(row_type)), row_type)
 
 
+def each_row(path: Path, row_type: type[Row]) -> Iterator[Row]:
+    """All records in order, of which no more than a row group is in memory at a time."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            yield from _records(_group(file, group, row_type), row_type)
+    pa.default_memory_pool().release_unused()
+
+
+def read_columns(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Some columns of a file of records, row by row; None where the file was written before a column was there."""
+    with pq.ParquetFile(path) as file:
+        there = [name for name in names if name in file.schema_arrow.names]
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=there, use_threads=False)
+            absent = [None] * table.num_rows
+            yield from zip(*(table[n].to_pylist() if n in there else absent for n in names), strict=True)
+
+
 def read_row(path: Path, row_type: type[Row], index: int) -> Row:
     """One record, of which no more is decoded than its row group. Raises IndexError."""
     with pq.ParquetFile(path) as file:
@@ -134,6 +152,7 @@ def rows_with(path: Path, row_type: type[Row], column: str, values: Container[st
                 table = _group(file, group, row_type)
                 for i in found:
                     yield from _records(table.slice(i, 1), row_type)
+    pa.default_memory_pool().release_unused()
 
 
 def _group(file: pq.ParquetFile, group: int, row_type: type[Any]) -> pa.Table:

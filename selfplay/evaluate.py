@@ -80,7 +80,7 @@ def evaluate(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
 def gate_prompts(r: Round) -> list[Prompt]:
     """A fresh seeded subset of the held-out prompts."""
     ids = prompts.subset(r.run.ids("heldout"), r.config.evaluate.prompts, r.seed("gate"))
-    return [r.run.prompts[i] for i in ids]
+    return r.run.prompts.read(ids)
 
 
 def audit_prompts(r: Round) -> list[Prompt]:
@@ -89,7 +89,7 @@ def audit_prompts(r: Round) -> list[Prompt]:
     if not every or r.index % every:
         return []
     ids = prompts.subset(r.run.ids("audit"), r.config.evaluate.audit_prompts, r.config.run.seed, "audit")
-    return [r.run.prompts[i] for i in ids]
+    return r.run.prompts.read(ids)
 
 
 def champion_answers(r: Round) -> list[Candidate]:

@@ -89,8 +89,9 @@ def fault(old: str, new: str, max_ratio: float) -> str | None:
 
 def evolve(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     """Rewrite and filter; writes the prompts that are to join (prompts.parquet) and what became of every rewrite."""
-    settings, prompts = r.config.evolve, r.run.prompts
+    settings = r.config.evolve
     parents = best(r.rows("pairs", "pairs", Pair), settings.top)
+    prompts = {p.prompt_id: p for p in r.run.prompts.read(parents)}
     tasks = [(prompts[i], strategy) for i in parents for strategy in STRATEGIES]
     line.update(total=len(tasks))
     rewrites = _by_policy(r, tasks, line) if r.run.rewriter is None else _by_function(r, r.run.rewriter, tasks)

@@ -187,18 +187,19 @@ class Policies:
     def prune(self, rule: RetentionConfig, keep: set[int], rejected: set[int], round_index: int) -> list[int]:
         """Delete weights that nothing needs any more; manifests stay. Returns all versions that have none left.
 
-        `keep`: current, its parent, the reference. Rejected ones go after `rule.rejected_rounds` rounds.
+        `keep`: current, its parent, the reference. Rejected ones go after `rule.rejected_rounds` rounds; a policy has the
+        number of its round.
         """
         kept = [v for v in self.versions() if v not in rejected]
         wanted = keep | {0} | set(rule.pinned) | set(kept[max(0, len(kept) - rule.last) :])
         wanted |= {v for v in kept if rule.every and v % rule.every == 0}
-        wanted |= {v for v in rejected if read(self.folder(v)).round + rule.rejected_rounds > round_index}
+        wanted |= {v for v in rejected if v + rule.rejected_rounds > round_index}
         for version in self.versions():
             if version in wanted:
                 continue
             for path in self._weights(version):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return [v for v in self.versions() if not self._weights(v) and not read(self.folder(v)).source]
+        return [v for v in self.versions() if v != 0 and not self._weights(v)]
 
     def _weights(self, version: int) -> list[Path]:
         """What a policy's folder holds beside its manifest."""

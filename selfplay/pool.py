@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,60 @@ Render = Callable[[Sequence[list[Message]]], Sequence[list[int] | str]]  # token
 _WORD = re.compile(r"[\u2e80-\u9fff\uac00-\ud7ff]|[^\W\u2e80-\u9fff\uac00-\ud7ff]+")
 
 
-def read(folder: Path) -> dict[str, Prompt]:
-    """All prompts of a run by prompt_id, in the order they came."""
-    return {p.prompt_id: p for file in _files(folder) for p in artifacts.read_rows(file, Prompt)}
+class Pool:
+    """The prompts of a run, in the order they came. Texts and token ids stay on disk until somebody asks for them.
+
+    Iterating reads all of them, a part at a time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._joined: dict[str, dict[str, int | None]] = {}
+        self._draws: Counter[str] = Counter()
+        self._counted = 0  # rounds whose draws are in it
+        for file in _files(folder):
+            for name, split, joined in artifacts.read_columns(file, ("prompt_id", "split", "joined")):
+                self._joined.setdefault(split, {})[name] = joined
+
+    def __contains__(self, prompt_id: object) -> bool:
+        return any(prompt_id in split for split in self._joined.values())
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for file in _files(self._folder):
+            yield from artifacts.each_row(file, Prompt)
+
+    def joined(self, split: str) -> Mapping[str, int | None]:
+        """First round that may draw each prompt of a split, by prompt_id; None: it was there from the start."""
+        return self._joined.get(split, {})
+
+    def read(self, prompt_ids: Sequence[str]) -> list[Prompt]:
+        """These prompts, in this order."""
+        wanted = frozenset(prompt_ids)
+        files = _files(self._folder) if wanted else []
+        found = {p.prompt_id: p for file in files for p in artifacts.rows_with(file, Prompt, "prompt_id", wanted)}
+        return [found[i] for i in prompt_ids]
+
+    def join(self, prompts: Iterable[Prompt]) -> int:
+        """Let prompts join for good, those that are new; returns how many. Only the runner of the run folder may."""
+        new = {p.prompt_id: p for p in prompts if p.prompt_id not in self}
+        if new:
+            write_added(self._folder, list(new.values()))
+        for p in new.values():
+            self._joined.setdefault(p.split, {})[p.prompt_id] = p.joined
+        return len(new)
+
+    def draws(self, rounds: Path, before: int) -> Mapping[str, int]:
+        """How often each prompt was drawn in the rounds before that number, whether it was passed over then or not.
+
+        What they drew does not change any more, so each is read once.
+        """
+        for index in range(self._counted + 1, before):
+            folder = rounds / f"{index:04d}" / "prompts"
+            path = next((p for name in ("drawn", "prompts") if (p := folder / f"{name}.parquet").is_file()), None)
+            if path is not None:
+                self._draws.update(artifacts.read_column(path, "prompt_id"))
+            self._counted = index
+        return self._draws
 
 
 def page(folder: Path, start: int, count: int) -> tuple[list[Prompt], int]:
@@ -107,9 +158,10 @@ class HeldOut:
     """
 
     def __init__(self, prompts: Iterable[Prompt], ngram: int, overlap: float) -> None:
-        held_out = [p for p in prompts if p.split != "train"]
-        self._ancestors = {p.ancestor for p in held_out}
-        self._texts = [asked(p.messages) for p in held_out]
+        self._ancestors, self._texts = set[str](), list[list[str]]()
+        for prompt in prompts:
+            self._ancestors.add(prompt.ancestor)
+            self._texts.append(asked(prompt.messages))
         self._whole = {tuple(text) for text in self._texts}
         self._ngram, self._overlap = ngram, overlap
         self._by_size: dict[int, tuple[dict[tuple[str, ...], list[int]], list[int]]] = {}
@@ -151,7 +203,7 @@ def _grams(text: Sequence[str], n: int) -> set[tuple[str, ...]]:
 
 def admit(
     rows: Sequence[Mapping[str, Any]],
-    pool: Mapping[str, Prompt],
+    pool: Iterable[Prompt],
     render: Render,
     *,
     max_tokens: int,
@@ -167,8 +219,19 @@ def admit(
     Refused are rows without a conversation, what the pool has already (the same words), what meets a held-out prompt or
     has its ancestor, what the chat template refuses, and what is too long. Nothing is written.
     """
-    held_out = HeldOut(pool.values(), ngram, overlap)
-    known = {same(p.messages) for p in pool.values()}
+    parents = {str(row["parent"]) for row in rows if row.get("parent") is not None}
+    known, roots = set[int](), dict[str, str]()
+
+    def kept_apart() -> Iterator[Prompt]:
+        """The held-out prompts; on the way to them, what else has to be known of a pool that is read once."""
+        for prompt in pool if rows else ():
+            known.add(same(prompt.messages))
+            if prompt.prompt_id in parents:
+                roots[prompt.prompt_id] = prompt.ancestor
+            if prompt.split != "train":
+                yield prompt
+
+    held_out = HeldOut(kept_apart(), ngram, overlap)
     found: list[Prompt | str] = []
     drafts: dict[int, Prompt] = {}
     for row in rows:
@@ -183,7 +246,7 @@ def admit(
         except UnicodeEncodeError:
             found.append("half a surrogate pair")
             continue
-        root = pool[parent].ancestor if parent is not None and parent in pool else parent
+        root = roots.get(parent, parent) if parent is not None else None
         draft = Prompt(
             prompt_id=prompt_id(messages), messages=messages, prompt_ids=[], split="train", parent=parent,
             source=origin, root=None if root == parent else root, joined=joined,

@@ -13,29 +13,28 @@ from collections.abc import Mapping, Sequence
 
 from selfplay import artifacts
 from selfplay.errors import InputError
-from selfplay.types import Prompt
 
 Cursor = tuple[int, int]  # epoch: the lowest level of the pool; offset: prompts above it
 
 
 def levels(
-    pool: Sequence[Prompt], drawn: Mapping[str, int], opened: Mapping[int, Cursor], run_seed: int
+    pool: Mapping[str, int | None], drawn: Mapping[str, int], opened: Mapping[int, Cursor], run_seed: int
 ) -> dict[str, int]:
     """Level of every prompt of the pool: how often it was drawn, counted on from the epoch in which it joined.
 
-    drawn: prompt_id → times drawn in earlier rounds. opened: the cursor at the start of each round that prompts joined in.
+    pool: prompt_id → first round that may draw it, or None. drawn: prompt_id → times drawn in earlier rounds. opened: the cursor at the start of each round that prompts joined in.
     """
-    joined = Counter(p.joined or 0 for p in pool)
+    joined = Counter(first or 0 for first in pool.values())
     before = {index: sum(n for other, n in joined.items() if other < index) for index in joined}
     found = {}
-    for prompt in pool:
+    for prompt_id, first in pool.items():
         start = 0
-        if prompt.joined:
-            epoch, offset = opened[prompt.joined]
+        if first:
+            epoch, offset = opened[first]
             # Its place in this epoch's order is among those that were drawn already: it waits for the next epoch.
-            passed = _place(run_seed, epoch, prompt.prompt_id) * before[prompt.joined] < offset * 2**63
+            passed = _place(run_seed, epoch, prompt_id) * before[first] < offset * 2**63
             start = epoch + passed
-        found[prompt.prompt_id] = start + drawn.get(prompt.prompt_id, 0)
+        found[prompt_id] = start + drawn.get(prompt_id, 0)
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -280,7 +279,7 @@ class Round:
         count = math.ceil(settings.per_round * (self.config.breadth.oversample if compress else 1))
         levels = self.levels(self.index)
         ids = prompts.draw(levels, self._before, count, self.config.run.seed, settings.at_end)
-        rows = [self.run.prompts[i] for i in ids]
+        rows = self.run.prompts.read(ids)
         metrics: Metrics = {}
         if compress:
             artifacts.write_rows(folder / "drawn.parquet", rows, Prompt)
@@ -293,20 +292,14 @@ class Round:
 
     def levels(self, last: int) -> dict[str, int]:
         """Levels of the training prompts that round `last` may draw, before this round draws."""
-        pool = [p for p in self.run.prompts.values() if p.split == "train" and (p.joined or 0) <= last]
+        pool = {i: joined for i, joined in self.run.prompts.joined("train").items() if (joined or 0) <= last}
         opened = {row["round"]: (row["cursor"][0], row["cursor"][1]) for row in self.run.store.rounds()}
         return prompts.levels(pool, self._before, opened, self.config.run.seed)
 
-    @functools.cached_property
-    def _before(self) -> Counter[str]:
-        """How often each prompt was drawn in earlier rounds, whether it was passed over then or not."""
-        found: Counter[str] = Counter()
-        for index in range(1, self.index):
-            folder = self.run.dir / "rounds" / f"{index:04d}" / "prompts"
-            path = next((p for name in ("drawn", "prompts") if (p := folder / f"{name}.parquet").is_file()), None)
-            if path is not None:
-                found.update(artifacts.read_column(path, "prompt_id"))
-        return found
+    @property
+    def _before(self) -> Mapping[str, int]:
+        """How often each prompt was drawn in earlier rounds."""
+        return self.run.prompts.draws(self.run.dir / "rounds", self.index)
 
     def _representatives(self, folder: Path, rows: list[Prompt], keep: int) -> tuple[list[Prompt], Metrics]:
         """The prompts that stand for all `rows`, which lie in the folder; writes clusters.parquet."""

@@ -43,7 +43,6 @@ class Run:
         self.config, self.dir, self.display = config, run_dir, display
         children.withhold(config.service.token_env, config.service.webhook_env)
         self.policies = Policies(run_dir)
-        self.prompts: dict[str, Prompt] = {}
         self.gold: Gold | None = None
         self.rewriter: Rewriter | None = None  # None: the policy
         self.breathe: Callable[[str], None] = lambda where: None
@@ -147,7 +146,7 @@ class Run:
                 line.update(text="prompts and initial policy")
                 with artifacts.folder(folder) as partial:
                     self._import(partial)
-        self.prompts = pool.read(folder)
+        self.prompts = pool.Pool(folder)
         initial = artifacts.read_json(folder / importer.INITIAL)
         if not self.policies.folder(0).is_dir():
             self.policies.import_initial(Path(initial["source"]), initial["canaries"], config.fingerprint(), packages())
@@ -226,11 +225,7 @@ class Run:
 
     def join(self, prompts: Iterable[Prompt]) -> int:
         """Let prompts that `admit` found join the pool for good; returns how many are new to it."""
-        new = {p.prompt_id: p for p in prompts if p.prompt_id not in self.prompts}
-        if new:
-            pool.write_added(self.dir / "pool", list(new.values()))
-            self.prompts |= new
-        return len(new)
+        return self.prompts.join(prompts)
 
     def add_prompts(self, rows: Sequence[Mapping[str, Any]], source: str) -> Counter[str]:
         """Have prompts join the pool; returns how many were «added», and how many were refused for what reason.
@@ -373,7 +368,7 @@ class Run:
         self.display.note(f"report: {self.dir / 'report.html'} and {self.dir / 'report.png'}")
 
     def ids(self, split: str) -> list[str]:
-        return [p.prompt_id for p in self.prompts.values() if p.split == split]
+        return list(self.prompts.joined(split))
 
 
 def _scored_with(config: Config) -> tuple[object, ...]:

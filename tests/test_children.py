@@ -227,12 +227,12 @@ def test_an_exit_code_that_is_no_signal_is_told_as_it_is(tmp_path):
 
 def test_secrets_that_are_not_theirs_are_kept_from_children(tmp_path, monkeypatch):
     monkeypatch.setattr(children, "_withheld", set())
-    monkeypatch.setenv("THE_TOKEN", "secret")
+    monkeypatch.setenv("THE_TOKEN", "hush-hush")
     monkeypatch.setenv("THE_KEY", "theirs")
     children.withhold("THE_TOKEN", "NOT_SET")
     child = start(tmp_path)
     child.wait_for("ready")
-    inside = [pid for pid in marked(tmp_path) if b"secret" in Path(f"/proc/{pid}/environ").read_bytes()]
+    inside = [pid for pid in marked(tmp_path) if b"hush-hush" in Path(f"/proc/{pid}/environ").read_bytes()]
     theirs = [pid for pid in marked(tmp_path) if b"theirs" in Path(f"/proc/{pid}/environ").read_bytes()]
     child.stop()
     assert inside == [] and len(theirs) >= 2

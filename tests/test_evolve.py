@@ -16,6 +16,11 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 FIVE = list(evolve.STRATEGIES)
 
 
+class FakePool(list):
+    def read(self, prompt_ids):
+        return [next(p for p in self if p.prompt_id == i) for i in prompt_ids]
+
+
 class FakeRound:
     """A round whose policy answers what `says` tells, and whose template makes a token of each character."""
 
@@ -24,7 +29,7 @@ class FakeRound:
         self.sampler, self.index, self._says, self.asked = 3, 2, says, []
         self._pairs = [pair(0, prompt_id=p.prompt_id, potential=v) for p, v in zip(prompts, potentials, strict=False)]
         self.run = SimpleNamespace(
-            prompts={p.prompt_id: p for p in prompts},
+            prompts=FakePool(prompts),
             rewriter=rewriter_function,
             policy=lambda version: SimpleNamespace(version=version),
             breathe=lambda where: None,
@@ -209,6 +214,8 @@ def test_joining_twice_is_joining_once(tmp_path):
     service = Run(config.load(TINY), tmp_path, None)
     service.store = Store(tmp_path)
     (tmp_path / "pool").mkdir()
+    artifacts.write_rows(tmp_path / "pool" / pool.POOL, [], Prompt)
+    service.prompts = pool.Pool(tmp_path / "pool")
     new = [prompt("one", joined=2), prompt("two", joined=2)]
     rewrite = Rewrite(
         parent="p", strategy="deepen", rewriter="policy 1", text="one", n_tokens=3, prompt_id="1", rejected_because=None

@@ -1,6 +1,12 @@
+import dataclasses
+import gc
+import shutil
+import tracemalloc
+
+import pyarrow.parquet as pq
 import pytest
 
-from selfplay import pool
+from selfplay import artifacts, pool
 from selfplay.types import Prompt
 
 
@@ -24,7 +30,7 @@ def render(conversations):
 
 def admit(rows, known=(), **settings):
     settings = {"max_tokens": 200, "ngram": 8, "overlap": 0.5, "source": "here", "joined": 4, **settings}
-    return pool.admit(rows, {p.prompt_id: p for p in known}, render, **settings)
+    return pool.admit(rows, known, render, **settings)
 
 
 def held_out(text, ngram=8, overlap=0.5):
@@ -79,7 +85,7 @@ def test_nothing_to_render_asks_nobody():
     def never(conversations):
         raise AssertionError
 
-    assert pool.admit([], {}, never, max_tokens=1, ngram=8, overlap=1, source="", joined=1) == []
+    assert pool.admit([], [], never, max_tokens=1, ngram=8, overlap=1, source="", joined=1) == []
 
 
 def test_n_grams_in_common_by_hand():
@@ -126,24 +132,57 @@ def test_a_held_out_conversation_is_met_by_what_its_user_says():
 
 
 def test_added_prompts_stay(tmp_path):
-    from selfplay import artifacts
-
     first, second, third = (prompt(f"number {i}", joined=i) for i in range(3))
     artifacts.write_rows(tmp_path / pool.POOL, [first], Prompt)
-    assert pool.read(tmp_path) == {first.prompt_id: first}
+    assert list(pool.Pool(tmp_path)) == [first]
     pool.write_added(tmp_path, [second])
     pool.write_added(tmp_path, [third])
-    assert list(pool.read(tmp_path).values()) == [first, second, third]
+    assert list(pool.Pool(tmp_path)) == [first, second, third]
     assert sorted(p.name for p in (tmp_path / "added").iterdir()) == ["0001.parquet", "0002.parquet"]
 
 
 def test_a_pool_written_before_prompts_could_join_is_read(tmp_path):
-    import pyarrow.parquet as pq
-
-    from selfplay import artifacts
-
     row = prompt("old", parent="root of old")
     artifacts.write_rows(tmp_path / "new.parquet", [row], Prompt)
     pq.write_table(pq.read_table(tmp_path / "new.parquet").drop_columns(["root", "joined"]), tmp_path / pool.POOL)
-    assert pool.read(tmp_path) == {row.prompt_id: row}
+    assert list(pool.Pool(tmp_path)) == [row]
     assert row.ancestor == "root of old"
+
+
+def test_a_pool_is_read_where_it_is_asked_for(tmp_path):
+    """Of 2,000 prompts of 500 tokens, 8 MB of ids alone, next to nothing is held."""
+    rows = [dataclasses.replace(prompt(f"number {i}"), prompt_ids=[i] * 500) for i in range(2000)]
+    artifacts.write_rows(tmp_path / pool.POOL, rows, Prompt)
+    gc.collect()
+    tracemalloc.start()
+    found = pool.Pool(tmp_path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 500_000
+    wanted = [rows[i].prompt_id for i in (1999, 3, 3, 700)]
+    assert found.read(wanted) == [rows[i] for i in (1999, 3, 3, 700)]
+    assert rows[5].prompt_id in found and "another" not in found
+    assert found.join([rows[5], prompt("new", joined=2), prompt("new", joined=2)]) == 1
+    assert found.joined("train")[prompt("new").prompt_id] == 2 and len(found.joined("train")) == 2001
+
+
+def test_what_finished_rounds_drew_is_read_once(tmp_path):
+    artifacts.write_rows(tmp_path / pool.POOL, [], Prompt)
+    found = pool.Pool(tmp_path)
+
+    def drew(index, name, *texts):
+        folder = tmp_path / "rounds" / f"{index:04d}" / "prompts"
+        folder.mkdir(parents=True, exist_ok=True)
+        artifacts.write_rows(folder / f"{name}.parquet", [prompt(text) for text in texts], Prompt)
+        return folder
+
+    rounds = tmp_path / "rounds"
+    first = drew(1, "prompts", "a", "b")
+    drew(2, "prompts", "a")
+    drew(2, "drawn", "a", "c")  # of which «c» was passed over
+    drew(4, "prompts", "b")  # the third was given up before it drew
+    a, b, c = (prompt(text).prompt_id for text in "abc")
+    assert found.draws(rounds, 3) == {a: 2, b: 1, c: 1}
+    shutil.rmtree(first)
+    assert found.draws(rounds, 3) == {a: 2, b: 1, c: 1}
+    assert found.draws(rounds, 5) == {a: 2, b: 2, c: 1}

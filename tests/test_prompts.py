@@ -26,13 +26,13 @@ class History:
 
     def open(self):
         """Open the next round, as of the prompts that were there before."""
-        known = [p for p in self.pool if (p.joined or 0) <= len(self.rounds)]
+        known = {p.prompt_id: p.joined for p in self.pool if (p.joined or 0) <= len(self.rounds)}
         levels = prompts.levels(known, self.drawn, self.opened, self.seed)
         self.opened[len(self.rounds) + 1] = prompts.cursor(levels)
 
     def levels(self):
         self.open()
-        return prompts.levels(self.pool, self.drawn, self.opened, self.seed)
+        return prompts.levels({p.prompt_id: p.joined for p in self.pool}, self.drawn, self.opened, self.seed)
 
     def draw(self, count):
         got = prompts.draw(self.levels(), self.drawn, count, self.seed, self.at_end)

@@ -42,8 +42,8 @@ def mended(opened):
 def test_prompts_are_added_by_hand(opened):
     run = opened.run
     run.trainer()  # the next round's: it renders the prompts that are added meanwhile
-    known = next(p for p in run.prompts.values() if p.split == "train")
-    held_out = next(p for p in run.prompts.values() if p.split != "train")
+    known = next(p for p in run.prompts if p.split == "train")
+    held_out = next(p for p in run.prompts if p.split != "train")
     rows_to_add = [
         {"prompt": "Which river runs through Paris?", "parent": known.prompt_id},
         {"messages": held_out.messages},
@@ -57,7 +57,7 @@ def test_prompts_are_added_by_hand(opened):
         "1 of 4 prompts from an order join the pool; refused: 1 × duplicate, 1 × held out, 1 × too long",
         "0 of 1 prompts from an order join the pool; refused: 1 × duplicate",
     ]
-    (new,) = [p for p in pool.read(run.dir / "pool").values() if p.source == "an order"]
+    (new,) = [p for p in pool.Pool(run.dir / "pool") if p.source == "an order"]
     assert (new.parent, new.ancestor, new.joined, new.split) == (known.prompt_id, known.ancestor, 3, "train")
 
 
@@ -125,7 +125,7 @@ def test_the_policy_itself_rewrites(opened, mended):
     """The miniature's policy writes no marks, so none of its rewrites joins; but it is asked, and the ledger says so."""
     run = opened.run
     metrics, (event,) = run.store.metrics(3), [e["text"] for e in run.store.events(3) if e["kind"] == "evolve"]
-    assert metrics["prompts/pool"] == len([p for p in pool.read(run.dir / "pool").values() if p.split == "train"])
+    assert metrics["prompts/pool"] == len([p for p in pool.Pool(run.dir / "pool") if p.split == "train"])
     assert metrics["evolve/by_rules"] == 0 < metrics["evolve/tokens"]
     rewrites = rows(run.dir, 3, "evolve/rewrites", Rewrite)
     assert {w.rewriter for w in rewrites} == {"policy 2"} and len(rewrites) == 40
