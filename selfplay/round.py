@@ -95,16 +95,20 @@ def cancel_round(run: Run) -> RoundReport:
 
 
 def roll_back(run: Run, version: int) -> str:
-    """Make an earlier policy the current one, by a verified swap; between rounds. Returns what was done."""
+    """Make an earlier policy the current one, once the engine was shown to serve it; between rounds. Returns what was done.
+
+    The one that serves may be what is wrong: nothing asks whether its files are whole.
+    """
     assert run.store.unfinished() is None, "a round's policies are not changed under it"
-    before, wanted = run.current.version, run.policy(version)
+    before, wanted = run.policies.current, run.policy(version)
     policies.verify(run.policies.folder(version))
-    seconds = ""
-    if run.generator.policy is not None:
-        report = run.generator.swap(wanted)
-        seconds = f", shown to serve within {report.seconds:.2f} s"
+    began = time.monotonic()
+    if run.generator.policy is None:
+        run.generator.load(wanted)
+    else:
+        run.generator.swap(wanted)
     run.policies.set_current(version)
-    return f"policy {version} is current instead of {before}{seconds}"
+    return f"policy {version} is current instead of {before}, shown to serve within {time.monotonic() - began:.2f} s"
 
 
 class Round:

@@ -1,6 +1,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from safetensors.torch import save_file
 
 from selfplay import artifacts, policies
 from selfplay.config import RetentionConfig
-from selfplay.errors import CheckpointError
+from selfplay.errors import CheckpointError, SwapError
 from selfplay.policies import Manifest, Policies
+from selfplay.round import roll_back
 
 
 def checkpoint(folder: Path, value: float = 0.0) -> Path:
@@ -117,3 +119,41 @@ def test_a_rejected_policy_keeps_its_weights_for_some_rounds(run):
 
 def test_a_larger_window_than_there_are_policies_keeps_them_all(run):
     assert run.prune(RetentionConfig(last=20), keep={5}, rejected=set(), round_index=5) == []
+
+
+class Engine:
+    """Stands for the generator: serves what it is told to, unless it cannot be shown to."""
+
+    def __init__(self, policy, shows=True):
+        self.policy, self._shows, self.did = policy, shows, []
+
+    def load(self, policy):
+        self._serve("load", policy)
+
+    def swap(self, policy):
+        self._serve("swap", policy)
+
+    def _serve(self, how, policy):
+        self.did.append((how, policy.version))
+        if not self._shows:
+            raise SwapError("the new weights could not be shown")
+        self.policy = policy
+
+
+@pytest.mark.parametrize(("warm", "how"), [(False, "load"), (True, "swap")])
+def test_a_roll_back_is_shown_by_an_engine_that_runs_or_is_started_for_it(run, warm, how):
+    store = SimpleNamespace(unfinished=lambda: None)
+
+    def service(shows):
+        engine = Engine(run.get(5) if warm else None, shows)
+        return SimpleNamespace(store=store, policies=run, policy=run.get, generator=engine)
+
+    run.set_current(4)
+    (run.folder(4) / "model.safetensors").unlink()  # what is rolled back may be damaged
+    failing = service(shows=False)
+    with pytest.raises(SwapError):
+        roll_back(failing, 2)
+    assert run.current == 4
+    sound = service(shows=True)
+    assert roll_back(sound, 2).startswith("policy 2 is current instead of 4, shown to serve within")
+    assert (run.current, sound.generator.did) == (2, [(how, 2)])
