@@ -37,15 +37,25 @@ VALUES = (("potential", "Alignment potential", "standard deviations"), ("explici
 def mount(view: View, logout: bool) -> None:
     @ui.page("/rounds/{round}")
     def one(round: int) -> None:
-        async def fill() -> None:
+        shown: list[RoundDetail | None] = []
+
+        async def look() -> None:
+            if shown and shown[-1] is not None and shown[-1].state != "running":
+                return  # nothing of it changes any more
             found = await asyncio.to_thread(view.round, round) if 0 <= round < 2**31 else None
-            if found is None:
-                heading("h1", f"There is no round {round}")
-            else:
-                round_page(view, found)
+            if shown and shown[-1] == found:
+                return
+            shown[:] = [found]
+            body.clear()
+            with body:
+                if found is None:
+                    heading("h1", f"There is no round {round}")
+                else:
+                    round_page(view, found)
 
         with frame(view, "/", logout, f"Round {round}"):
-            later(fill)
+            body = ui.element("div").classes("page")
+            follow(3.0, look)
 
     @ui.page("/policies")
     def policies() -> None:

@@ -169,6 +169,21 @@ def test_a_round_and_a_new_state_appear_while_the_page_is_open(served, tab):
 
 
 @needs_chromium
+def test_the_page_of_a_round_that_runs_follows_it(served, tab):
+    tab.open(f"{served.url}/rounds/7")
+    tab.wait(shows("There is no round 7"))
+    store = Store(served.run_dir)
+    store.open_round(7, 0, (0, 0), "f" * 64, {})
+    tab.wait(shows("not yet"))
+    store.record_stage(7, "generate", 12.5, {"tokens": 4242})
+    tab.wait(shows("4242"))
+    store.close_round(7, "rejected", 0, ["it is too long"])
+    store.close()
+    tab.wait(shows("rejected by the gate: it is too long"))
+    assert tab.errors == []
+
+
+@needs_chromium
 def test_orders_from_the_page_are_left_in_the_ledger(served, tab):
     tab.open(served.url)
     tab.click("Pause")

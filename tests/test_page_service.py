@@ -35,7 +35,7 @@ def test_a_round_appears_while_it_runs_and_pause_and_resume_work(mini_world: Pat
             tab.size(1280, 900)
             tab.open(address(process))
             tab.wait("/round 1: \\w+/.test(document.body.innerText)", 300)
-            assert tab.read("!!document.querySelector('a[href=\"/rounds/1\"]')")
+            tab.wait("!!document.querySelector('a[href=\"/rounds/1\"]')")
             tab.click("Pause")
             tab.click("after the stage")
             tab.wait(f"{CHIP} === 'paused'", 300)
