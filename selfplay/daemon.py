@@ -69,8 +69,9 @@ def next_start(
 ) -> datetime:  # fmt: skip
     """When the next round may start; asked again later, the answer is the same until a round has started.
 
-    last: when the last round started; up_since: when the service came up, which tells what was missed. Both count as now
-    where they lie in the future (the clock was set back); for an answer that stays, the caller has to keep that moment.
+    last: when the last round started (by cron, before the first: when the run was created); up_since: when the service came
+    up, or its pause ended, which tells what was missed. Both count as now where they lie in the future (the clock was set
+    back); for an answer that stays, the caller has to keep that moment.
     ended: when the last round ended, which a continuous one follows; not asked where it lies in the future.
     jitter: a number in [0, 1) for this start.
     """
@@ -82,7 +83,7 @@ def next_start(
     else:
         source = trigger(settings, min(last, now))
         due = _due(source, min(last, now) + timedelta(seconds=1), settings)
-        if due < up_since:  # it fell due while the service was down
+        if due < up_since:  # it fell due while no round could start
             due = up_since if settings.missed == "once" else _due(source, up_since, settings)
     start = schedule.after_quiet_hours(due + timedelta(seconds=jitter * settings.jitter_seconds), settings)
     if start <= now and (later := schedule.after_quiet_hours(now, settings)) > now:
@@ -199,7 +200,8 @@ class Daemon:
         self._write_down()
         self._between_rounds()
         why = self._why_not_now()
-        if self.run is None and (why is None or not self._failures):  # at a start in any case: orders need it
+        waits = self._failures and why is not None and why[0] in ("paused", "retrying")
+        if self.run is None and not waits:  # at a start whatever the schedule says: orders need it
             self._open_run()
             return
         if why is not None:
@@ -296,9 +298,8 @@ class Daemon:
         """Why rejected rounds pause the service, unless a person resumed it after the last of them."""
         limit = self.config.service.pause_after_rejected
         last = finished[-limit:]
-        if [row["state"] for row in last] != ["rejected"] * limit or last[-1]["round"] <= self.store.state(
-            "resumed", 0
-        ):
+        in_a_row = [row["state"] for row in last] == ["rejected"] * limit
+        if not in_a_row or last[-1]["round"] <= self.store.state("resumed", 0):
             return None
         return f"{limit} rounds in a row were rejected, the last because: {'; '.join(last[-1]['reasons'])}"
 

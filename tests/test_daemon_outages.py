@@ -125,8 +125,9 @@ def unopened(tmp_path, monkeypatch):
     return make
 
 
-def test_an_import_that_keeps_failing_pauses_the_service_which_still_takes_orders(unopened, monkeypatch):
-    service = unopened(RuntimeError("the importer died"))
+@pytest.mark.parametrize("mode", ["{mode: continuous}", "{mode: cron, cron: 0 3 * * *}"])
+def test_an_import_that_keeps_failing_pauses_the_service_which_still_takes_orders(unopened, monkeypatch, mode):
+    service = unopened(RuntimeError("the importer died"), f"schedule={mode}")
     service.turn()
     service.turn()
     assert [service.turn() for _ in range(2)] == ["paused"] * 2
