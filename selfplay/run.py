@@ -390,14 +390,14 @@ def load_function(key: str, name: str | None) -> Any:
 
 
 def num_labels(model: Path) -> int | None:
-    """Labels of a classifier folder, from its config alone; None when it is not there or does not say."""
+    """Labels of a classifier folder, from its config alone; None when that is not there."""
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if "num_labels" in config:
         return int(config["num_labels"])
-    return len(config["id2label"]) if "id2label" in config else None
+    return len(config["id2label"]) if "id2label" in config else 2  # Hugging Face does not write down its default
 
 
 def packages() -> dict[str, str]:

@@ -117,11 +117,14 @@ def test_what_cannot_run_is_refused_with_exit_code_2(calm, mini_world, tmp_path,
     assert f"to begin anew in this one: rm -r {calm[0]}" in refused(at=calm[0])
     initial.write_text(whole)
     assert "at least 1" in refused(rounds=0)
-    two = tmp_path / "two-labels"
-    two.mkdir()
-    config = json.loads((mini_world / "reward" / "config.json").read_text()) | {"id2label": {"0": "a", "1": "b"}}
-    (two / "config.json").write_text(json.dumps(config))
-    assert "has num_labels 2; a reward model has 1" in refused(f"reward.model={two}")
+    own = json.loads((mini_world / "reward" / "config.json").read_text())
+    unsaid = {
+        key: value for key, value in own.items() if key not in ("id2label", "label2id")
+    }  # so Hugging Face writes two
+    for i, config in enumerate((own | {"id2label": {"0": "a", "1": "b"}}, unsaid)):
+        (tmp_path / f"two-{i}").mkdir()
+        (tmp_path / f"two-{i}" / "config.json").write_text(json.dumps(config))
+        assert "has num_labels 2; a reward model has 1" in refused(f"reward.model={tmp_path / f'two-{i}'}")
 
 
 def test_a_folder_in_use_names_its_holder(mini_world, tmp_path):
