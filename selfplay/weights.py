@@ -33,6 +33,35 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error).lower() for words in told)
 
 
+def free_memory() -> int | None:
+    """Bytes that this process could take on its GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def require_memory(policy: Any, reference: Any, whole: bool, processes: int) -> None:
+    """Raise TrainError («oom») where the GPU lacks what training keeps on it, activations apart.
+
+    `whole`: all weights are trained, each with a gradient and AdamW's two moments. With several processes a share each is
+    asked for, since they may shard the models.
+    """
+    held = [
+        sum(p.numel() * p.element_size() for p in m.parameters()) if m is not None else 0 for m in (policy, reference)
+    ]
+    needed = (held[0] * (4 if whole else 1) + held[1]) // processes
+    free = free_memory()
+    if free is not None and free < needed:
+        raise TrainError(
+            "oom",
+            f"out of memory: the GPU has {free / 2**30:.1f} GiB free, and weights, gradients and optimizer alone take "
+            f"{needed / 2**30:.1f} GiB",
+            "see in nvidia-smi what else holds its memory, set train.lora, or give the trainer GPUs of its own (placement) "
+            "and more of them (train.accelerate)",
+        )
+
+
 def masters(policy: Path) -> Path:
     """The folder with the float32 weights of a policy: its masters, or itself."""
     return policy / MASTERS if (policy / MASTERS).is_dir() else policy

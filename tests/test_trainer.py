@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from selfplay import weights
 from selfplay.children import Child, ChildDied, ChildError, descendants, marked
 from selfplay.errors import TrainError
 from selfplay.jobs import CanaryJob, LoraJob, TrainJob
@@ -374,6 +375,19 @@ def test_out_of_memory_is_said_and_survived(world: Path, tmp_path: Path, child: 
     assert error.value.kind == "oom" and "micro_batch_pairs" in error.value.hint
     resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert order(child, job_of(world, tmp_path, epochs=1))["steps"] == 3
+
+
+def test_a_gpu_that_others_fill_is_noticed_before_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policy with gradient and two moments, and a reference of its own; with an adapter the policy is all."""
+    elements = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "policy").parameters())
+    monkeypatch.setattr(weights, "free_memory", lambda: elements * 4 * 5 - 1)
+    with pytest.raises(TrainError, match="the GPU has .* GiB free") as error:
+        train(job_of(world, tmp_path), lambda *_: None)
+    assert error.value.kind == "oom" and "nvidia-smi" in error.value.hint
+    monkeypatch.setattr(weights, "free_memory", lambda: elements * 4)
+    run(job_of(world, tmp_path, lora=LoraJob(r=2), epochs=1))
 
 
 @pytest.mark.slow
