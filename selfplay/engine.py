@@ -10,6 +10,7 @@ Orders (JSON lines, see children.py), each answered by a result or by an error o
     reset            {}                                                     → the prefix cache emptied
     canary_generate  {prompt_ids, seed, n}                                  → {token_ids, logps, cached_tokens}
     compare_weights  {path}                                                 → {supported, compared, max_abs_diff, why}
+    forget           {}                                                     → every weight 0, for a reload: {supported}
     sleep {level}, wake {tags}                                              → {supported}
 
 On a CPU the engine lives in this very process, since vLLM's three processes start three times slower and decode no faster.
@@ -184,6 +185,9 @@ class Engine:
         found: list[dict[str, Any]] = self._engine.collective_rpc("compare_weights", args=(order["path"],))
         return found[0]
 
+    def forget(self, order: Event) -> dict[str, Any]:
+        return {"supported": all(self._engine.collective_rpc("forget_weights"))}
+
     def sleep(self, order: Event) -> dict[str, Any]:
         if self._sleep_mode:
             self._engine.sleep(level=order["level"])
@@ -250,6 +254,18 @@ class WorkerOrders:
         for module in self.model_runner.get_model().modules():
             if hasattr(module, "cpu_linear") and module.weight.numel():
                 module.quant_method.process_weights_after_loading(module)
+
+    def forget_weights(self) -> bool:
+        """Set this worker's share of the weights to 0; False, and nothing is done, where kernels keep copies of them."""
+        import torch
+
+        model = self.model_runner.get_model()
+        if any(hasattr(module, "cpu_linear") for module in model.modules()):
+            return False
+        with torch.inference_mode():
+            for parameter in model.parameters():
+                parameter.zero_()
+        return True
 
     def compare_weights(self, path: str) -> dict[str, Any]:
         """Largest |engine − checkpoint| over all parameters, in the serving dtype, and how many were compared.
@@ -398,6 +414,7 @@ def main() -> None:
         "reset": engine.reset,
         "canary_generate": engine.canary_generate,
         "compare_weights": engine.compare_weights,
+        "forget": engine.forget,
         "sleep": engine.sleep,
         "wake": engine.wake,
     }

@@ -360,7 +360,7 @@ class Generator:
                 raise _NotShown(f"after the reload the engine is {found}; swap.tolerance is {self.tolerance:.2g}")
             if not error <= self.tolerance:
                 raise _NotShown(f"after the reload the prefix cache is stale: {error:.2g} nats a token")
-            compared = self._compare(policy, found) if evidence == "unclear" else None
+            compared = self._compare(policy, new, found) if evidence == "unclear" else None
         except BaseException:
             self.stop()
             raise
@@ -379,15 +379,30 @@ class Generator:
             restarted=False,
         )
 
-    def _compare(self, policy: Policy, found: str) -> int:
-        """How many weights of the engine are exactly the checkpoint's; raises _NotShown when one is not."""
+    def _compare(self, policy: Policy, new: Canaries, found: str) -> int | None:
+        """How many weights of the engine are exactly the checkpoint's; raises _NotShown when one is not.
+
+        None where they cannot be compared (several GPUs share them): reloaded over zeros, they can be no others.
+        """
         result = self._order("compare_weights", path=policy.path)
-        if not result["supported"]:
+        if result["supported"]:
+            if result["max_abs_diff"] > 0:
+                raise _NotShown(
+                    f"weights in the engine differ from the checkpoint's by up to {result['max_abs_diff']:.2g}"
+                )
+            compared: int = result["compared"]
+            return compared
+        if not self._order("forget")["supported"]:
             raise _NotShown(f"canaries cannot tell ({found}) and weights cannot be compared: {result['why']}")
-        if result["max_abs_diff"] > 0:
-            raise _NotShown(f"weights in the engine differ from the checkpoint's by up to {result['max_abs_diff']:.2g}")
-        compared: int = result["compared"]
-        return compared
+        self._order("reload", path=policy.path)
+        self._order("reset")
+        to_new = distance(self._score(new), new.logps, new.token_ids)
+        if not to_new <= self.tolerance:
+            raise _NotShown(
+                f"reloaded over zeros the engine is {to_new:.2g} nats a token from policy {policy.version}; swap.tolerance "
+                f"is {self.tolerance:.2g}"
+            )
+        return None
 
     def _restart_with(self, policy: Policy, manifest: Manifest, began: float, why: str) -> SwapReport:
         """A fresh engine with the new weights, once; a failure leaves none running."""

@@ -2,12 +2,14 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 from engine_world import EOS, logps, prompts, write_policy
 from transformers import AutoModelForCausalLM
 
 from selfplay.children import Child, ChildError
+from selfplay.engine import WorkerOrders
 
 SAMPLING = {"n": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 48, "stop_token_ids": [EOS]}
 LONG = [i % 250 + 3 for i in range(100)]  # three blocks of the KV cache and a bit
@@ -155,6 +157,22 @@ def test_reload_changes_every_weight_the_output_layer_included(engine, models):
     assert same["compared"] == sum(p.numel() for p in model.parameters()) + model.lm_head.weight.numel()
     reload(engine, models[0])
     assert generate(engine) == before
+
+
+def test_weights_are_forgotten_unless_kernels_keep_copies(engine, models):
+    before = generate(engine)
+    if engine.order("forget")["supported"]:
+        assert engine.order("compare_weights", path=models[0])["max_abs_diff"] > 0
+        reload(engine, models[0])
+    assert generate(engine) == before
+
+    model = AutoModelForCausalLM.from_pretrained(models[0]).requires_grad_(False)
+    worker = WorkerOrders()
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    assert worker.forget_weights() and not any(p.any() for p in model.parameters())
+    model.lm_head.cpu_linear = None
+    model.model.norm.weight.fill_(1.0)
+    assert not worker.forget_weights() and model.model.norm.weight.all()
 
 
 def test_a_stale_prefix_cache_shows_in_what_is_generated_and_not_in_scores(engine, models):

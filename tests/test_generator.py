@@ -122,6 +122,42 @@ def test_weights_are_compared_where_canaries_cannot_tell(service, policies):
     assert service.swap(policies[1]).method == "weights"
 
 
+def test_weights_that_cannot_be_compared_are_reloaded_over_others(service, policies, golden, events, monkeypatch):
+    """As where several GPUs share them. Other weights stand for the zeros, which are too few on a CPU."""
+    order, asked = Generator._order, []
+
+    def of_several_gpus(self, name, /, *args, **fields):
+        asked.append(name)
+        if name == "compare_weights":
+            return {"supported": False, "why": "the weights are split over several GPUs"}
+        if name == "forget":
+            order(self, "reload", path=policies[2].path)
+            return {"supported": True}
+        return {} if name == "reload" and "forget" in asked and faulty else order(self, name, *args, **fields)
+
+    monkeypatch.setattr(Generator, "_order", of_several_gpus)
+    faulty = False
+    report = service.swap(policies[3])
+    assert (report.method, report.compared, report.restarted) == ("canaries", None, False)
+    assert asked[-4:] == ["forget", "reload", "reset", "logps"] and events == []
+    same = [c.token_ids for c in service.generate(prompts(32))]
+    assert same == [c.token_ids for c in golden]  # one weight differs, by too little to hear
+
+    def give_up(self, policy, manifest, began, why):
+        raise SwapError(why)
+
+    monkeypatch.setattr(Generator, "_restart_with", give_up)
+    monkeypatch.setattr(Generator, "stop", lambda self: None)
+    faulty = True
+    asked.clear()
+    with pytest.raises(SwapError, match="reloaded over zeros the engine is .* from policy 1"):
+        service.swap(policies[1])
+    monkeypatch.undo()
+    service._loaded = True
+    service.swap(policies[1])
+    assert service.generate(prompts(32)) == golden
+
+
 def tamper(file):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
