@@ -133,9 +133,11 @@ def independent(r: Round, judge: Sequence[str]) -> bool:
         return False
     path = r.dir / "score" / "reward.json"
     trains = artifacts.read_json(path)["identities"] if path.is_file() else []
-    both = {i.partition("/")[0] for i in trains} & {i.partition("/")[0] for i in judge} - {""}
+    both = {i.partition("/")[0][:12] for i in trains} & {i.partition("/")[0][:12] for i in judge} - {""}
+    # other heads of one model are other weights by name
+    both |= {s.model for s in r.run.reward.sources if s.model} & {s.model for s in r.run.judge.sources if s.model}
     if both:
-        text = f"gate not independent: evaluate.judge has the weights {min(both)[:12]} of the reward that trains"
+        text = f"gate not independent: evaluate.judge has the weights {min(both)} of the reward that trains"
         r.run.store.event("guard", text, r.index)
         r.run.display.warn(text)
     return not both

@@ -18,7 +18,7 @@ from selfplay import artifacts, children, importer, pool, trackers
 from selfplay.children import Child, ChildDied, ChildError
 from selfplay.config import Config, EnsembleConfig, RewardSource
 from selfplay.display import Display
-from selfplay.errors import InputError, SelfplayError
+from selfplay.errors import InputError, RewardError, SelfplayError
 from selfplay.generator import Generator
 from selfplay.policies import Policies
 from selfplay.score import last_line
@@ -165,7 +165,11 @@ class Run:
         """The reward and the judge; their servers start at `warm_up`, or when they are asked."""
         settings, judge = config.reward.cache, config.evaluate.judge
         path = settings.path or self.dir / "reward" / "scores.sqlite"
-        self._cache = ScoreCache(path, settings.entries) if settings.entries else None
+        try:
+            self._cache = ScoreCache(path, settings.entries) if settings.entries else None
+        except RewardError as error:  # no cache, or a broken one: it only saves time
+            self._cache = None
+            self.event("warning", f"{error}; nothing is kept in it. {error.hint}")
 
         def scorer(role: str, sources: Mapping[str, RewardSource], ensemble: EnsembleConfig | None) -> Scorer:
             found, gpus = list(sources.values()), config.placement.reward

@@ -29,7 +29,8 @@ def key(identity: str, messages: Sequence[Mapping[str, str]], response: str) -> 
 
 
 class ScoreCache:
-    """At most `entries` scores in `path`. May be used by several threads, and by several processes at a time.
+    """At most `entries` scores in `path`, and a thousandth more for each process. May be used by several threads, and by
+    several processes at a time.
 
     Raises RewardError where the file is no cache, DiskError where its disk is full.
     """
@@ -37,6 +38,7 @@ class ScoreCache:
     def __init__(self, path: Path, entries: int) -> None:
         self.path, self._entries = path, entries
         self._lock = threading.Lock()
+        self._uncounted = entries  # scores put since they were all counted, which takes 20 ms for a million
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._disk():
@@ -75,6 +77,7 @@ class ScoreCache:
         """Keep finite scores, at the cost of those that were not used for longest."""
         assert all(isfinite(v) for v in scores.values()), "a missing score is never kept: it is asked for again"
         with self._lock, self._disk():
+            self._uncounted += len(scores)
             self._write("INSERT OR REPLACE INTO scores (used, key, score) VALUES (?, ?, ?)", list(scores.items()))
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -100,12 +103,13 @@ class ScoreCache:
         try:
             now = self._connection.execute("SELECT coalesce(max(used), 0) + 1 FROM scores").fetchone()[0]
             self._connection.executemany(statement, [(now, *row) for row in rows])
-            over = self.count() - self._entries
-            if over > 0:
+            if is_due := self._uncounted > self._entries // 1000:
                 self._connection.execute(
-                    "DELETE FROM scores WHERE key IN (SELECT key FROM scores ORDER BY used, key LIMIT ?)", (over,)
+                    "DELETE FROM scores WHERE key IN (SELECT key FROM scores ORDER BY used, key LIMIT ?)",
+                    (max(0, self.count() - self._entries),),
                 )
             self._connection.execute("COMMIT")
+            self._uncounted = 0 if is_due else self._uncounted
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")

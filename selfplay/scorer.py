@@ -60,6 +60,7 @@ class Scorer:
         on_event: Callable[[str, str], None],
     ) -> None:
         self.role, self.sources, self._ensemble, self._cache, self._on_event = role, sources, settings, cache, on_event
+        self._cache_fails = False
         self.members = [] if settings is None else settings.names
         self._services = [
             RewardService(source, run_dir, name=name, gpus=gpus, on_event=on_event)
@@ -181,8 +182,8 @@ class Scorer:
         identity = service.identity
         keys = [key(identity, messages, response) for messages, response in items]
         # without a name of the weights an old score may be another model's
-        cache = self._cache if identity and not fresh else None
-        known = cache.get(list(dict.fromkeys(keys))) if cache else {}
+        cache = self._cache if identity and not fresh and not self._cache_fails else None
+        known = self._known(cache, list(dict.fromkeys(keys)))
         unique = list(range(len(keys)))
         if not fresh and (identity or not service.compares):
             first = {k: i for i, k in reversed(list(enumerate(keys)))}
@@ -194,9 +195,8 @@ class Scorer:
         def keep(given: Sequence[Given]) -> None:
             """Request by request: a round that is killed in mid-shard asks for none of these again."""
             found = {keys[unique[g.place]]: g.score for g in given if g.score is not None and g.weights == weights}
-            if cache and found:
-                cache.put(found)
-                kept.update(found)
+            self._keep(cache, found)
+            kept.update(found)
 
         left = len(unique) - len(have)
         values = service.score(
@@ -214,13 +214,31 @@ class Scorer:
         asked = {i: v for place, (i, v) in enumerate(zip(unique, values, strict=True)) if place not in have}
         given = {i: np.nan if v is None else v for i, v in asked.items()}
         # of servers that name themselves only when they are asked for it
-        if cache and (rest := {keys[i]: v for i, v in given.items() if np.isfinite(v) and keys[i] not in kept}):
-            cache.put(rest)
+        self._keep(cache, {keys[i]: v for i, v in given.items() if np.isfinite(v) and keys[i] not in kept})
         if len(given) == len(items):  # equal items may have different scores where they are compared
             return identity, list(given.values())
         known |= {keys[i]: v for i, v in given.items()}
         on_progress(len(items))
         return identity, [known[k] for k in keys]
+
+    def _known(self, cache: ScoreCache | None, keys: Sequence[bytes]) -> dict[bytes, float]:
+        try:
+            return cache.get(keys) if cache else {}
+        except RewardError as error:
+            self._do_without_cache(error)
+            return {}
+
+    def _keep(self, cache: ScoreCache | None, scores: Mapping[bytes, float]) -> None:
+        try:
+            if cache and scores and not self._cache_fails:
+                cache.put(scores)
+        except RewardError as error:
+            self._do_without_cache(error)
+
+    def _do_without_cache(self, error: RewardError) -> None:
+        """It only saves time. What must be forgotten still has to be, or another process would find it."""
+        self._cache_fails = True
+        self._on_event("warning", f"{error}; scores are asked for again and not kept. {error.hint}")
 
     def combine(self, identities: tuple[str, ...], scores: NDArray[np.float64]) -> Combined:
         """One reward for each item, from the members' own scores (M, N).

@@ -17,6 +17,7 @@ from selfplay.types import Candidate, Prompt
     ("configured", "reward", "judge", "expected"),
     [
         (False, ["one/t/float32"], ["one/t/float32"], False),
+        ({"model": "same", "heads": {"a": 1}}, ["one/t/float32"], ["two/t/float32"], False),  # heads of one model
         (True, ["one/t/float32"], ["two/t/float32"], True),
         (True, ["two/t/float32", "one/t/float32"], ["one/u/bfloat16"], False),  # the same weights under another name
         (True, [""], [""], True),  # servers that tell nothing: the configuration is believed
@@ -25,11 +26,19 @@ from selfplay.types import Candidate, Prompt
 )
 def test_a_gate_is_independent_where_other_weights_judge(tmp_path, configured, reward, judge, expected):
     warned, noted = [], []
+    source = configured if isinstance(configured, dict) else {"model": "other"}
+    configured = bool(configured)
+    scorers = [SimpleNamespace(sources=[RewardSource.model_validate(s)]) for s in ({"model": "same"}, source)]
     r = SimpleNamespace(
         dir=tmp_path / "rounds" / "0001",
         index=1,
         config=SimpleNamespace(evaluate=SimpleNamespace(judge=object() if configured else None)),
-        run=SimpleNamespace(store=Store(tmp_path), display=SimpleNamespace(warn=warned.append, note=noted.append)),
+        run=SimpleNamespace(
+            store=Store(tmp_path),
+            display=SimpleNamespace(warn=warned.append, note=noted.append),
+            reward=scorers[0],
+            judge=scorers[1],
+        ),
     )
     (r.dir / "score").mkdir(parents=True)
     if reward is not None:

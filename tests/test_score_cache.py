@@ -53,6 +53,19 @@ def test_the_least_recently_used_goes_first(tmp_path):
     assert cache.get([d]) == {d: 2.0}
 
 
+def test_all_are_counted_now_and_then_only(tmp_path, monkeypatch):
+    """A thousandth of the bound, five scores here, may be put in between."""
+    cache = ScoreCache(tmp_path / "scores.sqlite", 5000)
+    counted = []
+    monkeypatch.setattr(cache, "count", lambda: counted.append(ScoreCache.count(cache)) or counted[-1])
+    for i, k in enumerate(keys(20)):
+        cache.put({k: float(i)})
+        cache.get([k])
+    assert counted == [1, 7, 13, 19]
+    cache.put(dict.fromkeys(keys(5200), 1.0))
+    assert ScoreCache.count(cache) == 5000
+
+
 def test_a_missing_score_is_not_kept(tmp_path):
     with pytest.raises(AssertionError, match="never kept"):
         ScoreCache(tmp_path / "scores.sqlite", 3).put({keys(1)[0]: float("nan")})

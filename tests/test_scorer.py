@@ -121,6 +121,20 @@ def test_a_shard_that_is_cut_short_is_not_asked_for_again_whole(urls, tmp_path, 
     np.testing.assert_array_equal(answer.scores, scorer(tmp_path, urls[0]).ask(ITEMS).scores)
 
 
+def test_a_cache_that_breaks_costs_time_and_no_round(tmp_path):
+    cache, events = ScoreCache(tmp_path / "scores.sqlite", 100), []
+    member = Member("a", identity="one/t", weights={"one"})
+    ours = by_hand(scorer(tmp_path, "http://a", cache=cache, events=events), member)
+    first = ours.ask(ITEMS).scores
+    cache._connection.execute("DROP TABLE scores")
+    np.testing.assert_array_equal(ours.ask(ITEMS).scores, first)
+    np.testing.assert_array_equal(ours.ask(ITEMS).scores, first)
+    assert member.asked == 3 * len(ITEMS)
+    assert [kind for kind, _ in events] == ["warning"] and "cannot be used: no such table" in events[0][1]
+    with pytest.raises(RewardError):  # what is to be forgotten must not stay for others
+        ours.forget(("one/t",), ITEMS)
+
+
 def test_after_a_cut_the_requests_are_what_they_would_have_been(tmp_path):
     """The last bits of a score depend on what is in its request. Answer 1 gets no score, so it is asked for again: alone,
     and not together with the next ones."""
