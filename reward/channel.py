@@ -173,7 +173,8 @@ class Channel:
         if response.status_code in RETRIED:
             wish = _seconds(response.headers.get("retry-after", ""))
             raise Fault(said, wish, busy=response.status_code == 429)
-        raise RewardRefused(f"{address} refuses the request, {said}. Is this a {self._what}, of the same version?")
+        message = f"{address} refuses the request, {said}. Is this a {self._what}, of the same version?"
+        raise RewardRefused(message, response.status_code)
 
 
 def _is_address(url: str) -> bool:

@@ -32,6 +32,19 @@ ADVICE = (
 )
 
 
+UNNAMED = Health(
+    kind="service",
+    model="",
+    parameters=0,
+    dtype="unknown",
+    device="unknown",
+    max_tokens=0,
+    weights_sha256="",
+    template_sha256="",
+    files={},
+)
+
+
 class RewardClient:
     """Scores conversations. May be used by several threads; ends with `close()` or `with`.
 
@@ -162,7 +175,12 @@ class RewardClient:
         path = self._dialect.health_path
         if path is None:
             return self._dialect.health(b"", ", ".join(self.urls))
-        found = self._channel.ask_each(path, self._dialect.health, stop)
+        try:
+            found = self._channel.ask_each(path, self._dialect.health, stop)
+        except RewardRefused as refused:
+            if refused.status != 404:
+                raise
+            return UNNAMED  # a service of somebody's own, which only scores
         first = next(iter(found))
         for url, health in found.items():
             if _served(health) != _served(found[first]):

@@ -6,7 +6,14 @@ class RewardUnavailable(Exception):
 
 
 class RewardRefused(Exception):
-    """The server answers, but not to this: asking again will not help until something is put right."""
+    """The server answers, but not to this: asking again will not help until something is put right.
+
+    `status`: of HTTP, where that is what it answers.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class TooLarge(Exception):

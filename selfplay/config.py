@@ -129,6 +129,7 @@ class GenerateConfig(Section):
 # settings that say which reward, and not how it is asked: never inherited
 WHICH = {
     "model", "heads", "trust_remote_code", "rules", "chat_judge", "url", "dialect", "tokenizer", "served_model", "api_key_env",
+    "identity",
 }  # fmt: skip
 ACCESS = {"api_key_env", "concurrency", "timeout", "deadline"}  # has no part in what a source answers
 
@@ -154,6 +155,9 @@ class RewardSource(Section):
     """Name of the model at vLLM servers, where they have several."""
     api_key_env: str | None = None
     """Environment variable with the bearer token for the servers of `url`."""
+    identity: str | None = None
+    """A name that you vouch for where the servers of `url` tell none: scores are then kept in the cache. Give another one
+    when the model behind the address changes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the served reward model."""
     device: str = "auto"
@@ -194,6 +198,7 @@ class RewardSource(Section):
             ("tokenizer", "url"),
             ("served_model", "url"),
             ("api_key_env", "url"),
+            ("identity", "url"),
         ):
             if getattr(self, name) and not getattr(self, owner):
                 raise ValueError(f"`{name}` belongs to a `{owner}`")

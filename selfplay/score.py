@@ -104,9 +104,12 @@ class RewardService:
 
     @property
     def identity(self) -> str:
-        """What scores: SHA-256 of weights and template, and the precision, as the server says; «» where it does not say."""
+        """What scores: SHA-256 of weights and template, and the precision, as the server says. Where it does not say, the
+        name in the configuration in place of both, behind a «/»; «» without one."""
         health = self._ask(lambda client: client.health())
-        return f"{health.weights_sha256}/{health.template_sha256}/{health.dtype}" if health.weights_sha256 else ""
+        if health.weights_sha256:
+            return f"{health.weights_sha256}/{health.template_sha256}/{health.dtype}"
+        return f"/{health.template_sha256}/{self._config.identity}" if self._config.identity else ""
 
     @property
     def compares(self) -> bool:

@@ -194,7 +194,9 @@ class Scorer:
 
         def keep(given: Sequence[Given]) -> None:
             """Request by request: a round that is killed in mid-shard asks for none of these again."""
-            found = {keys[unique[g.place]]: g.score for g in given if g.score is not None and g.weights == weights}
+            found = {
+                keys[unique[g.place]]: g.score for g in given if g.score is not None and (g.weights or "") == weights
+            }
             self._keep(cache, found)
             kept.update(found)
 
@@ -203,7 +205,7 @@ class Scorer:
             [items[i] for i in unique], lambda n: on_progress(len(items) - left + n), keep if cache else None, have
         )
         now = service.identity
-        if now != identity or (identity and service.weights - {weights}):
+        if now != identity or (weights and service.weights - {weights}):
             if cache:
                 cache.remove(list(kept))
             raise GuardError(

@@ -69,6 +69,7 @@ def test_overrides_are_yaml_values():
         ("evaluate.judge={chat_judge: {model: m, url: ['http://h:1/?key=x']}}", "the url of h holds"),
         ("evaluate.judge={model: a/b, api_key_env: K}", "`api_key_env` belongs to a `url`"),
         ("evaluate.judge={url: ['http://h:1'], trust_remote_code: true}", "`trust_remote_code` belongs to a `model`"),
+        ("evaluate.judge={model: a/b, identity: mine}", "`identity` belongs to a `url`"),
         ("guard.gold_drop={stop: 0.1}", "guard: gold_drop may warn and has no `stop`"),
         ("pairs.max_disagreement=1", "goes with reward.ensemble"),
         ("reward.shaping={cut_off_penalty: 1}", "goes with pairs.cut_off: reject"),

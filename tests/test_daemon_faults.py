@@ -157,6 +157,22 @@ def test_a_reward_model_that_is_swapped_stops_the_round_before_it_trains(service
     assert 0 < service.store.metrics(index)["guard/shift"] < 1
 
 
+def test_a_sign_above_its_stop_ends_the_round_before_anything_is_made_of_its_rewards(service):
+    service.reload("guard.saturation={stop: 0.0}")
+    folder = service.next_round()
+    service.until(lambda: service.state() == "paused", "the pause of its own")
+    why = service.store.state("pause")["why"]
+    assert "stage guard failed: the reward looks wrong: rewards at the end of their range (share)" in why
+    assert "what to do: nothing was trained on" in why
+    assert (folder / "score").is_dir() and not (folder / "pairs").exists() and not (folder / "train").exists()
+    events = [e["text"] for e in service.store.events(int(folder.name)) if e["kind"] == "guard"]
+    assert any("(guard.saturation.stop)" in text for text in events)
+    assert any(text.startswith("stopped before training; all signs: ") for text in events)
+    service.reload()
+    assert service.order("resume")[0] == "done"
+    promoted(service, folder)
+
+
 def test_a_ledger_that_another_process_locks_delays_the_round(service):
     folder, before = service.next_round(), service.said.tell()
     service.until((folder / "generate").is_dir, "the end of generate")

@@ -105,7 +105,7 @@ class FakeServer(ThreadingHTTPServer):
         self.script, self.default = list(script), default
         self.asked: list[dict[str, Any]] = []
         self.running = self.most_running = 0
-        self.weights = "one"  # what /healthz says
+        self.weights, self.health_status = "one", 200  # what /healthz says
         self.connections: set[tuple[str, int]] = set()
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", port), Handler)
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         health = {"model": "m", "parameters": 0, "dtype": "none", "device": "cpu", "max_tokens": 9, "files": {}}
         named = {"weights_sha256": self.server.weights, "template_sha256": "t"}
-        send(self, 200, json.dumps(health | named).encode())
+        send(self, self.server.health_status, json.dumps(health | named).encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
@@ -346,6 +346,15 @@ def test_scores_of_two_models_are_never_mixed() -> None:
 
     with fake(by("one"), default=by("two")) as server, pytest.raises(RewardRefused, match="2 different models"):
         RewardClient(server.url, **QUICK).score(ITEMS)
+
+
+def test_a_service_without_healthz_has_no_name() -> None:
+    with fake() as server, RewardClient(server.url, **QUICK) as client:
+        server.health_status = 404
+        assert client.health().weights_sha256 == "" and client.score(ITEMS) == EXPECTED
+        server.health_status = 403
+        with pytest.raises(RewardRefused, match="403"):
+            client.health()
 
 
 def test_one_of_two_addresses_is_down_and_the_other_serves() -> None:

@@ -1,14 +1,20 @@
 """The cache of scores: keys, bound, several processes."""
 
 import contextlib
+import io
 import multiprocessing
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from selfplay import score_cache
+from selfplay.config import load
+from selfplay.display import Display
 from selfplay.errors import DiskError, InputError, RewardError
+from selfplay.run import Run
 from selfplay.score_cache import ScoreCache
+from selfplay.store import Store
 
 ASK = [{"role": "user", "content": "Name a colour."}]
 
@@ -100,6 +106,17 @@ def test_a_file_that_is_no_cache_is_named(tmp_path):
     with pytest.raises(RewardError, match=r"scores\.sqlite cannot be used") as error:
         ScoreCache(tmp_path / "scores.sqlite", 3)
     assert "delete" in error.value.hint
+
+
+def test_a_run_does_without_a_file_that_is_no_cache(tmp_path):
+    config = load(Path(__file__).parents[1] / "configs" / "tiny.yaml")
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "scores.sqlite").write_bytes(b"something else" * 1000)
+    shown = io.StringIO()
+    run = Run(config, tmp_path, Display(Console(file=shown, width=500)))
+    run.store = Store(tmp_path)
+    run._open_scorers(config)
+    assert run._cache is None and "delete that file: it only saves time" in shown.getvalue()
 
 
 def test_a_full_disk_is_named_and_costs_nothing_that_was_kept(small_disk):

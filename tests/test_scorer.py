@@ -121,6 +121,22 @@ def test_a_shard_that_is_cut_short_is_not_asked_for_again_whole(urls, tmp_path, 
     np.testing.assert_array_equal(answer.scores, scorer(tmp_path, urls[0]).ask(ITEMS).scores)
 
 
+def test_scores_of_a_service_that_tells_nothing_are_kept_under_a_name_that_is_vouched_for(tmp_path):
+    def answer(handler, asked):  # OpenRLHF's form, from a server that names its weights with the scores
+        scores = [float(len(q)) for q in asked["query"]]
+        send(handler, 200, json.dumps({"rewards": scores, "weights_sha256": "w"}).encode())
+
+    cache = ScoreCache(tmp_path / "scores.sqlite", 1000)
+    with fake(default=answer) as server:
+        for identity, expected in ((None, 3), ("mine-1", 4), ("mine-1", 4), ("mine-2", 5)):
+            source = RewardSource(url=[server.url], dialect="openrlhf", identity=identity)
+            ours = Scorer("reward", [source], None, tmp_path, cache=cache, gpus=None, on_event=lambda kind, text: None)
+            for _ in range(3 if identity is None else 1):
+                ours.ask(ITEMS)
+            ours.stop()
+            assert len(server.asked) == expected
+
+
 def test_a_cache_that_breaks_costs_time_and_no_round(tmp_path):
     cache, events = ScoreCache(tmp_path / "scores.sqlite", 100), []
     member = Member("a", identity="one/t", weights={"one"})
