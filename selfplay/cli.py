@@ -224,10 +224,10 @@ def _orders(
     deadline = time.monotonic() + (5 if there else 0)
     refused = False
     while waiting and time.monotonic() < deadline:
-        row = store.order(waiting[0])
-        if row["state"] == "pending":
+        if waiting[0] in {row["id"] for row in store.pending()}:
             time.sleep(0.1)
             continue
+        row = store.order(waiting[0])
         print(f"order {waiting.pop(0)} {row['state']}: {row['result']}")
         refused |= row["state"] != "done"
     store.close()
