@@ -219,3 +219,17 @@ def test_what_fell_due_in_a_pause_or_before_the_first_round_is_missed_too(world,
         service.made()  # killed before, and started again now
         service.opened()
     assert service.turn() == then
+
+
+@pytest.mark.parametrize(("end", "says"), [("device_hours: 2", "2.0 device-hours"), ("tokens: 60", "60 tokens")])
+def test_budgets_count_what_the_stages_took(world, monkeypatch, end, says):
+    """Half an hour in each of two stages, on two devices; the round itself was open for however long it waited."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    service = world(f"schedule.end={{{end}}}")
+    service.open()
+    for stage, tokens in (("generate", 40), ("evaluate", 19)):
+        service.store.record_stage(1, stage, 1799.0, {"tokens": tokens})
+    service.close("promoted")
+    assert service.turn() == "running"
+    service.store.record_stage(2, "evolve", 2.0, {"tokens": 1})
+    assert service.turn() == "ended" and says in service.daemon.progress["why"]
