@@ -194,12 +194,12 @@ class Policies:
         wanted = keep | {0} | set(rule.pinned) | set(kept[max(0, len(kept) - rule.last) :])
         wanted |= {v for v in kept if rule.every and v % rule.every == 0}
         wanted |= {v for v in rejected if v + rule.rejected_rounds > round_index}
-        for version in self.versions():
-            if version in wanted:
-                continue
-            for path in self._weights(version):
+        weights = {version: self._weights(version) for version in self.versions()}
+        for version in weights.keys() - wanted:
+            for path in weights[version]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return [v for v in self.versions() if v != 0 and not self._weights(v)]
+            weights[version] = []
+        return sorted(version for version, left in weights.items() if version != 0 and not left)
 
     def _weights(self, version: int) -> list[Path]:
         """What a policy's folder holds beside its manifest."""

@@ -575,7 +575,7 @@ class Round:
 
 def report(store: Any, index: int) -> RoundReport:
     """The report of a finished round, from the ledger."""
-    row = next(r for r in store.rounds() if r["round"] == index)
+    row = store.round(index)
     return RoundReport(
         round=index,
         outcome=row["state"],

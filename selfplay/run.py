@@ -251,7 +251,7 @@ class Run:
     @property
     def next_round(self) -> int:
         """Number of the round after the last that was opened."""
-        return max((row["round"] for row in self.store.rounds()), default=0) + 1
+        return self.store.last_round() + 1
 
     def _ask_importer(self, order: str, meanwhile: Callable[[], None] = lambda: None, **fields: Any) -> Any:
         """One order to a child of its own. A child that dies is started once more."""

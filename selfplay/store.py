@@ -380,6 +380,16 @@ class Store:
         columns = [column for column in rounds.c if column is not rounds.c.config]
         return self._rows(sa.select(*columns).order_by(rounds.c.round))
 
+    def round(self, index: int) -> dict[str, Any]:
+        """One of them."""
+        columns = [column for column in rounds.c if column is not rounds.c.config]
+        return self._rows(sa.select(*columns).where(rounds.c.round == index))[0]
+
+    def last_round(self) -> int:
+        """Number of the last round that was opened; 0 before there is one."""
+        with self._engine.connect() as connection:
+            return int(connection.scalar(sa.select(sa.func.max(rounds.c.round))) or 0)
+
     def config(self, index: int) -> dict[str, Any]:
         """The configuration that a round was last run with."""
         with self._engine.connect() as connection:

@@ -242,7 +242,7 @@ def reference(r: Round) -> tuple[int, int]:
     first = r.index - (r.index - 1) % every
     if rule == "initial":
         return 0, first
-    return next(row["sampler"] for row in r.run.store.rounds() if row["round"] == first), first
+    return int(r.run.store.round(first)["sampler"]), first
 
 
 def reference_policy(r: Round) -> Policy:
