@@ -93,7 +93,7 @@ def test_a_failed_stage_says_what_to_do_and_the_round_goes_on_under_other_settin
     assert metrics["train/agreement_mean"] < 1e-4
     assert metrics["train/steps"] > 0
     kinds = [e["kind"] for e in store.events(3)]
-    assert (kinds[0], set(kinds[1:-1]), kinds[-1]) == ("evolve", {"failed"}, "promoted")
+    assert (kinds[0], set(kinds[1:-1]), kinds[-1]) == ("evolve", {"failed", "evaluate"}, "promoted")
     assert store.rounds()[2]["state"] == "promoted"
     made = store.policies()[3]
     assert (made["version"], made["parent"], made["reference"], made["state"]) == (3, 2, 2, "promoted")
