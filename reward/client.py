@@ -34,7 +34,7 @@ ADVICE = (
 
 UNNAMED = Health(
     kind="service",
-    model="",
+    model="a model that it does not name",
     parameters=0,
     dtype="unknown",
     device="unknown",

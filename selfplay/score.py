@@ -118,12 +118,8 @@ class RewardService:
 
     @property
     def reasons(self) -> Counter[str]:
-        """Why items of the last call have no score; what is particular to one item is left out."""
-        given = self._client.reasons if self._client is not None else Counter[str]()
-        found: Counter[str] = Counter()
-        for reason, count in given.items():
-            found[reason.partition(": ")[0]] += count
-        return found
+        """Why items of the last call have no score."""
+        return self._client.reasons if self._client is not None else Counter[str]()
 
     @property
     def weights(self) -> frozenset[str]:
@@ -359,14 +355,18 @@ def require(values: Sequence[float | None], max_missing: float, reasons: Counter
 
 
 def said(reasons: Counter[str]) -> str:
-    """The commonest reasons, in a line."""
-    return ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+    """The commonest reasons, in a line; those that differ only behind a colon, such as replies of a judge, as one."""
+    kinds: dict[str, Counter[str]] = {}
+    for reason, count in reasons.items():
+        kinds.setdefault(reason.partition(": ")[0], Counter())[reason] += count
+    most = sorted(kinds.items(), key=lambda kind: -kind[1].total())[:3]
+    return ", ".join(f"{of.total()} × {next(iter(of)) if len(of) == 1 else kind}" for kind, of in most)
 
 
 def metrics(rows: Sequence[Scored], reasons: Counter[str]) -> dict[str, float]:
     """`missing`: candidates without a reward; `unparsable`: member scores that are missing for want of a verdict."""
     values = [r.reward for r in rows if r.reward is not None]
-    unparsable = sum(count for reason, count in reasons.items() if reason.endswith("no verdict"))
+    unparsable = sum(count for reason, count in reasons.items() if "no verdict" in reason)
     result: dict[str, float] = {"missing": len(rows) - len(values), "unparsable": unparsable}
     if values:
         result |= {"reward_mean": float(np.mean(values)), "reward_std": float(np.std(values))}

@@ -1,9 +1,9 @@
-"""The examples of docs/rewards.md are executed."""
+"""The examples of docs/rewards.md and docs/rewards_selfplay.md are executed."""
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -18,9 +18,11 @@ from reward.openrlhf import Unrender
 from reward.rules import Rules, read_rules
 from reward.schema import Health
 from reward.server import parser
-from selfplay.config import RewardConfig
+from selfplay.config import GuardConfig, Limits, RewardConfig, load
 
-TEXT = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+SELFPLAY = (ROOT / "docs" / "rewards_selfplay.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```\w+ (.+)\n((?:.|\n)*?)^```$", TEXT, re.MULTILINE))
 
 
@@ -60,13 +62,14 @@ def test_a_service_of_ones_own() -> None:
     assert sent == [{k: v for k, v in i.items() if k != "id"} for i in asked]
 
 
-def test_vllm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", ["classify", "pooling"])
+def test_vllm(tmp_path: Path, route: Literal["classify", "pooling"]) -> None:
     folder = reward_model(tmp_path / "reward")
-    with fake(status(200, BLOCKS["answer /classify"].encode())) as server:
-        client = RewardClient(server.url, dialect="vllm-classify", tokenizer=str(folder), model="my-reward", **QUICK)
+    with fake(status(200, BLOCKS[f"answer /{route}"].encode())) as server:
+        client = RewardClient(server.url, dialect=f"vllm-{route}", tokenizer=str(folder), model="my-reward", **QUICK)
         assert client.score([conversation(0, 3), conversation(1, 3)]) == [1.25, -0.5]
-        assert server.asked[0].keys() - {"path"} == example("request /classify").keys()
-        assert server.asked[0]["use_activation"] is False
+        asked = {k: v for k, v in server.asked[0].items() if k != "input"}
+    assert asked == {k: v for k, v in example(f"request /{route}").items() if k != "input"} | {"path": f"/{route}"}
 
 
 def test_openrlhf() -> None:
@@ -85,3 +88,24 @@ def test_commands_are_understood(line: str) -> None:
 @pytest.mark.parametrize("source", re.findall(r"^```yaml source\n((?:.|\n)*?)^```$", TEXT, re.MULTILINE))
 def test_sources_are_valid(source: str) -> None:
     RewardConfig.model_validate(yaml.safe_load(source))
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```yaml\n((?:.|\n)*?)^```$", SELFPLAY, re.MULTILINE))
+def test_parts_of_a_configuration_are_valid(block: str, tmp_path: Path) -> None:
+    """In place of what configs/tiny.yaml has there."""
+    given = yaml.safe_load(block)
+    whole = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(whole | given))
+    assert load(tmp_path / "given.yaml").pairs.max_disagreement == 1.0
+
+
+def test_every_sign_of_the_guard_is_in_the_docs() -> None:
+    signs = [name for name, field in GuardConfig.model_fields.items() if field.annotation is Limits]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", SELFPLAY.partition("## Guard")[2], re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(signs)
+    for name, defaults in rows:
+        limits = getattr(GuardConfig(), name)
+        said = [
+            f"{level} {limit:g}" for level, limit in (("warn", limits.warn), ("stop", limits.stop)) if limit is not None
+        ]
+        assert [d for d in defaults.split(", ") if d[-1].isdigit()] == said

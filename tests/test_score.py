@@ -209,6 +209,14 @@ def test_items_without_a_score_are_set_aside_and_too_many_are_an_error(tmp_path)
     assert mended.asked == 4  # the shard that lacked some
 
 
+def test_reasons_that_differ_behind_a_colon_are_one():
+    reasons = Counter(
+        {"no verdict: 'a'": 1, "no verdict: 'b'": 2, "the rule x: no reference": 7, "too long": 2, "HTTP 413": 1}
+    )
+    assert score.said(reasons) == "7 × the rule x: no reference, 3 × no verdict, 2 × too long"
+    assert score.metrics([], reasons)["unparsable"] == 3
+
+
 def test_a_model_that_changes_between_shards_is_noticed_and_its_shard_not_kept(tmp_path):
     with pytest.raises(GuardError, match="changed during the stage"):
         stage(Counting(swapped_at=4), tmp_path)
