@@ -56,6 +56,9 @@ def prepare(cpu: bool, threads: int, kv_cache_gib: int) -> None:
             OMP_NUM_THREADS=str(threads),  # without it every process takes all cores, and they fight
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             VLLM_CPU_KVCACHE_SPACE=str(kv_cache_gib),
+            # Kernels are made for each number of tokens in a step. oneDNN would keep 1,024 of them, hundreds of MiB after
+            # some hundred rounds, beside those that vLLM keeps for each layer.
+            ONEDNN_PRIMITIVE_CACHE_CAPACITY="16",
         )
 
 
