@@ -21,6 +21,7 @@ from selfplay import policies
 from selfplay.children import quick_imports
 from selfplay.config import Config
 from selfplay.finding import Finding
+from selfplay.run import num_labels
 
 SECONDS = 300.0  # for the imports of the process that loads; a model itself takes a moment
 
@@ -50,8 +51,7 @@ def folders(config: Config, run_dir: Path) -> Iterator[Finding]:
             yield _on_the_hub(key, model)
             continue
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        n = settings.get("num_labels", len(settings.get("id2label", {})) or None)
-        if labels is not None and n not in (None, labels):
+        if labels is not None and (n := num_labels(path)) != labels:
             yield Finding(about=key, level="error", text=f"{model} has {n} labels; a reward model has 1")
             continue
         size = elements(model) or 0

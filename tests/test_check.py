@@ -54,6 +54,9 @@ def test_a_model_needs_a_tokenizer_and_a_chat_template(tmp_path):
     assert said(settings(tmp_path, bare), tmp_path, "policy.model") == ("error", f"{bare} has no tokenizer")
     reward = ("reward.rules=[]", f"reward.model={model(tmp_path / 'reward', template=False, id2label={'0': 'x'})}")
     assert said(settings(tmp_path, whole, *reward), tmp_path, "reward.model")[0] == "error"
+    silent = model(tmp_path / "silent")  # two labels are the default, and not written down
+    found = said(settings(tmp_path, whole, "reward.rules=[]", f"reward.model={silent}"), tmp_path, "reward.model")
+    assert found == ("error", f"{silent} has 2 labels; a reward model has 1")
 
 
 @pytest.mark.parametrize("nested", [False, True])
