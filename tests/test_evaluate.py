@@ -75,7 +75,8 @@ def test_the_audit_set_comes_every_so_many_rounds_and_is_always_the_same():
     pool = {f"p{i}": i for i in range(20)}
 
     def r(index):
-        run = SimpleNamespace(ids=lambda split: list(pool), prompts=pool)
+        prompts = SimpleNamespace(read=lambda ids: [pool[i] for i in ids])
+        run = SimpleNamespace(ids=lambda split: list(pool), prompts=prompts)
         config = SimpleNamespace(evaluate=settings, run=SimpleNamespace(seed=1))
         return SimpleNamespace(index=index, run=run, config=config, seed=lambda *parts: f"{index} {parts}")
 
