@@ -29,7 +29,7 @@ from selfplay.errors import ConfigError, GuardError, InputError, Interrupted, Se
 from selfplay.policies import Policies
 from selfplay.round import cancel_round, roll_back, run_round
 from selfplay.run import Run
-from selfplay.store import LedgerError, Store
+from selfplay.store import LedgerError, RunLock, Store
 
 POLL_SECONDS = 1.0  # between two looks at the ledger for orders
 STATE = "service"
@@ -113,6 +113,7 @@ class Daemon:
         """Called where even the cut did not end the service; should end the process."""
         self.run: Run | None = None
         self._store: Store | None = None
+        self._lock: RunLock | None = None
         self._set_back: tuple[datetime, datetime] | None = None  # a start in the future, and when it was noticed
         self._stopping = threading.Event()
         self._reloading = threading.Event()  # SIGHUP came, and is not in the ledger yet
@@ -171,6 +172,8 @@ class Daemon:
                 self.run.__exit__()
             if self._store is not None:
                 self._store.close()
+            if self._lock is not None:
+                self._lock.__exit__()
             if self._cut is not None:
                 self._cut.cancel()
             children.uncut()
@@ -224,6 +227,8 @@ class Daemon:
     def _open_ledger(self) -> None:
         if self._store is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:  # before anything is read or written there: the folder may be another service's
+                self._lock = RunLock(self.run_dir).__enter__()
             store = Store(self.run_dir)
             self._alerts.load(store)
             self._store = store
@@ -240,7 +245,7 @@ class Daemon:
             self._reloading.clear()
 
     def _open_run(self) -> None:
-        run = Run(self.config, self.run_dir, self.display)
+        run = Run(self.config, self.run_dir, self.display, self._lock)
         run.breathe = self._breathe
         self.run = run.__enter__()
         self._fresh()

@@ -61,7 +61,8 @@ CHARTS = (
         Line("guard/ties", "ties", "blue"), Line("guard/saturation", "saturation", "orange"),
         Line("guard/length_correlation", "correlation with length", "teal"), Line("guard/shift", "shift", "purple"),
         Line("guard/disagreement", "disagreement", "green"), Line("guard/gold_drop", "fall of gold", "red"),
-        Line("guard/probe_change", "change of the probes", "grey", "dashed"))),
+        Line("guard/probe_change", "change of the probes", "grey", "dashed"),
+        Line("guard/probe_missing", "probes without a score", "purple", "dashed"))),
     Chart("Margins", "mean of the kept pairs: explicit in reward units, implicit in nats a token", (
         Line("pairs/explicit_margin", "explicit", "blue"), Line("pairs/implicit_margin", "implicit", "purple"))),
     Chart("Pairs", "base pairs, those kept, those trained on", (

@@ -151,6 +151,7 @@ COLUMNS: list[tuple[str, str | tuple[str, str], str]] = [
     ("disagreement", "guard/disagreement", ".2f"),
     ("gold fell by", "guard/gold_drop", ".3f"),
     ("probes changed by", "guard/probe_change", ".1e"),
+    ("probes without a score", "guard/probe_missing", ".1%"),
     ("swap (s)", "promote/swap_seconds", ".3f"),
 ]
 

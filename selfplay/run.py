@@ -39,8 +39,10 @@ class Run:
     Raises InputError when the folder is in use or was made for another policy, data split or seed.
     """
 
-    def __init__(self, config: Config, run_dir: Path, display: Display) -> None:
+    def __init__(self, config: Config, run_dir: Path, display: Display, lock: RunLock | None = None) -> None:
+        """`lock`: the folder's, where the caller holds it already."""
         self.config, self.dir, self.display = config, run_dir, display
+        self._given_lock = lock
         children.withhold(config.service.token_env, config.service.webhook_env)
         self.policies = Policies(run_dir)
         self.gold: Gold | None = None
@@ -69,7 +71,9 @@ class Run:
             return self._enter()
 
     def _enter(self) -> Run:
-        self._lock = RunLock(self.dir).__enter__()
+        self._lock = contextlib.ExitStack()
+        if self._given_lock is None:
+            self._lock.enter_context(RunLock(self.dir))
         try:
             if reaped := children.reap(self.dir):
                 self.display.note(f"ended {reaped} processes that an earlier, killed run left behind")
@@ -89,7 +93,7 @@ class Run:
             self._cache.close()
         if hasattr(self, "store"):
             self.store.close()
-        self._lock.__exit__()
+        self._lock.close()
 
     def reconfigure(self, config: Config) -> None:
         """Go on under another configuration, between two calls of `run_round`; children that it leaves as they are stay warm.

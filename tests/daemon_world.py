@@ -117,6 +117,8 @@ class World:
 
     def made(self) -> Daemon:
         """A daemon that has not had a turn yet; another one after a kill."""
+        if (before := getattr(self, "daemon", None)) and before._lock:
+            before._lock.__exit__()  # as a kill does
         said = Display(Console(file=(self.run_dir / "said").open("a")))
         self.daemon = Daemon(TINY, list(self._settings), self.run_dir, said, clock=lambda: self.now)
         return self.daemon

@@ -6,9 +6,10 @@ import pytest
 from daemon_world import NOON, Bare, World, until, webhook
 from sqlalchemy.exc import OperationalError
 
-from selfplay import daemon, store
+from selfplay import daemon, orders, store
 from selfplay.errors import CheckpointError, ConfigError, InputError
 from selfplay.run import Run
+from selfplay.store import RunLock
 
 
 class Lock:
@@ -65,6 +66,18 @@ def test_a_ledger_that_fails_is_alerted_and_retried_no_more_than_a_stage(world, 
         service.work = lambda: None
         service.order("resume")
         assert service.turn() == "running" and service.ran == [1, 1, 1]
+
+
+def test_a_folder_in_use_is_left_alone(world):
+    service = world()
+    service.made()
+    orders.submit(service.store, "pause", {}, "test")
+    with RunLock(service.run_dir), pytest.raises(InputError, match="in use by process"):
+        service.daemon.serve()
+    assert len(service.store.orders("pending")) == 1
+    assert service.store.state("service") is None and service.store.state("pause") is None
+    service.turn()  # opens the run
+    assert service.turn() == "paused" and service.store.orders("pending") == []
 
 
 def test_a_state_that_could_not_be_written_is_written_later(world, lock):
