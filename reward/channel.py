@@ -79,12 +79,17 @@ class Channel:
         """
         return self._retry(self._endpoints.all, lambda u, t: read(self._exchange(method, u + path, t, body), u), stop)
 
-    def ask_each(self, path: str, read: Callable[[bytes, str], T], stop: threading.Event) -> dict[str, T]:
-        """`GET path` of each address that answers now, by address; while none does, as `ask`."""
+    def ask_each(self, path: str, read: Callable[[bytes, str], T], absent: T, stop: threading.Event) -> dict[str, T]:
+        """`GET path` of each address that answers now, by address; while none does, as `ask`. `absent`: of a 404."""
         found: dict[str, T] = {}
 
         def attempt(url: str, seconds: float) -> T:
-            found[url] = read(self._exchange("GET", url + path, seconds, None), url)
+            try:
+                found[url] = read(self._exchange("GET", url + path, seconds, None), url)
+            except RewardRefused as refused:
+                if refused.status != 404:
+                    raise
+                found[url] = absent
             return found[url]
 
         for endpoint in self._endpoints.all:

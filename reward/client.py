@@ -175,12 +175,8 @@ class RewardClient:
         path = self._dialect.health_path
         if path is None:
             return self._dialect.health(b"", ", ".join(self.urls))
-        try:
-            found = self._channel.ask_each(path, self._dialect.health, stop)
-        except RewardRefused as refused:
-            if refused.status != 404:
-                raise
-            return UNNAMED  # a service of somebody's own, which only scores
+        # One without the path is a service of somebody's own, which only scores.
+        found = self._channel.ask_each(path, self._dialect.health, UNNAMED, stop)
         first = next(iter(found))
         for url, health in found.items():
             if _served(health) != _served(found[first]):

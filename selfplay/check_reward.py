@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from reward.client import RewardClient, RewardRefused, RewardUnavailable
+from reward.client import UNNAMED, RewardClient, RewardRefused, RewardUnavailable
 from reward.settings import JudgeSettings, Rule
 from selfplay.config import Config, RewardSource
 from selfplay.finding import Finding
@@ -51,6 +51,9 @@ def _server(key: str, source: RewardSource, url: str) -> Finding:
             health = client.health()
     except (RewardUnavailable, RewardRefused, ValueError) as error:
         return Finding(about=key, level="error", text=f"{url} does not answer: {error}")
+    if health is UNNAMED:
+        text = f"{url} has no /healthz: which model it serves, and whether it scores, is not known before a round"
+        return Finding(about=key, level="warning", text=text)
     no_question = source.dialect == "openrlhf"
     asked = "is not asked: its format has no such question" if no_question else f"serves {health.model}"
     return Finding(about=key, level="ok", text=f"{url} {asked}")

@@ -109,6 +109,8 @@ class RewardService:
         health = self._ask(lambda client: client.health())
         if health.weights_sha256:
             return f"{health.weights_sha256}/{health.template_sha256}/{health.dtype}"
+        if health.kind == "judge":  # one that compares answers: a name makes none of its scores one of an answer alone
+            return ""
         return f"/{health.template_sha256}/{self._config.identity}" if self._config.identity else ""
 
     @property
@@ -143,8 +145,8 @@ class RewardService:
         finally:
             done.set()
             while watch.is_alive():  # it may wait for a server that takes its time to start, and nobody else does
-                if self._starting is not None:
-                    self._starting.cut()
+                if (starting := self._starting) is not None:
+                    starting.cut()
                 watch.join(0.2)
             if unavailable and self._child is not None:
                 self._child.stop(grace=0)  # it may hang: the next call starts another one

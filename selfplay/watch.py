@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -219,7 +220,11 @@ def _external(row: Scored) -> float:
 
 def _externals(r: Round, index: int) -> list[float]:
     path = r.run.dir / "rounds" / f"{index:04d}" / "score" / "scored.parquet"
-    return [_external(row) for row in artifacts.read_rows(path, Scored)] if path.is_file() else []
+    if not path.is_file():
+        return []
+    # two columns: rows have texts and token ids too, more than a controller should hold
+    rows = artifacts.read_columns(path, ("reward", "reward_parts"))
+    return [json.loads(parts).get(EXTERNAL, math.nan if reward is None else reward) for reward, parts in rows]
 
 
 def _scored_by(r: Round, index: int) -> list[str] | None:

@@ -105,7 +105,7 @@ class FakeServer(ThreadingHTTPServer):
         self.script, self.default = list(script), default
         self.asked: list[dict[str, Any]] = []
         self.running = self.most_running = 0
-        self.weights, self.health_status = "one", 200  # what /healthz says
+        self.weights, self.health_status, self.kind = "one", 200, "model"  # what /healthz says
         self.connections: set[tuple[str, int]] = set()
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", port), Handler)
@@ -134,7 +134,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.running -= 1
 
     def do_GET(self) -> None:
-        health = {"model": "m", "parameters": 0, "dtype": "none", "device": "cpu", "max_tokens": 9, "files": {}}
+        health = {
+            "kind": self.server.kind,
+            "model": "m",
+            "parameters": 0,
+            "dtype": "none",
+            "device": "cpu",
+            "max_tokens": 9,
+            "files": {},
+        }
         named = {"weights_sha256": self.server.weights, "template_sha256": "t"}
         send(self, self.server.health_status, json.dumps(health | named).encode())
 
@@ -355,6 +363,15 @@ def test_a_service_without_healthz_has_no_name() -> None:
         server.health_status = 403
         with pytest.raises(RewardRefused, match="403"):
             client.health()
+
+
+def test_one_address_of_two_without_healthz_does_not_take_the_other_ones_name() -> None:
+    with fake() as server, fake() as other, RewardClient([server.url, other.url], **QUICK) as client:
+        other.health_status = 404
+        with pytest.raises(RewardRefused, match="serve different models: m and a model that it does not name"):
+            client.health()
+        server.health_status = 404
+        assert client.health().weights_sha256 == ""
 
 
 def test_one_of_two_addresses_is_down_and_the_other_serves() -> None:

@@ -16,6 +16,7 @@ from test_reward_client import fake, send
 from selfplay import artifacts
 from selfplay.config import EnsembleConfig, RewardSource
 from selfplay.errors import GuardError, Interrupted, RewardError
+from selfplay.score import RewardService
 from selfplay.score_cache import ScoreCache
 from selfplay.scorer import Scorer
 
@@ -135,6 +136,17 @@ def test_scores_of_a_service_that_tells_nothing_are_kept_under_a_name_that_is_vo
                 ours.ask(ITEMS)
             ours.stop()
             assert len(server.asked) == expected
+
+
+def test_no_name_makes_a_score_that_compares_answers_one_of_an_answer_alone(tmp_path):
+    with fake() as server:
+        server.weights, server.kind = "", "judge"
+        source = RewardSource(url=[server.url], identity="mine")
+        ours = RewardService(source, tmp_path, on_event=lambda kind, text: None)
+        assert ours.identity == ""
+        server.kind = "service"
+        assert ours.identity.endswith("/mine")
+        ours.stop()
 
 
 def test_a_cache_that_breaks_costs_time_and_no_round(tmp_path):
