@@ -341,7 +341,7 @@ def report(args: argparse.Namespace) -> None:
         cells = [shown(*interval({key: row[m] for key, row in rows.items()})) for m in METRICS]
         costs = [f"{statistics.fmean(row[m] for row in rows.values()):.0f}" for m in ("pairs", "generated")]
         print(f"| {arm} | {len(rows)} | " + " | ".join([*cells, *costs]) + " |")
-    print(f"\nPaired differences to {plain}, mean [95 % interval]:\n")
+    print(f"\nPaired differences to {plain}, mean [95 % interval]; of one world mean ± standard error:\n")
     print("| arm | seeds | " + " | ".join(METRICS.values()) + " |")
     print("|---" * (len(METRICS) + 2) + "|")
     worlds = sorted({world for world, _ in found[plain]})
@@ -351,7 +351,8 @@ def report(args: argparse.Namespace) -> None:
         for world in worlds if len(worlds) > 1 else []:
             own = [{key: d for key, d in each.items() if key[0] == world} for each in both]
             if len(own[0]) > 1:
-                print(f"| … world {world} | {len(own[0])} | " + " | ".join(shown(*interval(d)) for d in own) + " |")
+                cells = [f"{statistics.fmean(d.values()):.3f} ± {error(list(d.values())):.3f}" for d in own]
+                print(f"| … world {world} | {len(own[0])} | " + " | ".join(cells) + " |")
     print("\nWhat was expected before the runs:\n")
     for arm, against, metric, least in COMPARISONS:
         if arm in found and against in found:
@@ -369,6 +370,11 @@ def paired(found: Mapping[str, Any], arm: str, against: str, metric: str) -> dic
     return {key: row[metric] - other[key][metric] for key, row in found[arm].items() if key in other}
 
 
+def error(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
 def interval(values: Mapping[tuple[int, int], float], samples: int = 10_000) -> tuple[float, float, float]:
     """Mean of values by world and seed, and its 95 % interval: bootstrap of Student's t, seeds drawn within each world.
 
@@ -384,17 +390,17 @@ def interval(values: Mapping[tuple[int, int], float], samples: int = 10_000) -> 
     if min(map(len, groups)) < 2:
         return float(mean), float("nan"), float("nan")
 
-    def error(drawn: list[np.ndarray]) -> Any:
+    def spread(drawn: list[np.ndarray]) -> Any:
         """Standard error of the mean over the last axis."""
         return np.sqrt(sum(len(g) * d.var(axis=-1, ddof=1) for g, d in zip(groups, drawn, strict=True))) / total
 
     rng = np.random.default_rng(0)
     drawn = [rng.choice(group, (samples, len(group))) for group in groups]
     means = sum(d.sum(axis=1) for d in drawn) / total
-    errors = error(drawn)
+    errors = spread(drawn)
     usable = errors > 0  # a sample of one seed drawn every time has no error of its own
     low, high = np.quantile((means - mean)[usable] / errors[usable], [0.025, 0.975]) if usable.any() else (0.0, 0.0)
-    own = float(error(groups))
+    own = float(spread(groups))
     return float(mean), float(mean - high * own), float(mean - low * own)
 
 
