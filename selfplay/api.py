@@ -137,7 +137,7 @@ def _probes(app: FastAPI, view: View) -> None:
             response.status_code = 503
             return m.Health(status="unavailable", detail="the ledger does not answer")
         service = view.service()
-        ready = service.state not in ("starting", "stopped", "failed")
+        ready = service.state not in ("starting", "stopped")
         response.status_code = 200 if ready else 503
         return m.Health(status="ok" if ready else "unavailable", detail=service.state)
 

@@ -54,8 +54,8 @@ def run_rounds(
     except LedgerError as error:
         display.error(
             f"the ledger of {run_dir} cannot be used: {error.orig}",
-            "end what else works on its ledger.sqlite (a backup, a database shell), then run the same command again: "
-            "finished stages are kept",
+            "end what else works on its ledger.sqlite (a backup, a database shell), or restore one that is damaged from a "
+            "backup, then run the same command again: finished stages are kept",
         )
         return 3
     except KeyboardInterrupt:

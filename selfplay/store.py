@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DatabaseError
-from sqlalchemy.exc import OperationalError as LedgerError
+from sqlalchemy.exc import DatabaseError as LedgerError
+from sqlalchemy.exc import OperationalError
 
 from selfplay.errors import InputError
 from selfplay.types import Pair
@@ -157,8 +157,8 @@ BUSY = 30.0  # seconds to wait for another process that writes
 class Store:
     """Reads and writes the ledger. All times are UTC, ISO 8601.
 
-    Raises LedgerError where it does not answer (locked for long, disk full); opened, also OSError, and InputError for one
-    that cannot be used.
+    Raises LedgerError where it does not answer (locked for long, disk full, damaged); opened, also OSError, and InputError
+    for one that cannot be used.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -171,9 +171,9 @@ class Store:
             try:
                 with self._engine.begin() as connection:
                     self._migrate(connection)
-            except LedgerError:
+            except OperationalError:
                 raise
-            except DatabaseError as error:
+            except LedgerError as error:
                 hint = "restore the run folder from a backup"
                 raise InputError(f"{self.path} is damaged: {error.orig}", hint) from error
 

@@ -37,10 +37,10 @@ class View:
 
     @functools.cached_property
     def store(self) -> Store:
-        """Opened when it is first asked: the page is there before a ledger that is locked, or whose disk is full."""
+        """Opened when first asked: the page is there before a ledger that is locked or damaged, or whose disk is full."""
         try:
             return Store(self.run_dir)
-        except OSError as error:
+        except (OSError, InputError) as error:
             raise LedgerError(f"open {self.run_dir}", {}, error) from error
 
     def service(self) -> m.Service:

@@ -94,6 +94,12 @@ def test_a_ledger_that_cannot_be_opened_yet_is_opened_later(tmp_path):
     assert [client.get(path).status_code for path in ("/readyz", "/api/run")] == [200, 200]
 
 
+def test_a_ledger_that_is_damaged_is_not_ready(tmp_path):
+    (tmp_path / "ledger.sqlite").write_bytes(b"no database " * 100)
+    client = TestClient(create_app(tmp_path, config(), Progress(), None, page=False), base_url="http://localhost")
+    assert [client.get(path).status_code for path in ("/readyz", "/api/run")] == [503, 503]
+
+
 def test_rounds(client):
     listed = client.get("/api/rounds", params={"limit": 2}).json()
     assert [(r["round"], r["state"]) for r in listed] == [(5, "promoted"), (4, "rejected")]

@@ -273,3 +273,28 @@ def test_devices_are_those_of_the_placement_or_all_that_are_visible(world, monke
 def test_a_cron_line_that_never_comes_does_not_start(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="never comes"):
         World(tmp_path / "run", monkeypatch, "schedule={mode: cron, cron: 0 0 30 2 *}")
+
+
+def test_a_ledger_that_is_damaged_while_the_service_runs_pauses_it(world, tmp_path, monkeypatch):
+    service = world("service.retries=1", "service.retry_seconds=0")
+    ledger = tmp_path / "run" / "ledger.sqlite"
+
+    def close():
+        for each in (service.store, service.daemon.store, service.daemon.run.store):
+            each.close()
+
+    with webhook() as (url, got):
+        monkeypatch.setenv("SELFPLAY_WEBHOOK", url)
+        close()
+        whole = ledger.read_bytes()
+        ledger.write_bytes(whole[:100] + bytes(len(whole) - 100))
+        service.daemon._breathe("stage")
+        service.turn()
+        service.turn()
+        assert [service.turn() for _ in range(2)] == ["paused"] * 2
+        until(lambda: got)
+        assert "the ledger does not answer: database disk image is malformed" in got[0][1]["text"]
+    close()
+    ledger.write_bytes(whole)
+    assert service.turn() == "paused"
+    assert service.store.state("pause")["kind"] == "failed" and len(service.events("alert")) == 1
