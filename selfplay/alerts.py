@@ -1,7 +1,8 @@
-"""Alerts to a webhook: kept until it has taken them, over its outages and, in the ledger, over restarts of the service."""
+"""Alerts to a webhook: kept until it has taken or refused them, over its outages and, in the ledger, over restarts."""
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Callable
@@ -17,12 +18,15 @@ logger = logging.getLogger(__name__)
 STATE = "alerts"  # name of the unsent ones in the ledger
 MOST = 20  # unsent alerts that are kept, the newest
 LONGEST_WAIT = 300.0  # seconds between two tries
+PASSING = (408, 425, 429)  # client errors that the same alert may not meet again
 
 Alert = dict[str, Any]
 
 
 class Alerts:
-    """Posts alerts as JSON, oldest first, each until it is taken; one that was just taken at a kill is posted twice.
+    """Posts alerts as JSON, oldest first, each until it is taken or refused for good, by a client error that does not pass.
+
+    One that was just taken at a kill is posted twice.
 
     url: the address, a secret that goes into no message, or None where there is none: alerts then stay unsent.
     stopping: ends the tries; what is unsent then waits in the ledger.
@@ -34,15 +38,19 @@ class Alerts:
         self._unsent: list[Alert] = []
         self._changed = False  # since the ledger was told
         self._sender: threading.Thread | None = None
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every URL
 
     def load(self, store: Store) -> None:
-        """Go on with what an earlier service left unsent."""
-        self._put(store.state(STATE, []))
+        """Go on with what an earlier service left unsent, before what came since."""
+        old = store.state(STATE, [])
+        with self._lock:
+            self._put([*old, *self._unsent])
 
     def send(self, alert: Alert) -> None:
         """Post an alert in the background."""
-        self._changed = True
-        self._put([alert])
+        with self._lock:
+            self._changed = True
+            self._put([*self._unsent, alert])
 
     def keep(self, store: Store) -> None:
         """Write what is unsent down, where that changed."""
@@ -58,16 +66,15 @@ class Alerts:
             raise
 
     def _put(self, alerts: list[Alert]) -> None:
-        with self._lock:
-            self._unsent = [*self._unsent, *alerts][-MOST:]
-            if self._sender is None and self._unsent and self._url():
-                self._sender = threading.Thread(target=self._work, name="webhook", daemon=True)
-                self._sender.start()
+        """Have these sent; under the lock."""
+        self._unsent = alerts[-MOST:]
+        if self._sender is None and self._unsent and self._url():
+            self._sender = threading.Thread(target=self._work, name="webhook", daemon=True)
+            self._sender.start()
 
     def _work(self) -> None:
         tries = tenacity.Retrying(
             wait=tenacity.wait_random_exponential(max=LONGEST_WAIT),
-            retry=tenacity.retry_if_exception_type((httpx.HTTPError, httpx.InvalidURL)),
             stop=tenacity.stop_when_event_set(self._stopping),
             sleep=tenacity.sleep_using_event(self._stopping),
         )
@@ -86,8 +93,14 @@ class Alerts:
                 self._changed = True
 
     def _post(self, alert: Alert) -> None:
+        """Raises whatever kept it from being taken for now; returns when it is taken, or refused for good."""
+        body, headers = json.dumps(alert), {"content-type": "application/json"}  # in ASCII, whatever characters it has
         try:
-            httpx.post(self._url() or "", json=alert, timeout=10).raise_for_status()
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            answer = httpx.post(self._url() or "", content=body, headers=headers, timeout=10)
+            if answer.is_client_error and answer.status_code not in PASSING:
+                logger.error("the webhook refused an alert, which is dropped (%d)", answer.status_code)
+                return
+            answer.raise_for_status()
+        except Exception as error:  # of the network, the URL, the certificates; its text may name the URL
             logger.warning("the webhook did not take an alert (%s)", type(error).__name__)
             raise

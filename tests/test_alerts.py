@@ -23,6 +23,7 @@ def at_once(monkeypatch):
 
 
 def test_an_alert_is_posted_until_it_is_taken(store, caplog):
+    caplog.set_level("INFO")
     with webhook(*[500] * 9) as (url, got):
         found = Alerts(lambda: url, threading.Event())
         found.send({"text": "one"})
@@ -50,6 +51,45 @@ def test_an_alert_that_was_not_taken_outlives_the_service(store):
         until(lambda: second._sender is None)
         second.keep(store)
     assert store.state(alerts.STATE) == []
+
+
+def test_what_is_refused_for_good_keeps_nothing_back(caplog):
+    with webhook(400, 429) as (url, got):
+        found = Alerts(lambda: url, threading.Event())
+        found.send({"text": "one"})
+        found.send({"text": "two"})
+        until(lambda: len(got) == 3)
+        assert [body["text"] for _, body in got] == ["one", "two", "two"]
+        until(lambda: found._sender is None)
+    assert "refused an alert, which is dropped (400)" in caplog.text and "secret" not in caplog.text
+
+
+def test_whatever_fails_is_tried_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere.pem"))
+    with webhook() as (url, got):
+        found = Alerts(lambda: url, threading.Event())
+        found.send({"text": "one"})
+        until(lambda: "(FileNotFoundError)" in caplog.text)
+        monkeypatch.delenv("SSL_CERT_FILE")
+        until(lambda: got)
+
+
+def test_every_text_can_be_posted():
+    with webhook() as (url, got):
+        Alerts(lambda: url, threading.Event()).send({"text": "größer \udc80"})
+        until(lambda: got)
+        assert got[0][1] == {"text": "größer \udc80"}
+
+
+def test_what_an_earlier_service_left_is_older(store):
+    for texts in (range(alerts.MOST - 1), ("new", "newer")):
+        each = Alerts(lambda: None, threading.Event())
+        for text in texts:
+            each.send({"text": str(text)})
+        each.load(store)
+        each.keep(store)
+    kept = [alert["text"] for alert in store.state(alerts.STATE)]
+    assert kept == [*map(str, range(1, alerts.MOST - 1)), "new", "newer"]
 
 
 def test_without_a_webhook_the_newest_are_kept(store):
