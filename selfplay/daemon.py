@@ -116,7 +116,7 @@ class Daemon:
         self._lock: RunLock | None = None
         self._set_back: tuple[datetime, datetime] | None = None  # a start in the future, and when it was noticed
         self._stopping = threading.Event()
-        self._reloading = threading.Event()  # SIGHUP came, and is not in the ledger yet
+        self._reloading = False  # SIGHUP came, and is not in the ledger yet
         self._alerts = Alerts(lambda: os.environ.get(self.config.service.webhook_env), self._stopping)
         self._in_round = False
         self._cut: threading.Timer | None = None
@@ -145,7 +145,7 @@ class Daemon:
 
     def reload(self) -> None:
         """Order that the configuration file is read anew."""
-        self._reloading.set()
+        self._reloading = True
 
     def _cut_short(self) -> None:
         children.cut()
@@ -240,9 +240,9 @@ class Daemon:
             self.store.set_state("pause", self._pause)
             self._pause = None
         self._alerts.keep(self.store)
-        if self._reloading.is_set():
+        if self._reloading:
             self.store.submit("reload", {}, "signal")
-            self._reloading.clear()
+            self._reloading = False
 
     def _open_run(self) -> None:
         run = Run(self.config, self.run_dir, self.display, self._lock)
@@ -525,7 +525,10 @@ def _visible_gpus() -> int:
 
 
 def handle_signals(daemon: Daemon) -> None:
-    """SIGTERM and SIGINT stop the service, SIGHUP has it read its configuration anew."""
+    """SIGTERM and SIGINT stop the service, SIGHUP has it read its configuration anew.
+
+    The stop is another thread's: it takes locks, which the thread that is interrupted here may hold.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.stop())
+        signal.signal(number, lambda *_: threading.Thread(target=daemon.stop).start())
     signal.signal(signal.SIGHUP, lambda *_: daemon.reload())

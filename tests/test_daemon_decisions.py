@@ -190,16 +190,17 @@ def signals():
 def test_signals_stop_the_service_and_have_it_read_its_configuration_anew(world, signals, monkeypatch):
     service = world()
     stops = []
-    monkeypatch.setattr(service.daemon, "stop", lambda: stops.append(1))
+    monkeypatch.setattr(service.daemon, "stop", lambda: stops.append(threading.current_thread()))
     daemon.handle_signals(service.daemon)
     os.kill(os.getpid(), signal.SIGHUP)
-    until(service.daemon._reloading.is_set)
+    until(lambda: service.daemon._reloading)
     service.daemon._write_down()
     (order,) = service.store.orders("pending")
     assert (order["kind"], order["origin"]) == ("reload", "signal")
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
     until(lambda: len(stops) == 2)
+    assert threading.main_thread() not in stops  # it may hold the locks that a stop takes
 
 
 @pytest.mark.parametrize("paused", [False, True])
