@@ -333,6 +333,7 @@ class Daemon:
             text = f"{type(error).__name__}: {error} (see {self._write_traceback(error)})"
         service, what = self.config.service, "a round" if self._in_round else "the service"
         # a wrong setting or input stays wrong, and so does a reward that is another one
+        text = text.encode("utf-8", "backslashreplace").decode()  # terminal and ledger take no lone surrogate
         hopeless = getattr(error, "exit_code", 3) == 2 or isinstance(error.__cause__, GuardError)
         if hopeless or self._failures > service.retries:
             self.pause("failed", f"{what} failed {self._failures} time{'s' * (self._failures > 1)}: {text}")
@@ -349,7 +350,7 @@ class Daemon:
         with contextlib.suppress(OSError):
             log.parent.mkdir(parents=True, exist_ok=True)
             children.bound_log(log)
-            with log.open("a", encoding="utf-8") as file:
+            with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{self._clock().isoformat()} {''.join(traceback.format_exception(error))}\n")
         return log
 
