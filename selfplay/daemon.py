@@ -226,7 +226,6 @@ class Daemon:
 
     def _open_ledger(self) -> None:
         if self._store is None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             if self._lock is None:  # before anything is read or written there: the folder may be another service's
                 self._lock = RunLock(self.run_dir).__enter__()
             store = Store(self.run_dir)

@@ -63,10 +63,6 @@ class Run:
 
     def __enter__(self) -> Run:
         self.require()
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.dir} cannot be a run folder: {error}", "choose another one (--run-dir)") from None
         with artifacts.disk_errors(self.dir):
             return self._enter()
 

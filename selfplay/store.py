@@ -450,13 +450,22 @@ def now() -> str:
 
 
 class RunLock:
-    """The right to run in a folder, held by one process at a time; the kernel releases it however that process ends."""
+    """The right to run in a folder, held by one process at a time; the kernel releases it however that process ends.
+
+    Makes the folder. Raises InputError where that cannot be, or another process holds it.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / ".lock"
         self._file: Any = None
 
     def __enter__(self) -> RunLock:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{self._path.parent} cannot be a run folder: {error}", "choose another one (--run-dir)"
+            ) from None
         self._file = self._path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
