@@ -166,6 +166,9 @@ class Daemon:
             with contextlib.suppress(Interrupted):
                 while not self._stopping.is_set():
                     self._turn()
+            if self._store is not None:
+                with contextlib.suppress(LedgerError):
+                    self._write_down()
             self._say("stopped", "")
         finally:
             if self.run is not None:
@@ -235,8 +238,8 @@ class Daemon:
     def _write_down(self) -> None:
         """What the ledger could not take when it was decided, and what changed since."""
         if self._pause is not None:
-            self.store.event("alert", f"paused: {self._pause['why']}")
             self.store.set_state("pause", self._pause)
+            self.store.event("alert", f"paused: {self._pause['why']}")  # last: done again, it would be there twice
             self._pause = None
         self._alerts.keep(self.store)
         if self._reloading:
@@ -330,9 +333,9 @@ class Daemon:
             text = f"{error}; what to do: {error.hint}" if error.hint else str(error)
         else:
             text = f"{type(error).__name__}: {error} (see {self._write_traceback(error)})"
+        text = text.encode("utf-8", "backslashreplace").decode()  # terminal and ledger take no lone surrogate
         service, what = self.config.service, "a round" if self._in_round else "the service"
         # a wrong setting or input stays wrong, and so does a reward that is another one
-        text = text.encode("utf-8", "backslashreplace").decode()  # terminal and ledger take no lone surrogate
         hopeless = getattr(error, "exit_code", 3) == 2 or isinstance(error.__cause__, GuardError)
         if hopeless or self._failures > service.retries:
             self.pause("failed", f"{what} failed {self._failures} time{'s' * (self._failures > 1)}: {text}")

@@ -298,3 +298,51 @@ def test_a_ledger_that_is_damaged_while_the_service_runs_pauses_it(world, tmp_pa
     ledger.write_bytes(whole)
     assert service.turn() == "paused"
     assert service.store.state("pause")["kind"] == "failed" and len(service.events("alert")) == 1
+
+
+def test_a_stop_writes_down_what_a_locked_ledger_did_not_take(world, lock):
+    service = world()
+    lock.take()
+    service.daemon.pause("failed", "the disk was full")
+    lock.give()
+    service.daemon.stop()
+    service.daemon.serve()
+    assert service.store.state("pause")["why"] == "the disk was full"
+    assert [alert["text"] for alert in service.store.state("alerts")] == ["paused: the disk was full"]
+    assert service.store.state("service")["state"] == "stopped"
+
+
+def test_a_pause_that_cannot_be_kept_is_one_alert(world):
+    service = world()
+    with service.store._engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER no BEFORE INSERT ON state WHEN new.name = 'pause' BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+    service.daemon.pause("failed", "the network is down")
+    assert [service.turn() for _ in range(3)] == ["paused"] * 3
+    with service.store._engine.begin() as connection:
+        connection.exec_driver_sql("DROP TRIGGER no")
+    assert service.turn() == "paused" and service.events("alert") == ["paused: the network is down"]
+
+
+def test_a_folder_that_cannot_be_made_ends_the_service(world, tmp_path):
+    service = world()
+    service.made()
+    (tmp_path / "file").touch()
+    service.daemon.run_dir = tmp_path / "file" / "run"
+    with pytest.raises(InputError, match="cannot be a run folder"):
+        service.daemon._turn()
+
+
+def test_a_reason_that_no_text_file_can_hold_is_told_all_the_same(world):
+    service = world("service.retries=1", "service.retry_seconds=0")
+
+    def fail():
+        raise RuntimeError("cannot read caf\udce9.txt")
+
+    service.work = fail
+    service.turn()
+    service.turn()
+    assert service.turn() == "paused"
+    assert "RuntimeError: cannot read caf\\udce9.txt" in service.events("alert")[0]
+    assert "caf\\udce9.txt" in (service.run_dir / "logs" / "service.log").read_text()
