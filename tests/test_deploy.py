@@ -82,6 +82,11 @@ def test_models_of_the_hub_are_kept_in_the_volume() -> None:
     assert f"-v selfplay-runs:{volume} " in CONTAINER
 
 
+def test_unit_and_container_are_given_the_same_secrets() -> None:
+    secrets = set(re.findall(r"[A-Z]+_(?:TOKEN|WEBHOOK)", UNIT))
+    assert len(secrets) == 3 and set(re.findall(r"-e (\w+)", CONTAINER)) == secrets
+
+
 def test_the_health_check_asks_the_port_that_the_service_has() -> None:
     (check,) = [rest for word, rest in instructions() if word == "HEALTHCHECK"]
     assert int(found(r"127\.0\.0\.1:(\d+)/readyz", check)) == ServiceConfig().port
