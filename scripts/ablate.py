@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -372,7 +373,7 @@ def paired(found: Mapping[str, Any], arm: str, against: str, metric: str) -> dic
 
 def error(values: Sequence[float]) -> float:
     """Standard error of the mean."""
-    return statistics.stdev(values) / len(values) ** 0.5
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def interval(values: Mapping[tuple[int, int], float], samples: int = 10_000) -> tuple[float, float, float]:
