@@ -98,7 +98,7 @@ def show(seed: int, run_dir: Path) -> bool:
     if len(rows) > 4:
         for part in ("total", "content"):
             change, noise = paired(answers[3], answers[4], part)
-            fourth &= change > -noise
+            fourth &= change >= -noise  # none where the gate kept the policy
             print(f"          4th round, gold {part}: {change:+.4f} (noise {noise:.4f})")
     print(
         f"          reward rises in 3 rounds: {rises}; gold win rate > .65: {wins}; content up: {content}; 4th holds: {fourth}",
