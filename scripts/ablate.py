@@ -142,12 +142,16 @@ def overrides(arm: str) -> dict[str, Any]:
     return settings
 
 
-def fingerprint(args: argparse.Namespace, world: int, arm: str) -> str:
-    """What a run is of, beside its seed: two lines with the same one may be compared."""
-    built = (world_dir(world) / "current").resolve().name  # the hash of the world's recipe
+def fingerprint(args: argparse.Namespace, arm: str) -> str:
+    """What a run is of, beside its world and seed: two lines with the same one may be compared."""
     config = hashlib.sha256((ROOT / args.config).read_bytes()).hexdigest()
-    what = json.dumps([overrides(arm), args.set, args.rounds, built, config], sort_keys=True)
+    what = json.dumps([overrides(arm), args.set, args.rounds, config], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:12]
+
+
+def built(world: int) -> str:
+    """The hash of the recipe that a world was built by."""
+    return (world_dir(world) / "current").resolve().name
 
 
 def sampling(arm: str) -> dict[str, Any]:
@@ -202,10 +206,11 @@ def world_dir(seed: int) -> Path:
 def unit(args: argparse.Namespace, world: int, seed: int) -> None:
     """All arms of one seed in one world, one after another, with one reward server."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    work = args.out / f"world-{world}-seed-{seed}"
-    missing = [arm for arm in args.arms if (world, seed) not in results(args, arm)]
+    now = built(world)
+    missing = [arm for arm in args.arms if results(args, arm).get((world, seed), {}).get("built") != now]
     if not missing:
         return
+    work = args.out / f"world-{world}-{now}-seed-{seed}"
     here = (world_dir(world) / "current").resolve()
     server = subprocess.Popen(
         [sys.executable, "-m", "reward.server", "--model", str(here / "reward"), "--dtype", "float32", "--port", "0"],
@@ -225,11 +230,12 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
                 "evaluate.judge": None,  # arms are compared by the reward they were trained on, and by gold
                 "reward.url": [url],
             }
-            found = one_run(args, work, world, arm, [*assignments(settings), *args.set]) | {
+            found = one_run(args, work, arm, [*assignments(settings), *args.set]) | {
                 "world": world,
                 "seed": seed,
                 "arm": arm,
-                "fingerprint": fingerprint(args, world, arm),
+                "fingerprint": fingerprint(args, arm),
+                "built": now,
             }
             with args.results.open("ab", buffering=0) as file:  # one write, so that lines of two processes never mix
                 file.write(json.dumps(found).encode() + b"\n")
@@ -246,7 +252,7 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
         server.wait()
 
 
-def one_run(args: argparse.Namespace, work: Path, world: int, arm: str, sets: Sequence[str]) -> dict[str, Any]:
+def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str]) -> dict[str, Any]:
     """Do (or go on with) the run of an arm, in a folder that starts with what the arms before it share with it."""
     from rich.console import Console
 
@@ -255,7 +261,7 @@ def one_run(args: argparse.Namespace, work: Path, world: int, arm: str, sets: Se
     from selfplay.round import run_round
     from selfplay.run import Run
 
-    folders = {name: work / fingerprint(args, world, name) for name in args.arms[: args.arms.index(arm) + 1]}
+    folders = {name: work / fingerprint(args, name) for name in args.arms[: args.arms.index(arm) + 1]}
     run_dir = folders.pop(arm)
     done = {name: folder for name, folder in folders.items() if (folder / "rounds" / "0001" / "score").is_dir()}
     if not run_dir.exists() and done:
@@ -318,16 +324,12 @@ def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
 
 
 def results(args: argparse.Namespace, arm: str) -> dict[tuple[int, int], dict[str, Any]]:
-    """The finished runs of an arm as this call would do them, by world and seed."""
+    """The finished runs of an arm with these settings, by world and seed; of two the later."""
     if not args.results.is_file():
         return {}
-    lines = [json.loads(line) for line in args.results.read_text().splitlines()]
-    wanted = {world: fingerprint(args, world, arm) for world in {row["world"] for row in lines}}
-    return {
-        (row["world"], row["seed"]): row
-        for row in lines
-        if row["arm"] == arm and row.get("fingerprint") == wanted[row["world"]]
-    }
+    lines, wanted = args.results.read_text().splitlines(), fingerprint(args, arm)
+    rows = [row for row in map(json.loads, lines) if row["arm"] == arm and row.get("fingerprint") == wanted]
+    return {(row["world"], row["seed"]): row for row in rows}
 
 
 def report(args: argparse.Namespace) -> None:
@@ -339,21 +341,22 @@ def report(args: argparse.Namespace) -> None:
     print("\n| arm | runs | " + " | ".join(METRICS.values()) + " | pairs | tokens generated |")
     print("|---" * (len(METRICS) + 4) + "|")
     for arm, rows in found.items():
-        cells = [shown(*interval({key: row[m] for key, row in rows.items()})) for m in METRICS]
+        cells = [cell({key: row[m] for key, row in rows.items()}) for m in METRICS]
         costs = [f"{statistics.fmean(row[m] for row in rows.values()):.0f}" for m in ("pairs", "generated")]
         print(f"| {arm} | {len(rows)} | " + " | ".join([*cells, *costs]) + " |")
-    print(f"\nPaired differences to {plain}, mean [95 % interval]; of one world mean ± standard error:\n")
+    print(
+        f"\nPaired differences to {plain}, mean [95 % interval]; of few seeds, or one world, mean ± standard error:\n"
+    )
     print("| arm | seeds | " + " | ".join(METRICS.values()) + " |")
     print("|---" * (len(METRICS) + 2) + "|")
     worlds = sorted({world for world, _ in found[plain]})
     for arm in list(found)[1:]:
         both = [paired(found, arm, plain, m) for m in METRICS]
-        print(f"| {arm} | {len(both[0])} | " + " | ".join(shown(*interval(d)) for d in both) + " |")
+        print(f"| {arm} | {len(both[0])} | " + " | ".join(map(cell, both)) + " |")
         for world in worlds if len(worlds) > 1 else []:
             own = [{key: d for key, d in each.items() if key[0] == world} for each in both]
             if len(own[0]) > 1:
-                cells = [f"{statistics.fmean(d.values()):.3f} ± {error(list(d.values())):.3f}" for d in own]
-                print(f"| … world {world} | {len(own[0])} | " + " | ".join(cells) + " |")
+                print(f"| … world {world} | {len(own[0])} | " + " | ".join(map(plus_minus, own)) + " |")
     print("\nWhat was expected before the runs:\n")
     for arm, against, metric, least in COMPARISONS:
         if arm in found and against in found:
@@ -371,9 +374,15 @@ def paired(found: Mapping[str, Any], arm: str, against: str, metric: str) -> dic
     return {key: row[metric] - other[key][metric] for key, row in found[arm].items() if key in other}
 
 
-def error(values: Sequence[float]) -> float:
-    """Standard error of the mean."""
-    return statistics.stdev(values) / math.sqrt(len(values))
+def cell(values: Mapping[tuple[int, int], float]) -> str:
+    return shown(*interval(values)) if len(values) >= MIN_SEEDS else plus_minus(values)
+
+
+def plus_minus(values: Mapping[tuple[int, int], float]) -> str:
+    """Mean ± its standard error."""
+    found = list(values.values())
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return f"{statistics.fmean(found):.3f} ± {error:.3f}"
 
 
 def interval(values: Mapping[tuple[int, int], float], samples: int = 10_000) -> tuple[float, float, float]:

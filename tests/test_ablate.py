@@ -51,7 +51,7 @@ def test_a_run_counts_for_the_settings_it_was_made_with(tmp_path: Path) -> None:
     args = arguments(tmp_path / "results.jsonl", "plain", "epsilon")
     assert ablate.results(args, "plain") == {}
     rows = [
-        {"world": 2, "seed": seed, "arm": arm, "fingerprint": ablate.fingerprint(args, 2, arm), "reward": float(seed)}
+        {"world": 2, "seed": seed, "arm": arm, "fingerprint": ablate.fingerprint(args, arm), "reward": float(seed)}
         for arm in ("plain", "epsilon") for seed in (1, 2)
     ]  # fmt: skip
     rows.append(rows[0] | {"seed": 3, "fingerprint": "another"})
