@@ -226,6 +226,7 @@ class Daemon:
             return
         self._fresh()
         self.display.round_table(report)
+        artifacts.give_back_memory()
 
     def _open_ledger(self) -> None:
         if self._store is None:
