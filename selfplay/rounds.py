@@ -31,9 +31,9 @@ def run_rounds(
     from selfplay.errors import ConfigError, SelfplayError
     from selfplay.store import LedgerError
 
-    display = Display()
+    display, interrupt = Display(), Interrupt()
     for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell starts background jobs with it ignored
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     try:
         from selfplay.artifacts import disk_errors
         from selfplay.config import load
@@ -44,6 +44,7 @@ def run_rounds(
         settings = load(config, overrides)
         run_dir = run_dir or settings.run_dir
         with disk_errors(run_dir), Run(settings, run_dir, display) as run:
+            run.breathe = interrupt.again
             _rounds(run, total)
             if report:
                 run.write_report()
@@ -93,5 +94,20 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+class Interrupt:
+    """A signal handler that raises KeyboardInterrupt, and again at the next stage, shard or step.
+
+    What a handler raises is lost where it runs under a callback of C code, which has nobody to tell.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __call__(self, *_: object) -> None:
+        self._asked = True
+        raise KeyboardInterrupt
+
+    def again(self, where: str) -> None:
+        """As `Run.breathe`."""
+        if self._asked:
+            raise KeyboardInterrupt

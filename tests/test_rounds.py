@@ -1,5 +1,6 @@
 """The command's exit codes, over a run and rounds that only pretend."""
 
+import contextlib
 import signal
 import sqlite3
 
@@ -10,7 +11,7 @@ from selfplay import round as round_module
 from selfplay import run as run_module
 from selfplay.display import Display
 from selfplay.errors import EngineError, InputError, StageFailed
-from selfplay.rounds import run_rounds
+from selfplay.rounds import Interrupt, run_rounds
 from selfplay.store import LedgerError, Store
 from selfplay.types import RoundReport
 
@@ -69,6 +70,15 @@ def states(tmp_path):
 def test_a_round_that_ends_is_no_failure_however_it_ends(command, tmp_path, outcome):
     assert command(outcome) == (0, [])
     assert states(tmp_path) == [outcome]
+
+
+def test_an_interrupt_that_was_swallowed_is_raised_again_at_the_next_breath():
+    interrupt = Interrupt()
+    interrupt.again("stage")
+    with contextlib.suppress(KeyboardInterrupt):
+        interrupt(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.again("shard")
 
 
 def test_rounds_is_the_total_of_the_folder_and_one_more_by_default(command, tmp_path):
