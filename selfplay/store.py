@@ -264,17 +264,22 @@ class Store:
             if connection.scalar(sa.select(stages.c.seconds).where(this)) == seconds:
                 return
             connection.execute(stages.delete().where(this))
-            connection.execute(
-                metrics.delete().where(
-                    metrics.c.round == index, metrics.c.name.startswith(f"{stage}/", autoescape=True)
-                )
-            )
             connection.execute(stages.insert().values(round=index, stage=stage, ended=now(), seconds=seconds))
-            rows = [
-                {"round": index, "name": f"{stage}/{name}", "value": float(value)} for name, value in values.items()
-            ]
-            if rows:
-                connection.execute(metrics.insert(), rows)
+            self._replace_metrics(connection, index, stage, values)
+
+    def record_metrics(self, index: int, stage: str, values: dict[str, float]) -> None:
+        """Record the metrics of a stage that did not finish, but whose numbers say why."""
+        with self._engine.begin() as connection:
+            self._replace_metrics(connection, index, stage, values)
+
+    @staticmethod
+    def _replace_metrics(connection: sa.Connection, index: int, stage: str, values: dict[str, float]) -> None:
+        connection.execute(
+            metrics.delete().where(metrics.c.round == index, metrics.c.name.startswith(f"{stage}/", autoescape=True))
+        )
+        rows = [{"round": index, "name": f"{stage}/{name}", "value": float(value)} for name, value in values.items()]
+        if rows:
+            connection.execute(metrics.insert(), rows)
 
     def record_pairs(self, index: int, rows: Iterable[Pair]) -> None:
         """Index a round's pairs; the pairs themselves are in the artifacts. Replaces what was indexed for the round."""

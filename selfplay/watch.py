@@ -165,7 +165,9 @@ def watch(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
         _warn(r, alarm)
     if stops := [alarm for alarm in alarms if alarm.level == "stop"]:
         known = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if math.isfinite(value))
-        r.run.store.event("guard", f"stopped before training; all signs: {known}", r.index)  # the stage leaves no trace
+        # the stage leaves no trace but these
+        r.run.store.record_metrics(r.index, "guard", {k: v for k, v in values.items() if math.isfinite(v)})
+        r.run.store.event("guard", f"stopped before training; all signs: {known}", r.index)
         raise GuardError(
             "the reward looks wrong: " + "; ".join(_said(alarm) for alarm in stops),
             f"nothing was trained on. Look at rounds/{r.index:04d}/score/scored.parquet; then mend the reward and give the "

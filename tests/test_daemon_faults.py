@@ -168,6 +168,7 @@ def test_a_sign_above_its_stop_ends_the_round_before_anything_is_made_of_its_rew
     events = [e["text"] for e in service.store.events(int(folder.name)) if e["kind"] == "guard"]
     assert any("(guard.saturation.stop)" in text for text in events)
     assert any(text.startswith("stopped before training; all signs: ") for text in events)
+    assert service.store.metrics(int(folder.name))["guard/saturation"] > 0
     service.reload()
     assert service.order("resume")[0] == "done"
     promoted(service, folder)
