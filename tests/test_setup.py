@@ -89,6 +89,16 @@ def test_what_the_user_set_for_pip_or_uv_comes_first(place: Path) -> None:
     assert found == ["https://env/simple", "https://mine/simple", "", "/a,/b"]
 
 
+def test_with_a_gpu_folders_of_wheels_are_not_passed_on_and_a_cpu_build_is_refused(place: Path) -> None:
+    (place / "bin").mkdir()
+    (place / "bin/nvidia-smi").write_text("#!/bin/sh\n")
+    (place / "bin/nvidia-smi").chmod(0o755)
+    with pytest.raises(subprocess.CalledProcessError) as failed:  # the stand-in for torch names no CUDA
+        set_up(place, PIP_FIND_LINKS="/a", PATH=f"{place / 'bin'}:{os.environ['PATH']}")
+    assert b"torch is a CPU build although there is a GPU" in failed.value.stdout
+    assert (place / "seen").read_text().splitlines()[3] == ""
+
+
 def test_an_environment_that_was_left_without_pip_is_made_anew(place: Path) -> None:
     (place / ".venv/bin").mkdir(parents=True)
     shutil.copy(place / "python", place / ".venv/bin/python")
