@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from reward import onednn
 from reward.chat import ChatEncoder
 from reward.schema import Health, Item
 from reward.scorer import ModelRefused, Score, Stopped
@@ -194,6 +195,7 @@ def load_all(
             missing = ", ".join(sorted(info["missing_keys"])[:5])
             raise ModelRefused(f"{name}: no trained reward model, its weight files lack {missing}")
         model.config.use_cache = False
+        onednn.take_over(model)
         health = Health(
             model=name,
             parameters=model.num_parameters(),
