@@ -47,7 +47,9 @@ def features(job: FeaturesJob, on_done: Callable[[int], None]) -> dict[str, floa
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = read_pairs(job.pairs)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
-    policy, reference = (None if one is None else one.to(device) for one in load(job))
+    policy, reference = load(job)
+    weights.require_memory(policy, reference)
+    policy, reference = (None if one is None else one.to(device) for one in (policy, reference))
     loaded = time.perf_counter()
     found = torch.zeros(len(pairs), job.dim)
     loss = {name: getattr(job, name) for name in ("beta", "epsilon", "label_smoothing", "nll_weight")}

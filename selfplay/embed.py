@@ -52,7 +52,9 @@ def embed(job: EmbedJob, on_done: OnDone) -> dict[str, Any]:
 
 def _by_policy(job: EmbedJob, prompts: Sequence[Prompt], on_done: OnDone) -> NDArray[np.float32]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = weights.load(job.policy, getattr(torch, job.dtype), job.trust_remote_code).to(device).eval()
+    model = weights.load(job.policy, getattr(torch, job.dtype), job.trust_remote_code).eval()
+    weights.require_memory(model)
+    model = model.to(device)
     found: NDArray[np.float32] = mean_hidden_states(model, [p.prompt_ids for p in prompts], on_done=on_done)
     return found
 

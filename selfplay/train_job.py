@@ -139,7 +139,7 @@ def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
         reference = weights.load(weights.masters(job.reference), trust_remote_code=job.trust_remote_code)
     elif job.lora is None:
         reference = copy.deepcopy(policy)
-    weights.require_memory(policy, reference, job.lora is None, world)
+    weights.require_memory(policy, reference, of_policy=4 if job.lora is None else 1, processes=world)
     trainer = EpsilonDPOTrainer(
         policy, reference, args=args, train_dataset=pairs, callbacks=[_Reporter(report)],
         processing_class=AutoTokenizer.from_pretrained(job.initial, trust_remote_code=job.trust_remote_code),

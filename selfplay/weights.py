@@ -41,22 +41,22 @@ def free_memory() -> int | None:
     return int(torch.cuda.mem_get_info()[0])
 
 
-def require_memory(policy: Any, reference: Any, whole: bool, processes: int) -> None:
-    """Raise TrainError («oom») where the GPU lacks what training keeps on it, activations apart.
+def require_memory(policy: Any, reference: Any = None, *, of_policy: int = 1, processes: int = 1) -> None:
+    """Raise TrainError («oom») where the GPU lacks what is to be kept on it, activations apart.
 
-    `whole`: all weights are trained, each with a gradient and AdamW's two moments. With several processes a share each is
-    asked for, since they may shard the models.
+    `of_policy`: how many times the policy's size; 4 where all weights are trained, each with a gradient and AdamW's two
+    moments. Of `processes` that may shard the models each is asked for its share.
     """
     held = [
         sum(p.numel() * p.element_size() for p in m.parameters()) if m is not None else 0 for m in (policy, reference)
     ]
-    needed = (held[0] * (4 if whole else 1) + held[1]) // processes
+    needed = (held[0] * of_policy + held[1]) // processes
     free = free_memory()
     if free is not None and free < needed:
         raise TrainError(
             "oom",
-            f"out of memory: the GPU has {free / 2**30:.1f} GiB free, and weights, gradients and optimizer alone take "
-            f"{needed / 2**30:.1f} GiB",
+            f"out of memory: the GPU has {free / 2**30:.1f} GiB free, and weights{', gradients and optimizer' * (of_policy > 1)} "
+            f"alone take {needed / 2**30:.1f} GiB",
             "see in nvidia-smi what else holds its memory, set train.lora, or give the trainer GPUs of its own (placement) "
             "and more of them (train.accelerate)",
         )

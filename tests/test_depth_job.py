@@ -226,6 +226,17 @@ def test_jobs_that_cannot_be_done(world: Path, tmp_path: Path) -> None:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
+def test_a_gpu_that_others_fill_is_noticed_before_a_model_goes_there(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = sum(p.numel() * 4 for p in load(features_job(world, tmp_path))[0].parameters())
+    monkeypatch.setattr(weights, "free_memory", lambda: 2 * held - 1)
+    assert run(features_job(world, tmp_path / "one.parquet"))
+    with pytest.raises(TrainError, match="the GPU has .* GiB free, and weights alone take") as error:
+        run(features_job(world, tmp_path / "two.parquet", reference=world / "other"))
+    assert error.value.kind == "oom"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Child]]:
     """One behind accelerate's launcher and one without, which import while the tests without a child run."""
