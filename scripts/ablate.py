@@ -8,7 +8,8 @@ An arm is a name made of components joined by «+»: a selection (potential, exp
 as many candidates and trains on as many pairs a round (depth: half the prompts, twice the candidates and pairs of each). Controls take an
 arm's surroundings without its method: `deep` has depth's prompts and candidates and one pair of each prompt, `lower-beta` is DPO
 at the β that ε-DPO has on average, `others` has depth follow closeness that leaves the pair itself out. A world is a base policy with its
-own reward model, prompts and rubric (`make_tiny.py --seed`); a seed is one of prompts and sampling.
+own reward model, prompts and rubric (`make_tiny.py --seed`); a seed is one of prompts and sampling. With `--pool redundant` seven
+of eight prompts that a run can draw ask one of twenty questions in other words; it is evaluated on the same held-out prompts.
 
 Arms of a seed share what is the same by construction: the imported prompts, and of round 1 the stages before selection.
 The gate lets everything through, so that it cannot hide a bad arm. After the last round the policy answers every held-out
@@ -45,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 ALL = "potential+epsilon+breadth+gradient"
 ARMS = ["plain", "potential", "epsilon", "breadth+uniform", "breadth+gradient", ALL]
 CONTROLS = ["deep", "uniform", "gradient", "others", "lower-beta"]
+REDUNDANT = ["plain", "deep", "uniform", "breadth+deep", "breadth+uniform", "breadth+gradient"]
 
 # What is expected of which difference, fixed before the runs: (arm, against, metric, least lower bound of the interval).
 COMPARISONS = [
@@ -56,6 +58,16 @@ COMPARISONS = [
     ("breadth+gradient", "plain", "gold", 0.0),
     (ALL, "plain", "gold", 0.0),
     (ALL, "plain", "reward", 0.0),
+]
+# The same where prompts are redundant: breadth is to help with depth and without it, and both to beat one pair a prompt.
+REDUNDANT_COMPARISONS = [
+    ("breadth+deep", "deep", "gold", 0.0),
+    ("breadth+deep", "deep", "reward", 0.0),
+    ("breadth+uniform", "uniform", "gold", 0.0),
+    ("breadth+uniform", "uniform", "reward", 0.0),
+    *((arm, against, m, 0.0) for arm in REDUNDANT[4:] for against in ("plain", "deep") for m in ("gold", "reward")),
+    ("breadth+gradient", "breadth+uniform", "gold", 0.0),
+    ("breadth+gradient", "breadth+uniform", "reward", 0.0),
 ]
 
 METRICS = {
@@ -105,12 +117,12 @@ def main() -> None:
     parser.add_argument(
         "--arms",
         nargs="+",
-        default=ARMS,
         help=f"the first is what others are held against; controls: {' '.join(CONTROLS)}",
     )
     parser.add_argument("--seeds", type=int, default=7, help="run seeds for each world (default: 7)")
     parser.add_argument("--first-seed", type=int, default=1000, help="the first run seed (default: 1000)")
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 3], help="seeds of the worlds (default: 2 3)")
+    parser.add_argument("--pool", choices=["usual", "redundant"], default="usual", help="the prompts to draw from")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="for every arm")
@@ -122,6 +134,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="no runs: table and picture of what is there")
     parser.add_argument("--unit", nargs=2, metavar=("WORLD", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.arms = args.arms or (REDUNDANT if args.pool == "redundant" else ARMS)
     for arm in args.arms:
         overrides(arm)
     if args.unit:
@@ -145,7 +158,8 @@ def overrides(arm: str) -> dict[str, Any]:
 def fingerprint(args: argparse.Namespace, arm: str) -> str:
     """What a run is of, beside its world and seed: two lines with the same one may be compared."""
     config = hashlib.sha256((ROOT / args.config).read_bytes()).hexdigest()
-    what = json.dumps([overrides(arm), args.set, args.rounds, config], sort_keys=True)
+    pool = [] if args.pool == "usual" else [args.pool]
+    what = json.dumps([overrides(arm), args.set, args.rounds, config, *pool], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 
@@ -174,6 +188,9 @@ def run_all(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the units are to be stopped too
     units = [(world, args.first_seed + i) for i in range(args.seeds) for world in args.worlds]
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.pool == "redundant":
+        for world in args.worlds:
+            write_redundant(args.out, world)
     running: set[subprocess.Popen[bytes]] = set()
     stopping = threading.Event()
 
@@ -203,6 +220,30 @@ def world_dir(seed: int) -> Path:
     return ROOT / ".cache" / ("tiny" if seed == 0 else f"tiny-{seed}")
 
 
+def redundant_pool(out: Path, world: int) -> Path:
+    return out / f"world-{world}-{built(world)}-redundant.jsonl"
+
+
+def write_redundant(out: Path, world: int) -> None:
+    """Of each skill's train questions one in all its wordings and twelve others (or what there is) in one wording each."""
+    from selfplay import tiny, tiny_rewriter
+
+    wordings: dict[str, dict[str, list[str]]] = {}  # skill → matter → prompts
+    for line in (world_dir(world) / "current" / "train.jsonl").read_text().splitlines():
+        text = json.loads(line)["messages"][-1]["content"]
+        parsed = tiny_rewriter.parse(text)
+        assert parsed is not None, f"{text!r} is not of the tiny world"
+        skill, _, matter = parsed
+        wordings.setdefault(skill, {}).setdefault(matter, []).append(text)
+    found: list[str] = []
+    for skill, matters in wordings.items():
+        popular, *others = sorted(matters, key=lambda matter: tiny.unit("redundant", skill, matter))
+        found += tiny_rewriter.wordings(skill, popular)
+        found += [matters[matter][0] for matter in others[:12]]
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in found if not tiny.held_out(text)]
+    redundant_pool(out, world).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def unit(args: argparse.Namespace, world: int, seed: int) -> None:
     """All arms of one seed in one world, one after another, with one reward server."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -224,7 +265,9 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
             settings = overrides(arm) | {
                 "run.seed": seed,
                 "policy.model": str(here / "policy"),
-                "prompts.source": str(here / "train.jsonl"),
+                "prompts.source": str(
+                    redundant_pool(args.out, world) if args.pool == "redundant" else here / "train.jsonl"
+                ),
                 "prompts.heldout": str(here / "heldout.jsonl"),
                 "reward.model": None,
                 "evaluate.judge": None,  # arms are compared by the reward they were trained on, and by gold
@@ -358,14 +401,15 @@ def report(args: argparse.Namespace) -> None:
             if len(own[0]) > 1:
                 print(f"| … world {world} | {len(own[0])} | " + " | ".join(map(plus_minus, own)) + " |")
     print("\nWhat was expected before the runs:\n")
-    for arm, against, metric, least in COMPARISONS:
+    for arm, against, metric, least in REDUNDANT_COMPARISONS if args.pool == "redundant" else COMPARISONS:
         if arm in found and against in found:
             differences = paired(found, arm, against, metric)
             mean, low, high = interval(differences)
             few = len(differences) < MIN_SEEDS
             verdict = "too few seeds" if few else "shown" if low > least else "refuted" if high < least else "open"
             print(f"- {arm} − {against}, {METRICS[metric]} > {least:g}: {shown(mean, low, high)}: {verdict}")
-    draw(found, plain, args.results.with_suffix(".png"))
+    picture = args.results.with_suffix(".png")
+    draw(found, plain, picture if args.pool == "usual" else picture.with_stem(f"{picture.stem}-{args.pool}"))
 
 
 def paired(found: Mapping[str, Any], arm: str, against: str, metric: str) -> dict[tuple[int, int], float]:

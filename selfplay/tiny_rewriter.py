@@ -54,6 +54,12 @@ def parse(text: str) -> tuple[str, str, str] | None:
     return None
 
 
+def wordings(name: str, x: str) -> list[str]:
+    """Every way in which the world may ask a question of this skill."""
+    leads, tails = sorted(set(_LEADS)), sorted(set(_TAILS))
+    return [lead + w.format(x=x) + tail for lead in leads for w in SKILLS[name].wordings for tail in tails]
+
+
 def _ask(name: str, x: str, not_so: str, lead: str, tail: str, rng: random.Random) -> str:
     """A question of the skill, not in the wording `not_so`."""
     wordings = [w for w in SKILLS[name].wordings if w != not_so]

@@ -1,6 +1,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,21 @@ from mini import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 import ablate
 
+from selfplay import tiny, tiny_rewriter
 from selfplay.config import load
 
-ARMS = [*ablate.ARMS, *ablate.CONTROLS]
+ARMS = sorted({*ablate.ARMS, *ablate.CONTROLS, *ablate.REDUNDANT})
 
 
 def arguments(results: Path, *arms: str, **changes: object) -> argparse.Namespace:
-    settings = {"set": [], "rounds": 3, "config": "configs/tiny.yaml", "results": results, "arms": [*arms]}
+    settings = {
+        "set": [],
+        "rounds": 3,
+        "config": "configs/tiny.yaml",
+        "pool": "usual",
+        "results": results,
+        "arms": [*arms],
+    }
     return argparse.Namespace(**(settings | changes))
 
 
@@ -41,6 +50,20 @@ def test_controls_differ_from_their_arms_in_the_method_alone() -> None:
         ablate.overrides("potential+other")
 
 
+def test_a_redundant_pool_asks_few_questions_in_many_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate, "world_dir", lambda seed: ROOT / ".cache" / "tiny-mini")
+    ablate.write_redundant(tmp_path, 0)
+    found = [
+        json.loads(line)["messages"][-1]["content"]
+        for line in ablate.redundant_pool(tmp_path, 0).read_text().splitlines()
+    ]
+    assert len(found) == len(set(found)) and not any(map(tiny.held_out, found))
+    asked = Counter((parsed[0], parsed[2]) for text in found if (parsed := tiny_rewriter.parse(text)))
+    often = [question for question, count in asked.items() if count > 1]
+    assert {skill for skill, _ in often} == set(tiny.SKILLS) and len(often) == len(tiny.SKILLS)
+    assert 0.8 < sum(asked[question] for question in often) / len(found) < 0.95
+
+
 def test_arms_that_sample_alike_share_their_first_candidates() -> None:
     assert ablate.sampling("plain") == ablate.sampling("potential+epsilon")
     assert ablate.sampling("uniform") == ablate.sampling("gradient") == ablate.sampling("deep")
@@ -57,7 +80,12 @@ def test_a_run_counts_for_the_settings_it_was_made_with(tmp_path: Path) -> None:
     rows.append(rows[0] | {"seed": 3, "fingerprint": "another"})
     args.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert ablate.results(args, "plain").keys() == {(2, 1), (2, 2)}
-    for changes in ({"set": ["train.beta=1"]}, {"rounds": 4}, {"config": "configs/one-gpu.yaml"}):
+    for changes in (
+        {"pool": "redundant"},
+        {"set": ["train.beta=1"]},
+        {"rounds": 4},
+        {"config": "configs/one-gpu.yaml"},
+    ):
         assert ablate.results(arguments(args.results, **changes), "plain") == {}
     found = {arm: ablate.results(args, arm) for arm in args.arms}
     assert ablate.paired(found, "epsilon", "plain", "reward") == {(2, 1): 0.0, (2, 2): 0.0}
