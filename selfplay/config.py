@@ -85,7 +85,10 @@ class BreadthConfig(Section):
     clusters: Positive | None = None
     """Clusters of a draw; by default one for each prompt that is kept, 1024 at most. Of fewer each keeps several."""
     embedding: Annotated[str, Field(min_length=1)] = "policy"
-    """`policy`: its mean-pooled last hidden states; else the folder or Hub id of a sentence-transformers model."""
+    """`policy`: its last hidden states; else the folder or Hub id of a sentence-transformers model."""
+    pooling: Literal["mean", "last"] = "mean"
+    """Of the policy's states: the mean over a prompt, or the last one, from which it answers: for a policy that has learned
+    nothing about prompts, as one that was trained from scratch on answers alone."""
 
 
 class EngineConfig(Section):

@@ -1,10 +1,10 @@
-"""Embeddings of prompts, in the trainer child: the policy's own mean-pooled last hidden states, or a model made for it."""
+"""Embeddings of prompts, in the trainer child: the policy's own last hidden states, or a model made for it."""
 
 import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,25 +55,26 @@ def _by_policy(job: EmbedJob, prompts: Sequence[Prompt], on_done: OnDone) -> NDA
     model = weights.load(job.policy, getattr(torch, job.dtype), job.trust_remote_code).eval()
     weights.require_memory(model)
     model = model.to(device)
-    found: NDArray[np.float32] = mean_hidden_states(model, [p.prompt_ids for p in prompts], on_done=on_done)
+    found: NDArray[np.float32] = hidden_states(model, [p.prompt_ids for p in prompts], job.pooling, on_done=on_done)
     return found
 
 
 @torch.no_grad()
-def mean_hidden_states(
+def hidden_states(
     model: Any,
     sequences: Sequence[Sequence[int]],
+    pooling: Literal["mean", "last"] = "mean",
     batch_tokens: int = BATCH_TOKENS,
     on_done: OnDone = lambda count: None,
 ) -> NDArray[np.float32]:
-    """Mean over the tokens of each sequence of the last hidden states, (n, d), summed in float32.
+    """The last hidden states of each sequence, (n, d): their mean over its tokens, summed in float32, or that of its last.
 
     Sequences of like length share a forward pass of at most `batch_tokens` tokens, padded on the right, where causal
     attention never looks. The output layer is left out.
     """
     trunk = model.get_decoder()
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    means: dict[int, NDArray[np.float32]] = {}
+    found: dict[int, NDArray[np.float32]] = {}
     start = 0
     while start < len(order):
         longest = len(sequences[order[start]])
@@ -85,12 +86,15 @@ def mean_hidden_states(
             mask[row, : len(sequences[i])] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
         hidden = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
-        # A padded state is left out, not multiplied by 0: it may be infinite.
-        total = hidden.masked_fill(mask[..., None] == 0, 0.0).sum(1)
-        means |= dict(zip(batch, (total / mask.sum(1, keepdim=True)).cpu().numpy(), strict=True))
+        lengths = mask.sum(1)
+        if pooling == "last":
+            pooled = hidden[torch.arange(len(batch), device=hidden.device), lengths - 1]
+        else:  # a padded state is left out, not multiplied by 0: it may be infinite
+            pooled = hidden.masked_fill(mask[..., None] == 0, 0.0).sum(1) / lengths[:, None]
+        found |= dict(zip(batch, pooled.cpu().numpy(), strict=True))
         start += len(batch)
         on_done(start)
-    return np.stack([means[i] for i in range(len(sequences))])
+    return np.stack([found[i] for i in range(len(sequences))])
 
 
 def _by_model(job: EmbedJob, prompts: Sequence[Prompt]) -> NDArray[np.float32]:

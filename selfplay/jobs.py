@@ -90,6 +90,7 @@ class EmbedJob(BaseModel):
     """Parquet file of prompts (n)."""
     embedding: str
     """`policy`, or the folder or Hub id of a sentence-transformers model."""
+    pooling: Literal["mean", "last"] = "mean"
     policy: Path
     dtype: Dtype = "float32"
     keep: Count

@@ -312,6 +312,7 @@ class Round:
         job = EmbedJob(
             prompts=folder / "drawn.parquet",
             embedding=self.config.breadth.embedding,
+            pooling=self.config.breadth.pooling,
             policy=Path(policy.path),
             dtype=self.config.policy.dtype,
             keep=keep,

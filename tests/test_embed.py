@@ -9,7 +9,7 @@ from engine_world import write_policy
 
 from selfplay import artifacts, breadth
 from selfplay.children import Child, ChildError
-from selfplay.embed import embed, mean_hidden_states
+from selfplay.embed import embed, hidden_states
 from selfplay.errors import TrainError
 from selfplay.jobs import EmbedJob
 from selfplay.types import Prompt
@@ -42,24 +42,20 @@ def job(root, **changes):
 
 
 @torch.no_grad()
-def one_at_a_time(model, sequences):
+def one_at_a_time(model, sequences, pooling):
     """By the model's public output, no batch and no padding."""
-    return np.stack(
-        [
-            model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].mean(0).numpy()
-            for ids in sequences
-        ]
-    )
+    states = [model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0] for ids in sequences]
+    return np.stack([(s.mean(0) if pooling == "mean" else s[-1]).numpy() for s in states])
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 200, 8192])
-def test_batches_are_exact(world, batch_tokens):
+@pytest.mark.parametrize(("batch_tokens", "pooling"), [(1, "mean"), (200, "mean"), (8192, "mean"), (200, "last")])
+def test_batches_are_exact(world, batch_tokens, pooling):
     root, prompts = world
     model = load(root / "0000").eval()
     sequences = [p.prompt_ids for p in prompts]
     done = []
-    found = mean_hidden_states(model, sequences, batch_tokens, done.append)
-    expected = one_at_a_time(model, sequences)
+    found = hidden_states(model, sequences, pooling, batch_tokens, done.append)
+    expected = one_at_a_time(model, sequences, pooling)
     assert found.shape == (40, 64) and found.dtype == np.float32
     assert np.abs(found - expected).max() < 1e-5
     assert done == sorted(done) and done[-1] == 40
@@ -74,7 +70,7 @@ def test_bf16_is_pooled_in_float32(world):
     with torch.no_grad():
         states = model.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0]
     assert states.dtype == torch.bfloat16
-    (found,) = mean_hidden_states(model, [ids])
+    (found,) = hidden_states(model, [ids])
     assert np.abs(found - states.double().mean(0).numpy()).max() < 1e-6
 
 
@@ -82,11 +78,19 @@ def test_the_representatives_come_with_their_clusters(world):
     root, prompts = world
     found = embed(job(root, clusters=5), lambda done: None)
     kept, labels, distances = breadth.representatives(
-        mean_hidden_states(load(root / "0000").eval(), [p.prompt_ids for p in prompts]), 12, 5, 2**63 - 1
+        hidden_states(load(root / "0000").eval(), [p.prompt_ids for p in prompts]), 12, 5, 2**63 - 1
     )
     assert (found["kept"], found["clusters"]) == (kept.tolist(), labels.tolist())
     assert found["distances"] == pytest.approx(distances.tolist())
     assert len(found["kept"]) == 12 and set(found["clusters"]) == set(range(5))
+
+
+def test_the_state_from_which_the_policy_answers_stands_for_a_prompt_where_the_job_says_so(world):
+    root, prompts = world
+    found = embed(job(root, pooling="last"), lambda done: None)
+    states = hidden_states(load(root / "0000").eval(), [p.prompt_ids for p in prompts], "last")
+    assert found["kept"] == breadth.representatives(states, 12, None, 2**63 - 1)[0].tolist()
+    assert found["kept"] != embed(job(root), lambda done: None)["kept"]
 
 
 def test_by_order_in_the_child(world, tmp_path):
