@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from selfplay.errors import Interrupted
 
@@ -38,7 +37,8 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 PATIENT = 86_400.0  # seconds of silence for a child that may be fetching a model
 
-LARGEST_LOG = 16 << 20  # bytes; a longer log begins anew, and the one before stays as `<name>.1`
+LARGEST_LOG = 16 << 20  # bytes; a longer log begins anew, and its end stays as `<name>.1`
+LOG_SECONDS = 1.0  # between two looks at the log of a child that runs
 
 Event = dict[str, Any]
 
@@ -66,6 +66,7 @@ _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
 _running: set[Child] = set()
 _ending = threading.Event()  # no child is to start any more
 _withheld: set[str] = set()
+_heard = 0.0  # by time.monotonic(), when a child last wrote to its output
 
 
 def withhold(*variables: str) -> None:
@@ -73,18 +74,29 @@ def withhold(*variables: str) -> None:
     _withheld.update(variables)
 
 
+def heard() -> float:
+    """When any child last wrote to its output, by time.monotonic()."""
+    return _heard
+
+
 def bound_log(log: Path) -> None:
-    """Have a log that grew too long begin anew. What appends to it goes on, so it is copied and cut, not renamed."""
-    with contextlib.suppress(OSError):  # it is not there yet, or its disk is full
-        if log.stat().st_size > LARGEST_LOG:
-            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+    """Have a log that grew too long begin anew, and keep its end. What appends to it goes on: it is cut, not renamed."""
+    with contextlib.suppress(OSError):  # it is not there yet
+        size = log.stat().st_size
+        if size <= LARGEST_LOG:
+            return
+        try:
+            with log.open("rb") as source, log.with_name(f"{log.name}.1").open("wb") as kept:
+                os.sendfile(kept.fileno(), source.fileno(), size - LARGEST_LOG, LARGEST_LOG)
+        finally:  # on a full disk its end is lost, and it makes room all the same
             os.truncate(log, 0)
 
 
 class Child:
     """One supervised process that takes orders as JSON lines on stdin and answers on stdout; the rest goes to its log.
 
-    `silence` (seconds) bounds the time without any line while an answer is awaited; past it the child is taken for hung.
+    `silence` (seconds) bounds the time in which it neither takes an order nor says a word while one of them is awaited; past
+    it the child is taken for hung.
     """
 
     def __init__(
@@ -110,6 +122,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._next_id = 0
+        self._stopped = threading.Event()
 
     def start(self) -> None:
         """Start the guard and the child; returns at once. `wait_for("ready")` tells when the child can take orders.
@@ -131,9 +144,12 @@ class Child:
                 env=self._env,
                 start_new_session=True,
             ).result()
-        assert self._process.stdout is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
         os.set_blocking(self._process.stdout.fileno(), False)
         _running.add(self)
+        self._stopped.clear()
+        threading.Thread(target=self._bound_log, name=f"{self.name}-log", daemon=True).start()
         if _ending.is_set():  # the cut came in between
             self.stop(grace=0)
             raise Interrupted("everything is to end")
@@ -155,14 +171,7 @@ class Child:
     def send(self, order: str, **fields: Any) -> int:
         """Send one order; `result` with the returned number waits for what came of it."""
         self._next_id += 1
-        bound_log(self.log)
-        line = json.dumps({"id": self._next_id, "order": order, **fields}, allow_nan=False).encode() + b"\n"
-        try:
-            assert self._process is not None and self._process.stdin is not None, f"{self.name} was not started"
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-        except (BrokenPipeError, OSError) as error:
-            raise self._died() from error
+        self._write(json.dumps({"id": self._next_id, "order": order, **fields}, allow_nan=False).encode() + b"\n")
         return self._next_id
 
     def result(self, order_id: int, on_event: Callable[[Event], None] | None = None) -> Any:
@@ -208,10 +217,8 @@ class Child:
                 process.wait()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    continue  # an order that the child never read was still in the buffer
+                stream.close()
+        self._stopped.set()
         _running.discard(self)
         self._process = None
 
@@ -225,7 +232,6 @@ class Child:
     def _events(self) -> Iterator[Event]:
         """Protocol lines as they come; ends when the child closes its output."""
         assert self._process is not None and self._process.stdout is not None, f"{self.name} was not started"
-        out = self._process.stdout
         while True:
             while b"\n" in self._buffer:
                 line, self._buffer = self._buffer.split(b"\n", 1)
@@ -235,13 +241,45 @@ class Child:
                         log.write(line + b"\n")
                 else:
                     yield event
-            if not select.select([out], [], [], self.silence)[0]:
-                self.stop(grace=0)
-                raise ChildDied(self.name, f"said nothing for {self.silence:.0f} s and was ended", self.log)
-            chunk = out.read(1 << 20)
-            if chunk == b"":
+            self._ready(self._process.stdout)
+            if not self._read():
                 return
-            self._buffer += chunk or b""
+
+    def _write(self, line: bytes) -> None:
+        """Write an order, and read meanwhile: a child that still tells of an earlier one takes none before it is heard."""
+        process, left = self._process, memoryview(line)
+        assert process is not None and process.stdin is not None, f"{self.name} was not started"
+        assert process.stdout is not None
+        while left:
+            ready = self._ready(process.stdout, process.stdin)
+            if process.stdout in ready and not self._read():
+                raise self._died()
+            if process.stdin in ready:
+                try:
+                    left = left[os.write(process.stdin.fileno(), left) :]
+                except OSError as error:
+                    raise self._died() from error
+
+    def _ready(self, out: IO[bytes], into: IO[bytes] | None = None) -> list[IO[bytes]]:
+        """Those that can be read and written now. Raises ChildDied once neither could for `silence` seconds."""
+        readable, writable, _ = select.select([out], [into] if into else [], [], self.silence)
+        if not (readable or writable):
+            self.stop(grace=0)
+            raise ChildDied(self.name, f"said nothing for {self.silence:.0f} s and was ended", self.log)
+        return readable + writable
+
+    def _read(self) -> bool:
+        """Read what the child has written; False where it has closed its output."""
+        global _heard
+        assert self._process is not None and self._process.stdout is not None
+        chunk = self._process.stdout.read(1 << 20)
+        _heard = time.monotonic()
+        self._buffer += chunk or b""
+        return chunk != b""
+
+    def _bound_log(self) -> None:
+        while not self._stopped.wait(LOG_SECONDS):
+            bound_log(self.log)
 
     def _died(self) -> ChildDied:
         code = None
@@ -282,6 +320,11 @@ def cut() -> None:
     under that thread.
     """
     _ending.set()
+    end_running()
+
+
+def end_running() -> None:
+    """End every child at once, from any thread, as `cut` does; others may start."""
     for child in list(_running):
         child.cut()
 

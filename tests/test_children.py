@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from daemon_world import until
 
 from selfplay import artifacts, children
 from selfplay.children import Child, ChildDied, ChildError, descendants, marked, reap
@@ -99,6 +100,30 @@ def test_a_child_that_says_nothing_is_ended(tmp_path):
     with pytest.raises(ChildDied, match="said nothing for 1 s"):
         child.order("hang")
     assert gone(tmp_path)
+
+
+def test_a_child_that_takes_no_order_is_ended(tmp_path):
+    deaf = "import time; from selfplay.children import protocol; protocol().ready(); time.sleep(300)"
+    child = start(tmp_path, [sys.executable, "-c", deaf], silence=1.0)
+    child.wait_for("ready")
+    with pytest.raises(ChildDied, match="said nothing for 1 s"):
+        child.send("add", rows="x" * 1_000_000)  # more than a pipe holds
+    assert gone(tmp_path)
+
+
+def test_a_large_answer_that_nobody_waits_for_is_no_deadlock_with_a_large_order(tmp_path):
+    echo = """
+from selfplay.children import protocol
+channel = protocol()
+channel.ready()
+for order in channel.orders():
+    channel.result(order, order["rows"])
+"""
+    child = start(tmp_path, [sys.executable, "-c", echo], silence=60.0)
+    child.wait_for("ready")
+    child.send("echo", rows="x" * 1_000_000)
+    assert child.order("echo", rows="y" * 1_000_000) == "y" * 1_000_000
+    child.stop()
 
 
 def test_a_program_that_cannot_start_is_a_dead_child(tmp_path):
@@ -238,17 +263,32 @@ def test_secrets_that_are_not_theirs_are_kept_from_children(tmp_path, monkeypatc
     assert inside == [] and len(theirs) >= 2
 
 
-def test_a_log_that_grew_too_long_begins_anew_while_its_child_writes_to_it(tmp_path, monkeypatch):
+def test_the_log_of_a_child_is_bounded_while_it_runs_and_keeps_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(children, "LARGEST_LOG", 1000)
-    log = tmp_path / "echo.log"
+    monkeypatch.setattr(children, "LOG_SECONDS", 0.01)
+    log, before = tmp_path / "echo.log", tmp_path / "echo.log.1"
     log.write_text("x" * 1001)
     child = start(tmp_path)
     child.wait_for("ready")
-    assert (tmp_path / "echo.log.1").read_text() == "x" * 1001
-    assert "a library's print" in log.read_text()
+    assert before.read_text() == "x" * 1000
     with log.open("a") as file:
-        file.write("y" * 1001)
-    child.order("add", a=1, b=2)
+        file.write("y" * 3000 + "the end")
+    until(lambda: before.read_text() == "y" * 993 + "the end")
+    until(lambda: log.stat().st_size <= 1000)
+    with log.open("a") as file:
+        file.write("goes on")
+    assert log.read_text() == "goes on"  # cut, not full of holes
     child.stop()
-    assert (tmp_path / "echo.log.1").read_text().endswith("y" * 1001)
-    assert log.stat().st_size < 1000
+
+
+def test_a_log_that_has_filled_the_disk_makes_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(children, "LARGEST_LOG", 1000)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "sendfile", full)
+    log = tmp_path / "echo.log"
+    log.write_text("x" * 1001)
+    children.bound_log(log)
+    assert log.stat().st_size == 0
