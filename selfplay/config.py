@@ -605,6 +605,9 @@ class ServiceConfig(Section):
     """Times a failed stage is tried again, with back-off, before the service pauses itself."""
     retry_seconds: Annotated[float, Field(ge=0)] = 30.0
     """Seconds before the first retry; each further one waits twice as long."""
+    stall_hours: Annotated[float, Field(gt=0)] = 6.0
+    """Hours in which neither a stage gets on nor a process of the service says a word, after which these are ended and what
+    they did is tried again; never less than the `silence` of engine and trainer, which end one that hangs much sooner."""
     pause_after_rejected: Positive = 3
     """Rejected rounds in a row after which the service pauses itself."""
     webhook_env: str = "SELFPLAY_WEBHOOK"

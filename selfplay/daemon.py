@@ -34,6 +34,7 @@ from selfplay.store import LedgerError, RunLock, Store
 POLL_SECONDS = 1.0  # between two looks at the ledger for orders
 STATE = "service"
 LONGEST_WAIT = 3600.0  # seconds between two tries of a round, unless retry_seconds is more
+LOOK_SECONDS = 10.0  # between two looks for a stage that hangs
 CUT_SECONDS = 10.0  # from the end of all children to the end of a service that waits for something else still
 
 
@@ -121,6 +122,8 @@ class Daemon:
         self._in_round = False
         self._cut: threading.Timer | None = None
         self._polled = 0.0
+        self._moved = time.monotonic()  # when the loop, or the stage in it, last got on
+        self._stalls = 0  # since it got on
         self._failures = 0  # in a row
         self._retry_at: datetime | None = None
         self._pause: dict[str, Any] | None = None  # of its own, while it is not in the ledger
@@ -162,6 +165,7 @@ class Daemon:
 
     def serve(self) -> None:
         """Run rounds until `stop`. Raises InputError or ConfigError for a folder or a configuration that cannot be used."""
+        threading.Thread(target=self._watch, name="stalls", daemon=True).start()
         try:
             with contextlib.suppress(Interrupted):
                 while not self._stopping.is_set():
@@ -183,6 +187,7 @@ class Daemon:
 
     def _turn(self) -> None:
         """One step of the loop, and the boundary around it: a bug, too, is tried again, and then pauses the service."""
+        self._get_on()
         try:
             self._step()
         except Interrupted:  # the service was cut
@@ -345,8 +350,7 @@ class Daemon:
         wait = max(service.retry_seconds, min(wait, LONGEST_WAIT))
         self._retry_at = self._clock() + timedelta(seconds=wait)
         said = f"{what} failed, trying again in {wait:.0f} s ({self._failures} of {service.retries}): {text}"
-        self.display.warn(said)
-        self._event("warning", said)
+        self._warn("warning", said)
 
     def _write_traceback(self, error: Exception) -> Path:
         log = self.run_dir / "logs" / "service.log"
@@ -363,10 +367,41 @@ class Daemon:
         self._retry_at = None
         self._pause = {"why": why, "kind": kind, "time": time}
         self.display.warn(f"paused: {why}")
-        self._alerts.send({"run": self.config.run.name, "kind": "alert", "text": f"paused: {why}", "time": time})
+        self._alert(f"paused: {why}")
         if self._store is not None:
             with contextlib.suppress(LedgerError):
                 self._write_down()
+
+    # --- a stage that hangs ------------------------------------------------------------------------------------------
+
+    def _get_on(self) -> None:
+        self._moved, self._stalls = time.monotonic(), 0
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(LOOK_SECONDS):
+            self._look_for_a_stall()
+
+    def _look_for_a_stall(self) -> None:
+        """End all children where nothing has got on for too long: who waits for one finds it dead, and that is tried again.
+
+        Where even that moves nothing it is not a child that hangs, but a disk, a tracker or a function of the user's:
+        people are told.
+        """
+        config = self.config
+        limit = max(config.service.stall_hours * 3600, config.train.silence, config.generate.engine.silence)
+        quiet = time.monotonic() - max(self._moved, children.heard())
+        if quiet < limit:
+            return
+        self._moved, self._stalls = time.monotonic(), self._stalls + 1
+        what = f"stage {self.progress.get('stage')}" if self._in_round else "the service"
+        text = f"{what} has not got on for {quiet / 3600:.1f} h (service.stall_hours)"
+        if self._stalls == 1:
+            self._warn("stalled", f"{text}: its processes are ended, and what they did is tried again")
+        else:
+            text += f", though its processes were ended: {self.run_dir}, or what the configuration names, hangs; restart the service"
+            self._warn("alert", text)
+            self._alert(text)
+        children.end_running()
 
     # --- within a round ----------------------------------------------------------------------------------------------
 
@@ -498,6 +533,7 @@ class Daemon:
     # --- what it says ------------------------------------------------------------------------------------------------
 
     def _on_line(self, line: Line) -> None:
+        self._get_on()
         self.progress |= {
             "round": line.round_index, "stage": line.name, "done": line.done, "total": line.total, "text": line.text,
             "unit": line.unit, "seconds": line.seconds,
@@ -513,6 +549,15 @@ class Daemon:
                 said = {name: self.progress[name] for name in ("state", "why", "since")}
                 self._store.set_state(STATE, {**said, "pid": os.getpid()})
                 self._told = (state, why)
+
+    def _alert(self, text: str) -> None:
+        time = self._clock().isoformat()
+        self._alerts.send({"run": self.config.run.name, "kind": "alert", "text": text, "time": time})
+
+    def _warn(self, kind: str, text: str) -> None:
+        """Show a person, and record an event."""
+        self.display.warn(text)
+        self._event(kind, text)
 
     def _event(self, kind: str, text: str) -> None:
         if self._store is not None:
