@@ -14,7 +14,7 @@ and the filter of NaN losses are off, dropout is always off.
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,10 +267,10 @@ class EpsilonDPOTrainer(DPOTrainer):
             hidden, _ = self._forward(model, inputs, lambda hidden, _: hidden[:, :-1][mask])
             return hidden, head.read(_bare(self.accelerator.unwrap_model(model)))
 
-    def reference_logps(self) -> tuple[Tensor, Tensor]:
+    def reference_logps(self, on_batch: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities (nats, summed) of the training pairs in their order: chosen (n,), rejected (n,).
 
-        A collective call: every process gets all of them.
+        A collective call: every process gets all of them. `on_batch` is called after each batch.
         """
         parts: list[Tensor] = []
         for batch in self.get_eval_dataloader(self.train_dataset):
@@ -281,6 +281,7 @@ class EpsilonDPOTrainer(DPOTrainer):
                 logp = lean_logps(hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap)
             logps = _per_response(logp, mask)
             parts.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).cpu())
+            on_batch()
         logps = torch.cat(parts)
         return logps[:, 0], logps[:, 1]
 

@@ -53,7 +53,7 @@ def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
     clock.lap("load")
-    check = _AgreementCheck(job, trainer)
+    check = _AgreementCheck(job, trainer, report)
     trainer.add_callback(check)
     trainer.add_callback(_StopOnRequest(job.work / STOP, trainer))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -245,11 +245,12 @@ class _StopOnRequest(TrainerCallback):
 class _AgreementCheck(TrainerCallback):
     """Before the first optimizer step: do trainer and generator mean the same model and the same tokens?
 
-    A resumed job has passed already: its figures lie beside its checkpoints.
+    A resumed job has passed already: its figures lie beside its checkpoints. Each batch is told as progress of step 0: all
+    the pairs of a round can take longer than a trainer may be silent.
     """
 
-    def __init__(self, job: TrainJob, trainer: EpsilonDPOTrainer) -> None:
-        self._job, self._trainer = job, trainer
+    def __init__(self, job: TrainJob, trainer: EpsilonDPOTrainer, report: Report) -> None:
+        self._job, self._trainer, self._report = job, trainer, report
         self.found: dict[str, float] | None = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -275,11 +276,15 @@ class _AgreementCheck(TrainerCallback):
         self.found = found
 
     def _measured(self) -> dict[str, float]:
-        ours = torch.cat(self._trainer.reference_logps()).double().numpy()
+        ours = torch.cat(self._trainer.reference_logps(self._tell)).double().numpy()
         pairs = self._trainer.train_dataset.with_format("numpy")
         theirs = np.concatenate([pairs["chosen_logp"][:], pairs["rejected_logp"][:]])
         tokens = np.array([len(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name]])
         return agreement(ours, theirs, tokens)
+
+    def _tell(self) -> None:
+        if self._trainer.accelerator.is_main_process:
+            self._report(0, self._trainer.state.max_steps, {})
 
 
 def _metrics(logs: dict[str, float]) -> dict[str, float | None]:
