@@ -59,6 +59,8 @@ class RunSummary(Answer):
     """Whether another reward judges than trains: by the newest verdict, before one by the configuration."""
     free_bytes: int
     """Free space on the disk of the run folder."""
+    webhook: str
+    """What is wrong with the webhook of the alerts; empty where nothing is known to be."""
     version: str
     """Of selfplay."""
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from selfplay import access, check_machine, check_models, check_reward, importer, trackers
+from selfplay import access, check_machine, check_models, check_reward, check_webhook, importer, trackers
 from selfplay.config import Config
 from selfplay.daemon import next_start
 from selfplay.errors import InputError, SelfplayError
@@ -22,11 +22,11 @@ from selfplay.store import RunLock, Store
 
 def check(config: Config, run_dir: Path) -> list[Finding]:
     """Everything that can be known before a round without loading a model: model folders and their context, batches,
-    prompts, reward, run folder, schedule, tracker, functions, token, port, disk, memory, GPUs."""
+    prompts, reward, run folder, schedule, tracker, functions, token, port, webhook, disk, memory, GPUs."""
     looks: list[tuple[str, Callable[[Config, Path], Iterator[Finding]]]] = [
         ("models", check_models.folders), ("context", check_models.context), ("training", _training),
         ("prompts", _prompts), ("reward", check_reward.sources), ("run folder", _run_folder), ("schedule", _schedule),
-        ("track", _track), ("functions", _functions), ("token", _token), ("port", _port),
+        ("track", _track), ("functions", _functions), ("token", _token), ("port", _port), ("webhook", check_webhook.answers),
         ("disk", check_machine.disk), ("memory", check_machine.memory), ("gpu", check_machine.gpus),
     ]  # fmt: skip
     found: list[Finding] = []

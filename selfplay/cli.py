@@ -85,7 +85,10 @@ def init(
 
 
 @app.command()
-def check(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006  typer wants a list
+def check(
+    config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006  typer wants a list
+    test_webhook: Annotated[bool, typer.Option("--test-webhook", help="Post an alert that says it is a test.")] = False,
+) -> None:  # fmt: skip
     """Would it run here? And the plan of a round."""
     from rich.console import Console
     from rich.table import Column, Table
@@ -93,6 +96,7 @@ def check(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
 
     from selfplay.check import check
     from selfplay.check_models import loads
+    from selfplay.check_webhook import takes
     from selfplay.config import load
     from selfplay.plan import plan
 
@@ -101,6 +105,8 @@ def check(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
     findings = check(settings, run_dir or settings.run_dir)
     if not any(finding.level == "error" for finding in findings):  # it takes seconds
         findings += loads(settings)
+    if test_webhook:
+        findings.append(takes(settings))
     table = Table("level", "about", Column(overflow="fold"), box=None, show_header=False, padding=(0, 1))
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for finding in findings:
@@ -156,6 +162,8 @@ def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
     policies = [p for p in store.policies() if p["state"] in ("promoted", "initial")]
     current = Policies(store.path.parent).current or 0
     print(f"policy   {current} serves; {len(policies)} were promoted or imported")
+    if trouble := store.state("webhook"):
+        print(f"alerts   {trouble}")
     for order in store.pending():
         print(f"order    {order['id']} {order['kind']} waits since {order['time']}")
     for event in store.events()[-3:]:

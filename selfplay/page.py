@@ -85,6 +85,7 @@ def glance(view: View, summary: RunSummary) -> None:
             now = ui.label("")
         why = ui.label("").classes("why soft")
         gate = ui.label(NOT_INDEPENDENT).classes("soft small")
+        webhook = ui.label("").classes("why")
         bar = ui.linear_progress(0, show_value=False, size="6px").props("rounded").style("margin: .5rem 0 .8rem")
         names = ("Next round", "Serves", "Rounds", "Orders waiting", "Restarts", "Disk free")
         values: dict[str, ui.label] = {}
@@ -104,6 +105,8 @@ def glance(view: View, summary: RunSummary) -> None:
         said = (s.why, count, s.text, took(s.seconds) if s.stage else "")
         why.set_text(word_diff.plain(" · ".join(part for part in said if part)))
         gate.set_visibility(not run.gate_independent)
+        webhook.set_text(run.webhook)
+        webhook.set_visibility(bool(run.webhook))
         bar.set_visibility(s.stage is not None)
         bar.set_value(min(s.done / s.total, 1.0) if s.total else 0.0)
         bar.props(remove="indeterminate") if s.total else bar.props("indeterminate")

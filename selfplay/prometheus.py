@@ -66,6 +66,9 @@ class RunCollector(Collector):
             "1 where another reward judges at the gate than trains",
             value=float(run.gate_independent),
         )
+        yield GaugeMetricFamily(
+            "selfplay_webhook_failing", "1 where alerts do not arrive at the webhook", value=float(bool(run.webhook))
+        )
         yield GaugeMetricFamily("selfplay_orders_pending", "Orders that wait", value=run.orders_pending)
         yield GaugeMetricFamily("selfplay_disk_free_bytes", "Free on the disk of the run folder", value=run.free_bytes)
         restarts = CounterMetricFamily(

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from selfplay import alerts, artifacts, orders, paging, pool
 from selfplay import api_models as m
-from selfplay import artifacts, orders, paging, pool
 from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.policies import Policies
@@ -67,6 +67,7 @@ class View:
             gate_independent=bool(
                 paging.newest(self.store, "evaluate/independent", self.config.evaluate.judge is not None)
             ),
+            webhook=self.store.state(alerts.TROUBLE, ""),
             free_bytes=shutil.disk_usage(self.run_dir).free,
             version=version("selfplay"),
         )

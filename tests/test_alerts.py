@@ -33,7 +33,7 @@ def test_an_alert_is_posted_until_it_is_taken(store, caplog):
         until(lambda: found._sender is None)
         found.keep(store)
     assert store.state(alerts.STATE) == []
-    assert "did not take an alert" in caplog.text and "secret" not in caplog.text
+    assert "does not take alerts (500)" in caplog.text and "secret" not in caplog.text
 
 
 def test_an_alert_that_was_not_taken_outlives_the_service(store):
@@ -53,7 +53,7 @@ def test_an_alert_that_was_not_taken_outlives_the_service(store):
     assert store.state(alerts.STATE) == []
 
 
-def test_what_is_refused_for_good_keeps_nothing_back(caplog):
+def test_what_is_refused_for_what_is_in_it_keeps_nothing_back(caplog):
     with webhook(400, 429) as (url, got):
         found = Alerts(lambda: url, threading.Event())
         found.send({"text": "one"})
@@ -62,6 +62,38 @@ def test_what_is_refused_for_good_keeps_nothing_back(caplog):
         assert [body["text"] for _, body in got] == ["one", "two", "two"]
         until(lambda: found._sender is None)
     assert "refused an alert, which is dropped (400)" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_wrong_address_drops_nothing_and_is_seen_until_it_is_mended(store):
+    def told():
+        return [event["text"] for event in store.events() if event["kind"] == alerts.TROUBLE]
+
+    stopping = threading.Event()
+    with webhook(*[404] * 10_000) as (url, got):
+        first = Alerts(lambda: url, stopping)
+        first.load(store)
+        first.send({"text": "paused"})
+        until(lambda: len(got) > 1)
+        first.keep(store)
+        first.keep(store)
+        assert store.state(alerts.TROUBLE) == "the webhook does not take alerts (404)" and len(told()) == 1
+        stopping.set()
+        first._sender.join(60)
+    with webhook() as (url, got):
+        second = Alerts(lambda: url, threading.Event())
+        second.load(store)
+        until(lambda: second._sender is None)
+        second.keep(store)
+    assert [body["text"] for _, body in got] == ["paused"] and store.state(alerts.STATE) == []
+    assert store.state(alerts.TROUBLE) == "" and told()[1:] == ["the webhook takes alerts"]
+
+
+def test_without_a_webhook_none_is_in_trouble(store):
+    store.set_state(alerts.TROUBLE, "the webhook does not take alerts (404)")
+    nowhere = Alerts(lambda: None, threading.Event())
+    nowhere.load(store)
+    nowhere.keep(store)
+    assert store.state(alerts.TROUBLE) == ""
 
 
 def test_whatever_fails_is_tried_again(tmp_path, monkeypatch, caplog):

@@ -329,6 +329,15 @@ def test_metrics_for_prometheus(client):
     assert found[("process_resident_memory_bytes",)] > 0
 
 
+def test_a_webhook_that_does_not_take_alerts_is_seen(client, run):
+    assert client.get("/api/run").json()["webhook"] == "" and scraped(client)[("selfplay_webhook_failing",)] == 0
+    store = Store(run[0])
+    store.set_state("webhook", "the webhook does not take alerts (404)")
+    store.close()
+    assert client.get("/api/run").json()["webhook"].endswith("(404)")
+    assert scraped(client)[("selfplay_webhook_failing",)] == 1
+
+
 def test_metrics_of_a_run_that_has_nothing_yet(tmp_path):
     client = TestClient(create_app(tmp_path, config(), dict, None, page=False), base_url="http://localhost")
     assert 'selfplay_state{state="starting"} 1.0' in client.get("/metrics").text
