@@ -19,7 +19,7 @@ MAX_PROMPTS = 10_000  # in one order
 
 
 class _Order(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)  # true is not policy 1
 
 
 class RunNow(_Order):

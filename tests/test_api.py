@@ -248,6 +248,8 @@ def test_orders_that_cannot_be(client, run, monkeypatch):
     assert (
         give(client, "/api/orders/rollback", {})[0] == give(client, "/api/orders/rollback", {"version": -1})[0] == 422
     )
+    for odd in ({"version": True}, {"version": "1"}, {"version": 1, "pinned": "no"}):  # no policy is to be guessed
+        assert give(client, "/api/orders/pin", odd)[0] == 422
     status, problem = give(client, "/api/orders/rollback", {"version": 10**30})
     assert status == 409 and problem["hint"]
     assert give(client, "/api/prompts", {"rows": []})[0] == 422
