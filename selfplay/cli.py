@@ -37,6 +37,17 @@ def main() -> None:
         if error.hint:
             print(f"what to do: {error.hint}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        from selfplay.store import LedgerError  # not before: it takes a third of a second
+
+        if not isinstance(error, LedgerError):
+            raise
+        print(f"error: the ledger does not answer: {error.orig}", file=sys.stderr)
+        print(
+            "what to do: end what else works on it (a backup, a database shell), or restore one that is damaged",
+            file=sys.stderr,
+        )
+        sys.exit(3)
 
 
 def _folder(config: Path, sets: list[str], run_dir: Path | None) -> Path:
@@ -298,11 +309,17 @@ def add_prompts(
 
     from selfplay.errors import InputError
     from selfplay.importer import read_file
-    from selfplay.orders import MAX_PROMPTS
+    from selfplay.orders import MAX_PROMPTS, why_not_stored
 
-    found = list(read_file(file))
-    rows = [row for row in found if isinstance(row, dict)]
-    unreadable = Counter(row for row in found if isinstance(row, str))
+    rows: list[dict[str, Any]] = []
+    unreadable = Counter[str]()
+    for row in read_file(file):
+        if isinstance(row, str):
+            unreadable[row] += 1
+        elif why := why_not_stored(row):
+            unreadable[f"cannot be stored ({why})"] += 1
+        else:
+            rows.append(row)
     said = ", ".join(f"{n} × {why}" for why, n in unreadable.items())
     if not rows:
         raise InputError(f"{file} has no prompt" + (f" ({said})" if said else ": it is empty"))

@@ -62,6 +62,16 @@ class Pin(_Order):
     pinned: bool = True
 
 
+def why_not_stored(row: dict[str, Any]) -> str | None:
+    """Of what Python's JSON reads but no file of ours can hold: NaN, half of a surrogate pair, endless nesting."""
+    try:
+        json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
+        pydantic_core.to_json(row)
+    except (ValueError, RecursionError) as error:
+        return type(error).__name__
+    return None
+
+
 class AddPrompts(_Order):
     """Let prompts join the pool of the next rounds; between rounds."""
 
@@ -72,13 +82,9 @@ class AddPrompts(_Order):
     @field_validator("rows")
     @classmethod
     def _can_be_stored(cls, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What Python's JSON reads but no file of ours can hold: NaN, half of a surrogate pair, endless nesting."""
         for number, row in enumerate(rows):
-            try:
-                json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
-                pydantic_core.to_json(row)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"row {number} cannot be stored: {type(error).__name__}") from None
+            if why := why_not_stored(row):
+                raise ValueError(f"row {number} cannot be stored: {why}")
         return rows
 
 

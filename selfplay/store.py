@@ -355,11 +355,6 @@ class Store:
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(sa.text(text), values).mappings()]
 
-    def orders(self, state: str | None = None) -> list[dict[str, Any]]:
-        """Orders, oldest first; only those in a state if one is given."""
-        query = sa.select(orders).order_by(orders.c.id)
-        return self._rows(query if state is None else query.where(orders.c.state == state))
-
     def pending(self, kinds: Iterable[str] = ()) -> list[dict[str, Any]]:
         """Number, time and kind of the orders that wait, oldest first; only those of some kinds if any are given."""
         kinds = list(kinds)

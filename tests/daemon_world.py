@@ -25,6 +25,11 @@ from selfplay.store import Store
 NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
 
 
+def waiting(store: Store) -> list[dict[str, Any]]:
+    """The orders that wait, oldest first, with their arguments."""
+    return [store.order(row["id"]) for row in store.pending()]
+
+
 class Served:
     """A daemon in a thread of its own, and the ledger through which it is spoken to."""
 
@@ -61,7 +66,7 @@ class Served:
         number = orders.submit(self.store, kind, arguments, "test")
 
         def row():
-            return next(r for r in self.store.orders() if r["id"] == number)
+            return self.store.order(number)
 
         self.until(lambda: row()["state"] != "pending", f"an answer to {kind}", timeout)
         return row()["state"], row()["result"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import prometheus_client.parser
 import pytest
+from daemon_world import waiting
 from served_world import HOSTILE, Progress, build, config
 from starlette.testclient import TestClient
 
@@ -236,7 +237,7 @@ def test_each_order_is_left_in_the_ledger(client, run, path, body, kind, argumen
     status, given = give(client, path, body)
     assert status == 202
     store = Store(run[0])
-    row = store.orders("pending")[-1]
+    row = waiting(store)[-1]
     store.close()
     assert (row["id"], row["kind"], row["arguments"], row["origin"]) == (given["order"], kind, arguments, "api")
 

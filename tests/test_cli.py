@@ -2,16 +2,18 @@
 
 import json
 import resource
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from daemon_world import waiting
 from mini import ROOT, TINY, overrides
 from typer.testing import CliRunner
 
-from selfplay import cli, policies, report
+from selfplay import cli, policies, report, store
 from selfplay import config as configuration
 from selfplay.check import check
 from selfplay.errors import InputError
@@ -76,7 +78,7 @@ def test_orders_wait_in_the_ledger_for_a_service(run_dir):
     code, _, errors = selfplay("rollback", 9, "--run-dir", run_dir)
     assert code == 2 and "there is no policy 9" in errors
     store = Store(run_dir)
-    (order,) = store.orders("pending")
+    (order,) = waiting(store)
     assert (order["kind"], order["arguments"], order["origin"]) == ("pause", {"after": "stage"}, "cli")
     store.close()
 
@@ -102,7 +104,7 @@ def bare(tmp_path):
 def test_each_order_has_a_command(bare, words, kind, arguments):
     done = CliRunner().invoke(cli.app, [*words, "--run-dir", str(bare.path.parent)])
     assert done.exit_code == 0 and "waits" in done.output
-    (order,) = bare.orders("pending")
+    (order,) = waiting(bare)
     assert (order["kind"], order["arguments"], order["origin"]) == (kind, arguments, "cli")
 
 
@@ -111,15 +113,35 @@ def test_prompts_of_a_file_are_ordered_and_what_cannot_be_read_is_counted(bare, 
     file.write_bytes(b'{"prompt": "one"}\n{not json\n\xff\n[1]\n{"messages": []}\n{oops\n')
     done = CliRunner().invoke(cli.app, ["add-prompts", str(file), "--run-dir", str(tmp_path)])
     assert done.exit_code == 0 and "set aside: 2 × invalid JSON, 1 × invalid UTF-8, 1 × not an object" in done.output
-    (order,) = bare.orders("pending")
+    (order,) = waiting(bare)
     assert order["arguments"] == {
         "rows": [{"prompt": "one"}, {"messages": []}]
     }  # the service says what it thinks of them
+    file.write_text(
+        "".join(f'{{"prompt": "number {i}"}}\n' for i in range(MAX_PROMPTS)) + '{"prompt": "x", "score": NaN}\n'
+    )
+    done = CliRunner().invoke(cli.app, ["add-prompts", str(file), "--run-dir", str(tmp_path)])
+    assert done.exit_code == 0 and "set aside: 1 × cannot be stored (ValueError)" in done.output
+    assert [len(order["arguments"]["rows"]) for order in waiting(bare)] == [2, MAX_PROMPTS]
     for content, words in ((b"", "it is empty"), (b"{x\n", r"1 × invalid JSON")):
         file.write_bytes(content)
         with pytest.raises(InputError, match=words):
             CliRunner().invoke(cli.app, ["add-prompts", str(file), "--run-dir", str(tmp_path)], catch_exceptions=False)
-    assert len(bare.orders()) == 1
+    assert len(waiting(bare)) == 2
+
+
+def test_a_ledger_that_is_locked_is_an_error_of_two_lines(bare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "BUSY", 0.01)
+    monkeypatch.setattr(sys, "argv", ["selfplay", "pause", "--run-dir", str(tmp_path)])
+    lock = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    lock.close()
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        ended.value.code == 3 and len(said) == 2 and said[0].endswith("the ledger does not answer: database is locked")
+    )
 
 
 def test_the_report_is_written_and_its_exit_code_told(bare, tmp_path, monkeypatch):
@@ -261,4 +283,4 @@ def test_a_file_of_prompts_becomes_as_many_orders_as_it_takes(bare, tmp_path):
     file.write_text("".join(f'{{"prompt": "number {i}"}}\n' for i in range(MAX_PROMPTS + 1)))
     code, out, _ = selfplay("add-prompts", file, "--run-dir", tmp_path)
     assert code == 0 and "order 1 waits" in out and "order 2 waits" in out
-    assert [len(row["arguments"]["rows"]) for row in bare.orders("pending")] == [MAX_PROMPTS, 1]
+    assert [len(row["arguments"]["rows"]) for row in waiting(bare)] == [MAX_PROMPTS, 1]

@@ -8,7 +8,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from daemon_world import NOON, until
+from daemon_world import NOON, until, waiting
 from mini import TINY
 
 from selfplay import children, daemon, orders
@@ -195,7 +195,7 @@ def test_signals_stop_the_service_and_have_it_read_its_configuration_anew(world,
     os.kill(os.getpid(), signal.SIGHUP)
     until(lambda: service.daemon._reloading)
     service.daemon._write_down()
-    (order,) = service.store.orders("pending")
+    (order,) = waiting(service.store)
     assert (order["kind"], order["origin"]) == ("reload", "signal")
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)

@@ -3,7 +3,7 @@
 import sqlite3
 
 import pytest
-from daemon_world import NOON, Bare, World, until, webhook
+from daemon_world import NOON, Bare, World, until, waiting, webhook
 from sqlalchemy.exc import OperationalError
 
 from selfplay import daemon, orders, store
@@ -74,10 +74,10 @@ def test_a_folder_in_use_is_left_alone(world):
     orders.submit(service.store, "pause", {}, "test")
     with RunLock(service.run_dir), pytest.raises(InputError, match="in use by process"):
         service.daemon.serve()
-    assert len(service.store.orders("pending")) == 1
+    assert len(waiting(service.store)) == 1
     assert service.store.state("service") is None and service.store.state("pause") is None
     service.turn()  # opens the run
-    assert service.turn() == "paused" and service.store.orders("pending") == []
+    assert service.turn() == "paused" and waiting(service.store) == []
 
 
 def test_a_state_that_could_not_be_written_is_written_later(world, lock):
@@ -184,7 +184,7 @@ def test_a_signal_to_reload_outlives_a_locked_ledger(world, lock):
         service.daemon._write_down()
     lock.give()
     service.daemon._write_down()
-    (order,) = service.store.orders("pending")
+    (order,) = waiting(service.store)
     assert (order["kind"], order["origin"]) == ("reload", "signal")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from daemon_world import waiting
 from served_world import HOSTILE, ROOT, build
 
 from selfplay.page import LONGEST_TEXT
@@ -50,7 +51,7 @@ class Served:
 
     def orders(self) -> list[tuple[str, dict[str, object], str]]:
         store = Store(self.run_dir)
-        found = [(o["kind"], o["arguments"], o["origin"]) for o in store.orders("pending")]
+        found = [(o["kind"], o["arguments"], o["origin"]) for o in waiting(store)]
         store.close()
         return found
 
