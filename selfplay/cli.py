@@ -156,6 +156,7 @@ def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
 @app.command()
 def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """What the service does now."""
+    from selfplay import paging
     from selfplay.policies import Policies
 
     store = _store(config, set_, run_dir)
@@ -177,7 +178,7 @@ def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
         print(f"alerts   {trouble}")
     for order in store.pending():
         print(f"order    {order['id']} {order['kind']} waits since {order['time']}")
-    for event in store.events()[-3:]:
+    for event in reversed(paging.events(store, limit=3)):
         print(f"event    {event['time']} {event['kind']}: {event['text']}")
     store.close()
 

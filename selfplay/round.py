@@ -144,7 +144,7 @@ class Round:
         if self.adopted:
             store.record_policy(self.index, outcome)
         for scratch in self.dir.iterdir() if self.dir.is_dir() else ():
-            if scratch.name.endswith((".shards", ".work")):
+            if scratch.name.endswith((".shards", ".work", ".partial")):  # the last where a killed one was given up
                 shutil.rmtree(scratch)
         rejected = {p["version"] for p in store.policies() if p["state"] in ("rejected", "cancelled")}
         pinned = {p["version"] for p in store.policies() if p["pinned"]}
