@@ -5,8 +5,10 @@ Rounds are steps of `round/…`; optimizer steps count on over the rounds and ar
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import math
 import time
 from collections.abc import Mapping
@@ -15,6 +17,8 @@ from typing import Any, Protocol
 
 from selfplay.config import Config
 from selfplay.errors import ConfigError
+
+SECONDS = 30.0  # that W&B is waited for, at the beginning and at the end of a run
 
 
 class Tracker(Protocol):
@@ -52,23 +56,43 @@ class WandbLike:
     def __init__(self, module: Any, config: Config, run_dir: Path, run_id: str) -> None:
         self._module = module
         own = f"{config.run.name}-{run_id}"  # what «resume» goes by
-        names = (
-            {"name": config.run.name, "id": own, "dir": str(run_dir)} if module.__name__ == "wandb" else {"name": own}
-        )
-        self._run = module.init(project="selfplay", resume="allow", config=config.model_dump(mode="json"), **names)
+        names: dict[str, Any] = {"name": own}
+        if module.__name__ == "wandb":
+            # A server that cannot be reached costs a round seconds, not minutes, and never keeps the service from ending.
+            settings = module.Settings(console="off", init_timeout=SECONDS, finish_timeout=SECONDS)
+            names = {"name": config.run.name, "id": own, "dir": str(run_dir), "settings": settings}
+        with contextlib.redirect_stdout(io.StringIO()):  # trackio prints
+            module.init(project="selfplay", resume="allow", config=config.model_dump(mode="json"), **names)
+        if module.__name__ == "wandb":
+            for axis in ("round", "train"):
+                module.define_metric(f"{axis}/*", step_metric=f"{axis}/step")
 
     def log(self, axis: str, values: Mapping[str, float], step: int) -> None:
         self._module.log({f"{axis}/{name}": value for name, value in values.items()} | {f"{axis}/step": step})
 
     def close(self) -> None:
-        self._module.finish()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._module.finish()
 
 
 def require(name: str) -> None:
-    """Raise ConfigError where the package of a tracker is not installed."""
+    """Raise ConfigError where the package of a tracker is not installed, or W&B has no key and is to be online.
+
+    W&B would ask for the key at the terminal, in the middle of a round.
+    """
     if name != "none" and importlib.util.find_spec(name) is None:
         hint = f"install it (pip install {name}), or set track to tensorboard or none"
         raise ConfigError(f"track: {name} is not installed", hint)
+    if name != "wandb":
+        return
+    wandb = importlib.import_module(name)
+    hint = "set the environment variable WANDB_API_KEY, or WANDB_MODE=offline (`wandb sync` uploads what that keeps)"
+    mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
+    try:
+        if mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
+            raise ConfigError("track: wandb has no API key", hint)
+    except wandb.Error as error:
+        raise ConfigError(f"track: wandb: {error}", hint) from None
 
 
 def open_tracker(config: Config, run_dir: Path, run_id: str) -> Tracker | None:
