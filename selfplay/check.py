@@ -93,7 +93,11 @@ def _prompts(config: Config, run_dir: Path) -> Iterator[Finding]:
 
 
 def _run_folder(config: Config, run_dir: Path) -> Iterator[Finding]:
-    """Whether the folder belongs to this run, and nobody works in it."""
+    """Whether the folder can be written to, belongs to this run, and nobody works in it."""
+    there = next(p for p in [run_dir, *run_dir.resolve().parents] if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        yield Finding(about="run folder", level="error", text=f"{run_dir}: user {os.getuid()} cannot write to {there}")
+        return
     if not (run_dir / "ledger.sqlite").is_file():
         yield Finding(about="run folder", level="ok", text=f"{run_dir}: new")
         return

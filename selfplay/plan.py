@@ -8,6 +8,7 @@ from selfplay import gate
 from selfplay.check_machine import GIB, policy_bytes
 from selfplay.check_models import elements
 from selfplay.config import Config
+from selfplay.errors import CheckpointError
 
 TOKEN_BYTES = 16  # of a sampled token in the artifacts: its id and its text
 
@@ -41,7 +42,10 @@ def plan(config: Config) -> list[tuple[str, str]]:
     ]
     if rewrites:
         rows.insert(3, ("rewrites", f"{rewrites} prompts, every {config.evolve.every} rounds"))
-    count = elements(config.policy.model)
+    try:
+        count = elements(config.policy.model)
+    except CheckpointError:  # what is wrong with the folder, the look at models says
+        count = None
     if count is not None:
         size = (sampled * TOKEN_BYTES + policy_bytes(config, count)) / GIB
         rows.append(("disk", f"up to {size:.2f} GiB a round, retention aside"))

@@ -81,6 +81,8 @@ def tensors(path: Path) -> dict[str, TensorSpec]:
                 raise ValueError(f"it has {file.stat().st_size} bytes, its header says {end}")
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
         specs |= {n: (s["dtype"], tuple(s["shape"])) for n, s in header.items() if n != "__metadata__"}
     return specs
 

@@ -121,7 +121,14 @@ class Run:
         roles = {"policy.model": self.config.policy.model, **{f"{key}.model": s.model for key, s in rewards.items()}}
         for key, model in roles.items():
             path = Path(model or ".")
-            if model is None or (path / "config.json").is_file():
+            if model is None:
+                continue
+            if (path / "config.json").is_file():
+                if closed := [file.name for file in sorted(path.iterdir()) if not os.access(file, os.R_OK)]:
+                    raise InputError(
+                        f"{key}: {path / closed[0]} cannot be read by user {os.getuid()}",
+                        "chmod -R a+rX the folder: safetensors writes weights for their owner alone",
+                    )
                 continue
             if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
                 raise InputError(

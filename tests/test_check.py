@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import shutil
 import socket
 import threading
@@ -13,7 +14,10 @@ from mini import ROOT, TINY, overrides
 from selfplay.check import check
 from selfplay.check_models import loads
 from selfplay.config import load
+from selfplay.display import Display
+from selfplay.errors import InputError
 from selfplay.plan import plan
+from selfplay.run import Run
 from selfplay.store import RunLock, Store
 
 
@@ -231,6 +235,22 @@ def test_the_run_folder_is_that_of_this_run_and_free(tmp_path):
     other = settings(tmp_path, tmp_path / "policy", "run.seed=7")
     level, text = said(other, tmp_path, "run folder")
     assert level == "error" and "run.seed (0 there, 7 here) cannot change" in text and "another folder" in text
+
+
+def test_who_may_not_read_the_weights_or_write_the_run_folder_is_told_at_once(tmp_path, monkeypatch):
+    """Root may all, so what a user with fewer rights is answered is put in."""
+    policy = model(tmp_path / "policy")
+    config = settings(tmp_path, policy)
+    (tmp_path / "run").touch()
+    assert said(config, tmp_path, "run folder")[0] == "error"
+    (tmp_path / "run").unlink()
+    closed = {tmp_path, policy / "tokenizer.json"}
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in closed)
+    level, text = said(config, tmp_path, "run folder")
+    assert level == "error" and text.endswith(f"cannot write to {tmp_path}")
+    with pytest.raises(InputError, match=r"^policy.model: .*/tokenizer.json cannot be read by user") as error:
+        Run(config, tmp_path / "run", Display()).require()
+    assert "chmod" in error.value.hint
 
 
 def test_rules_are_made_and_their_functions_imported(tmp_path):

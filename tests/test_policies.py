@@ -69,6 +69,10 @@ def test_a_tampered_truncated_or_unfinished_policy_is_never_loaded(run):
     with pytest.raises(CheckpointError, match="is damaged"):
         policies.tensors(run.folder(2))
     weights.unlink()
+    weights.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        policies.tensors(run.folder(2))
+    weights.rmdir()
     with pytest.raises(CheckpointError, match="no safetensors file"):
         policies.tensors(run.folder(2))
     (run.folder(3) / "manifest.json").unlink()
