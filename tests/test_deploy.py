@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,12 @@ def test_the_image_has_what_is_copied_and_nothing_else() -> None:
     assert all((ROOT / source).exists() for source in copied)
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert rules[0] == "*" and {rule[1:] for rule in rules if rule.startswith("!")} == copied
+
+
+def test_the_image_is_built_with_extras_that_there_are() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra for several in re.findall(r"EXTRA=([\w,]+)", CONTAINER) for extra in several.split(",")}
+    assert {"cpu", "gpu", "wandb"} <= named <= extras.keys()
 
 
 def test_what_the_image_runs_is_shell() -> None:
