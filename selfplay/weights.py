@@ -109,6 +109,8 @@ def _write(model: Any, config_from: Path, initial: Path, out: Path, dtype: torch
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for written in out.glob("*.safetensors"):  # by their owner alone, unlike all else: another user may serve them
+        shutil.copymode(out / "config.json", written)
     for pattern in COPIED:
         for stale in filter(Path.is_file, out.glob(pattern)):
             stale.unlink()

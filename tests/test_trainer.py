@@ -143,6 +143,7 @@ def test_full_training_exports_a_plain_policy(world: Path, tmp_path: Path) -> No
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     config, old = (json.loads((folder / "config.json").read_text()) for folder in (out, start))
     assert config == old | {"dtype": "float32"}
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "whoever may read one file may read all"
     served = AutoModelForCausalLM.from_pretrained(out)
     assert served.dtype == torch.float32
     assert sequence_logps(served, CANARIES) == result["canaries"]
