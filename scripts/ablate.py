@@ -9,7 +9,8 @@ as many candidates and trains on as many pairs a round (depth: half the prompts,
 arm's surroundings without its method: `deep` has depth's prompts and candidates and one pair of each prompt, `lower-beta` is DPO
 at the β that ε-DPO has on average, `others` has depth follow closeness that leaves the pair itself out. A world is a base policy with its
 own reward model, prompts and rubric (`make_tiny.py --seed`); a seed is one of prompts and sampling. With `--pool redundant` seven
-of eight prompts that a run can draw ask one of twenty questions in other words; it is evaluated on the same held-out prompts.
+of eight prompts that a run can draw ask one of twenty questions in other words, with `learnable` none of them one that the
+policy cannot learn to answer (`hopeless`); both are evaluated on the same held-out prompts.
 
 Arms of a seed share what is the same by construction: the imported prompts, and of round 1 the stages before selection.
 The gate lets everything through, so that it cannot hide a bad arm. After the last round the policy answers every held-out
@@ -46,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 ALL = "potential+epsilon+breadth+gradient"
 ARMS = ["plain", "potential", "epsilon", "breadth+uniform", "breadth+gradient", ALL]
 CONTROLS = ["deep", "uniform", "gradient", "others", "lower-beta"]
+POOLS = ("redundant", "learnable")
 REDUNDANT = [
     "plain", "deep", "uniform", "breadth+deep", "breadth-last+deep", "breadth-last+uniform", "breadth-last+gradient"
 ]  # fmt: skip
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=7, help="run seeds for each world (default: 7)")
     parser.add_argument("--first-seed", type=int, default=1000, help="the first run seed (default: 1000)")
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 3], help="seeds of the worlds (default: 2 3)")
-    parser.add_argument("--pool", choices=["usual", "redundant"], default="usual", help="the prompts to draw from")
+    parser.add_argument("--pool", choices=["usual", *POOLS], default="usual", help="the prompts to draw from")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="for every arm")
@@ -136,7 +138,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="no runs: table and picture of what is there")
     parser.add_argument("--unit", nargs=2, metavar=("WORLD", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.arms = args.arms or (REDUNDANT if args.pool == "redundant" else ARMS)
+    args.arms = args.arms or (ARMS if args.pool == "usual" else REDUNDANT)
     for arm in args.arms:
         overrides(arm)
     if args.unit:
@@ -160,8 +162,8 @@ def overrides(arm: str) -> dict[str, Any]:
 def fingerprint(args: argparse.Namespace, arm: str) -> str:
     """What a run is of, beside its world and seed: two lines with the same one may be compared."""
     config = hashlib.sha256((ROOT / args.config).read_bytes()).hexdigest()
-    pool = [] if args.pool == "usual" else [args.pool]
-    what = json.dumps([overrides(arm), args.set, args.rounds, config, *pool], sort_keys=True)
+    drawn_from = [] if args.pool == "usual" else [args.pool]
+    what = json.dumps([overrides(arm), args.set, args.rounds, config, *drawn_from], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 
@@ -190,9 +192,9 @@ def run_all(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the units are to be stopped too
     units = [(world, args.first_seed + i) for i in range(args.seeds) for world in args.worlds]
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.pool == "redundant":
+    if args.pool != "usual":
         for world in args.worlds:
-            write_redundant(args.out, world)
+            write_pool(args, world)
     running: set[subprocess.Popen[bytes]] = set()
     stopping = threading.Event()
 
@@ -222,11 +224,14 @@ def world_dir(seed: int) -> Path:
     return ROOT / ".cache" / ("tiny" if seed == 0 else f"tiny-{seed}")
 
 
-def redundant_pool(out: Path, world: int) -> Path:
-    return out / f"world-{world}-{built(world)}-redundant.jsonl"
+def pool(args: argparse.Namespace, world: int) -> Path:
+    """The file of the prompts to draw from."""
+    if args.pool == "usual":
+        return world_dir(world) / "current" / "train.jsonl"
+    return Path(args.out / f"world-{world}-{built(world)}-{args.pool}.jsonl")
 
 
-def write_redundant(out: Path, world: int) -> None:
+def write_pool(args: argparse.Namespace, world: int) -> None:
     """Of each skill's train questions one in all its wordings and twelve others (or what there is) in one wording each."""
     from selfplay import tiny, tiny_rewriter
 
@@ -239,11 +244,13 @@ def write_redundant(out: Path, world: int) -> None:
         wordings.setdefault(skill, {}).setdefault(matter, []).append(text)
     found: list[str] = []
     for skill, matters in wordings.items():
+        if args.pool == "learnable" and tiny.SKILLS[skill].regime == "hopeless":
+            continue
         popular, *others = sorted(matters, key=lambda matter: tiny.unit("redundant", skill, matter))
         found += tiny_rewriter.wordings(skill, popular)
         found += [matters[matter][0] for matter in others[:12]]
     rows = [{"messages": [{"role": "user", "content": text}]} for text in found if not tiny.held_out(text)]
-    redundant_pool(out, world).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pool(args, world).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def unit(args: argparse.Namespace, world: int, seed: int) -> None:
@@ -267,9 +274,7 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
             settings = overrides(arm) | {
                 "run.seed": seed,
                 "policy.model": str(here / "policy"),
-                "prompts.source": str(
-                    redundant_pool(args.out, world) if args.pool == "redundant" else here / "train.jsonl"
-                ),
+                "prompts.source": str(pool(args, world)),
                 "prompts.heldout": str(here / "heldout.jsonl"),
                 "reward.model": None,
                 "evaluate.judge": None,  # arms are compared by the reward they were trained on, and by gold
@@ -403,7 +408,7 @@ def report(args: argparse.Namespace) -> None:
             if len(own[0]) > 1:
                 print(f"| … world {world} | {len(own[0])} | " + " | ".join(map(plus_minus, own)) + " |")
     print("\nWhat was expected before the runs:\n")
-    for arm, against, metric, least in REDUNDANT_COMPARISONS if args.pool == "redundant" else COMPARISONS:
+    for arm, against, metric, least in COMPARISONS if args.pool == "usual" else REDUNDANT_COMPARISONS:
         if arm in found and against in found:
             differences = paired(found, arm, against, metric)
             mean, low, high = interval(differences)
