@@ -1,8 +1,29 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from mini import ROOT
 from torch import nn
 
 from reward import onednn
+
+MANY_SHAPES = """
+import resource, sys
+import torch
+from reward import onednn
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)).to(getattr(torch, sys.argv[1]))
+onednn.take_over(model)
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+with torch.inference_mode():
+    model(torch.ones(1, 64, dtype=model[0].weight.dtype))
+    before = peak_mib()
+    for tokens in range(2, 300):
+        model(torch.ones(tokens, 64, dtype=model[0].weight.dtype))
+print(peak_mib() - before)
+"""
 
 
 class Quantised(nn.Linear):
@@ -35,3 +56,13 @@ def test_a_model_of_another_precision_and_a_build_without_onednn_stay_as_they_ar
     own = model()
     assert not onednn.take_over(own)
     assert {type(layer) for layer in [*half, *own]} == {nn.Linear, nn.GELU, Quantised}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batches_of_many_lengths_do_not_fill_the_memory_with_kernels(dtype: str) -> None:
+    ours = {name: value for name, value in os.environ.items() if name not in onednn.FEW_KERNELS}
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_SHAPES, dtype], cwd=ROOT, env=ours | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert float(done.stdout) < 64
