@@ -35,6 +35,7 @@ POLL_SECONDS = 1.0  # between two looks at the ledger for orders
 STATE = "service"
 LONGEST_WAIT = 3600.0  # seconds between two tries of a round, unless retry_seconds is more
 LOOK_SECONDS = 10.0  # between two looks for a stage that hangs
+TELL_SECONDS = 10.0  # for terminal and ledger to take that one does: a disk that hangs takes nothing
 CUT_SECONDS = 10.0  # from the end of all children to the end of a service that waits for something else still
 
 
@@ -396,10 +397,14 @@ class Daemon:
         what = f"stage {self.progress.get('stage')}" if self._in_round else "the service"
         text = f"{what} has not got on for {quiet / 3600:.1f} h (service.stall_hours)"
         if self._stalls == 1:
-            self._warn("stalled", f"{text}: its processes are ended, and what they did is tried again")
+            kind, text = "stalled", f"{text}: its processes are ended, and what they did is tried again"
         else:
             text += f", though its processes were ended: {self.run_dir}, or what the configuration names, hangs; restart the service"
-            self._warn("alert", text)
+            kind = "alert"
+        telling = threading.Thread(target=self._warn, args=(kind, text), daemon=True)
+        telling.start()
+        telling.join(TELL_SECONDS)
+        if kind == "alert":
             self._alert(text)
         children.end_running()
 

@@ -119,6 +119,24 @@ def test_people_are_told_of_what_hangs_outside_the_children(world, monkeypatch):
     assert service.events("stalled") and service.events("alert")[0] == got[0][1]["text"]
 
 
+def test_a_disk_that_hangs_keeps_people_from_hearing_of_it_no_more_than_the_end_of_children(world, child, monkeypatch):
+    monkeypatch.setattr(daemon, "TELL_SECONDS", 0.01)
+    with webhook() as (url, got):
+        monkeypatch.setenv("SELFPLAY_WEBHOOK", url)
+        service = world("service.stall_hours=1")
+        service.daemon._open_ledger()
+        hangs = threading.Event()
+        monkeypatch.setattr(type(service.store), "event", lambda *_: hangs.wait())
+        hung = child()
+        looks = threading.Thread(target=lambda: [look_much_later(service) for _ in range(2)], daemon=True)
+        looks.start()
+        until(lambda: got)
+        until(lambda: not hung.alive)
+        hangs.set()
+        looks.join(60)
+    assert "restart the service" in got[0][1]["text"]
+
+
 def test_the_limit_is_never_below_those_of_engine_and_trainer(world):
     service = world("service.stall_hours=1", "train.silence=10800")
     look_much_later(service)
