@@ -67,7 +67,8 @@ class Alerts:
             store.set_state(STATE, unsent)
             if trouble != self._told:
                 store.set_state(TROUBLE, trouble)
-                store.event(TROUBLE, trouble or "the webhook takes alerts")
+                if not (trouble and self._told):  # an outage that shows in one way after another is one event
+                    store.event(TROUBLE, trouble or "the webhook takes alerts")
                 self._told = trouble
         except BaseException:
             self._changed = True

@@ -88,6 +88,15 @@ def test_a_wrong_address_drops_nothing_and_is_seen_until_it_is_mended(store):
     assert store.state(alerts.TROUBLE) == "" and told()[1:] == ["the webhook takes alerts"]
 
 
+def test_an_outage_with_many_faces_is_one_event(store):
+    found = Alerts(lambda: None, threading.Event())
+    for face in ("ConnectError", "503", "404"):
+        found._trouble = f"the webhook does not take alerts ({face})"
+        found.keep(store)
+    assert store.state(alerts.TROUBLE).endswith("(404)")
+    assert [event["text"] for event in store.events()] == ["the webhook does not take alerts (ConnectError)"]
+
+
 def test_without_a_webhook_none_is_in_trouble(store):
     store.set_state(alerts.TROUBLE, "the webhook does not take alerts (404)")
     nowhere = Alerts(lambda: None, threading.Event())
