@@ -307,6 +307,7 @@ class Run:
             before = sum(m["train/steps"] for index, m in steps.items() if index < report.round)
             trackers.log_round(self._tracker, report.round, report.metrics, history, int(before) + 1)
         except Exception as error:
+            self._close_tracker()  # the next round opens another
             self.event(
                 "warning", f"{self.config.track} did not take round {report.round}: {type(error).__name__}: {error}"
             )

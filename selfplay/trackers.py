@@ -61,8 +61,12 @@ class WandbLike:
             # A server that cannot be reached costs a round seconds, not minutes, and never keeps the service from ending.
             settings = module.Settings(console="off", init_timeout=SECONDS, finish_timeout=SECONDS)
             names = {"name": config.run.name, "id": own, "dir": str(run_dir), "settings": settings}
-        with contextlib.redirect_stdout(io.StringIO()):  # trackio prints
-            module.init(project="selfplay", resume="allow", config=config.model_dump(mode="json"), **names)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # trackio prints
+                module.init(project="selfplay", resume="allow", config=config.model_dump(mode="json"), **names)
+        except Exception:
+            self._end_process()
+            raise
         if module.__name__ == "wandb":
             for axis in ("round", "train"):
                 module.define_metric(f"{axis}/*", step_metric=f"{axis}/step")
@@ -71,8 +75,17 @@ class WandbLike:
         self._module.log({f"{axis}/{name}": value for name, value in values.items()} | {f"{axis}/step": step})
 
     def close(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._module.finish()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._module.finish()
+        finally:
+            self._end_process()
+
+    def _end_process(self) -> None:
+        """W&B has one, which takes a run that it could not open for open, and is not started again where it was killed."""
+        if self._module.__name__ == "wandb":
+            with contextlib.suppress(Exception):
+                self._module.teardown()
 
 
 def require(name: str) -> None:

@@ -14,6 +14,7 @@ from mini import ROOT, TINY
 from selfplay import trackers
 from selfplay.config import load
 from selfplay.errors import ConfigError
+from selfplay.store import Store
 
 HISTORY = [{"step": 1, "train/loss": 0.7, "train/beta": 0.1}, {"step": 2, "train/loss": 0.6, "train/beta": None}]
 ROUND = """
@@ -114,6 +115,52 @@ def test_trackio_has_both_rounds_under_one_name_without_a_network(tmp_path):
     assert {name for name, _ in [*rows, *settings]} == {"tiny-4f2a"} and len(settings) == 1
     assert [json.loads(metrics) for _, metrics in rows] == LOGGED
     assert json.loads(settings[0][1])["train"]["batch_pairs"] == 16
+
+
+TROUBLED = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+from selfplay import children, trackers
+from selfplay.config import load
+from selfplay.display import Display
+from selfplay.run import Run
+from selfplay.store import Store
+config, folder, rounds, killed_after = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+if not killed_after:
+    trackers.SECONDS = 1.0
+run = Run(load(config, ["track=wandb"]), folder, Display())
+run.store = Store(folder)
+for index in range(1, rounds + 1):
+    run.track(SimpleNamespace(round=index, metrics={"evaluate/win_rate": 0.5}))
+    if index == killed_after:
+        for pid in children.descendants(os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+        while children.descendants(os.getpid()):
+            continue
+run._close_tracker()
+"""
+
+
+def troubles(folder: Path, rounds: int, killed_after: int = 0, **environment: str) -> list[str]:
+    """The warnings of a run on W&B, whose process is killed after a round."""
+    alone(TROUBLED, TINY, folder, rounds, killed_after, home=folder, **environment)
+    store = Store(folder)
+    found = [event["text"] for event in store.events() if event["kind"] == "warning"]
+    store.close()
+    return found
+
+
+def test_each_round_tries_a_server_anew_that_did_not_answer(tmp_path):
+    pytest.importorskip("wandb")
+    found = troubles(tmp_path, 2, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert len(found) == 2 and all("CommError" in text for text in found)
+
+
+def test_a_killed_wandb_costs_a_round_and_not_those_after(tmp_path):
+    pytest.importorskip("wandb")
+    (lost,) = troubles(tmp_path, 5, killed_after=1, WANDB_MODE="offline")
+    assert "did not take round" in lost  # 2, or 3 where the line to it was not seen to be cut before
 
 
 REQUIRE = """
