@@ -43,7 +43,7 @@ class Run:
         """`lock`: the folder's, where the caller holds it already."""
         self.config, self.dir, self.display = config, run_dir, display
         self._given_lock = lock
-        children.withhold(config.service.token_env, config.service.webhook_env)
+        children.withhold(config.service.token_env, config.service.webhook_env, trackers.SECRET)
         self.policies = Policies(run_dir)
         self.gold: Gold | None = None
         self.rewriter: Rewriter | None = None  # None: the policy

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from selfplay.config import Config
 from selfplay.errors import ConfigError
 
+SECRET = "WANDB_API_KEY"  # environment variable with W&B's key
 SECONDS = 30.0  # that W&B is waited for, at the beginning and at the end of a run
 
 
@@ -99,7 +100,7 @@ def require(name: str) -> None:
     if name != "wandb":
         return
     wandb = importlib.import_module(name)
-    hint = "set the environment variable WANDB_API_KEY, or WANDB_MODE=offline (`wandb sync` uploads what that keeps)"
+    hint = f"set the environment variable {SECRET}, or WANDB_MODE=offline (`wandb sync` uploads what that keeps)"
     mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
     try:
         if mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from mini import config
 
+from selfplay.children import Child
 from selfplay.display import Display
 from selfplay.errors import InputError
 from selfplay.generator import Generator
@@ -64,3 +65,11 @@ def test_what_cannot_be_used_changes_nothing(run, mini_world, tmp_path):
         with pytest.raises(InputError):
             run.reconfigure(config(mini_world, "generate.max_tokens=32", setting))
         assert (run.config, run.reward, run._cache) == before and run.generator._child is not None
+
+
+def test_no_child_gets_the_keys_of_what_the_controller_alone_speaks_to(mini_world, tmp_path, monkeypatch):
+    for name in (names := ("SELFPLAY_TOKEN", "SELFPLAY_WEBHOOK", "WANDB_API_KEY")):
+        monkeypatch.setenv(name, "hush-hush")
+    Run(config(mini_world), tmp_path, Display())
+    child = Child("trainer", ["true"], run_dir=tmp_path, log=tmp_path / "log")
+    assert not child._env.keys() & set(names)
