@@ -124,9 +124,10 @@ class Run:
             if model is None:
                 continue
             if (path / "config.json").is_file():
-                if closed := [file.name for file in sorted(path.iterdir()) if not os.access(file, os.R_OK)]:
+                files = sorted(filter(Path.is_file, path.iterdir()))  # a volume's lost+found is nobody's to read
+                if closed := [file for file in files if not os.access(file, os.R_OK)]:
                     raise InputError(
-                        f"{key}: {path / closed[0]} cannot be read by user {os.getuid()}",
+                        f"{key}: {closed[0]} cannot be read by user {os.getuid()}",
                         "chmod -R a+rX the folder: safetensors writes weights for their owner alone",
                     )
                 continue

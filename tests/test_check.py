@@ -251,6 +251,9 @@ def test_who_may_not_read_the_weights_or_write_the_run_folder_is_told_at_once(tm
     with pytest.raises(InputError, match=r"^policy.model: .*/tokenizer.json cannot be read by user") as error:
         Run(config, tmp_path / "run", Display()).require()
     assert "chmod" in error.value.hint
+    (policy / "lost+found").mkdir()
+    closed = {policy / "lost+found"}
+    Run(config, tmp_path / "run", Display()).require()
 
 
 def test_rules_are_made_and_their_functions_imported(tmp_path):
