@@ -95,8 +95,9 @@ def test_a_killed_process_is_noticed_and_takes_its_grandchildren_along(tmp_path,
 
 
 def test_a_child_that_says_nothing_is_ended(tmp_path):
-    child = start(tmp_path, silence=1.0)
+    child = start(tmp_path)
     child.wait_for("ready")
+    child.silence = 1.0  # its imports may take longer
     with pytest.raises(ChildDied, match="said nothing for 1 s"):
         child.order("hang")
     assert gone(tmp_path)
@@ -104,8 +105,9 @@ def test_a_child_that_says_nothing_is_ended(tmp_path):
 
 def test_a_child_that_takes_no_order_is_ended(tmp_path):
     deaf = "import time; from selfplay.children import protocol; protocol().ready(); time.sleep(300)"
-    child = start(tmp_path, [sys.executable, "-c", deaf], silence=1.0)
+    child = start(tmp_path, [sys.executable, "-c", deaf])
     child.wait_for("ready")
+    child.silence = 1.0
     with pytest.raises(ChildDied, match="said nothing for 1 s"):
         child.send("add", rows="x" * 1_000_000)  # more than a pipe holds
     assert gone(tmp_path)
