@@ -607,7 +607,8 @@ class ServiceConfig(Section):
     """Seconds before the first retry; each further one waits twice as long."""
     stall_hours: Annotated[float, Field(gt=0)] = 6.0
     """Hours in which neither a stage gets on nor a process of the service says a word, after which these are ended and what
-    they did is tried again; never less than the `silence` of engine and trainer, which end one that hangs much sooner."""
+    they did is tried again; never less than the `silence` of engine and trainer, which end one that hangs much sooner. A
+    download is silent: more where a model or a data set takes longer."""
     pause_after_rejected: Positive = 3
     """Rejected rounds in a row after which the service pauses itself."""
     webhook_env: str = "SELFPLAY_WEBHOOK"
