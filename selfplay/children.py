@@ -272,10 +272,14 @@ class Child:
         """Read what the child has written; False where it has closed its output."""
         global _heard
         assert self._process is not None and self._process.stdout is not None
-        chunk = self._process.stdout.read(1 << 20)
+        try:
+            # Not through the file object: what that had read ahead `select` would not see.
+            chunk = os.read(self._process.stdout.fileno(), 1 << 20)
+        except BlockingIOError:
+            return True
         _heard = time.monotonic()
-        self._buffer += chunk or b""
-        return chunk != b""
+        self._buffer += chunk
+        return bool(chunk)
 
     def _bound_log(self) -> None:
         while not self._stopped.wait(LOG_SECONDS):
