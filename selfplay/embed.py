@@ -107,7 +107,9 @@ def _by_model(job: EmbedJob, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
             "pip install sentence-transformers, or set breadth.embedding to policy",
         ) from error
     try:
-        model = SentenceTransformer(job.embedding, trust_remote_code=job.trust_remote_code)
+        model = SentenceTransformer(
+            job.embedding, trust_remote_code=job.trust_remote_code, model_kwargs={"use_safetensors": True}
+        )
     except (OSError, ValueError) as error:
         raise TrainError(
             "input", f"breadth.embedding {job.embedding} cannot be loaded: {error}", "give a folder or a Hub id"

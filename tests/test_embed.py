@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from engine_world import write_policy
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from selfplay import artifacts, breadth
 from selfplay.children import Child, ChildError
@@ -105,9 +107,9 @@ def test_by_order_in_the_child(world, tmp_path):
             k: again[k] for k in ("kept", "clusters", "distances")
         }
         assert seen[-1]["done"] == 40
-        with pytest.raises(ChildError, match="needs the package sentence-transformers") as error:
-            child.order("embed", job=job(root, embedding="all-MiniLM-L6-v2").model_dump(mode="json"))
-        assert error.value.kind == "input" and "pip install" in error.value.hint
+        with pytest.raises(ChildError, match="cannot be loaded") as error:
+            child.order("embed", job=job(root, embedding=str(tmp_path / "none")).model_dump(mode="json"))
+        assert error.value.kind == "input" and "a folder or a Hub id" in error.value.hint
         with pytest.raises(ChildError, match="holds no checkpoint"):
             child.order("embed", job=job(root, policy=root / "none").model_dump(mode="json"))
     finally:
@@ -125,24 +127,44 @@ def test_a_damaged_policy_is_named(world, tmp_path):
     assert error.value.kind == "nonfinite"
 
 
-def test_a_sentence_transformers_model_embeds_text(world, monkeypatch):
-    """The library is not installed here: a stand-in at its place shows what it is asked."""
-    import types
+def sentence_model(folder):
+    """A small random BERT, as its own library saves it: of it sentence-transformers makes a model with mean pooling."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "number", *map(str, range(40))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
 
-    class SentenceTransformer:
-        def __init__(self, name, trust_remote_code):
-            if name != "some/model":
-                raise OSError("no such model")
 
-        def encode(self, texts, convert_to_numpy, show_progress_bar):
-            assert texts == [f"number {i}" for i in range(40)]
-            return np.arange(40)[:, None] // 20 * 10.0
+def test_a_sentence_transformers_model_embeds_text(world, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    root, prompts = world
+    folder = sentence_model(tmp_path / "model")
+    found = embed(job(root, embedding=str(folder)), lambda done: None)
+    vectors = sentence_transformers.SentenceTransformer(str(folder)).encode([p.messages[0]["content"] for p in prompts])
+    assert len(np.unique(vectors, axis=0)) == 40
+    kept, labels, distances = breadth.representatives(vectors, 12, None, 2**63 - 1)
+    assert (found["kept"], found["clusters"]) == (kept.tolist(), labels.tolist())
+    assert found["distances"] == pytest.approx(distances.tolist(), abs=1e-5)
 
-    monkeypatch.setitem(
-        sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=SentenceTransformer)
-    )
-    root, _ = world
-    found = embed(job(root, embedding="some/model", keep=2), lambda done: None)
-    assert found["kept"] == [0, 20]
-    with pytest.raises(TrainError, match="another/model cannot be loaded: no such model"):
-        embed(job(root, embedding="another/model"), lambda done: None)
+
+def test_of_a_sentence_transformers_model_no_pickle_is_loaded(world, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    folder = sentence_model(tmp_path / "model")
+    torch.save(BertModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(TrainError, match="cannot be loaded: .*model.safetensors"):
+        embed(job(world[0], embedding=str(folder)), lambda done: None)
+
+
+def test_without_the_package_a_model_of_it_is_a_clear_error(world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(TrainError, match="needs the package sentence-transformers") as error:
+        embed(job(world[0], embedding="some/model"), lambda done: None)
+    assert "pip install" in error.value.hint
