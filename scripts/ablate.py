@@ -492,6 +492,7 @@ def draw(found: dict[str, Any], against: str, path: Path) -> None:
         panel.axvline(0, color="#6b7280", linewidth=0.8)
         panel.set_title(METRICS[metric], fontsize=9)
         panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=4)
         for side in ("top", "right", "left"):
             panel.spines[side].set_visible(False)
     panels[0].set_yticks(range(len(arms)), arms)
