@@ -264,7 +264,7 @@ def require_free(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise DiskError(
-            f"{path} has {free / 1e9:.2f} GB free, the next stage needs about {needed / 1e9:.2f} GB",
+            f"the disk of {path} has {free / 1e9:.2f} GB free, the next stage needs about {needed / 1e9:.2f} GB",
             "free some space, or keep fewer policies (retention.last), then run the same command again",
         )
 
