@@ -233,7 +233,7 @@ def pool(args: argparse.Namespace, world: int) -> Path:
 
 def write_pool(args: argparse.Namespace, world: int) -> None:
     """Of each skill's train questions one in all its wordings and twelve others (or what there is) in one wording each."""
-    from selfplay import tiny, tiny_rewriter
+    from selfplay.worlds import tiny, tiny_rewriter
 
     wordings: dict[str, dict[str, list[str]]] = {}  # skill → matter → prompts
     for line in (world_dir(world) / "current" / "train.jsonl").read_text().splitlines():
@@ -307,9 +307,9 @@ def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str])
     from rich.console import Console
 
     from selfplay.config import load
-    from selfplay.display import Display
-    from selfplay.round import run_round
-    from selfplay.run import Run
+    from selfplay.reporting.terminal import Display
+    from selfplay.rounds.round import run_round
+    from selfplay.rounds.run import Run
 
     folders = {name: work / fingerprint(args, name) for name in args.arms[: args.arms.index(arm) + 1]}
     run_dir = folders.pop(arm)
@@ -338,7 +338,7 @@ def assignments(settings: dict[str, Any]) -> list[str]:
 
 def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
     """What came of a run: means over the answers of the last policy to all held-out prompts, and what it cost."""
-    from selfplay import artifacts
+    from selfplay.storage import artifacts
     from selfplay.types import Scored
 
     folder = run_dir / "rounds" / f"{rounds:04d}" / "evaluate"

@@ -4,7 +4,7 @@
 For the policy and the pairs of a run's last round («tiny») and for a random Llama of hidden 512, 4 layers and 32k words
 («wide»), in batches of 16 pairs of like length, forward and backward, no optimizer, one thread:
 
-    features   selfplay.features, all layers: projected gradients of each pair
+    features   selfplay.methods.features, all layers: projected gradients of each pair
     plain      one forward and backward a batch, with weight gradients, the logits of the responses whole
     lean       the same with training's fused log-probabilities, no logits
     one        one backward a pair to the weights of the same layers, then the same projections (LESS); logits whole
@@ -64,9 +64,9 @@ def main() -> None:
 
 def make_run(run_dir: Path, count: int) -> None:
     from selfplay.config import load
-    from selfplay.display import Display
-    from selfplay.round import run_round
-    from selfplay.run import Run
+    from selfplay.reporting.terminal import Display
+    from selfplay.rounds.round import run_round
+    from selfplay.rounds.run import Run
 
     config = load(ROOT / "configs" / "tiny.yaml", ["depth.method=gradient", "evaluate.gate.win_rate_lower=0"])
     with Run(config, run_dir, Display()) as run:
@@ -79,8 +79,8 @@ def make_run(run_dir: Path, count: int) -> None:
 
 def of_run(run_dir: Path) -> tuple[Any, list[dict[str, Any]]]:
     """The policy that sampled the last round, and that round's kept base pairs."""
-    from selfplay import weights
-    from selfplay.depth_job import read_pairs
+    from selfplay.models import weights
+    from selfplay.training.depth_job import read_pairs
 
     folder, policy = last_round(run_dir)
     return weights.load(policy).eval(), read_pairs(folder / "pairs" / "pairs.parquet")
@@ -109,8 +109,8 @@ def step(case: str, model: Any, pairs: list[dict[str, Any]], repeats: int) -> No
     """Time and memory of each arm over the pairs, and how they compare."""
     import torch
 
-    from selfplay.depth_job import batches, collate, tokens
-    from selfplay.features import PairGradients
+    from selfplay.methods.features import PairGradients
+    from selfplay.training.depth_job import batches, collate, tokens
 
     parts = batches([tokens(pair) for pair in pairs], BATCH)
     together = [collate([pairs[i] for i in part]) for part in parts]
@@ -175,7 +175,7 @@ def response(batch: Batch) -> tuple[Any, Any]:
 
 def plain_logps(model: Any, batch: Batch) -> Any:
     """log π of the response tokens, from logits that exist whole."""
-    from selfplay.epsilon_dpo import chosen_logps
+    from selfplay.methods.epsilon_dpo import chosen_logps
 
     mask, targets = response(batch)
     logits = model(
@@ -187,7 +187,7 @@ def plain_logps(model: Any, batch: Batch) -> Any:
 
 def fused_logps(model: Any, batch: Batch) -> Any:
     """log π of the response tokens, as training makes them."""
-    from selfplay.epsilon_dpo import lean_logps
+    from selfplay.methods.epsilon_dpo import lean_logps
 
     mask = batch["completion_mask"][:, 1:].bool()
     targets = batch["input_ids"][:, 1:][mask]
@@ -200,7 +200,7 @@ def fused_logps(model: Any, batch: Batch) -> Any:
 
 def losses(logp: Any, batch: Batch) -> Any:
     """Losses (B,) where the policy is its own reference."""
-    from selfplay.epsilon_dpo import pair_losses
+    from selfplay.methods.epsilon_dpo import pair_losses
 
     mask, _ = response(batch)
     chosen, rejected = mask_sum(logp - logp.detach(), mask).chunk(2)
@@ -223,7 +223,7 @@ def one_by_one(model: Any, layers: dict[str, Any], alone: list[Batch], logps: Ca
     """Features (B, dim) from one backward a pair to the chosen weights."""
     import torch
 
-    from selfplay.features import projection
+    from selfplay.methods.features import projection
 
     weights = [layer.weight for layer in layers.values()]
     projections = [projection(0, name, tuple(layer.weight.shape), DIM) for name, layer in layers.items()]
@@ -268,8 +268,8 @@ def resident(name: str) -> float:
 
 def last_round(run_dir: Path) -> tuple[Path, Path]:
     """The folder of the last finished round, and the policy that sampled it."""
-    from selfplay.policies import Policies
-    from selfplay.store import Store
+    from selfplay.storage.ledger import Store
+    from selfplay.storage.policies import Policies
 
     store = Store(run_dir)
     row = [row for row in store.rounds() if row["state"] in ("promoted", "rejected")][-1]
@@ -279,7 +279,7 @@ def last_round(run_dir: Path) -> tuple[Path, Path]:
 
 def rounds(run_dir: Path, folder: Path, repeats: int) -> None:
     """The share of the features in whole rounds, and what fewer layers change."""
-    from selfplay.store import Store
+    from selfplay.storage.ledger import Store
 
     store = Store(run_dir)
     found = [(sum(store.seconds(r["round"]).values()), store.metrics(r["round"])) for r in store.rounds()]
@@ -302,9 +302,10 @@ def fewer_layers(run_dir: Path, folder: Path, config: dict[str, Any], repeats: i
     import numpy as np
     import pyarrow.parquet as pq
 
-    from selfplay import depth, features, weights
-    from selfplay.depth_job import features as do
-    from selfplay.jobs import FeaturesJob, LoraJob
+    from selfplay.methods import depth, features
+    from selfplay.models import weights
+    from selfplay.training.depth_job import features as do
+    from selfplay.training.jobs import FeaturesJob, LoraJob
 
     round_folder, policy = last_round(run_dir)
     blocks = int(next(reversed(features.linear_layers(weights.load(policy)))).partition(".")[0]) + 1
@@ -365,7 +366,7 @@ def directions(found: Any, clusters: int) -> None:
     """What there is for clusters to find in features (n, d) of all layers."""
     import numpy as np
 
-    from selfplay import depth
+    from selfplay.methods import depth
 
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
     cosines = (unit @ unit.T)[np.triu_indices(len(unit), 1)]

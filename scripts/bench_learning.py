@@ -45,8 +45,8 @@ def main() -> None:
 
 def show(seed: int, run_dir: Path) -> bool:
     """Print one seed's table and whether it meets the lines; rounds whose candidate was rejected repeat the champion."""
-    from selfplay import artifacts
-    from selfplay.store import Store
+    from selfplay.storage import artifacts
+    from selfplay.storage.ledger import Store
     from selfplay.types import Scored
 
     store = Store(run_dir)

@@ -55,8 +55,8 @@ def main() -> int:
 
 def make(run_dir: Path, rounds: int, pairs: int) -> None:
     """A ledger of made-up rounds. Written in bulk: through `Store` each stage would be a transaction of its own."""
-    from selfplay.page_charts import METRICS
-    from selfplay.store import Store
+    from selfplay.storage.ledger import Store
+    from selfplay.web.page.charts import METRICS
 
     run_dir.mkdir(parents=True, exist_ok=True)
     store = Store(run_dir)
@@ -108,9 +108,9 @@ def row(rng: random.Random, n: int, i: int, rounds: int) -> tuple[object, ...]:
 
 
 def bench(run_dir: Path, loads: int, browse: bool) -> int:
-    from selfplay.api import create_app
     from selfplay.config import load
-    from selfplay.server import serve_in_thread
+    from selfplay.web.api import create_app
+    from selfplay.web.server import serve_in_thread
 
     progress = {
         "state": "running",

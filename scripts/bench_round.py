@@ -52,9 +52,9 @@ def main() -> None:
 
 def bench(config_path: str, overrides: list[str], repeats: int) -> None:
     from selfplay.config import load
-    from selfplay.display import Display
-    from selfplay.round import run_round
-    from selfplay.run import Run
+    from selfplay.reporting.terminal import Display
+    from selfplay.rounds.round import run_round
+    from selfplay.rounds.run import Run
 
     found: dict[str, list[tuple[float, float]]] = {"ours": [], "chain": [], "tuned": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def bench(config_path: str, overrides: list[str], repeats: int) -> None:
 
 def cpu_seconds(run_dir: Path) -> float:
     """User and system seconds of this process, its ended children and the living ones of the run."""
-    from selfplay.children import marked
+    from selfplay.processes.children import marked
 
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = resource.getrusage(resource.RUSAGE_SELF)
@@ -109,7 +109,7 @@ def chain(run_dir: Path, folder: Path, tuned: bool) -> None:
         "folder": str(folder),
         "config": None,
     }
-    from selfplay.store import Store
+    from selfplay.storage.ledger import Store
 
     store = Store(run_dir)
     job["config"] = store.config(store.rounds()[-1]["round"])
@@ -139,7 +139,7 @@ def chain(run_dir: Path, folder: Path, tuned: bool) -> None:
 def chain_generate(job: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
 
-    from selfplay import artifacts
+    from selfplay.storage import artifacts
     from selfplay.types import Prompt
 
     config = job["config"]

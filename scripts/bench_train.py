@@ -6,7 +6,7 @@ and backward, no optimizer; float32 on the CPU. Arms:
 
     trl      TRL's DPOTrainer(loss_type="sigmoid"), whose fused head gives log-probabilities and a few statistics
     plain    ε-DPO with both models' logits of the response window whole (tests/plain_epsilon_dpo.py)
-    lean     ε-DPO as selfplay.train does it
+    lean     ε-DPO as selfplay.training.epsilon_dpo does it
 
 Each repeat of each arm is a process of its own, the arms interleaved; a tiny batch goes first, so that libraries are
 warm. Wall and CPU seconds of the one step; memory: the peak resident set during the step less that before it. The split
@@ -126,7 +126,7 @@ def build(arm: str, vocabulary: int, prompt: int, response: int, folder: str) ->
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
-    from selfplay.train import EpsilonDPOConfig, EpsilonDPOTrainer
+    from selfplay.training.epsilon_dpo import EpsilonDPOConfig, EpsilonDPOTrainer
 
     class Tokenised(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:

@@ -28,8 +28,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from selfplay import artifacts, children, paging  # noqa: E402
-from selfplay.store import RunLock, Store  # noqa: E402
+from selfplay.processes import children  # noqa: E402
+from selfplay.storage import artifacts, paging  # noqa: E402
+from selfplay.storage.ledger import RunLock, Store  # noqa: E402
 
 SETTINGS = [
     "prompts.per_round=32", "generate.candidates=4", "generate.shard_prompts=8", "generate.engine.restarts=50", "pairs.keep=1.0",

@@ -2,7 +2,7 @@
 
     python scripts/make_tiny.py [--out .cache/tiny] [--size full|mini] [--seed 0]
 
-1. prompts: the questions of `selfplay.tiny`, split by a hash of their text;
+1. prompts: the questions of `selfplay.worlds.tiny`, split by a hash of their text;
 2. policy: a byte-level BPE and a Llama of about 1 M parameters, trained on answers of mixed quality;
 3. samples: that policy answers train prompts, the gold rubric grades the answers;
 4. reward: a sequence classifier on the policy's body, Bradley-Terry on graded groups of answers;
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from selfplay import tiny
+from selfplay.worlds import tiny
 
 if TYPE_CHECKING:
     import torch
@@ -534,7 +534,7 @@ def read_world(folder: Path) -> dict[str, Any] | None:
 
 def build(recipe: Recipe, target: Path) -> None:
     """Runs the workers and renames what they made to `target`. Raises RuntimeError when one of them fails."""
-    from selfplay.artifacts import sync, sync_tree
+    from selfplay.storage.artifacts import sync, sync_tree
 
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.mkdir(parents=True)

@@ -30,6 +30,6 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = arguments()
-    from selfplay.rounds import leave, run_rounds
+    from selfplay.rounds.command import leave, run_rounds
 
     leave(run_rounds(args.config, args.set, args.run_dir, args.rounds, args.report))

@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from chaos import SETTINGS, Served, world  # noqa: E402
 
-from selfplay import children  # noqa: E402
-from selfplay.store import Store  # noqa: E402
+from selfplay.processes import children  # noqa: E402
+from selfplay.storage.ledger import Store  # noqa: E402
 
 SMALLEST = [
     "prompts.per_round=8", "generate.candidates=2", "train.batch_pairs=4", "train.micro_batch_pairs=4", "train.epochs=1",

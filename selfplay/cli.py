@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from selfplay.store import Store
+    from selfplay.storage.ledger import Store
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -38,7 +38,7 @@ def main() -> None:
             print(f"what to do: {error.hint}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
-        from selfplay.store import LedgerError  # not before: it takes a third of a second
+        from selfplay.storage.ledger import LedgerError  # not before: it takes a third of a second
 
         if not isinstance(error, LedgerError):
             raise
@@ -65,7 +65,7 @@ def _folder(config: Path, sets: list[str], run_dir: Path | None) -> Path:
 
 
 def _store(config: Path, sets: list[str], run_dir: Path | None) -> Store:
-    from selfplay.store import Store
+    from selfplay.storage.ledger import Store
 
     return Store(_folder(config, sets, run_dir))
 
@@ -79,8 +79,8 @@ def init(
 ) -> None:
     """Write a configuration to start from."""
     from selfplay.config import load
+    from selfplay.config.starter import starter
     from selfplay.errors import ConfigError, InputError
-    from selfplay.starter import starter
 
     if path.exists():
         raise InputError(f"{path} is there already", "name another file")
@@ -105,11 +105,11 @@ def check(
     from rich.table import Column, Table
     from rich.text import Text
 
-    from selfplay.check import check
-    from selfplay.check_models import loads
-    from selfplay.check_webhook import takes
+    from selfplay.checks.check import check
+    from selfplay.checks.models import loads
+    from selfplay.checks.plan import plan
+    from selfplay.checks.webhook import takes
     from selfplay.config import load
-    from selfplay.plan import plan
 
     settings = load(config, set_)
     console = Console(highlight=False)
@@ -139,7 +139,7 @@ def round_(
     report: Annotated[bool, typer.Option(help="Write report.html and report.png at the end.")] = False,
 ) -> None:  # fmt: skip
     """Run one round (or up to --rounds), an unfinished one first."""
-    from selfplay.rounds import leave, run_rounds
+    from selfplay.rounds.command import leave, run_rounds
 
     leave(run_rounds(config, set_, run_dir, rounds, report))
 
@@ -147,8 +147,8 @@ def round_(
 @app.command()
 def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """Run rounds on schedule, with API and page, until told to stop."""
-    from selfplay.rounds import leave
-    from selfplay.service import serve
+    from selfplay.rounds.command import leave
+    from selfplay.service.serve import serve
 
     leave(serve(config, set_, run_dir))
 
@@ -156,8 +156,8 @@ def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
 @app.command()
 def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """What the service does now."""
-    from selfplay import paging
-    from selfplay.policies import Policies
+    from selfplay.storage import paging
+    from selfplay.storage.policies import Policies
 
     store = _store(config, set_, run_dir)
     service: dict[str, Any] = store.state("service") or {}
@@ -194,7 +194,7 @@ def _serves(pid: int | None) -> bool:
 @app.command()
 def rounds(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """One line a round."""
-    from selfplay.display import Display
+    from selfplay.reporting.terminal import Display
 
     store = _store(config, set_, run_dir)
     Display().run_table(store)
@@ -207,9 +207,9 @@ def show(
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
     """The table of one round, and what happened in it."""
-    from selfplay.display import Display
     from selfplay.errors import InputError
-    from selfplay.round import report
+    from selfplay.reporting.terminal import Display
+    from selfplay.rounds.round import report
 
     store = _store(config, set_, run_dir)
     known = {row["round"]: row["state"] for row in store.rounds()}
@@ -236,7 +236,7 @@ def _orders(
     """The same with several orders; exit code 2 where one is refused."""
     import time
 
-    from selfplay.orders import submit
+    from selfplay.service.orders import submit
 
     store = _store(config, sets, run_dir)
     waiting = [submit(store, kind, arguments, "cli") for kind, arguments in given]
@@ -309,8 +309,8 @@ def add_prompts(
     from collections import Counter
 
     from selfplay.errors import InputError
-    from selfplay.importer import read_file
-    from selfplay.orders import MAX_PROMPTS, why_not_stored
+    from selfplay.prompts.importer import read_file
+    from selfplay.service.orders import MAX_PROMPTS, why_not_stored
 
     rows: list[dict[str, Any]] = []
     unreadable = Counter[str]()
@@ -339,7 +339,7 @@ def reload(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
 @app.command()
 def report(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """Write report.html and report.png."""
-    from selfplay.report import main as write
+    from selfplay.reporting.report import main as write
 
     raise typer.Exit(write([str(_folder(config, set_, run_dir))]))
 
@@ -356,8 +356,8 @@ def export(
     Each with a card that says where it comes from. Nothing that is there already is written over.
     """
     from selfplay.errors import InputError
-    from selfplay.export import export_pairs, export_policy
-    from selfplay.policies import Policies
+    from selfplay.reporting.export import export_pairs, export_policy
+    from selfplay.storage.policies import Policies
 
     if what not in ("pairs", "policy"):
         raise InputError(f"cannot export {what!r}", "pairs or policy")

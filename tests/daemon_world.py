@@ -16,11 +16,11 @@ import pytest
 from mini import TINY, overrides
 from rich.console import Console
 
-from selfplay import daemon, orders
-from selfplay.daemon import Daemon
-from selfplay.display import Display
-from selfplay.run import Run
-from selfplay.store import Store
+from selfplay.reporting.terminal import Display
+from selfplay.rounds.run import Run
+from selfplay.service import daemon, orders
+from selfplay.service.daemon import Daemon
+from selfplay.storage.ledger import Store
 
 NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
 

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfplay import artifacts, policies
 from selfplay.config import Config
+from selfplay.storage import artifacts, policies
 from selfplay.types import Policy
 
 EOS, VOCAB = 2, 280

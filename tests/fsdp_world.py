@@ -16,8 +16,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_head import WORDS, build  # noqa: E402
 
-from selfplay import head  # noqa: E402
-from selfplay.epsilon_dpo import fused_logps  # noqa: E402
+from selfplay.methods import head  # noqa: E402
+from selfplay.methods.epsilon_dpo import fused_logps  # noqa: E402
 
 
 def shard(model: Any, tied: bool) -> Any:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from selfplay import artifacts
-from selfplay.children import marked
 from selfplay.config import Config, load
-from selfplay.display import Display
 from selfplay.errors import StageFailed
-from selfplay.round import run_round
-from selfplay.run import Run
+from selfplay.processes.children import marked
+from selfplay.reporting.terminal import Display
+from selfplay.rounds.round import run_round
+from selfplay.rounds.run import Run
+from selfplay.storage import artifacts
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -48,7 +48,7 @@ def overrides(world: Path) -> list[str]:
     ]
 
 
-RULES = "selfplay.tiny_rewriter:rewrite"
+RULES = "selfplay.worlds.tiny_rewriter:rewrite"
 CALM = (
     "breadth.method=clusters",
     "evolve.every=1",
@@ -128,7 +128,7 @@ class Opened:
         with pytest.raises(StageFailed) as error:
             self.round(*settings)
         assert error.value.exit_code == 3
-        assert not [pid for pid, words in commands(self.run.dir) if "selfplay.trainer" in words]
+        assert not [pid for pid, words in commands(self.run.dir) if "selfplay.training.trainer" in words]
         self.run.display.error(error.value)
         return self._heard()
 

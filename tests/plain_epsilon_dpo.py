@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfplay.epsilon_dpo import chosen_logps, epsilon_steps, pair_betas, pair_losses
-from selfplay.train import EpsilonDPOTrainer
+from selfplay.methods.epsilon_dpo import chosen_logps, epsilon_steps, pair_betas, pair_losses
+from selfplay.training.epsilon_dpo import EpsilonDPOTrainer
 
 
 def plain_logps(

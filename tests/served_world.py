@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from selfplay import artifacts
 from selfplay.config import Config, load
-from selfplay.policies import Manifest, Policies
-from selfplay.store import Store
+from selfplay.storage import artifacts
+from selfplay.storage.ledger import Store
+from selfplay.storage.policies import Manifest, Policies
 from selfplay.types import Pair, Prompt
 
 ROOT = Path(__file__).parents[1]
@@ -167,9 +167,9 @@ class Progress:
 
 
 def main(run_dir: Path, *overrides: str) -> None:
-    from selfplay.access import read_token
-    from selfplay.api import create_app
-    from selfplay.server import serve_in_thread
+    from selfplay.web.access import read_token
+    from selfplay.web.api import create_app
+    from selfplay.web.server import serve_in_thread
 
     artifacts.leave_pandas_out()
     settings, progress = config(*overrides), Progress()

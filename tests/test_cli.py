@@ -13,13 +13,16 @@ from daemon_world import waiting
 from mini import ROOT, TINY, overrides
 from typer.testing import CliRunner
 
-from selfplay import cli, policies, report, store
+from selfplay import cli
 from selfplay import config as configuration
-from selfplay.check import check
+from selfplay.checks.check import check
+from selfplay.checks.plan import plan
 from selfplay.errors import InputError
-from selfplay.orders import MAX_PROMPTS
-from selfplay.plan import plan
-from selfplay.store import Store
+from selfplay.reporting import report
+from selfplay.service.orders import MAX_PROMPTS
+from selfplay.storage import ledger as store
+from selfplay.storage import policies
+from selfplay.storage.ledger import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -260,10 +263,15 @@ def test_check_of_schedule_tracker_and_functions(mini_world, tmp_path):
     )
     level, text = finding(settings, "schedule", tmp_path)
     assert level == "ok" and text.endswith("03:30 JST") and text.startswith("cron: if it began now, first at 2")
-    assert finding(settings, "evaluate.gold", tmp_path) == ("ok", "selfplay.tiny:grade can be imported")
+    assert finding(settings, "evaluate.gold", tmp_path) == ("ok", "selfplay.worlds.tiny:grade can be imported")
     settings = configuration.load(
         TINY,
-        [*overrides(mini_world), "schedule.mode=cron", "schedule.cron=30 3 31 2 *", "evaluate.gold=selfplay.tiny:grad"],
+        [
+            *overrides(mini_world),
+            "schedule.mode=cron",
+            "schedule.cron=30 3 31 2 *",
+            "evaluate.gold=selfplay.worlds.tiny:grad",
+        ],
     )
     assert (
         finding(settings, "schedule", tmp_path)[0] == "error"

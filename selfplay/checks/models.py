@@ -1,0 +1,176 @@
+"""Looks at models: what their folders hold, how much they read, and, in a process of its own, whether they load.
+
+`python -m selfplay.checks.models JSON` is that process: it builds each model from its config without memory for weights
+(PyTorch's meta device), compares it with the names and shapes in its safetensors files, and renders a conversation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from selfplay.checks.finding import Finding
+from selfplay.config import Config
+from selfplay.processes.children import quick_imports
+from selfplay.rounds.run import num_labels
+from selfplay.storage import policies
+
+SECONDS = 300.0  # for the imports of the process that loads; a model itself takes a moment
+
+
+def named(config: Config) -> dict[str, str]:
+    """All models of a configuration, folders and Hub ids, by the key that names them."""
+    rewards = config.reward_sources() | config.judge_sources()
+    models = {"policy.model": config.policy.model, **{f"{key}.model": source.model for key, source in rewards.items()}}
+    return {key: model for key, model in models.items() if model is not None}
+
+
+def elements(model: str | None) -> int | None:
+    """Parameters of a checkpoint, from its safetensors headers; None where it is no folder."""
+    if model is None or not Path(model).is_dir():
+        return None
+    return sum(math.prod(shape) for _, shape in policies.tensors(Path(model)).values())
+
+
+def folders(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether each model is there and whole, with what it needs to be given conversations."""
+    rewards = config.reward_sources() | config.judge_sources()
+    for key, model in named(config).items():
+        source = rewards.get(key.removesuffix(".model"))
+        labels = 1 if source and not source.heads and not source.trust_remote_code else None
+        path = Path(model)
+        if not path.is_dir():
+            yield _on_the_hub(key, model)
+            continue
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if labels is not None and (n := num_labels(path)) != labels:
+            yield Finding(about=key, level="error", text=f"{model} has {n} labels; a reward model has 1")
+            continue
+        size = elements(model) or 0
+        if lack := _lacks(path):
+            yield Finding(about=key, level="error", text=f"{model} has no {lack}")
+            continue
+        yield Finding(
+            about=key,
+            level="ok",
+            text=f"{model}: {settings.get('architectures', ['?'])[0]}, {size / 1e6:,.1f} M parameters, whole",
+        )
+
+
+def _lacks(model: Path) -> str | None:
+    """What a folder needs beside its weights to be given conversations, and lacks."""
+    settings = model / "tokenizer_config.json"
+    known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if not known and not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return "tokenizer"
+    if (
+        known.get("chat_template")
+        or (model / "chat_template.jinja").is_file()
+        or (model / "chat_template.json").is_file()
+    ):
+        return None
+    return "chat template: use an instruct model, or add chat_template.jinja"
+
+
+def _on_the_hub(key: str, model: str) -> Finding:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if model.count("/") != 1 or model.startswith((".", "/")):
+        return Finding(about=key, level="error", text=f"{model}: no such folder")
+    try:
+        files = [s.rfilename for s in HfApi().model_info(model, timeout=10).siblings or []]
+    except (HfHubHTTPError, OSError, httpx.HTTPError) as error:
+        reason = type(error).__name__
+        return Finding(
+            about=key,
+            level="warning",
+            text=f"{model}: the Hub could not be asked ({reason}); a copy in the cache may do",
+        )
+    if not any(name.endswith(".safetensors") for name in files):
+        return Finding(about=key, level="error", text=f"{model} has no safetensors on the Hub")
+    return Finding(about=key, level="ok", text=f"{model}: on the Hub, with safetensors")
+
+
+def context(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether the policy reads as many tokens as engine and trainer will give it."""
+    path = Path(config.policy.model) / "config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    limit = (settings.get("text_config") or settings).get("max_position_embeddings")
+    if not isinstance(limit, int):
+        return
+    asked = {
+        "prompts.max_tokens + generate.max_tokens + 1": config.prompts.max_tokens + config.generate.max_tokens + 1,
+        "generate.engine.max_model_len": config.generate.engine.max_model_len or 0,
+        "train.max_length": config.train.max_length,
+    }
+    over = [f"{name} is {length}" for name, length in asked.items() if length > limit]
+    said = f"the policy reads up to {limit} tokens" + (f", but {', '.join(over)}" if over else "")
+    yield Finding(about="context", level="error" if over else "ok", text=said)
+
+
+def loads(config: Config) -> list[Finding]:
+    """Whether the models that are folders load: a finding for each. Takes the seconds that importing PyTorch takes."""
+    rewards = config.reward_sources() | config.judge_sources()
+    asked = []
+    for key, model in named(config).items():
+        source = rewards.get(key.removesuffix(".model"))
+        trust = config.policy.trust_remote_code if source is None else source.trust_remote_code
+        if (Path(model) / "config.json").is_file():
+            asked.append({"key": key, "model": model, "policy": source is None, "trust_remote_code": trust})
+    if not asked:
+        return []
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "selfplay.checks.models", json.dumps(asked)],
+        capture_output=True, text=True, timeout=SECONDS,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return [Finding(about="models", level="error", text=f"the process that loads them ended: {last}")]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return [
+        Finding(about=f"{row['key']} loads", level="error" if why else "ok", text=why or "names and shapes fit, a chat is rendered")
+        for row, why in zip(asked, answers, strict=True)
+    ]  # fmt: skip
+
+
+def _why_not(row: dict[str, Any]) -> str | None:
+    """Why a model cannot be loaded, None where it can: as trainer and reward server load it, with no memory for weights."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from selfplay.prompts import importer
+
+    own_code = {"trust_remote_code": row["trust_remote_code"]}
+    kind = AutoModelForCausalLM if row["policy"] else AutoModelForSequenceClassification
+    try:
+        _, report = kind.from_pretrained(row["model"], device_map="meta", output_loading_info=True, **own_code)
+        if bad := sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]]):
+            return (
+                f"its files lack {len(bad)} tensors of the model, or have them in another shape: {', '.join(bad[:3])}"
+            )
+        chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+        if row["policy"]:
+            importer.template(importer.load_tokenizer(Path(row["model"]), row["trust_remote_code"]))(chat[:1])
+        else:
+            AutoTokenizer.from_pretrained(row["model"], **own_code).apply_chat_template(chat)
+    except Exception as error:  # the boundary: readers of configs, tokenizers and templates raise whatever they like
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return None
+
+
+if __name__ == "__main__":
+    with quick_imports():
+        import transformers.models.auto  # noqa: F401
+    print(json.dumps([_why_not(row) for row in json.loads(sys.argv[1])]))

@@ -1,0 +1,56 @@
+"""What a round will do, in numbers, before it does it."""
+
+from __future__ import annotations
+
+import math
+
+from selfplay.checks.machine import GIB, policy_bytes
+from selfplay.checks.models import elements
+from selfplay.config import Config
+from selfplay.errors import CheckpointError
+from selfplay.methods import gate
+
+TOKEN_BYTES = 16  # of a sampled token in the artifacts: its id and its text
+
+
+def plan(config: Config) -> list[tuple[str, str]]:
+    """(what, how much) of a round. Upper bounds where lengths decide."""
+    prompts, k, evaluate = config.prompts.per_round, config.generate.candidates, config.evaluate
+    kept = max(1, int(config.pairs.keep * prompts))
+    trained = kept if config.depth.method == "none" else round(kept * config.depth.pairs_per_prompt)
+    steps = math.ceil(trained / config.train.batch_pairs) * config.train.epochs
+    answers = 2 * evaluate.prompts
+    audited = evaluate.audit_prompts if evaluate.audit_every else 0
+    rewrites = int(config.evolve.top * prompts) if config.evolve.every and config.evolve.rewriter == "policy" else 0
+    longest = config.generate.max_tokens
+    sampled = (prompts * k + answers + audited + rewrites) * longest
+    drawn = f"{prompts}, {k} candidates each: {prompts * k:,}"
+    if config.breadth.method != "none":
+        drawn += f"; {math.ceil(prompts * config.breadth.oversample):,} are drawn, to choose from"
+    evaluation = f"{answers} answers to {evaluate.prompts} held-out prompts"
+    if audited:
+        often = "every round" if evaluate.audit_every == 1 else f"every {evaluate.audit_every} rounds"
+        evaluation += f"; {often} {audited} more to the audit set (the first time twice as many)"
+    rows = [
+        ("prompts", drawn),
+        ("tokens", f"up to {prompts * k * longest:,} for candidates ({longest} a response), {sampled:,} with all else"),
+        (
+            "pairs",
+            f"up to {prompts} base pairs, {kept} kept, {trained} trained on in {steps} steps of {config.train.batch_pairs}",
+        ),
+        ("evaluation", evaluation),
+    ]
+    if rewrites:
+        rows.insert(3, ("rewrites", f"{rewrites} prompts, every {config.evolve.every} rounds"))
+    try:
+        count = elements(config.policy.model)
+    except CheckpointError:  # what is wrong with the folder, the look at models says
+        count = None
+    if count is not None:
+        size = (sampled * TOKEN_BYTES + policy_bytes(config, count)) / GIB
+        rows.append(("disk", f"up to {size:.2f} GiB a round, retention aside"))
+    chances = " · ".join(
+        f"{p:.2f} → {gate.power(evaluate.prompts, p, evaluate.gate):.0%}" for p in (0.47, 0.5, 0.53, 0.56, 0.6)
+    )
+    rows.append(("gate", f"chance to pass by true win rate, at {evaluate.prompts} prompts: {chances}"))
+    return rows

@@ -1,0 +1,47 @@
+"""Looks at the webhook of the alerts: does it answer, and, where that is asked for, does it take one?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+
+from selfplay.checks.finding import Finding
+from selfplay.config import Config
+from selfplay.service.alerts import REFUSED, post, said
+
+TEST = "a test by selfplay check: nothing is wrong"
+SECONDS = 10.0  # for an answer
+
+
+def answers(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Asks with a HEAD, which no receiver takes for an alert; any status is an answer. The URL is a secret."""
+    name = config.service.webhook_env
+    if not (url := os.environ.get(name)):
+        yield Finding(about="webhook", level="ok", text=f"none: ${name} is not set, so alerts are posted nowhere")
+        return
+    try:
+        status = httpx.head(url, timeout=SECONDS).status_code
+    except Exception as error:  # of the network, the URL, the certificates
+        yield Finding(about="webhook", level="warning", text=f"the address in ${name} does not answer ({said(error)})")
+        return
+    text = f"the address in ${name} answers ({status} to a HEAD); --test-webhook tells whether it takes an alert"
+    yield Finding(about="webhook", level="ok", text=text)
+
+
+def takes(config: Config) -> Finding:
+    """Posts an alert that says it is a test."""
+    name = config.service.webhook_env
+    if not (url := os.environ.get(name)):
+        return Finding(about="webhook", level="error", text=f"${name} is not set: there is nowhere to post to")
+    alert = {"run": config.run.name, "kind": "test", "text": TEST, "time": datetime.now(UTC).isoformat()}
+    try:
+        status = post(url, alert)
+    except Exception as error:  # as above
+        return Finding(about="webhook", level="error", text=f"it does not take a test alert ({said(error)})")
+    if status in REFUSED:
+        return Finding(about="webhook", level="error", text=f"it refuses a test alert ({status})")
+    return Finding(about="webhook", level="ok", text=f"it took a test alert ({status})")

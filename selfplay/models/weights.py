@@ -1,0 +1,154 @@
+"""Checkpoints of the trainer: load them strictly, write a policy that a generator can serve, measure what changed.
+
+A policy folder is a plain Hugging Face checkpoint in the serving dtype; where that is not float32, its `masters/` is
+the same checkpoint in float32, from which the next round trains: a small learning rate vanishes in bf16 weights.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from selfplay.errors import TrainError
+from selfplay.methods.epsilon_dpo import chosen_logps
+from selfplay.storage.policies import MASTERS
+
+logger = logging.getLogger(__name__)
+
+# What belongs to the tokenizer, the chat template and generation: never rewritten, only copied.
+COPIED = ("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model", "*.tiktoken",
+          "chat_template*", "additional_chat_templates/*", "generation_config.json", "*.py")  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the host or the device ran out of memory."""
+    told = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error).lower() for words in told)
+
+
+def free_memory() -> int | None:
+    """Bytes that this process could take on its GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def require_memory(policy: Any, reference: Any = None, *, of_policy: int = 1, processes: int = 1) -> None:
+    """Raise TrainError («oom») where the GPU lacks what is to be kept on it, activations apart.
+
+    `of_policy`: how many times the policy's size; 4 where all weights are trained, each with a gradient and AdamW's two
+    moments. Of `processes` that may shard the models each is asked for its share.
+    """
+    held = [
+        sum(p.numel() * p.element_size() for p in m.parameters()) if m is not None else 0 for m in (policy, reference)
+    ]
+    needed = (held[0] * of_policy + held[1]) // processes
+    free = free_memory()
+    if free is not None and free < needed:
+        raise TrainError(
+            "oom",
+            f"out of memory: the GPU has {free / 2**30:.1f} GiB free, and weights{', gradients and optimizer' * (of_policy > 1)} "
+            f"alone take {needed / 2**30:.1f} GiB",
+            "see in nvidia-smi what else holds its memory, set train.lora, or give the trainer GPUs of its own (placement) "
+            "and more of them (train.accelerate)",
+        )
+
+
+def masters(policy: Path) -> Path:
+    """The folder with the float32 weights of a policy: its masters, or itself."""
+    return policy / MASTERS if (policy / MASTERS).is_dir() else policy
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
+    """The causal language model of a checkpoint folder, in `dtype`, on the CPU.
+
+    Raises TrainError («input») for a folder that is not a whole checkpoint: missing, truncated or mis-shaped tensors.
+    """
+    hint = "check the folder against its manifest, or take the policy before it"
+    if not (folder / "config.json").is_file():
+        raise TrainError("input", f"{folder} holds no checkpoint: config.json is missing", hint)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        raise TrainError("input", f"{folder} cannot be loaded: {error}", hint) from error
+    if bad := sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]]):
+        raise TrainError("input", f"{folder} lacks {len(bad)} tensors of its model, or has them in another shape: "
+                         f"{', '.join(bad[:3])}", hint)  # fmt: skip
+    if report["unexpected_keys"]:
+        logger.warning("%s: tensors that the model does not have: %s", folder, sorted(report["unexpected_keys"])[:10])
+    return model
+
+
+def export(model: Any, config_from: Path, initial: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write `model` (float32, plain) as a policy to `out`, with masters unless `dtype` is float32. Converts the model.
+
+    The config is that of `config_from` with another dtype: the one in memory has seen the trainer's changes. Tokenizer,
+    chat template and generation config are the bytes of `initial`.
+    """
+    if dtype != torch.float32:
+        _write(model, config_from, initial, out / MASTERS, torch.float32)
+    _write(model, config_from, initial, out, dtype)
+
+
+def _write(model: Any, config_from: Path, initial: Path, out: Path, dtype: torch.dtype) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(dtype).save_pretrained(out)
+    config = json.loads((config_from / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for written in out.glob("*.safetensors"):  # by their owner alone, unlike all else: another user may serve them
+        shutil.copymode(out / "config.json", written)
+    for pattern in COPIED:
+        for stale in filter(Path.is_file, out.glob(pattern)):
+            stale.unlink()
+        for source in filter(Path.is_file, initial.glob(pattern)):
+            target = out / source.relative_to(initial)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+@torch.no_grad()
+def update_size(start: Any, final: Any) -> tuple[float, float]:
+    """Share of changed elements and relative norm ‖Δ‖/‖start‖ of the update, over the parameters, in float32.
+
+    Raises TrainError (kind «input») where the two models have other parameters.
+    """
+    after = dict(final.named_parameters())
+    changed = elements = 0
+    delta_square = start_square = 0.0
+    for name, a in start.named_parameters():
+        if name not in after or after[name].shape != a.shape:
+            raise TrainError("input", f"the trained model has no {name} of shape {tuple(a.shape)}")
+        a, b = a.detach().float(), after[name].detach().to(a.device).float()
+        changed += int((a != b).sum())
+        elements += a.numel()
+        delta_square += float((b - a).norm()) ** 2
+        start_square += float(a.norm()) ** 2
+    return changed / elements, (delta_square / start_square) ** 0.5
+
+
+@torch.no_grad()
+def sequence_logps(model: Any, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Summed log-probability (nats) of each sequence's tokens from the second on, log-softmax in float32.
+
+    One sequence at a time: padding would change the last digits.
+    """
+    logps: list[float] = []
+    for ids in sequences:
+        tokens: Tensor = torch.tensor([list(ids)], device=model.device)
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        logps.append(float(chosen_logps(logits, tokens[0, 1:]).sum()))
+    return logps

@@ -1,0 +1,253 @@
+"""The report of a run: `python -m selfplay.reporting.report RUN_DIR` writes report.html and report.png into the run folder.
+
+It reads the ledger and the artifacts alone, and runs as a process of its own: the controller has no matplotlib. Each chart
+is drawn by one function for both files. In the page a chart is inline SVG whose colours are CSS variables, so that it
+follows the reader's light or dark setting; the page has no script and loads nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from selfplay.errors import SelfplayError
+from selfplay.processes.children import die_with_parent
+from selfplay.reporting.charts import COLOURS, Chart, charts, png, svg
+from selfplay.reporting.history import Run, read, state
+from selfplay.reporting.terminal import NOT_INDEPENDENT, STAGES, change, interval, join, number, verdict
+from selfplay.storage import artifacts
+from selfplay.types import Pair
+
+SAMPLE_KEPT, SAMPLE_DROPPED, LONGEST_TEXT, LATEST = 6, 3, 4000, 8
+NOISE = 0.01  # relative fall of a gold score that a few hundred answers cannot tell from none
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader should know before believing the curves."""
+    found = [] if run.independent else [NOT_INDEPENDENT]
+    if drift := gold_against_reward(run):
+        found.append(drift)
+    stopped = [
+        f"round {r.index} {verdict(r.state, r.policy, r.reasons)}"
+        for r in run.rounds
+        if r.state in ("rejected", "skipped")
+    ]
+    told = [
+        f"{e['time'][:16].replace('T', ' ')} UTC"
+        + (f", round {e['round']}" if e["round"] is not None else "")
+        + f": {e['text']}"
+        for e in run.events
+        if e["kind"] in ("warning", "failed", "error", "alert", "reward_restart", "trainer_restart")
+    ]
+    guarded = [f"round {e['round']}: {e['text']}" for e in run.events if e["kind"] == "guard"]
+    for texts, where in (
+        (stopped, "rejected or skipped rounds are in the table"),
+        (told, "warnings are in the ledger"),
+        (guarded, "warnings of the guard are in the ledger"),
+    ):
+        if len(texts) > LATEST:
+            found.append(f"{len(texts) - LATEST} earlier {where}")
+        found += texts[-LATEST:]
+    return found
+
+
+def gold_against_reward(run: Run) -> str:
+    """A warning where the reward says better and the gold rubric, on the same audit answers, says worse."""
+    audited = [r for r in run.rounds if r.state != "rejected" and "evaluate/audit_reward" in r.metrics]
+    for r in audited[-1:]:
+        m, fell = r.metrics, []
+        for part in ("total", "content"):
+            before, after = (m.get(f"evaluate/audit_gold_{part}{of}") for of in ("_initial", ""))
+            if before is not None and after is not None and after < before - NOISE * abs(before):
+                fell.append(f"gold {part} {number(before, '.3f')} → {number(after, '.3f')}")
+        if fell and m["evaluate/audit_reward"] > m.get("evaluate/audit_reward_initial", math.inf):
+            return (
+                f"against the initial policy the reward rose but {', '.join(fell)} (audit set, round {r.index}): "
+                "training may be exploiting the reward"
+            )
+    return ""
+
+
+def tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The figures at the top: name, value, what it is."""
+    found = [("current policy", number(run.current, "d"), "the one that serves")]
+    judged = [r for r in run.rounds if "evaluate/reward" in r.metrics]
+    won = [r for r in judged if r.state == "promoted"]
+    for name, key in (("held-out reward", "reward"), ("gold total", "gold_total"), ("gold content", "gold_content")):
+        before = judged[0].metrics.get(f"evaluate/{key}_champion") if judged else None
+        after = won[-1].metrics.get(f"evaluate/{key}") if won else before
+        if before is not None:
+            found.append((name, f"{number(before, '.3f')} → {number(after, '.3f')}", "first champion → last promoted; prompts drawn anew each round"))  # fmt: skip
+    audited = [r for r in run.rounds if r.state != "rejected" and "evaluate/audit_win_rate" in r.metrics]
+    if audited:
+        m = audited[-1].metrics
+        gold = (
+            f"; by gold {number(m['evaluate/audit_gold_win_rate'], '.3f')}"
+            if "evaluate/audit_gold_win_rate" in m
+            else ""
+        )
+        found.append(
+            (
+                "win rate against initial",
+                number(m["evaluate/audit_win_rate"], ".3f"),
+                f"audit set, round {audited[-1].index}{gold}",
+            )
+        )
+    if judged:
+        m = judged[-1].metrics
+        bounds = interval(m).partition(" ")[2]
+        found.append(
+            (
+                "last win rate",
+                number(m.get("evaluate/win_rate"), ".3f"),
+                join([bounds, f"against the champion, round {judged[-1].index}"], " "),
+            )
+        )
+    seconds = [sum(r.seconds.values()) for r in run.rounds if r.state != "running"]
+    if seconds:
+        found.append(
+            ("seconds a round", number(sorted(seconds)[len(seconds) // 2], ".1f"), "median of the stages' sum")
+        )
+    return found
+
+
+# column, metric(s), format
+COLUMNS: list[tuple[str, str | tuple[str, str], str]] = [
+    ("candidates", "generate/candidates", ".0f"),
+    ("sampled reward", "score/reward_mean", ".3f"),
+    ("held-out reward", ("evaluate/reward_champion", "evaluate/reward"), ".3f"),
+    ("win rate", "evaluate/win_rate", ""),
+    ("length-controlled", "evaluate/win_rate_length_controlled", ".3f"),
+    ("gold total", ("evaluate/gold_total_champion", "evaluate/gold_total"), ".3f"),
+    ("gold content", ("evaluate/gold_content_champion", "evaluate/gold_content"), ".3f"),
+    ("base pairs", "pairs/base", ".0f"),
+    ("kept", "pairs/kept", ".0f"),
+    ("trained on", "depth/pairs", ".0f"),
+    ("explicit margin", "pairs/explicit_margin", ".3f"),
+    ("implicit margin", "pairs/implicit_margin", ".3f"),
+    ("alignment potential", "pairs/potential", ".2f"),
+    ("β", ("train/beta_start", "train/beta"), ".4g"),
+    ("update", "train/update_relative_norm", ".2e"),
+    ("changed", "train/share_changed", ".1%"),
+    ("length ratio", "evaluate/length_ratio", ".2f"),
+    ("KL current", "evaluate/kl_current", ".2f"),
+    ("KL initial", "evaluate/kl_initial", ".2f"),
+    ("distinct-2", "evaluate/distinct_2", ".3f"),
+    ("cut off", "evaluate/cut_off", ".1%"),
+    ("audit win rate", "evaluate/audit_win_rate", ""),
+    ("audit gold total", ("evaluate/audit_gold_total_initial", "evaluate/audit_gold_total"), ".3f"),
+    ("audit gold content", ("evaluate/audit_gold_content_initial", "evaluate/audit_gold_content"), ".3f"),
+    ("ties", "guard/ties", ".1%"),
+    ("saturation", "guard/saturation", ".1%"),
+    ("reward × length", "guard/length_correlation", ".2f"),
+    ("shift", "guard/shift", ".2f"),
+    ("disagreement", "guard/disagreement", ".2f"),
+    ("gold fell by", "guard/gold_drop", ".3f"),
+    ("probes changed by", "guard/probe_change", ".1e"),
+    ("probes without a score", "guard/probe_missing", ".1%"),
+    ("swap (s)", "promote/swap_seconds", ".3f"),
+]
+
+
+def cell(m: dict[str, float], names: str | tuple[str, str], form: str) -> str:
+    if isinstance(names, tuple):
+        return change(m, *names, form) or "–"
+    return (number(m.get(names), form) if form else interval(m, names)) or "–"
+
+
+def sample(run: Run) -> list[dict[str, Any]]:
+    """Pairs of the last round to read: kept ones from the highest alignment potential to the lowest, then added, then dropped."""
+
+    def spread(pairs: list[Pair], count: int) -> list[Pair]:
+        pairs = sorted(pairs, key=lambda p: -(p.potential if p.potential is not None else -math.inf))
+        if len(pairs) <= count:
+            return pairs
+        return [pairs[round(i * (len(pairs) - 1) / (count - 1))] for i in range(count)]
+
+    kept, dropped = [p for p in run.pairs if p.kept_because], [p for p in run.pairs if not p.kept_because]
+    chosen = [*spread(kept, SAMPLE_KEPT), *spread(run.added, 2), *spread(dropped, SAMPLE_DROPPED)]
+    return [
+        {
+            "pair": p,
+            "why": f"kept ({p.kept_because})" if p.kept_because else f"dropped ({p.dropped_because})",
+            "kept": bool(p.kept_because),
+            "messages": run.prompts[p.prompt_id].messages if p.prompt_id in run.prompts else [],
+            "sides": [
+                (side, _short(getattr(p, side)), getattr(p, f"{side}_reward"), getattr(p, f"{side}_logp"), len(getattr(p, f"{side}_ids")))
+                for side in ("chosen", "rejected")
+            ],
+        }
+        for p in chosen
+    ]  # fmt: skip
+
+
+def _short(text: str) -> str:
+    return (
+        text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT} more characters)"
+    )
+
+
+def html(run: Run, shown: Sequence[Chart]) -> str:
+    """The whole page. Jinja escapes every value; only the charts, which hold our own words, go in as they are."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("selfplay.reporting", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    stages = [s for s in STAGES if any(s in r.seconds for r in run.rounds)]
+    stages += sorted({s for r in run.rounds for s in r.seconds} - set(STAGES))
+    return environment.get_template("report.html.jinja").render(
+        run=run,
+        state=state(run),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        tiles=tiles(run),
+        warnings=warnings(run),
+        charts=[(chart, svg(run, chart)) for chart in shown],
+        columns=[c for c in COLUMNS if run.has(*([c[1]] if isinstance(c[1], str) else c[1]))],
+        cell=cell,
+        newest=run.rounds[::-1],
+        stages=stages,
+        verdict=verdict,
+        sample=sample(run),
+        variables={mode: [(n, c[mode]) for n, c in COLOURS.items()] for mode in (0, 1)},
+    )
+
+
+def write(run_dir: Path) -> tuple[Path, Path]:
+    """Write report.html and report.png, each whole or not at all; returns their paths. Raises InputError, DiskError."""
+    run = read(run_dir)
+    shown = charts(run)
+    page, picture = run_dir / "report.html", run_dir / "report.png"
+    with artifacts.whole(page) as partial:
+        partial.write_text(html(run, shown), encoding="utf-8", errors="replace")
+    png(run, shown, picture)
+    return page, picture
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    die_with_parent()
+    parser = argparse.ArgumentParser(
+        prog="python -m selfplay.reporting.report", description="Write report.html and report.png of a run."
+    )
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    try:
+        for path in write(parser.parse_args(arguments).run_dir):
+            print(path)
+    except SelfplayError as error:
+        print(f"error: {error}: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""What a person sees in a terminal: a live line for each stage, a table after each round, one line a round for a run.
+
+Where the output is no terminal (a log, a pipe) the same comes as plain lines. Text of models, paths and messages is
+printed as it is, never read as markup, and without the control characters that a terminal would obey.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from selfplay.errors import Interrupted
+from selfplay.storage.ledger import Store
+from selfplay.types import RoundReport
+
+QUIET_SECONDS = 5.0  # least time between two plain lines of a stage
+STAGES = ("prompts", "generate", "score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "promote")
+STYLES = {"promoted": "green", "rejected": "yellow", "skipped": "cyan", "cancelled": "cyan"}
+NOT_INDEPENDENT = "gate not independent: the judge is the reward that trains"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+Metrics = Mapping[str, float]
+
+
+class Line:
+    """The progress of one stage. `Display.stage` yields it."""
+
+    def __init__(self, display: Display, round_index: int | None, name: str, total: int | None, unit: str) -> None:
+        self._display, self.unit = display, unit
+        self.round_index, self.name = round_index, name
+        self.total, self.done, self.text, self.was_kept = total, 0, "", False
+        self.started = self.printed = time.monotonic()
+        self.task: TaskID | None = None
+
+    def update(self, *, done: int | None = None, text: str | None = None, total: int | None = None) -> None:
+        """Say how far the stage is; what is not given stays as it was."""
+        self.done = self.done if done is None else done
+        self.text = self.text if text is None else text
+        self.total = self.total if total is None else total
+        self._display._changed(self)
+
+    def kept(self) -> None:
+        """The stage was finished before an interruption; nothing is done again."""
+        self.was_kept = True
+
+    @property
+    def count(self) -> str:
+        """«64/192 prompts»; empty before there is anything to count."""
+        if self.total is None:
+            return f"{self.done} {self.unit}".strip() if self.done else ""
+        return f"{self.done}/{self.total} {self.unit}".strip()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class _Output:
+    """A stream whose troubles end nobody who prints: its disk may be full, or its reader gone."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Display:
+    """Prints for one run. Stages may be shown from several threads, several at a time."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=cast(IO[str], _Output(sys.stdout)), highlight=False)
+        self._live = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._progress: Progress | None = None
+        self._open = 0
+        self.on_line: Callable[[Line], None] = lambda line: None
+        """Told of every change of a stage's progress; must return at once."""
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def stage(self, round_index: int | None, name: str, total: int | None = None, unit: str = "") -> Iterator[Line]:
+        """Show one stage while the block runs: a live line in a terminal, else plain lines, one every 5 s at most.
+
+        At the end: how it ended (done, kept, failed, interrupted), seconds, count and the last text. What the block
+        raises goes on.
+        """
+        line = Line(self, round_index, name, total, unit)
+        self._begin(line)
+        how = "failed"
+        try:
+            yield line
+            how = "kept" if line.was_kept else "done"
+        except (KeyboardInterrupt, SystemExit, Interrupted):
+            how = "interrupted"
+            raise
+        finally:
+            self._end(line, how)
+
+    def kept(self, round_index: int | None, name: str) -> None:
+        """A stage is reused from an interrupted run."""
+        self._ended(round_index, name, "kept", [])
+
+    def note(self, text: str) -> None:
+        self._print((text, ""))
+
+    def warn(self, text: str) -> None:
+        self._print(("warning: ", "bold yellow"), (text, ""))
+
+    def error(self, error: str | BaseException, hint: str = "", log: Path | None = None) -> None:
+        """What went wrong, what to do, where the log is; hint and log come from the error where they are not given."""
+        hint = hint or getattr(error, "hint", "")
+        log = log or getattr(error, "log", None)
+        self._print(("error: ", "bold red"), (str(error), ""))
+        if hint:
+            self._print(("what to do: ", "bold"), (hint, ""))
+        if log is not None:
+            self._print(("log: ", "bold"), (str(log), ""))
+
+    def round_table(self, report: RoundReport) -> None:
+        """What happened in one round, in at most 80 columns where nothing is longer."""
+        table = Table(box=None, show_header=False, padding=(0, 1))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in describe(report):
+            style = STYLES[report.outcome] if name == "verdict" else ""
+            table.add_row(self._plain(name), Text(self._plain(text), style))
+        with self._lock:
+            self.console.print(Text(f"\nRound {report.round}", "bold"))
+            self.console.print(table)
+
+    def run_table(self, store: Store) -> None:
+        """One line a round for the whole run."""
+        rows = store.rounds()
+        if not rows:
+            self.note("no rounds yet")
+            return
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        for name in ("round", "verdict", "reward", "win rate", "gold", "content", "s"):
+            table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
+        for row in rows:
+            m, seconds = store.metrics(row["round"]), store.seconds(row["round"])
+            state = "unfinished" if row["state"] == "running" else row["state"]
+            rate = number(m.get("evaluate/win_rate"), ".2f")
+            if "evaluate/win_rate_low" in m:
+                rate += f" [{m['evaluate/win_rate_low']:.2f},{m['evaluate/win_rate_high']:.2f}]"
+            cells = (
+                change(m, "evaluate/reward_champion", "evaluate/reward", ".2f", "→") or "–",
+                rate,
+                change(m, "evaluate/gold_total_champion", "evaluate/gold_total", ".2f", "→") or "–",
+                change(m, "evaluate/gold_content_champion", "evaluate/gold_content", ".2f", "→") or "–",
+                f"{sum(seconds.values()):.0f}",
+            )
+            table.add_row(str(row["round"]), Text(state, STYLES.get(state, "")), *map(self._plain, cells))
+        self.console.print(table)
+        self.note("reward, gold, content: held-out, champion → candidate; s: seconds of all stages")
+
+    # the lines of stages
+
+    def _begin(self, line: Line) -> None:
+        self.on_line(line)
+        if not self._live:
+            count = f" ({line.total} {line.unit})".replace(" )", ")") if line.total is not None else ""
+            self._plain_line(line.round_index, f"{line.name} started{count}")
+            return
+        with self._lock:
+            if self._progress is None:
+                # A stopped Progress keeps its finished tasks: each group of stages has its own.
+                self._progress = Progress(
+                    SpinnerColumn(),
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(bar_width=18),
+                    TextColumn("{task.fields[count]}", markup=False, style="progress.download"),
+                    _Elapsed(),
+                    TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+                    console=self.console,
+                    transient=True,
+                    expand=True,
+                )  # fmt: skip
+                self._progress.start()
+            self._open += 1
+            line.task = self._progress.add_task(
+                self._plain(_label(line.round_index, line.name)), total=line.total, count=line.count, text=""
+            )
+
+    def _changed(self, line: Line) -> None:
+        self.on_line(line)
+        with self._lock:
+            if self._live:
+                if self._progress is not None and line.task is not None:
+                    self._progress.update(
+                        line.task, total=line.total, completed=line.done, count=line.count, text=self._plain(line.text)
+                    )
+            elif time.monotonic() - line.printed >= QUIET_SECONDS:
+                line.printed = time.monotonic()
+                self._plain_line(line.round_index, join([line.name, line.count, line.text]))
+
+    def _end(self, line: Line, how: str) -> None:
+        with self._lock:
+            if self._progress is not None and line.task is not None:
+                self._progress.remove_task(line.task)
+                line.task = None
+                self._open -= 1
+                if not self._open:
+                    self._progress.stop()
+                    self._progress = None
+        details = [] if how == "kept" else [f"{line.seconds:.1f} s", line.count, line.text]
+        self._ended(line.round_index, line.name, how, details)
+
+    def _ended(self, round_index: int | None, name: str, how: str, details: list[str]) -> None:
+        if not self._live:
+            self._plain_line(round_index, join([f"{name} {_SAYS[how]}", *details]))
+            return
+        mark, style = _MARKS[how]
+        said = [] if how == "done" else [_SAYS[how]]
+        self._print((f"{mark} ", style), (f"{_label(round_index, name):<19} ", ""), (join([*said, *details]), "dim"))
+
+    def _plain_line(self, round_index: int | None, text: str) -> None:
+        where = "" if round_index is None else f"round {round_index}: "
+        self._print((f"{time.strftime('%H:%M:%S')} {where}{text}", ""))
+
+    def _print(self, *parts: tuple[str, str]) -> None:
+        text = Text.assemble(*((self._plain(part), style) for part, style in parts))
+        self.console.print(text, soft_wrap=True)
+
+    def _plain(self, text: str) -> str:
+        """Text without control characters, in what the console can encode."""
+        encoding = self.console.encoding
+        return _CONTROL.sub("�", text).encode(encoding, "replace").decode(encoding)
+
+
+_SAYS = {"done": "done", "kept": "«kept» from the interrupted run", "failed": "failed", "interrupted": "interrupted"}
+_MARKS = {"done": ("✓", "green"), "kept": ("✓", "cyan"), "failed": ("✗", "bold red"), "interrupted": ("✗", "yellow")}
+
+
+class _Elapsed(TextColumn):
+    """Seconds since the stage began; rich's own column has no tenths and takes more room."""
+
+    def __init__(self) -> None:
+        super().__init__("", markup=False)
+
+    def render(self, task: Any) -> Text:
+        return Text(f"{task.elapsed or 0:.0f} s", "progress.elapsed")
+
+
+def _label(round_index: int | None, name: str) -> str:
+    return name if round_index is None else f"round {round_index} {name}"
+
+
+# --- words and numbers, shared with the report ---------------------------------------------------------------------
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """A number in the given format; an absent or non-finite one is a dash."""
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def change(m: Metrics, before: str, after: str, form: str = ".3f", arrow: str = " → ") -> str:
+    """«before → after», or the one that is there; empty when neither is."""
+    return arrow.join(number(m[name], form) for name in (before, after) if name in m)
+
+
+def join(parts: Iterable[str], separator: str = " · ") -> str:
+    return separator.join(part for part in parts if part)
+
+
+def interval(m: Metrics, prefix: str = "evaluate/win_rate") -> str:
+    """«0.612 [0.541, 0.680]», the bounds where they are known."""
+    if prefix not in m:
+        return ""
+    low, high = m.get(f"{prefix}_low"), m.get(f"{prefix}_high")
+    return number(m[prefix], ".3f") + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
+
+
+def verdict(outcome: str, policy: int | None, reasons: Iterable[str]) -> str:
+    """The verdict of a round in plain words."""
+    why = "; ".join(reasons)
+    if outcome == "promoted":
+        return f"promoted: policy {policy} serves from here on"
+    if outcome == "rejected":
+        return f"rejected by the gate: {why or 'no reason recorded'}; policy {policy} goes on"
+    if outcome == "cancelled":
+        return f"cancelled: {why or 'given up'}; policy {policy} goes on"
+    if outcome == "skipped":
+        return f"skipped: {why or 'no pairs to train on'}; policy {policy} goes on"
+    return "unfinished: the same command goes on where it was"
+
+
+def describe(report: RoundReport) -> list[tuple[str, str]]:
+    """The rows of a round's table: what, and its numbers in words; what was not measured has no row."""
+    m = report.metrics
+
+    def some(name: str, form: str, words: str) -> str:
+        """`words` with the metric in the place of {}; empty when it was not measured."""
+        return words.format(number(m[name], form)) if name in m else ""
+
+    dropped = [f"{m[name]:.0f} {name.removeprefix('pairs/dropped_')}" for name in sorted(m) if name.startswith("pairs/dropped_") and m[name]]  # fmt: skip
+    rows = [
+        ("candidates", join([
+            some("generate/candidates", ".0f", "{}") + some("prompts/count", ".0f", " for {} prompts"),
+            some("generate/length_mean", ".1f", "{} tokens"),
+            some("generate/cut_off_share", ".1%", "{} cut off"),
+            some("generate/duplicate_share", ".1%", "{} duplicates"),
+        ])),
+        ("reward", join([
+            some("score/reward_mean", ".3f", "sampled {}"),
+            f"held-out {change(m, 'evaluate/reward_champion', 'evaluate/reward')}" if "evaluate/reward" in m else "",
+            some("score/missing", ".0f", "{} not scored") if m.get("score/missing") else "",
+        ])),
+        ("pairs", join([
+            some("pairs/kept", ".0f", "{} kept") + some("pairs/base", ".0f", " of {}"),
+            f"dropped: {', '.join(dropped)}" if dropped else "",
+            some("depth/pairs", ".0f", "trained on {}"),
+        ])),
+        ("margins", join([
+            some("pairs/explicit_margin", ".3f", "mean explicit {}") + some("pairs/base_explicit_margin", ".3f", " (all {})"),
+            some("pairs/implicit_margin", ".3f", "implicit {}") + some("pairs/base_implicit_margin", ".3f", " (all {})"),
+            some("pairs/potential", ".2f", "potential {}"),
+        ])),
+        ("β", join([
+            change(m, "train/beta_start", "train/beta", ".4g"),
+            some("train/loss", ".3f", "loss {}") + some("train/steps", ".0f", " after {} steps"),
+        ])),
+        ("update", join([
+            some("train/update_relative_norm", ".2e", "relative norm {}"),
+            some("train/share_changed", ".1%", "{} of the elements changed"),
+        ])),
+        ("win rate", join([
+            interval(m),
+            some("evaluate/win_rate_length_controlled", ".3f", "length-controlled {}"),
+        ])),
+        ("", NOT_INDEPENDENT if m.get("evaluate/independent") == 0 else ""),
+        ("length, KL", join([
+            some("evaluate/length_ratio", ".2f", "length ratio {}"),
+            some("evaluate/kl_current", ".2f", "KL {} nats to current") + some("evaluate/kl_initial", ".2f", ", {} to initial"),
+        ])),
+        ("gold", join([
+            f"{name} {change(m, f'evaluate/gold_{name}_champion', f'evaluate/gold_{name}')}"
+            for name in ("total", "content") if f"evaluate/gold_{name}" in m
+        ])),
+        ("vs initial", join([
+            some("evaluate/audit_win_rate", ".3f", "win rate {}"),
+            some("evaluate/audit_gold_win_rate", ".3f", "by gold {}"),
+            *(f"gold {name} {change(m, f'evaluate/audit_gold_{name}_initial', f'evaluate/audit_gold_{name}')}"
+              for name in ("total", "content") if f"evaluate/audit_gold_{name}" in m),
+        ])),
+        ("swap", join([
+            some("promote/swap_seconds", ".3f", "{} s") + some("promote/first_token_seconds", ".3f", ", first new token after {} s"),
+            some("promote/engine_start_seconds", ".1f", "engine start {} s"),
+        ])),
+        ("seconds", join([
+            *(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items()),
+            f"total {sum(report.seconds.values()):.1f}" if report.seconds else "",
+        ])),
+        ("verdict", verdict(report.outcome, report.policy, report.reasons)),
+    ]  # fmt: skip
+    return [(name, text) for name, text in rows if text]

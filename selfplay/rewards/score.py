@@ -1,0 +1,377 @@
+"""The stage `score`: an external reward for each candidate, from a supervised reward server or a URL."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from reward.client import RewardClient, RewardRefused, RewardUnavailable
+from reward.dialects import Scored as Given
+from selfplay.config import RewardSource, ShapingConfig
+from selfplay.errors import GuardError, InputError, Interrupted, RewardError
+from selfplay.methods import shaping
+from selfplay.processes.children import PATIENT, Child, ChildDied
+from selfplay.storage import artifacts
+from selfplay.types import DISAGREEMENT, EXTERNAL, MEMBER, Candidate, Message, Prompt, Scored
+
+if TYPE_CHECKING:
+    from selfplay.rewards.scorer import Scorer
+
+Answer = TypeVar("Answer")
+RESTARTS = 3  # of a reward server that dies within one call
+
+
+class RewardService:
+    """Rewards for (messages, response) items: from `config.url`, or from a server that runs as a child of ours.
+
+    A child that dies while it is asked is started again at the same address; the client's retries bridge the gap.
+    """
+
+    def __init__(
+        self,
+        config: RewardSource,
+        run_dir: Path,
+        *,
+        name: str = "reward",
+        gpus: Sequence[int] | None = None,
+        on_event: Callable[[str, str], None],
+    ) -> None:
+        self._config, self._run_dir, self.name, self._on_event = config, run_dir, name, on_event
+        self._gpus = gpus
+        gpu_env = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        self._env = {"OMP_NUM_THREADS": "1", **gpu_env}
+        self.log = run_dir / "logs" / f"{name}.log"
+        self._child: Child | None = None
+        self._starting: Child | None = None  # the same while `_watch` waits until it serves
+        self._port = 0  # any free one at first; kept for restarts
+        self._client: RewardClient | None = None
+
+    def start(self) -> None:
+        """Start the server, if it is ours; returns at once."""
+        if self._config.url or self._child is not None:
+            return
+        argv = [sys.executable, "-m", "reward.server", *self._served(), "--port", str(self._port)]
+        child = Child(self.name, argv, run_dir=self._run_dir, log=self.log, env=self._env, silence=PATIENT)
+        child.start()
+        self._child = child
+
+    def _served(self) -> list[str]:
+        """What the child serves, as options of reward.server."""
+        config = self._config
+        if config.rules:
+            return ["--rules", json.dumps([rule.model_dump(mode="json") for rule in config.rules])]
+        if config.chat_judge:
+            return ["--judge", config.chat_judge.model_dump_json()]
+        assert config.model is not None
+        several = config.device == "auto" and len(self._gpus or ()) > 1
+        argv = ["--model", config.model, "--dtype", config.dtype, "--device", "all" if several else config.device]
+        for name, weight in config.heads.items():
+            argv += ["--head", f"{name}={weight!r}"]
+        return argv + ["--trust-remote-code"] * config.trust_remote_code
+
+    def stop(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
+
+    def score(
+        self,
+        items: Sequence[tuple[list[Message], str]],
+        on_progress: Callable[[int], None] | None = None,
+        on_scored: Callable[[Sequence[Given]], None] | None = None,
+        known: Container[int] = (),
+    ) -> list[float | None]:
+        """One finite number for each item, or None where the item itself cannot be scored.
+
+        `on_scored` gets the answers of each request when they come, with places in `items`. Items at places in `known`
+        are not asked, and get None. Raises RewardError when the reward stays down, InputError when the server refuses the
+        model or the request.
+        """
+        return self._ask(lambda client: client.score(items, on_progress=on_progress, on_scored=on_scored, known=known))
+
+    @property
+    def identity(self) -> str:
+        """What scores: SHA-256 of weights and template, and the precision, as the server says. Where it does not say, the
+        name in the configuration in place of both, behind a «/»; «» without one."""
+        health = self._ask(lambda client: client.health())
+        if health.weights_sha256:
+            return f"{health.weights_sha256}/{health.template_sha256}/{health.dtype}"
+        if health.kind == "judge":  # one that compares answers: a name makes none of its scores one of an answer alone
+            return ""
+        return f"/{health.template_sha256}/{self._config.identity}" if self._config.identity else ""
+
+    @property
+    def compares(self) -> bool:
+        """Whether a server that does not say which weights it has may compare the items of a request."""
+        return self._config.dialect == "selfplay"
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why items of the last call have no score."""
+        return self._client.reasons if self._client is not None else Counter[str]()
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The weights that the last scores were said to come from; empty where the server does not say."""
+        return self._client.weights if self._client is not None else frozenset()
+
+    def _ask(self, call: Callable[[RewardClient], Answer]) -> Answer:
+        """Do `call` with a server that is kept alive meanwhile."""
+        client = self._ready()
+        done, unavailable = threading.Event(), False
+        watch = threading.Thread(target=self._watch, args=(done,), name=f"{self.name}-watch", daemon=True)
+        if self._child is not None:
+            watch.start()
+        try:
+            return call(client)
+        except RewardRefused as error:
+            raise InputError(f"the {self.name} server refuses: {error}", self._hint()) from error
+        except RewardUnavailable as error:
+            unavailable = True
+            raise RewardError(f"the {self.name} is unavailable: {error}", self._hint()) from error
+        finally:
+            done.set()
+            while watch.is_alive():  # it may wait for a server that takes its time to start, and nobody else does
+                if (starting := self._starting) is not None:
+                    starting.cut()
+                watch.join(0.2)
+            if unavailable and self._child is not None:
+                self._child.stop(grace=0)  # it may hang: the next call starts another one
+
+    def _ready(self) -> RewardClient:
+        """The client of a server that serves; one of ours is started where there is none."""
+        if self._child is not None and not self._child.alive:
+            self._on_event("reward_restart", f"the {self.name} server died; starting it again")
+            self._child.stop()
+            self._child = None
+        url = self._config.url
+        if not url and (self._child is None or self._client is None):
+            self.start()
+            url = [self._wait_until_it_serves()]
+        if self._client is None:
+            key = self._config.api_key_env
+            if key and not os.environ.get(key):
+                raise InputError(f"the key for the {self.name} is to be in ${key}, which is not set", "export it")
+            try:
+                self._client = RewardClient(
+                    url,
+                    dialect=self._config.dialect,
+                    tokenizer=self._config.tokenizer,
+                    model=self._config.served_model,
+                    api_key=os.environ[key] if key else None,
+                    batch_size=self._config.batch,
+                    concurrency=self._config.concurrency,
+                    timeout=self._config.timeout,
+                    deadline=self._config.deadline,
+                )
+            except ValueError as error:
+                raise InputError(f"the {self.name} cannot be asked: {error}", "correct the configuration") from error
+        return self._client
+
+    def _wait_until_it_serves(self) -> str:
+        assert self._child is not None
+        try:
+            url = str(self._child.wait_for("ready")["url"])
+        except ChildDied as error:
+            self._child = None
+            message = f"the {self.name} server for {self._config.model or 'rules or a judge'} did not start: {last_line(self.log)}"
+            failure = InputError if re.search(r"exit code 2\b", str(error)) else RewardError
+            raise failure(message, self._hint()) from error
+        self._port = int(url.rpartition(":")[2])
+        return url
+
+    def _watch(self, done: threading.Event) -> None:
+        """Start a dead server again while somebody waits for its answers; gives up after RESTARTS times."""
+        for _ in range(RESTARTS):
+            while self._child is None or self._child.alive:
+                if done.wait(0.2):
+                    return
+            if done.is_set():
+                return
+            self._on_event("reward_restart", f"the {self.name} server died; starting it again")
+            self._child.stop()
+            self._child = None
+            try:
+                self.start()
+                self._starting = self._child
+                self._wait_until_it_serves()
+            except Interrupted:
+                return
+            except (InputError, RewardError) as error:
+                if not done.is_set():
+                    self._on_event("warning", str(error))
+                return
+            finally:
+                self._starting = None
+
+    def _hint(self) -> str:
+        if self._config.url:
+            return f"see that {', '.join(self._config.url)} answers, then run the same command again"
+        return f"see {self.log}, then run the same command again"
+
+
+def last_line(log: Path) -> str:
+    """The last line that says something in a log, for an error message."""
+    with log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 8192))
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def score(
+    scorer: Scorer,
+    prompts: dict[str, Prompt],
+    candidates: Sequence[Candidate],
+    *,
+    identities: tuple[str, ...],
+    shards: Path,
+    shard_items: int,
+    max_missing: float,
+    settings: ShapingConfig,
+    on_progress: Callable[[int], None],
+    before_shard: Callable[[], None] = lambda: None,
+    when_scored: Callable[[], None] = lambda: None,
+) -> tuple[list[Scored], Counter[str]]:
+    """Scored candidates in their order, and why some have no score; finished shards in `shards` are read, not scored again.
+
+    `identities`: the models that score all of them. `when_scored` is called before anything is made of the scores.
+    Raises GuardError when others answer, and RewardError when more than a share `max_missing` has no score: missing
+    rewards never become training data, and are asked for again by the next call.
+    """
+    shards.mkdir(parents=True, exist_ok=True)
+    rows: list[Scored] = []
+    incomplete: list[Path] = []
+    reasons: Counter[str] = Counter()
+    for start in range(0, len(candidates), shard_items):
+        part = candidates[start : start + shard_items]
+        path = shards / f"{start:08d}.parquet"
+        if not path.exists():
+            before_shard()
+            items = [(prompts[c.prompt_id].messages, c.text) for c in part]
+            answer = scorer.ask(items, lambda done, start=start: on_progress(start + done))  # type: ignore[misc]
+            if answer.identities != identities:
+                raise GuardError(
+                    f"the model behind the {scorer.role} changed during the stage: {answer.identities} instead of {identities}",
+                    "see that one and the same model serves, then run the same command again: finished shards are kept",
+                )
+            reasons += answer.reasons
+            artifacts.write_rows(path, _as_given(scorer, part, answer.scores), Scored)
+        found = artifacts.read_rows(path, Scored)
+        incomplete += [path] * any(_missing(scorer, row) for row in found)
+        rows += found
+        on_progress(start + len(part))
+    when_scored()
+    try:
+        require([None if _missing(scorer, row) else 0.0 for row in rows], max_missing, reasons, scorer.logs)
+    except RewardError:
+        for path in incomplete:
+            path.unlink()
+        raise
+    return shape(_combined(scorer, rows, identities), settings), reasons
+
+
+def _missing(scorer: Scorer, row: Scored) -> bool:
+    """Whether a row as it was given has no reward, for want of a member's score or of its only one."""
+    if scorer.members:
+        return any(MEMBER + name not in row.reward_parts for name in scorer.members)
+    return row.reward is None
+
+
+def _as_given(scorer: Scorer, candidates: Sequence[Candidate], scores: np.ndarray) -> list[Scored]:
+    """Candidates with the scores (M, N) as they came: a single one as the reward, those of an ensemble as parts."""
+    rows = []
+    for candidate, column in zip(candidates, scores.T, strict=True):
+        values = [float(v) if math.isfinite(v) else None for v in column]
+        fields = {f.name: getattr(candidate, f.name) for f in dataclasses.fields(candidate)}
+        parts = {MEMBER + name: v for name, v in zip(scorer.members, values, strict=False) if v is not None}
+        rows.append(Scored(**fields, reward=None if scorer.members else values[0], reward_parts=parts))
+    return rows
+
+
+def _combined(scorer: Scorer, rows: Sequence[Scored], identities: tuple[str, ...]) -> list[Scored]:
+    """The rewards of an ensemble, with the disagreement among the parts; a single reward is the reward already."""
+    if not scorer.members:
+        return list(rows)
+    scores = np.array([[row.reward_parts.get(MEMBER + name, math.nan) for row in rows] for name in scorer.members])
+    found = scorer.combine(identities, scores)
+    assert found.disagreement is not None
+    return [
+        dataclasses.replace(row, reward=float(reward), reward_parts=row.reward_parts | {DISAGREEMENT: float(apart)})
+        if math.isfinite(reward)
+        else row
+        for row, reward, apart in zip(rows, found.rewards, found.disagreement, strict=True)
+    ]
+
+
+def shape(rows: Sequence[Scored], settings: ShapingConfig) -> list[Scored]:
+    """The same rows, with a reward that is the sum of its parts `external` and those that `settings` names."""
+    if not settings.active:
+        return list(rows)
+    external = np.array([math.nan if row.reward is None else row.reward for row in rows])
+    lengths = [row.n_tokens for row in rows]
+    terms: dict[str, np.ndarray] = {}
+    if settings.length_control:
+        prompts = [row.prompt_id for row in rows]
+        terms["length_control"] = shaping.length_control(external, lengths, prompts, settings.length_control)
+    if settings.length_penalty:
+        terms["length_penalty"] = shaping.length_penalty(lengths, settings.length_penalty, settings.length_free)
+    if settings.repetition_penalty:
+        responses, ngram = [row.token_ids for row in rows], settings.repetition_ngram
+        terms["repetition_penalty"] = shaping.repetition_penalty(responses, settings.repetition_penalty, ngram)
+    if settings.cut_off_penalty:
+        ends = [row.finish_reason for row in rows]
+        terms["cut_off_penalty"] = shaping.cut_off_penalty(ends, settings.cut_off_penalty)
+    result = []
+    for i, row in enumerate(rows):
+        if row.reward is None:
+            result.append(row)
+            continue
+        parts = {EXTERNAL: row.reward} | {name: float(term[i]) for name, term in terms.items()}
+        result.append(dataclasses.replace(row, reward=sum(parts.values()), reward_parts=row.reward_parts | parts))
+    return result
+
+
+def require(values: Sequence[float | None], max_missing: float, reasons: Counter[str], logs: Sequence[Path]) -> None:
+    """Raise RewardError when more than a share `max_missing` of the values is None. `logs`: of the servers that are ours."""
+    missing = sum(v is None for v in values)
+    if missing > max_missing * len(values):
+        why = f": {said(reasons)}" if reasons else ""
+        raise RewardError(
+            f"{missing} of {len(values)} answers have no reward (limit: a share of {max_missing:g}, reward.max_missing){why}",
+            "nothing was trained on" + (f"; see {', '.join(map(str, logs))}" if logs else ""),
+        )
+
+
+def said(reasons: Counter[str]) -> str:
+    """The commonest reasons, in a line; those that differ only behind a colon, such as replies of a judge, as one."""
+    kinds: dict[str, Counter[str]] = {}
+    for reason, count in reasons.items():
+        kinds.setdefault(reason.partition(": ")[0], Counter())[reason] += count
+    most = sorted(kinds.items(), key=lambda kind: -kind[1].total())[:3]
+    return ", ".join(f"{of.total()} × {next(iter(of)) if len(of) == 1 else kind}" for kind, of in most)
+
+
+def metrics(rows: Sequence[Scored], reasons: Counter[str]) -> dict[str, float]:
+    """`missing`: candidates without a reward; `unparsable`: member scores that are missing for want of a verdict."""
+    values = [r.reward for r in rows if r.reward is not None]
+    unparsable = sum(count for reason, count in reasons.items() if "no verdict" in reason)
+    result: dict[str, float] = {"missing": len(rows) - len(values), "unparsable": unparsable}
+    if values:
+        result |= {"reward_mean": float(np.mean(values)), "reward_std": float(np.std(values))}
+    parts = [r.reward_parts for r in rows if r.reward is not None and r.reward_parts]
+    return result | {f"part_{name}": float(np.mean([p[name] for p in parts])) for name in (parts[0] if parts else ())}

@@ -1,0 +1,113 @@
+"""Rounds one at a time, as a command: `scripts/round.py` and `selfplay round` are this function."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from selfplay.rounds.run import Run
+
+
+def run_rounds(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    run_dir: Path | None = None,
+    total: int | None = None,
+    report: bool = False,
+) -> int:
+    """Complete an unfinished round, then do rounds until the folder has `total` (None: one more than now).
+
+    Returns the exit code: 0 promoted, rejected by the gate or skipped; 2 bad configuration or input; 3 a stage failed; 130
+    interrupted.
+    """
+    from selfplay.errors import ConfigError, SelfplayError
+    from selfplay.reporting.terminal import Display
+    from selfplay.storage.ledger import LedgerError
+
+    display, interrupt = Display(), Interrupt()
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, interrupt)
+    try:
+        from selfplay.config import load
+        from selfplay.rounds.run import Run
+        from selfplay.storage.artifacts import disk_errors
+
+        if total is not None and total < 1:
+            raise ConfigError(f"--rounds {total}: at least 1")
+        settings = load(config, overrides)
+        run_dir = run_dir or settings.run_dir
+        with disk_errors(run_dir), Run(settings, run_dir, display) as run:
+            run.breathe = interrupt.again
+            _rounds(run, total)
+            if report:
+                run.write_report()
+        return 0
+    except SelfplayError as error:
+        display.error(error)
+        return error.exit_code
+    except LedgerError as error:
+        display.error(
+            f"the ledger of {run_dir} cannot be used: {error.orig}",
+            "end what else works on its ledger.sqlite (a backup, a database shell), or restore one that is damaged from a "
+            "backup, then run the same command again: finished stages are kept",
+        )
+        return 3
+    except KeyboardInterrupt:
+        display.note("interrupted: the same command goes on where this one stopped")
+        return 130
+    except Exception as error:
+        log = (run_dir or Path()) / "logs" / "round.log"
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(traceback.format_exc())
+        except OSError:
+            traceback.print_exc()
+        display.error(f"{type(error).__name__}: {error}", "this is a bug: please report it with the log", log)
+        return 3
+
+
+def _rounds(run: Run, total: int | None) -> None:
+    from selfplay.rounds.round import run_round
+
+    unfinished = run.store.unfinished() is not None
+    finished = len(run.store.rounds()) - unfinished
+    target = finished + 1 if total is None else total
+    left = max(target - finished, int(unfinished))
+    if not left:
+        run.display.note(f"{run.dir} has its {target} rounds already")
+        run.display.run_table(run.store)
+    for _ in range(left):
+        run.display.round_table(run_round(run))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: threads that wait for answers nobody wants any more must not hold up the exit."""
+    with contextlib.suppress(OSError):  # a full disk, or a reader that has gone
+        sys.stdout.flush()
+    os._exit(code)
+
+
+class Interrupt:
+    """A signal handler that raises KeyboardInterrupt, and again at the next stage, shard or step.
+
+    What a handler raises is lost where it runs under a callback of C code, which has nobody to tell.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __call__(self, *_: object) -> None:
+        self._asked = True
+        raise KeyboardInterrupt
+
+    def again(self, where: str) -> None:
+        """As `Run.breathe`."""
+        if self._asked:
+            raise KeyboardInterrupt

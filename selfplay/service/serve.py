@@ -1,0 +1,46 @@
+"""`selfplay serve`: the daemon, its signals, and the HTTP server of API and page beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from selfplay.errors import SelfplayError
+from selfplay.reporting.terminal import Display
+from selfplay.rounds.command import leave
+from selfplay.service import systemd
+from selfplay.service.daemon import Daemon, handle_signals
+from selfplay.storage import artifacts
+from selfplay.web.access import read_token
+from selfplay.web.api import create_app
+from selfplay.web.server import serve_in_thread
+
+
+def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> int:
+    """Serve a run folder until SIGTERM or SIGINT; returns the exit code, 0 after a clean stop, else that of the error."""
+    display = Display()
+    artifacts.leave_pandas_out()
+    try:
+        daemon = Daemon(config, list(overrides), run_dir, display)
+        settings = daemon.config.service
+        token = read_token(settings)
+        server, port = serve_in_thread(
+            create_app(daemon.run_dir, daemon.config, lambda: dict(daemon.progress), token),
+            settings.host,
+            settings.port,
+        )
+        display.note(f"page and API: http://{settings.host}:{port}")
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        systemd.keep_watchdog(f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}")
+        systemd.tell("READY=1")
+        daemon.at_last = lambda: leave(0)  # all that is finished is on disk, and no child is left
+        handle_signals(daemon)
+        try:
+            daemon.serve()
+        finally:
+            systemd.tell("STOPPING=1")
+            server.stop()
+        return 0
+    except SelfplayError as error:
+        display.error(error)
+        return error.exit_code

@@ -1,0 +1,208 @@
+"""The policies of a run: plain Hugging Face checkpoints, whole only with their manifest, and `current`.
+
+<run>/policies/0003/        model files + manifest.json; numbers are never reused
+<run>/policies/0000/        manifest.json alone: the initial policy stays where it is
+<run>/current               symlink to the policy that serves
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfplay.config import RetentionConfig
+from selfplay.errors import CheckpointError
+from selfplay.storage import artifacts
+from selfplay.types import Policy
+
+TensorSpec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
+MASTERS = "masters"  # folder in a checkpoint with the same in float32, from which training starts
+SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")  # what a checkpoint is made of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    version: int
+    parent: int | None
+    round: int
+    beta: float | None
+    reference: int | None
+    reference_sha256: str | None
+    fingerprint: str  # of the configuration that made it
+    packages: dict[str, str]
+    update: dict[str, float]  # share_changed, relative_norm
+    files: dict[str, str]  # name → SHA-256
+    canaries: dict[str, Any]  # token_ids (C, T), logps (C,): summed nats under these weights in the serving dtype
+    source: str | None = None  # policy 0: the folder it refers to
+
+
+def verify(path: Path) -> Manifest:
+    """Read the manifest of the policy folder `path` and check every file against it.
+
+    Raises CheckpointError for a missing manifest, a missing file, or a file that differs.
+    """
+    manifest = read(path)
+    root = Path(manifest.source) if manifest.source else path
+    artifacts.verify_files(root, manifest.files, CheckpointError)
+    return manifest
+
+
+def read(path: Path) -> Manifest:
+    """Read the manifest of a policy folder without hashing its files."""
+    try:
+        return Manifest(**artifacts.read_json(path / artifacts.MANIFEST))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no manifest: it is not a whole policy") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path / artifacts.MANIFEST} cannot be read: {error}") from None
+
+
+def tensors(path: Path) -> dict[str, TensorSpec]:
+    """Names, dtypes and shapes of all tensors of a checkpoint, from its safetensors headers alone."""
+    specs: dict[str, TensorSpec] = {}
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} has no safetensors file", "convert the model: pickled weights are never loaded")
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if length > file.stat().st_size:
+                    raise ValueError("its header is longer than the file")
+                header = json.loads(stream.read(length))
+            end = 8 + length + max((s["data_offsets"][1] for n, s in header.items() if n != "__metadata__"), default=0)
+            if end != file.stat().st_size:
+                raise ValueError(f"it has {file.stat().st_size} bytes, its header says {end}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+        specs |= {n: (s["dtype"], tuple(s["shape"])) for n, s in header.items() if n != "__metadata__"}
+    return specs
+
+
+def checkpoint_files(path: Path) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint that others made.
+
+    A policy of another run is one too: its masters count, its manifest there does not.
+    """
+    found = sorted([*path.iterdir(), *(path / MASTERS).glob("*")])
+    return {
+        p.relative_to(path).as_posix(): artifacts.sha256(p)
+        for p in found
+        if p.is_file() and p.suffix in SUFFIXES and p.name != artifacts.MANIFEST
+    }
+
+
+def weights_sha256(manifest: Manifest) -> str:
+    """One SHA-256 over the weights files named in a manifest."""
+    hashes = (h for n, h in sorted(manifest.files.items()) if n.endswith(".safetensors"))
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+class Policies:
+    """The folder `<run>/policies` and the symlink `<run>/current`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.root = run_dir / "policies"
+        self._current = run_dir / "current"
+
+    def folder(self, version: int) -> Path:
+        return self.root / f"{version:04d}"
+
+    def versions(self) -> list[int]:
+        if not self.root.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit())
+
+    def get(self, version: int) -> Policy:
+        """The policy with this number; raises CheckpointError when its weights are gone."""
+        manifest = read(self.folder(version))
+        path = Path(manifest.source) if manifest.source else self.folder(version)
+        if not all((path / name).is_file() for name in manifest.files):
+            raise CheckpointError(
+                f"the weights of policy {version} are gone", "pin policies that you need (retention.pinned)"
+            )
+        return Policy(
+            version=version,
+            path=str(path),
+            parent=manifest.parent,
+            round=manifest.round,
+            beta=manifest.beta,
+            reference=manifest.reference,
+        )
+
+    @property
+    def current(self) -> int | None:
+        """Number of the policy that serves; None before the first import."""
+        try:
+            return int(Path(os.readlink(self._current)).name)
+        except FileNotFoundError:
+            return None
+
+    def set_current(self, version: int) -> None:
+        """Point `current` at a policy, in one atomic step."""
+        assert (self.folder(version) / artifacts.MANIFEST).is_file(), f"policy {version} is not there"
+        beside = self._current.with_name(".current.partial")
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(Path("policies") / f"{version:04d}")
+        beside.rename(self._current)
+        artifacts.sync(self._current.parent)
+
+    def import_initial(
+        self, source: Path, canaries: dict[str, Any], fingerprint: str, packages: dict[str, str]
+    ) -> None:
+        """Record the initial policy as version 0; its files stay where they are."""
+        target = self.folder(0)
+        manifest = Manifest(
+            version=0,
+            parent=None,
+            round=0,
+            beta=None,
+            reference=None,
+            reference_sha256=None,
+            fingerprint=fingerprint,
+            packages=packages,
+            update={},
+            files=checkpoint_files(source),
+            canaries=canaries,
+            source=str(source.resolve()),
+        )
+        with artifacts.folder(target) as partial:
+            artifacts.write_json(partial / artifacts.MANIFEST, dataclasses.asdict(manifest))
+
+    def adopt(self, version: int, exported: Path) -> None:
+        """Move an exported policy (with its manifest) to its number. Does nothing when that was done before."""
+        if self.folder(version).is_dir():
+            return
+        verify(exported)
+        exported.rename(self.folder(version))
+        artifacts.sync(self.root)
+        artifacts.sync(exported.parent)
+
+    def prune(self, rule: RetentionConfig, keep: set[int], rejected: set[int], round_index: int) -> list[int]:
+        """Delete weights that nothing needs any more; manifests stay. Returns all versions that have none left.
+
+        `keep`: current, its parent, the reference. Rejected ones go after `rule.rejected_rounds` rounds; a policy has the
+        number of its round.
+        """
+        kept = [v for v in self.versions() if v not in rejected]
+        wanted = keep | {0} | set(rule.pinned) | set(kept[max(0, len(kept) - rule.last) :])
+        wanted |= {v for v in kept if rule.every and v % rule.every == 0}
+        wanted |= {v for v in rejected if v + rule.rejected_rounds > round_index}
+        weights = {version: self._weights(version) for version in self.versions()}
+        for version in weights.keys() - wanted:
+            for path in weights[version]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            weights[version] = []
+        return sorted(version for version, left in weights.items() if version != 0 and not left)
+
+    def _weights(self, version: int) -> list[Path]:
+        """What a policy's folder holds beside its manifest."""
+        return [p for p in self.folder(version).iterdir() if p.name != artifacts.MANIFEST]

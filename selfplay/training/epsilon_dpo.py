@@ -1,0 +1,421 @@
+"""ε-DPO as a subclass of TRL's DPOTrainer; the only module that imports TRL.
+
+`python -m selfplay.training.trainer` drives it for a round; alone it is used like any TRL trainer, with a dataset of token ids:
+
+    args = EpsilonDPOConfig(output_dir, beta=0.1, epsilon=0.01)
+    EpsilonDPOTrainer(model, ref_model, args=args, train_dataset=pairs, processing_class=tokenizer).train()
+
+What changes against TRL 1.16: the loss (each pair has its own β; of both models' logits there is never more than a
+tile), β itself (it moves after each optimizer step and is part of every checkpoint), the dataset (token ids, taken as
+they are, never truncated), and the defaults that would hide something: bf16, gradient checkpointing, the length limit
+and the filter of NaN losses are off, dropout is always off.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig, DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from selfplay.errors import TrainError
+from selfplay.methods import head
+from selfplay.methods.epsilon_dpo import (
+    chosen_drop,
+    epsilon_steps,
+    fused_shifts,
+    lean_logps,
+    next_beta,
+    pair_betas,
+    pair_losses,
+)
+from selfplay.storage import artifacts
+from selfplay.training.data import check_pairs, largest_id
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "epsilon_dpo.json"  # β of a checkpoint; written last: a checkpoint without it is not whole
+
+# What one optimizer step adds up over its pairs, by name; the order is that of the tensor that processes exchange.
+SUMS = ("pairs", "up", "down", "loss", "logps/chosen", "logps/rejected", "logratios/chosen", "logratios/rejected",
+        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "nll/chosen", "kl/pair_tokens")  # fmt: skip
+DROP_STEPS = 10  # optimizer steps over which `chosen_drop` averages
+
+
+@dataclass
+class EpsilonDPOConfig(DPOConfig):
+    """TRL's DPOConfig, plus ε and the limits of β, minus the defaults that hide something."""
+
+    epsilon: float = field(default=0.01, metadata={"help": "Perturbation ε in [0, 1); 0 is plain DPO."})
+    beta_min: float | None = field(default=None, metadata={"help": "β never falls below this."})
+    beta_max: float | None = field(default=None, metadata={"help": "β never rises above this."})
+    nll_weight: float = field(default=0.0, metadata={"help": "Weight of the chosen responses' NLL a token (RPO)."})
+    bf16: bool | None = field(default=False, metadata={"help": "bf16 mixed precision; TRL's default is on."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations; TRL's is on."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Refuse pairs whose prompt and response are longer (tokens); nothing is cut."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: it would hide NaN losses."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low = 0.0 if self.beta_min is None else self.beta_min
+        high = math.inf if self.beta_max is None else self.beta_max
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"epsilon must lie in [0, 1), got {self.epsilon}: set 0.01, or 0 for plain DPO")
+        if not (self.beta > 0 and low <= self.beta <= high):
+            raise ValueError(f"beta must be positive and in [beta_min, beta_max] = [{low}, {high}], got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}: 0.5 learns nothing")
+        if not self.nll_weight >= 0:
+            raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}: 0 leaves the term out")
+
+
+def refuse(args: DPOConfig) -> None:
+    """Raise ValueError for what TRL would take silently and ε-DPO does not do."""
+    wrong = [
+        (not isinstance(args, EpsilonDPOConfig), "args must be an EpsilonDPOConfig"),
+        (len(args.loss_type) != 1, "several losses at once are not supported: set loss_type='sigmoid'"),
+        (args.loss_type[0] != "sigmoid", f"loss_type {args.loss_type[0]!r} has no instance β: set loss_type='sigmoid'"),
+        (args.loss_weights not in (None, [1.0]), "loss_weights is not supported: leave it None, scale learning_rate"),
+        (args.f_divergence_type != "reverse_kl", "f-divergences are not supported: set f_divergence_type='reverse_kl'"),
+        (args.ld_alpha is not None, "ld_alpha re-weights tokens, which ε-DPO does not define: set ld_alpha=None"),
+        (args.use_weighting, "WPO weighting is not supported: set use_weighting=False"),
+        (args.sync_ref_model, "the reference must stay fixed while β moves: set sync_ref_model=False"),
+        (args.precompute_ref_log_probs, "the reference's hidden states are needed: set precompute_ref_log_probs=False"),
+        (
+            args.use_liger_kernel,
+            "Liger kernels replace the forward that stops before the head: set use_liger_kernel=False",
+        ),
+        (args.padding_free, "padding_free is not supported: set padding_free=False"),
+        (not args.disable_dropout, "with dropout the steps would be noise: set disable_dropout=True"),
+        (args.logging_nan_inf_filter, "NaN losses must not be hidden: set logging_nan_inf_filter=False"),
+    ]
+    for is_wrong, what in wrong:
+        if is_wrong:
+            raise ValueError(what)
+
+
+class EpsilonDPOTrainer(DPOTrainer):
+    """DPOTrainer with the ε-DPO loss and schedule of β.
+
+    `beta` is the current β. It changes after each optimizer step that was not skipped, by the mean step over all
+    pairs of all micro-batches and processes, before a checkpoint of that step is written, and `train` restores it from
+    the checkpoint it resumes. Raises ValueError for settings that ε-DPO does not define (`refuse`), for data that it
+    cannot take as it is (`check_pairs`) and for models whose logits are not a linear layer over their last hidden
+    states (`head`), TrainError («input») when the first batch shows that a model does more to its logits than scale and
+    soft-cap them, and («nonfinite») when a loss or the gradient norm is not finite. There is no fall-back to whole
+    logits: they would fail later, and less clearly, for want of memory.
+
+    Logged, as means over the steps since the last log: `beta` (after the update), `epsilon/up`, `zero` and `down`
+    (shares of s = +1, 0, −1), `beta_at_limit` (1 where β met a limit), `logps/*` (nats a response), `logratios/*` (the
+    same less the reference's), `rewards/*` (with the step's β, not β_i), `nll/chosen` (nats a token), `chosen_drop`
+    (nats a response by which both chosen and rejected fell, over the last steps: see there), and `kl/pair_tokens`:
+    r·log r − r + 1 summed over the pairs' own tokens, r = π_θ/π_ref, in nats a response. That estimates KL(policy ‖
+    reference) as if these tokens were samples of the reference; they are a selection of such samples, so read it as an
+    alarm, not as the KL of fresh text.
+    """
+
+    beta: float
+    _name = "EpsilonDPO"
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: EpsilonDPOConfig | None = None, data_collator: Any = None,
+        train_dataset: Any = None, *rest: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if args is None:
+            raise ValueError("args is required: EpsilonDPOConfig(output_dir, …)")
+        refuse(args)
+        check_pairs(train_dataset, args.max_length)
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics is not supported: whole logits are never kept")
+        self._sums = torch.zeros(len(SUMS))
+        self._step_sums: dict[str, float] = {}
+        self._step_pairs = 0  # of the running optimizer step, in this process
+        self._logratios: deque[list[float]] = deque(maxlen=DROP_STEPS)
+        super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
+        words = self.model.get_input_embeddings().num_embeddings
+        if (largest := largest_id(self.train_dataset)) >= words:
+            raise ValueError(f"token id {largest} is not among the model's {words}: another tokenizer's pairs?")
+        self._make_lean()
+        # Before the callbacks that save and log, which run on later events of the same step.
+        self.add_callback(_BetaUpdate(self))
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
+        """Token ids as they are. TRL's own preparation adds EOS, tokenises text, and drops what is too long."""
+        check_pairs(dataset, args.max_length)
+        return dataset
+
+    # --- loss -------------------------------------------------------------------------------------------------------
+
+    def _make_lean(self) -> None:
+        """Let policy and reference be read before their heads; refuse what would break that."""
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("FSDP 1 flattens the output head away: set fsdp_version: 2 in the accelerate config")
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed ZeRO-3 hides the output head: shard with FSDP2 instead, or use ZeRO-2")
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError("prompt learning adds tokens of its own: use LoRA")
+        self._unchecked = [self.model]
+        head.make_lean(_bare(self.model))
+        if self.ref_model is not None:
+            self._unchecked.append(self.ref_model)
+            head.make_lean(_bare(self.accelerator.unwrap_model(self.ref_model)))
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        """The micro-batches of the next optimizer step, whose pairs are counted."""
+        batches, items = super().get_batch_samples(*args)
+        self._step_pairs = sum(len(batch["input_ids"]) // 2 for batch in batches)
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Loss of one micro-batch. In training weighted so that a step's loss is the mean over its pairs.
+
+        What calls this divides by the number of micro-batches; the last one of an epoch may be shorter than the others.
+        """
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.model.training and self._step_pairs:
+            pairs = len(inputs["input_ids"]) // 2
+            loss = loss * (pairs * self.current_gradient_accumulation_steps / self._step_pairs)
+        return loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Tensor:
+        """ε-DPO loss of one micro-batch: the mean over its pairs. Rows of `inputs` are [chosen; rejected]."""
+        assert not return_outputs, "only compute_metrics asks for outputs, and that is refused"
+        mask, targets = _response(inputs)
+        ref_hidden, ref_head = self._reference(inputs, mask)
+
+        def at_head(hidden: Tensor, own: head.Head) -> Any:
+            return fused_shifts(
+                hidden[:, :-1][mask], own.weight, ref_hidden, ref_head.weight, targets, self.args.epsilon,
+                bias=own.bias, ref_bias=ref_head.bias, logit_scale=own.logit_scale, softcap=own.softcap,
+            )  # fmt: skip
+
+        self._check_head(model, self.model, inputs)
+        (logp, ref_logp, plus, minus), aux_loss = self._forward(model, inputs, at_head, self.aux_loss_enabled)
+
+        ratio = _per_response(logp - ref_logp, mask)
+        q_plus, q_minus = (_pair_difference(_per_response(shift, mask)) for shift in (plus, minus))  # less q
+        steps = epsilon_steps(torch.zeros_like(q_plus), q_plus, q_minus)
+        betas = pair_betas(self.beta, steps, self.args.epsilon)
+        losses = pair_losses(_pair_difference(ratio), betas, self.args.label_smoothing)
+        summed = _per_response(logp, mask)
+        nll = -(summed / mask.sum(dim=1)).chunk(2)[0]
+        if self.args.nll_weight > 0:
+            losses = losses + self.args.nll_weight * nll
+
+        log_r = (logp - ref_logp).detach().clamp(max=20.0)
+        kl = _per_response(log_r.exp() * (log_r - 1) + 1, mask)
+        self._count(steps, losses.detach(), summed.detach(), ratio.detach(), nll.detach(), kl)
+        loss = losses.mean()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+        return loss
+
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor], at_head: Any, router_logits: bool = False) -> Any:
+        """What `at_head` gives, and the router's loss; see `head`."""
+        kwargs = {"output_router_logits": True} if router_logits else {}
+        return model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, at_head=at_head,
+            **kwargs,
+        )  # fmt: skip
+
+    def _check_head(self, model: Any, unwrapped: Any, inputs: Mapping[str, Tensor]) -> None:
+        """Before a model is used for the first time: is the head that we compute its own? A collective call."""
+        if not any(one is unwrapped for one in self._unchecked):
+            return
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if not head.agrees(model, inputs["input_ids"][:1, :8]):
+                raise TrainError(
+                    "input", f"{type(_bare(unwrapped)).__name__} does more to its logits than its config says: ε-DPO "
+                    "projects hidden states itself (weight, bias, scale, soft-capping) and would train another model",
+                    "take another architecture, or teach selfplay/methods/head.py this one",
+                )  # fmt: skip
+        self._unchecked = [one for one in self._unchecked if one is not unwrapped]
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[Any]:
+        """The reference to call: its own model, or the model under the adapter (its «ref» copy, where TRL made one)."""
+        model, adapter = self.ref_model, nullcontext()
+        if model is None:
+            assert is_peft_model(self.model), "TRL keeps a reference model for everything but adapters"
+            bare, model = self.accelerator.unwrap_model(self.model), self.model
+            adapter = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
+        plain = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), plain, adapter, self.accelerator.autocast():
+            yield model
+
+    def _reference(self, inputs: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, head.Head]:
+        """Hidden states (N, H) of the response tokens in the reference, and its head, without gradient."""
+        with self._as_reference() as model:
+            if self.ref_model is not None:
+                self._check_head(model, model, inputs)
+            hidden, _ = self._forward(model, inputs, lambda hidden, _: hidden[:, :-1][mask])
+            return hidden, head.read(_bare(self.accelerator.unwrap_model(model)))
+
+    def reference_logps(self, on_batch: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+        """Reference log-probabilities (nats, summed) of the training pairs in their order: chosen (n,), rejected (n,).
+
+        A collective call: every process gets all of them. `on_batch` is called after each batch.
+        """
+        parts: list[Tensor] = []
+        for batch in self.get_eval_dataloader(self.train_dataset):
+            batch = self._prepare_inputs(batch)
+            mask, targets = _response(batch)
+            hidden, (weight, bias, logit_scale, softcap) = self._reference(batch, mask)
+            with torch.no_grad(), self.accelerator.autocast():
+                logp = lean_logps(hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap)
+            logps = _per_response(logp, mask)
+            parts.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).cpu())
+            on_batch()
+        logps = torch.cat(parts)
+        return logps[:, 0], logps[:, 1]
+
+    # --- what a step adds up ----------------------------------------------------------------------------------------
+
+    def _count(self, steps: Tensor, losses: Tensor, logp: Tensor, ratio: Tensor, nll: Tensor, kl: Tensor) -> None:
+        """Add one micro-batch to the sums of the running optimizer step; in evaluation, log it and leave them alone."""
+        chosen, rejected = (self.beta * ratio).chunk(2)
+        values = {
+            "pairs": torch.ones_like(losses), "up": (steps > 0).float(), "down": (steps < 0).float(), "loss": losses,
+            "logps/chosen": logp.chunk(2)[0], "logps/rejected": logp.chunk(2)[1],
+            "logratios/chosen": ratio.chunk(2)[0], "logratios/rejected": ratio.chunk(2)[1], "nll/chosen": nll,
+            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": (chosen > rejected).float(),
+            "kl/pair_tokens": kl.view(2, -1).mean(0),
+        }  # fmt: skip
+        sums = torch.stack([values[name].sum() for name in SUMS])
+        if self.model.training:
+            self._sums = self._sums.to(sums.device) + sums
+        else:
+            self._log_means("eval", self._gathered(sums))
+
+    def _gathered(self, sums: Tensor) -> dict[str, float]:
+        total = self.accelerator.reduce(sums, reduction="sum") if self.accelerator.num_processes > 1 else sums
+        return dict(zip(SUMS, total.tolist(), strict=True))
+
+    def _log_means(self, mode: str, sums: dict[str, float]) -> None:
+        n = sums["pairs"]
+        metrics = {name: sums[name] / n for name in SUMS if "/" in name}
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics |= {"epsilon/up": sums["up"] / n, "epsilon/down": sums["down"] / n}
+        metrics["epsilon/zero"] = 1 - metrics["epsilon/up"] - metrics["epsilon/down"]
+        metrics["beta"] = self.beta
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Before each optimizer step, on every process alike: add up the step, stop if anything in it is not finite."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):  # FSDP2 gives each process its share of it
+            grad_norm = grad_norm.full_tensor()
+        self._step_sums = self._gathered(self._sums)
+        self._sums = torch.zeros_like(self._sums)
+        # With fp16 a non-finite norm is the loss scaler's business: it skips the step.
+        norm = 0.0 if self.accelerator.scaler is not None else float(grad_norm)
+        if not (math.isfinite(norm) and math.isfinite(self._step_sums["loss"])):
+            raise TrainError(
+                "nonfinite",
+                f"step {self.state.global_step + 1}: the mean loss is "
+                f"{self._step_sums['loss'] / self._step_sums['pairs']:g} and the gradient norm {norm:g}; no weight was "
+                "changed by this step",
+                "lower the learning rate or max_grad_norm, and look for non-finite weights in the policy and reference",
+            )
+        return grad_norm
+
+    def step_taken(self) -> None:
+        """After `optimizer.step()`: move β by the mean step of its pairs, unless the optimizer skipped the step."""
+        limited = False
+        if not self.accelerator.optimizer_step_was_skipped:
+            sums = self._step_sums
+            wanted = next_beta(self.beta, (sums["up"] - sums["down"]) / sums["pairs"], self.args.epsilon)
+            low = -math.inf if self.args.beta_min is None else self.args.beta_min
+            high = math.inf if self.args.beta_max is None else self.args.beta_max
+            self.beta = min(max(wanted, low), high)
+            limited = self.beta != wanted
+            if limited:
+                logger.warning("step %d: beta %.6g held at %.6g", self.state.global_step + 1, wanted, self.beta)
+        self._log_means("train", self._step_sums)
+        self._metrics["train"]["beta_at_limit"].append(float(limited))
+        self._logratios.append(
+            [self._step_sums[f"logratios/{one}"] / self._step_sums["pairs"] for one in ("chosen", "rejected")]
+        )
+        self._metrics["train"]["chosen_drop"].append(chosen_drop(self._logratios))
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: TRL would write one with each checkpoint."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            state = {"beta": self.beta, "epsilon": self.args.epsilon, "step": self.state.global_step,
+                     "logratios": list(self._logratios)}  # fmt: skip
+            artifacts.sync_tree(folder)
+            artifacts.write_json(folder / STATE_FILE, state)
+            artifacts.sync(folder.parent)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """TRL's `train`; a checkpoint to resume from also gives β. Raises ValueError where it has none."""
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"no checkpoint to resume from in {self.args.output_dir}")
+        if checkpoint is not None:
+            file = Path(str(checkpoint)) / STATE_FILE
+            if not file.is_file():
+                raise ValueError(f"{file} is missing: the checkpoint is not whole; resume from an earlier one")
+            state = artifacts.read_json(file)
+            self.beta = float(state["beta"])
+            self._logratios.extend(state["logratios"])
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+
+class _BetaUpdate(TrainerCallback):
+    """Tells the trainer that the optimizer was stepped: the one moment between the step and its checkpoint."""
+
+    def __init__(self, trainer: EpsilonDPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.step_taken()
+
+
+def _bare(model: Any) -> Any:
+    """The model itself, without an adapter's wrapper."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _response(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mask (2B, T−1) of the positions whose next token is of a response, and those N tokens, (N,)."""
+    mask = inputs["completion_mask"][:, 1:].bool()
+    return mask, inputs["input_ids"][:, 1:][mask]
+
+
+def _per_response(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum per-token values (N,), given in the order of `mask` (2B, R), over each response: (2B,)."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(dim=1)
+
+
+def _pair_difference(values: Tensor) -> Tensor:
+    """Chosen minus rejected, (B,), of values in rows [chosen; rejected], (2B,)."""
+    chosen, rejected = values.chunk(2)
+    return chosen - rejected

@@ -1,0 +1,310 @@
+"""What the trainer child does for an order: load, check agreement, train, export, canaries, size of the update."""
+
+import copy
+import gc
+import hashlib
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from datasets.table import InMemoryTable
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from selfplay.errors import TrainError
+from selfplay.models import weights
+from selfplay.storage import artifacts
+from selfplay.training.data import check_pairs
+from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
+from selfplay.training.jobs import STOP, CanaryJob, LoraJob, TrainJob
+
+logger = logging.getLogger(__name__)
+transformers_logging.disable_progress_bar()
+
+Report = Callable[[int, int, dict[str, float | None]], None]  # step, steps, metrics
+
+
+def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
+    """Do a job; every process of a distributed run calls it, and rank 0 gets the result. Raises TrainError.
+
+    The result: `history` (metrics of each optimizer step), `steps`, `beta` (the last), `agreement` {mean, p99, tokens}
+    or None, `update` {share_changed, relative_norm}, `canaries` (nats each) and `seconds` {load, train, export}, with
+    the agreement check in `train`.
+    """
+    clock = _Clock()
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    try:
+        trainer = _build(job, report)
+    except ValueError as error:  # a setting or data that cannot be trained on; later on it would be a bug
+        raise TrainError("input", str(error), "change the setting or the data that the message names") from error
+    rank_zero = trainer.accelerator.is_main_process
+    checkpoint = _resume_point(job, trainer)
+    if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
+    clock.lap("load")
+    check = _AgreementCheck(job, trainer, report)
+    trainer.add_callback(check)
+    trainer.add_callback(_StopOnRequest(job.work / STOP, trainer))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    clock.lap("train")
+    if trainer.state.global_step < trainer.state.max_steps:
+        return {"stopped": trainer.state.global_step}
+
+    dtype = getattr(torch, job.serving_dtype)
+    device, beta, steps = trainer.args.device, trainer.beta, trainer.state.global_step
+    history = [_metrics(logs) | {"step": logs["step"]} for logs in trainer.state.log_history if "loss" in logs]
+    found = check.found
+    model = _trained(job, trainer)
+    if not rank_zero:
+        return None
+    del trainer, check
+    if device.type == "cuda":  # the reference and the optimizer make room for the exported model
+        gc.collect()
+        torch.cuda.empty_cache()
+    if job.out.exists():  # a run that ended between its export and its answer
+        shutil.rmtree(job.out)
+    with artifacts.folder(job.out) as part:
+        if job.lora is not None:
+            for config in model.peft_config.values():  # a set, whose order would differ between two processes
+                if isinstance(config.target_modules, set):
+                    config.target_modules = sorted(config.target_modules)
+            model.save_pretrained(part / "adapter")
+            model = model.merge_and_unload()
+        model = model.to("cpu")
+        start = weights.load(weights.masters(job.policy), trust_remote_code=job.trust_remote_code)
+        share, norm = weights.update_size(start, model)
+        if norm < job.min_update or share == 0:
+            raise TrainError(
+                "no_update",
+                f"training moved the weights by {norm:.3g} of their norm ({share:.2%} of the elements); the least that "
+                f"counts is {job.min_update:g}",
+                "raise the learning rate, the epochs or the pairs of a round",
+            )
+        weights.export(model, job.policy, job.initial, part, dtype)
+        del start, model
+        served = weights.load(part, dtype, job.trust_remote_code).to(device).eval()
+        canary_logps = weights.sequence_logps(served, job.canary_ids)
+    clock.lap("export")
+    return {
+        "history": history, "steps": steps, "beta": beta, "agreement": found, "canaries": canary_logps,
+        "update": {"share_changed": share, "relative_norm": norm}, "seconds": clock.laps,
+    }  # fmt: skip
+
+
+def canaries(job: CanaryJob) -> dict[str, Any]:
+    """`canaries`: the summed log-probability (nats) of each sequence."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = weights.load(job.policy, getattr(torch, job.dtype), job.trust_remote_code).to(device).eval()
+    return {"canaries": weights.sequence_logps(model, job.canary_ids)}
+
+
+def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
+    """Data, models, tokenizer and the trainer over them."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation, rest = divmod(job.batch_pairs, job.micro_batch_pairs * world)
+    if rest or not accumulation:
+        raise TrainError("input", f"batch_pairs {job.batch_pairs} is not a multiple of micro_batch_pairs "
+                         f"{job.micro_batch_pairs} × {world} processes", "change one of the two")  # fmt: skip
+    args = EpsilonDPOConfig(
+        output_dir=str(job.work), report_to="none", disable_tqdm=True, logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),  # unless it is told, accelerate runs CPU processes each for itself
+        beta=job.beta, epsilon=job.epsilon, beta_min=job.beta_min, beta_max=job.beta_max,
+        label_smoothing=job.label_smoothing, nll_weight=job.nll_weight, learning_rate=job.learning_rate, lr_scheduler_type=job.schedule,
+        warmup_steps=job.warmup_ratio, max_grad_norm=job.max_grad_norm, weight_decay=job.weight_decay,
+        num_train_epochs=job.epochs, per_device_train_batch_size=job.micro_batch_pairs,
+        per_device_eval_batch_size=job.micro_batch_pairs, gradient_accumulation_steps=accumulation,
+        max_length=job.max_length, bf16=job.bf16, gradient_checkpointing=job.gradient_checkpointing,
+        save_strategy="steps" if job.save_steps else "no", save_steps=job.save_steps or 1, save_total_limit=2,
+        seed=job.seed % 2**32, data_seed=job.seed % 2**32, trust_remote_code=job.trust_remote_code,
+    )  # fmt: skip
+    pairs = _read_pairs(job.pairs)
+    check_pairs(pairs, job.max_length)
+    policy = weights.load(weights.masters(job.policy), trust_remote_code=job.trust_remote_code)
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and job.max_length > context:
+        raise TrainError("input", f"max_length {job.max_length} exceeds the model's context of {context}", "lower it")
+    reference: Any = None  # with an adapter: the model under it
+    if job.reference.resolve() != job.policy.resolve():
+        reference = weights.load(weights.masters(job.reference), trust_remote_code=job.trust_remote_code)
+    elif job.lora is None:
+        reference = copy.deepcopy(policy)
+    weights.require_memory(policy, reference, of_policy=4 if job.lora is None else 1, processes=world)
+    trainer = EpsilonDPOTrainer(
+        policy, reference, args=args, train_dataset=pairs, callbacks=[_Reporter(report)],
+        processing_class=AutoTokenizer.from_pretrained(job.initial, trust_remote_code=job.trust_remote_code),
+        peft_config=lora_config(job.lora),
+    )  # fmt: skip
+    assert trainer.accelerator.num_processes == world, "the processes do not know of each other"
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def lora_config(lora: LoraJob | None) -> Any:
+    if lora is None:
+        return None
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=lora.target_modules,
+                      task_type="CAUSAL_LM")  # fmt: skip
+
+
+def _read_pairs(path: Path) -> Any:
+    """The pairs file as a Dataset in memory. Raises TrainError (kind «input») for a file that is not one."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise TrainError("input", f"{path} is no Parquet file of pairs: {error}", "write it again") from error
+    if missing := [name for name in ("chosen_logp", "rejected_logp") if name not in table.column_names]:
+        raise TrainError("input", f"{path} lacks {', '.join(missing)}", "write the generator's log-probabilities too")
+    return Dataset(InMemoryTable(table))
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """Mean and 99th percentile of |ours − theirs| / tokens over responses (n,): summed nats of each response under the
+    trainer's reference and under the generator that sampled it."""
+    off = np.abs(ours - theirs) / tokens
+    return {"mean": float(off.mean()), "p99": float(np.quantile(off, 0.99)), "tokens": int(tokens.sum())}
+
+
+def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
+    """The last whole checkpoint of this very job in `work`; what another job or a killed save left there is removed.
+
+    The same job: same settings, pairs (by content), number of processes and models (by path: a policy never changes).
+    """
+    elsewhere = {"out", "agreement_mean", "agreement_p99", "min_update", "canary_ids", "serving_dtype", "threads"}
+    settings = job.model_dump(mode="json", exclude=elsewhere)
+    settings["world"] = trainer.accelerator.num_processes
+    with job.pairs.open("rb") as file:
+        settings["pairs"] = hashlib.file_digest(file, "sha256").hexdigest()
+    mark = job.work / "job.json"
+    if trainer.accelerator.is_main_process:
+        artifacts.make(job.work)
+        (job.work / STOP).unlink(missing_ok=True)
+        same = mark.is_file() and artifacts.read_json(mark) == settings
+        for folder in job.work.glob("checkpoint-*"):
+            if not (same and (folder / STATE_FILE).is_file()):
+                shutil.rmtree(folder)
+        if not same:
+            (job.work / "agreement.json").unlink(missing_ok=True)
+            artifacts.write_json(mark, settings)
+    trainer.accelerator.wait_for_everyone()
+    whole = sorted(job.work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    return whole[-1] if whole else None
+
+
+def _trained(job: TrainJob, trainer: EpsilonDPOTrainer) -> Any:
+    """The trained model in one piece; under FSDP gathered into a fresh one, on rank 0 alone."""
+    if not trainer.is_fsdp_enabled:
+        return trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.accelerator.is_main_process:
+        return None
+    model = weights.load(weights.masters(job.policy), trust_remote_code=job.trust_remote_code)
+    if job.lora is not None:
+        model = get_peft_model(model, lora_config(job.lora))
+    model.load_state_dict(state)
+    return model
+
+
+class _Reporter(TrainerCallback):
+    """Passes the metrics of each optimizer step on."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs and state.is_world_process_zero:
+            self._report(state.global_step, state.max_steps, _metrics(logs))
+
+
+class _StopOnRequest(TrainerCallback):
+    """Saves and ends the training after the step in which the file STOP appeared; every process of it alike."""
+
+    def __init__(self, request: Path, trainer: EpsilonDPOTrainer) -> None:
+        self._request, self._trainer = request, trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        accelerator = self._trainer.accelerator
+        asked = self._request.exists()
+        if accelerator.num_processes > 1:
+            flag = torch.tensor(float(asked), device=accelerator.device)
+            asked = bool(accelerator.reduce(flag, reduction="sum") > 0)
+        if asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+class _AgreementCheck(TrainerCallback):
+    """Before the first optimizer step: do trainer and generator mean the same model and the same tokens?
+
+    A resumed job has passed already: its figures lie beside its checkpoints. Each batch is told as progress of step 0: all
+    the pairs of a round can take longer than a trainer may be silent.
+    """
+
+    def __init__(self, job: TrainJob, trainer: EpsilonDPOTrainer, report: Report) -> None:
+        self._job, self._trainer, self._report = job, trainer, report
+        self.found: dict[str, float] | None = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        job, trainer, kept = self._job, self._trainer, self._job.work / "agreement.json"
+        bounds = {"mean": job.agreement_mean, "p99": job.agreement_p99}
+        if not any(bounds.values()):
+            return
+        found = artifacts.read_json(kept) if kept.is_file() else self._measured()
+        logger.info("agreement with the generator: %s", found)
+        for name, bound in bounds.items():
+            if bound is not None and not found[name] <= bound:  # NaN must not pass
+                raise TrainError(
+                    "agreement",
+                    f"the reference's log-probabilities differ from the generator's by {found['mean']:.3g} nats a "
+                    f"token (99th percentile {found['p99']:.3g}, {found['tokens']} tokens); the bound on the {name} is "
+                    f"{bound:g}",
+                    "the pairs were not sampled from this reference, or the two run in other dtypes: generate again, "
+                    "or calibrate the bound",
+                )
+        trainer.accelerator.wait_for_everyone()
+        if trainer.accelerator.is_main_process:
+            artifacts.write_json(kept, found)
+        self.found = found
+
+    def _measured(self) -> dict[str, float]:
+        ours = torch.cat(self._trainer.reference_logps(self._tell)).double().numpy()
+        pairs = self._trainer.train_dataset.with_format("numpy")
+        theirs = np.concatenate([pairs["chosen_logp"][:], pairs["rejected_logp"][:]])
+        tokens = np.array([len(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name]])
+        return agreement(ours, theirs, tokens)
+
+    def _tell(self) -> None:
+        if self._trainer.accelerator.is_main_process:
+            self._report(0, self._trainer.state.max_steps, {})
+
+
+def _metrics(logs: dict[str, float]) -> dict[str, float | None]:
+    """Flat `train/name` floats of a log entry; None for what is not finite, which JSON cannot hold."""
+    return {
+        f"train/{name.replace('/', '_')}": float(value) if math.isfinite(value) else None
+        for name, value in logs.items()
+        if name != "step"
+    }
+
+
+class _Clock:
+    """Seconds of each part of the work."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now

@@ -1,0 +1,189 @@
+"""The charts of the page as ECharts options: pure functions of the ledger's numbers. No text of others gets in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selfplay.web.api_models import Histogram
+
+Metrics = Mapping[int, Mapping[str, float]]  # by round, then by name
+Points = list[tuple[int, float]]
+
+BUCKETS = 150  # of rounds in a chart; of each the lowest and the highest point is drawn
+# One tone for light and dark grounds: readable on both.
+COLOURS = {
+    "blue": "#3f85dd", "orange": "#dd7f27", "green": "#2e9e67", "purple": "#9467d6", "red": "#d65055", "teal": "#1c9fb0",
+    "grey": "#8b95a3",
+}  # fmt: skip
+FAINT = "rgba(139, 149, 163, 0.25)"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One metric by round."""
+
+    metric: str
+    label: str
+    colour: str
+    style: str = "solid"  # solid | dashed | dotted
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    title: str
+    caption: str  # what it shows, and the unit
+    lines: tuple[Line, ...]
+    band: tuple[str, str] | None = None  # metrics of the lower and upper bound of the first line
+    level: float | None = None  # a horizontal line
+    log: bool = False
+
+
+CHARTS = (
+    Chart("Reward", "mean; champion and candidate on the same held-out prompts", (
+        Line("evaluate/reward", "candidate", "blue"), Line("evaluate/reward_champion", "champion", "grey", "dashed"),
+        Line("score/reward_mean", "sampled", "teal", "dotted"))),
+    Chart("Win rate", "candidate against champion, ties half, with its interval", (
+        Line("evaluate/win_rate", "against champion", "blue"), Line("evaluate/audit_win_rate", "against initial", "purple", "dotted")),
+        band=("evaluate/win_rate_low", "evaluate/win_rate_high"), level=0.5),
+    Chart("Gold", "mean by the gold rubric, which never trains nor gates", (
+        Line("evaluate/gold_total", "total", "orange"), Line("evaluate/gold_content", "content", "green"),
+        Line("evaluate/audit_gold_total", "total, audit", "orange", "dotted"))),
+    Chart("β", "of ε-DPO, at start and end of the training", (
+        Line("train/beta_start", "start", "grey", "dashed"), Line("train/beta", "end", "orange")), log=True),
+    Chart("Length", "mean answer length of the candidate over the champion's", (
+        Line("evaluate/length_ratio", "ratio", "teal"),), level=1.0),
+    Chart("KL", "of the candidate, nats an answer", (
+        Line("evaluate/kl_current", "to current", "purple"), Line("evaluate/kl_initial", "to initial", "grey", "dashed"))),
+    Chart("Guard", "signs that the reward goes wrong; limits are in the section guard of the configuration", (
+        Line("guard/ties", "ties", "blue"), Line("guard/saturation", "saturation", "orange"),
+        Line("guard/length_correlation", "correlation with length", "teal"), Line("guard/shift", "shift", "purple"),
+        Line("guard/disagreement", "disagreement", "green"), Line("guard/gold_drop", "fall of gold", "red"),
+        Line("guard/probe_change", "change of the probes", "grey", "dashed"),
+        Line("guard/probe_missing", "probes without a score", "purple", "dashed"))),
+    Chart("Margins", "mean of the kept pairs: explicit in reward units, implicit in nats a token", (
+        Line("pairs/explicit_margin", "explicit", "blue"), Line("pairs/implicit_margin", "implicit", "purple"))),
+    Chart("Pairs", "base pairs, those kept, those trained on", (
+        Line("pairs/base", "base", "grey", "dashed"), Line("pairs/kept", "kept", "blue"), Line("depth/pairs", "trained on", "orange"))),
+)  # fmt: skip
+METRICS = tuple(sorted({n for c in CHARTS for n in (*(line.metric for line in c.lines), *(c.band or ()))}))
+
+
+def series(metrics: Metrics, name: str) -> Points:
+    """The finite values of a metric by round."""
+    return [(index, found[name]) for index, found in metrics.items() if math.isfinite(found.get(name, math.nan))]
+
+
+def thin(points: Points, buckets: int = BUCKETS) -> Points:
+    """At most two points of each bucket of rounds, its lowest and its highest: every peak stays, none is made up."""
+    if len(points) <= 2 * buckets:
+        return points
+    kept: Points = []
+    for i in range(buckets):
+        part = points[i * len(points) // buckets : (i + 1) * len(points) // buckets]
+        low, high = min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])
+        kept += sorted({low, high})
+    return kept
+
+
+def options(chart: Chart, metrics: Metrics, rejected: Sequence[int] = ()) -> dict[str, Any] | None:
+    """ECharts options of a chart; None where none of its metrics is there. Rejected rounds are hollow points."""
+    drawn: list[dict[str, Any]] = []
+    if chart.band is not None:
+        drawn += _band(metrics, *chart.band)
+    shown = [(line, points) for line in chart.lines if (points := thin(series(metrics, line.metric)))]
+    if not shown:
+        return None
+    for line, points in shown:
+        drawn.append(
+            {
+                "name": line.label, "type": "line", "data": points, "showSymbol": len(points) <= 40, "symbolSize": 5,
+                "lineStyle": {"width": 1.6, "type": line.style, "color": COLOURS[line.colour]},
+                "itemStyle": {"color": COLOURS[line.colour]}, "symbol": "circle",
+            }
+        )  # fmt: skip
+    if chart.level is not None:
+        drawn[-1]["markLine"] = {
+            "silent": True, "symbol": "none", "label": {"show": False}, "data": [{"yAxis": chart.level}],
+            "lineStyle": {"color": COLOURS["grey"], "type": "solid", "width": 1},
+        }  # fmt: skip
+    points = shown[0][1]
+    hollow = [p for p in points if p[0] in set(rejected)]
+    if hollow and chart.title in ("Reward", "Win rate", "Length", "KL"):
+        drawn.append(
+            {"name": "rejected", "type": "scatter", "data": hollow, "symbolSize": 7, "z": 5, "itemStyle": {
+                "color": "transparent", "borderColor": COLOURS["red"], "borderWidth": 1.6, "opacity": 1}}
+        )  # fmt: skip
+    values = [v for _, p in shown for _, v in p]
+    log = chart.log and min(values) > 0 and max(values) > 10 * min(values)
+    names = [s["name"] for s in drawn if "name" in s]
+    return _frame(drawn, names, {"type": "log" if log else "value", "scale": True})
+
+
+def _band(metrics: Metrics, low: str, high: str) -> list[dict[str, Any]]:
+    """The area between two metrics: a clear one up to the lower, and on top of it a shaded one."""
+    both = {i: (m[low], m[high]) for i, m in metrics.items() if low in m and high in m}
+    rounds = sorted({i for i, _ in thin([(i, v) for i, (v, _) in both.items()])})
+    clear = {
+        "type": "line",
+        "stack": "band",
+        "symbol": "none",
+        "silent": True,
+        "lineStyle": {"width": 0},
+        "tooltip": {"show": False},
+    }
+    return [
+        {**clear, "data": [(i, both[i][0]) for i in rounds]},
+        {**clear, "data": [(i, both[i][1] - both[i][0]) for i in rounds], "areaStyle": {"color": COLOURS["blue"], "opacity": 0.18}},
+    ]  # fmt: skip
+
+
+def _frame(drawn: list[dict[str, Any]], names: list[str], y: dict[str, Any]) -> dict[str, Any]:
+    axis = {
+        "axisLabel": {"color": COLOURS["grey"], "fontSize": 11, "hideOverlap": True}, "axisTick": {"show": False},
+        "axisLine": {"lineStyle": {"color": FAINT}}, "splitLine": {"lineStyle": {"color": FAINT}},
+    }  # fmt: skip
+    return {
+        "animation": False, "backgroundColor": "transparent", "textStyle": {"fontFamily": "inherit"},
+        "grid": {"left": 8, "right": 14, "top": 10, "bottom": 30, "containLabel": True},
+        "legend": {"data": names, "bottom": 0, "itemWidth": 16, "itemHeight": 8, "textStyle": {"color": COLOURS["grey"], "fontSize": 11}},
+        "tooltip": {"trigger": "axis", "renderMode": "richText", "confine": True},
+        "xAxis": {**axis, "type": "value", "min": "dataMin", "max": "dataMax", "minInterval": 1, "splitLine": {"show": False}},
+        "yAxis": {**axis, "splitNumber": 4, **y},
+        "series": drawn,
+    }  # fmt: skip
+
+
+def histogram(found: Histogram) -> dict[str, Any] | None:
+    """Bars of the kept and, on top of them, the dropped pairs of a round; None where there are none."""
+    if not found.edges:
+        return None
+    middles = [(a + b) / 2 for a, b in zip(found.edges, found.edges[1:], strict=False)]
+    bar = {"type": "bar", "stack": "pairs", "barCategoryGap": "8%"}
+    drawn = [
+        {**bar, "name": "kept", "data": found.kept, "itemStyle": {"color": COLOURS["blue"]}},
+        {**bar, "name": "dropped", "data": found.dropped, "itemStyle": {"color": COLOURS["grey"]}},
+    ]
+    chart = _frame(drawn, ["kept", "dropped"], {"type": "value", "minInterval": 1})
+    chart["xAxis"] |= {"type": "category", "data": [f"{v:.3g}" for v in middles]}
+    for name in ("min", "max", "minInterval"):
+        del chart["xAxis"][name]
+    return chart
+
+
+def stage_bars(stages: Mapping[str, float]) -> dict[str, Any] | None:
+    """Horizontal bars of the seconds of each stage, in order from the top."""
+    if not stages:
+        return None
+    chart = _frame([{"type": "bar", "data": [round(s, 2) for s in stages.values()], "itemStyle": {"color": COLOURS["teal"]},
+                     "label": {"show": True, "position": "right", "color": COLOURS["grey"], "fontSize": 11}}], [], {})  # fmt: skip
+    label = chart["yAxis"]["axisLabel"]
+    chart["yAxis"] = {"type": "category", "data": list(stages), "inverse": True, "axisLabel": label, "axisTick": {"show": False},
+                      "axisLine": {"lineStyle": {"color": FAINT}}}  # fmt: skip
+    chart["xAxis"] = {"type": "value", "axisLabel": label, "splitLine": {"lineStyle": {"color": FAINT}}}
+    chart["grid"] |= {"right": 50, "bottom": 8}
+    chart["tooltip"]["trigger"] = "item"
+    del chart["legend"]
+    return chart

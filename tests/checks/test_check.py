@@ -1,0 +1,382 @@
+"""Looks at models and settings that need no world: folders made by hand."""
+
+import http.server
+import json
+import os
+import shutil
+import socket
+import threading
+from types import SimpleNamespace
+
+import pytest
+from mini import ROOT, TINY, overrides
+
+from selfplay.checks.check import check
+from selfplay.checks.models import loads
+from selfplay.checks.plan import plan
+from selfplay.config import load
+from selfplay.errors import InputError
+from selfplay.reporting.terminal import Display
+from selfplay.rounds.run import Run
+from selfplay.storage.ledger import RunLock, Store
+
+
+def model(folder, *, template=True, tokenizer=True, **settings):
+    """A checkpoint of one small tensor."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]} | settings))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    if tokenizer:
+        (folder / "tokenizer.json").write_text("{}")
+    if template:
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def settings(tmp_path, policy, *more):
+    for name, n in (("train", 200), ("heldout", 1200)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{name} {i}"}}\n' for i in range(n)))
+    files = [f"prompts.source={tmp_path / 'train.jsonl'}", f"prompts.heldout={tmp_path / 'heldout.jsonl'}"]
+    reward = ["reward.model=null", "reward.rules=[{rule: length, max: 9}]", "evaluate.judge=null"]
+    return load(TINY, [f"policy.model={policy}", *files, *reward, *more])
+
+
+def said(config, tmp_path, about):
+    return next(((f.level, f.text) for f in check(config, tmp_path / "run") if f.about == about), None)
+
+
+def test_a_model_needs_a_tokenizer_and_a_chat_template(tmp_path):
+    whole = model(tmp_path / "whole", max_position_embeddings=512)
+    assert said(settings(tmp_path, whole), tmp_path, "policy.model")[0] == "ok"
+    mute = model(tmp_path / "mute", template=False)
+    level, text = said(settings(tmp_path, mute), tmp_path, "policy.model")
+    assert level == "error" and "no chat template" in text and "instruct model" in text
+    (mute / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert said(settings(tmp_path, mute), tmp_path, "policy.model")[0] == "ok"
+    bare = model(tmp_path / "bare", tokenizer=False)
+    assert said(settings(tmp_path, bare), tmp_path, "policy.model") == ("error", f"{bare} has no tokenizer")
+    reward = ("reward.rules=[]", f"reward.model={model(tmp_path / 'reward', template=False, id2label={'0': 'x'})}")
+    assert said(settings(tmp_path, whole, *reward), tmp_path, "reward.model")[0] == "error"
+    silent = model(tmp_path / "silent")  # two labels are the default, and not written down
+    found = said(settings(tmp_path, whole, "reward.rules=[]", f"reward.model={silent}"), tmp_path, "reward.model")
+    assert found == ("error", f"{silent} has 2 labels; a reward model has 1")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_context_of_the_policy(tmp_path, nested):
+    """configs/tiny.yaml: 96 + 48 + 1 tokens for the engine, 144 for the trainer."""
+    limits = {"max_position_embeddings": 145}
+    fits = model(tmp_path / "fits", **({"text_config": limits} if nested else limits))
+    assert said(settings(tmp_path, fits), tmp_path, "context") == ("ok", "the policy reads up to 145 tokens")
+    level, text = said(settings(tmp_path, fits, "train.max_length=200"), tmp_path, "context")
+    assert level == "error" and text.endswith("but train.max_length is 200")
+    short = model(tmp_path / "short", max_position_embeddings=144)
+    level, text = said(settings(tmp_path, short), tmp_path, "context")
+    assert level == "error" and "generate.max_tokens + 1 is 145" in text
+    unknown = model(tmp_path / "unknown")
+    assert said(settings(tmp_path, unknown), tmp_path, "context") is None
+
+
+def test_batches_over_processes(tmp_path):
+    policy = model(tmp_path / "policy")
+    four = f"train.accelerate={ROOT / 'configs' / 'accelerate' / 'fsdp2-4.yaml'}"
+    level, text = said(settings(tmp_path, policy, four), tmp_path, "train.batch_pairs")
+    assert level == "error" and text.endswith("not a multiple of 64")
+    right = settings(tmp_path, policy, four, "train.micro_batch_pairs=2")
+    assert said(right, tmp_path, "training") == ("ok", "16 pairs a step on 4 processes, 2 at a time each")
+    gone = settings(tmp_path, policy, f"train.accelerate={tmp_path / 'none.yaml'}")
+    assert said(gone, tmp_path, "train.accelerate")[0] == "error"
+    assert said(settings(tmp_path, policy), tmp_path, "training") is None
+
+
+def test_gpus_that_placement_names(tmp_path, monkeypatch):
+    """A program in the place of nvidia-smi: two GPUs, one of them in use."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    smi = programs / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '0, NVIDIA H100, 81559, 81000'\necho '1, NVIDIA H100, 81559, 2048'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    policy = model(tmp_path / "policy")
+    config = settings(tmp_path, policy, "placement={generator: [0], trainer: [1, 2]}")
+    found = [(f.level, f.text) for f in check(config, tmp_path / "run") if f.about == "gpu"]
+    assert found == [
+        ("error", "placement.trainer names GPU 2; there are [0, 1]"),
+        ("ok", "GPU 0 NVIDIA H100: 79.1 of 79.6 GiB free"),
+        ("warning", "GPU 1 NVIDIA H100: 2.0 of 79.6 GiB free"),
+    ]
+    split = settings(tmp_path, policy, "placement={generator: [0], trainer: [1]}", "generate.engine.tensor_parallel=2")
+    key = "generate.engine.tensor_parallel"
+    assert said(split, tmp_path, key) == ("error", "2 GPUs are needed, the generator has 1 ([0])")
+    four = f"train.accelerate={ROOT / 'configs' / 'accelerate' / 'fsdp2-4.yaml'}"
+    launched = settings(tmp_path, policy, four)
+    assert said(launched, tmp_path, "train.accelerate") == ("error", "4 GPUs are needed, the trainer has 2 ([0, 1])")
+    assert said(settings(tmp_path, policy, "placement={generator: [0], trainer: [1]}"), tmp_path, "gpu memory") is None
+    smi.write_text("#!/bin/sh\necho 'driver mismatch'; exit 9\n")
+    assert said(config, tmp_path, "gpu") == ("error", "nvidia-smi failed: driver mismatch")
+
+
+def test_models_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    class Hub:
+        def model_info(self, name, timeout):
+            if name == "org/away":
+                raise OSError("no network")
+            files = ["config.json", "model.safetensors" if name == "org/whole" else "pytorch_model.bin"]
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    expected = {
+        "org/whole": ("ok", "org/whole: on the Hub, with safetensors"),
+        "org/pickled": ("error", "org/pickled has no safetensors on the Hub"),
+        "org/away": ("warning", "org/away: the Hub could not be asked (OSError); a copy in the cache may do"),
+        "./nowhere": ("error", "./nowhere: no such folder"),
+    }
+    for name, finding in expected.items():
+        assert said(settings(tmp_path, name), tmp_path, "policy.model") == finding
+    assert said(settings(tmp_path, "org/whole"), tmp_path, "disk")[0] == "warning"
+
+
+def large(folder, parameters):
+    """A checkpoint whose header names so many parameters: a sparse file of zeros."""
+    model(folder)
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [parameters], "data_offsets": [0, 2 * parameters]}}).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2 * parameters)
+    return folder
+
+
+def test_models_against_the_memory_of_the_gpus(tmp_path, monkeypatch):
+    """80 GiB each. 8e9 parameters: 14.9 GiB in bf16; full training takes 20 bytes a parameter, 149 GiB, a quarter of that
+    on each of four; LoRA 29.8 GiB."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    smi = programs / "nvidia-smi"
+    smi.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "$i, NVIDIA H100, 81920, 81920"; done\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    policy = large(tmp_path / "policy", 8 * 10**9)
+    bf16 = "policy.dtype=bfloat16"
+
+    def memory(*more):
+        return said(settings(tmp_path, policy, bf16, *more), tmp_path, "gpu memory")
+
+    full = memory("placement={generator: [0], trainer: [1]}")
+    assert full == ("error", "GPU 1 has 80.0 GiB, and is to hold at least trainer 149.0 GiB")
+    four = (f"train.accelerate={ROOT / 'configs' / 'accelerate' / 'fsdp2-4.yaml'}", "train.micro_batch_pairs=4")
+    turns = ("placement={colocated: true}", "generate.engine.gpu_memory_utilization=0.9")
+    assert memory(*four, *turns) is None
+    apart = memory(*four, "generate.engine.gpu_memory_utilization=0.9")
+    assert apart == ("error", "GPU 0 has 80.0 GiB, and is to hold at least engine 72.0 + trainer 37.3 GiB")
+    lora = "train.lora={r: 8, alpha: 16}"
+    assert (
+        memory(lora, "placement={generator: [0], trainer: [0]}", "generate.engine.gpu_memory_utilization=0.6") is None
+    )
+    reward = ("reward.rules=[]", f"reward.model={policy}", "placement={colocated: true}")
+    level, text = memory(lora, *reward, "generate.engine.gpu_memory_utilization=0.9")
+    assert level == "error" and text.endswith("at least reward 29.8 + engine 72.0 GiB")  # in fp32
+    small = settings(tmp_path, policy, bf16, lora, "generate.engine.gpu_memory_utilization=0.1")
+    level, text = said(small, tmp_path, "generate.engine.gpu_memory_utilization")
+    assert level == "error" and text == "the policy's weights take 14.9 GiB of each GPU, vLLM may use 8.0"
+
+
+def test_prompt_files_are_read_and_split_as_the_import_does(tmp_path):
+    """1,200 held-out prompts, 40 % of them in the audit set; configs/tiny.yaml asks for 384 and 400."""
+    config = settings(tmp_path, model(tmp_path / "policy"))
+    level, text = said(config, tmp_path, "prompts")
+    assert level == "ok" and text.startswith("200 to train on, ") and "set aside" not in text
+    assert said(config, tmp_path, "evaluate.prompts") is said(config, tmp_path, "prompts.per_round") is None
+    few = (
+        "".join(f'{{"prompt": "train {i}"}}\n' for i in (1, 2, 2))
+        + '{"prompt": "heldout 3"}\n{oops\n{"messages": []}\n'
+    )
+    (tmp_path / "train.jsonl").write_text(few)
+    level, text = said(config, tmp_path, "prompts")
+    assert level == "warning" and text.startswith("2 to train on, ")
+    for aside in ("1 × duplicate", "1 × invalid JSON", "1 × neither prompt nor messages", "1 × also held out"):
+        assert aside in text
+    assert said(config, tmp_path, "prompts.per_round")[0] == "warning"
+    (tmp_path / "heldout.jsonl").write_text("".join(f'{{"prompt": "heldout {i}"}}\n' for i in range(100)))
+    level, text = said(config, tmp_path, "evaluate.prompts")
+    assert level == "warning" and text.startswith("384, but there are ") and "less power" in text
+    (tmp_path / "train.jsonl").write_text("")
+    assert said(config, tmp_path, "prompts") == (
+        "error",
+        f"{tmp_path / 'train.jsonl'} has no usable prompt: it is empty",
+    )
+
+
+def test_a_token_is_needed_where_others_can_reach_the_page(tmp_path, monkeypatch):
+    monkeypatch.delenv("SELFPLAY_TOKEN", raising=False)
+    policy = model(tmp_path / "policy")
+    assert said(settings(tmp_path, policy), tmp_path, "token")[0] == "ok"
+    config = settings(tmp_path, policy, "service.host=0.0.0.0", "service.port=0")
+    level, text = said(config, tmp_path, "token")
+    assert level == "error" and "there is no token" in text and "SELFPLAY_TOKEN" in text
+    monkeypatch.setenv("SELFPLAY_TOKEN", "0123456789abcdef")
+    assert said(config, tmp_path, "token") == ("ok", "API and page ask for it")
+
+
+def test_the_run_folder_is_that_of_this_run_and_free(tmp_path):
+    run_dir = tmp_path / "run"
+    config = settings(tmp_path, model(tmp_path / "policy"))
+    assert said(config, tmp_path, "run folder") == ("ok", f"{run_dir}: new")
+    (run_dir / "pool").mkdir(parents=True)
+    store = Store(run_dir)
+    store.open_run("tiny", config.fixed())
+    store.close()
+    assert said(config, tmp_path, "run folder") == ("ok", f"{run_dir}: of this run, and free")
+    with RunLock(run_dir):
+        level, text = said(config, tmp_path, "run folder")
+    assert level == "warning" and "is in use by process" in text
+    other = settings(tmp_path, tmp_path / "policy", "run.seed=7")
+    level, text = said(other, tmp_path, "run folder")
+    assert level == "error" and "run.seed (0 there, 7 here) cannot change" in text and "another folder" in text
+
+
+def test_who_may_not_read_the_weights_or_write_the_run_folder_is_told_at_once(tmp_path, monkeypatch):
+    """Root may all, so what a user with fewer rights is answered is put in."""
+    policy = model(tmp_path / "policy")
+    config = settings(tmp_path, policy)
+    (tmp_path / "run").touch()
+    assert said(config, tmp_path, "run folder")[0] == "error"
+    (tmp_path / "run").unlink()
+    closed = {tmp_path, policy / "tokenizer.json"}
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in closed)
+    level, text = said(config, tmp_path, "run folder")
+    assert level == "error" and text.endswith(f"cannot write to {tmp_path}")
+    with pytest.raises(InputError, match=r"^policy.model: .*/tokenizer.json cannot be read by user") as error:
+        Run(config, tmp_path / "run", Display()).require()
+    assert "chmod" in error.value.hint
+    (policy / "lost+found").mkdir()
+    closed = {policy / "lost+found"}
+    Run(config, tmp_path / "run", Display()).require()
+
+
+def test_rules_are_made_and_their_functions_imported(tmp_path):
+    policy = model(tmp_path / "policy")
+    assert said(settings(tmp_path, policy), tmp_path, "reward") == ("ok", "the rules can be applied: length")
+    for rule, why in (
+        ("{rule: function, function: 'nowhere:score'}", "the rule function: No module named 'nowhere'"),
+        ("{rule: exact, references: none.jsonl}", "the rule exact: "),
+    ):
+        level, text = said(settings(tmp_path, policy, f"reward.rules=[{rule}]"), tmp_path, "reward")
+        assert level == "error" and text.startswith(why)
+
+
+def test_a_judge_behind_a_chat_endpoint_is_asked_for_its_models(tmp_path, monkeypatch):
+    class Models(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            allowed = self.headers["authorization"] == "Bearer secret"
+            self.send_response(200 if allowed and self.path == "/v1/models" else 401)
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "big"}]}' if allowed else b"")
+
+        def log_message(self, *args):
+            pass
+
+    policy, key = model(tmp_path / "policy"), "evaluate.judge"
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Models) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+
+        def asked(name):
+            judge = f"evaluate.judge={{chat_judge: {{url: ['{url}'], model: {name}, api_key_env: JUDGE_KEY}}}}"
+            return settings(tmp_path, policy, judge)
+
+        unset = said(asked("big"), tmp_path, "evaluate.judge api_key_env")
+        assert unset == ("error", "the environment variable JUDGE_KEY is not set")
+        assert said(asked("big"), tmp_path, key) == ("error", f"the judge at {url} refuses the key (401)")
+        monkeypatch.setenv("JUDGE_KEY", "secret")
+        assert said(asked("big"), tmp_path, key) == ("ok", f"the judge at {url} has the model big")
+        assert said(asked("small"), tmp_path, key) == ("error", f"the judge at {url} has no model small; it has big")
+        server.shutdown()
+    level, text = said(asked("big"), tmp_path, key)
+    assert level == "error" and "does not answer: ConnectError" in text
+
+
+@pytest.mark.slow
+def test_models_are_built_without_memory_and_compared_with_their_files(mini_world, tmp_path):
+    """A config of one layer more than the weights have: only building the model shows it."""
+    broken = tmp_path / "policy"
+    shutil.copytree(mini_world / "policy", broken)
+    told = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(told | {"num_hidden_layers": told["num_hidden_layers"] + 1}))
+    config = load(TINY, [*overrides(mini_world), f"policy.model={broken}"])
+    assert said(config, tmp_path, "policy.model")[0] == "ok"
+    found = {f.about: (f.level, f.text) for f in loads(config)}
+    level, text = found["policy.model loads"]
+    assert level == "error" and text.startswith("its files lack 9 tensors of the model") and ".layers." in text
+    assert found["reward.model loads"] == ("ok", "names and shapes fit, a chat is rendered")
+
+
+def test_what_retention_keeps_counts_for_the_disk(tmp_path):
+    policy = model(tmp_path / "policy")  # tiny.yaml: 3 + 4 and 2 rejected ones
+    assert "9 policies and two saves" in said(settings(tmp_path, policy), tmp_path, "disk")[1]
+    more = settings(tmp_path, policy, "retention.pinned=[1, 2]", "retention.every=10", "schedule.end.rounds=100")
+    level, text = said(more, tmp_path, "disk")
+    assert level == "ok" and "21 policies" in text
+    level, text = said(settings(tmp_path, policy, "retention.every=10"), tmp_path, "disk")
+    assert level == "warning" and "more every 10 rounds, without end" in text
+
+
+def test_the_plan_counts_every_answer():
+    """32 prompts × 4 candidates, 2 × 10 answers at the gate, 30 of the audit, ⌊.5 · 32⌋ rewrites, of 48 tokens each."""
+    sizes = ("prompts.per_round=32", "generate.candidates=4", "evaluate.prompts=10", "evaluate.audit_prompts=30")
+    said = dict(
+        plan(load(TINY, [*sizes, "breadth.method=clusters", "evaluate.audit_every=2", "evolve={every: 3, top: 0.5}"]))
+    )
+    assert said["prompts"] == "32, 4 candidates each: 128; 64 are drawn, to choose from"
+    assert (
+        said["tokens"]
+        == f"up to {128 * 48:,} for candidates (48 a response), {(128 + 20 + 30 + 16) * 48:,} with all else"
+    )
+    assert said["evaluation"].endswith("every 2 rounds 30 more to the audit set (the first time twice as many)")
+    assert said["rewrites"] == "16 prompts, every 3 rounds"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_port_that_only_closing_connections_hold_is_free(tmp_path, host):
+    """The side that closes first keeps the port for a minute (TIME_WAIT)."""
+    family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+    try:
+        server = socket.create_server((host, 0), family=family)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    port = server.getsockname()[1]
+    with socket.create_connection(server.getsockname()[:2]) as client:
+        served, _ = server.accept()
+        served.close()
+        assert client.recv(1) == b""
+    server.close()
+    config = settings(tmp_path, model(tmp_path / "policy"), f"service.host={host}", f"service.port={port}")
+    assert said(config, tmp_path, "port") == ("ok", f"{host}:{port} is free")
+
+
+def test_an_address_of_another_machine_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELFPLAY_TOKEN", "0123456789abcdef")
+    config = settings(tmp_path, model(tmp_path / "policy"), "service.host=192.0.2.1")
+    level, text = said(config, tmp_path, "port")
+    assert level == "error" and "192.0.2.1:8470 cannot be taken" in text
+
+
+def test_a_port_that_is_taken_is_a_warning(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = settings(tmp_path, model(tmp_path / "policy"), f"service.port={port}")
+        level, text = said(config, tmp_path, "port")
+    assert level == "warning" and f"127.0.0.1:{port} cannot be taken" in text
+
+
+def test_a_policy_that_neither_disk_nor_memory_can_hold(tmp_path, monkeypatch):
+    policy = model(tmp_path / "policy")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [10**13], "data_offsets": [0, 0]}}).encode()
+    (policy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    monkeypatch.setenv("PATH", "/nowhere")  # no nvidia-smi
+    config = settings(tmp_path, policy)
+    assert said(config, tmp_path, "disk")[0] == said(config, tmp_path, "memory")[0] == "error"

@@ -1,0 +1,229 @@
+"""The child alone, spoken to by hand."""
+
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from engine_world import EOS, logps, prompts, write_policy
+from transformers import AutoModelForCausalLM
+
+from selfplay.generation.engine import WorkerOrders
+from selfplay.processes.children import Child, ChildError
+
+SAMPLING = {"n": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 48, "stop_token_ids": [EOS]}
+LONG = [i % 250 + 3 for i in range(100)]  # three blocks of the KV cache and a bit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    return [write_policy(folder, version, seed=version).path for version in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def engine(folder, models):
+    child = Child(
+        "generator", [sys.executable, "-m", "selfplay.generation.engine"], run_dir=folder, log=folder / "engine.log"
+    )
+    child.start()
+    child.wait_for("ready")
+    with pytest.raises(ChildError, match="no config"):
+        load(child, str(folder / "nowhere"))
+    child.info = load(child, models[0])
+    yield child
+    child.stop()
+
+
+def load(child, model):
+    return child.order(
+        "load", model=model, dtype="float32", seed=0, max_model_len=160, max_num_seqs=256, gpu_memory_utilization=0.8,
+        tensor_parallel=1, trust_remote_code=False, sleep_mode=True,
+    )  # fmt: skip
+
+
+def generate(child, some=None, **sampling):
+    requests = [{"prompt_ids": ids, "seed": seed} for _, ids, seed in some or prompts(48)]
+    return child.order("generate", requests=requests, sampling={**SAMPLING, **sampling})
+
+
+def reload(child, path):
+    child.order("reload", path=path)
+    child.order("reset")
+
+
+def flat(answers):
+    return [candidate for of_prompt in answers for candidate in of_prompt]
+
+
+def test_load_says_what_runs(engine):
+    info = engine.info
+    assert info["dtype"] == "float32" and info["eos_ids"] == [EOS] and info["max_model_len"] == 160
+    if info["device"] == "cpu":
+        assert info["block_size"] == 32
+        assert info["supports_sleep"] is False
+        assert engine.order("sleep", level=2) == {"supported": False}
+        assert engine.order("wake", tags=["weights"]) == {"supported": False}
+
+
+def test_candidates_are_what_transformers_says_they_are(engine, models):
+    answers = generate(engine)
+    assert [len(a) for a in answers] == [4] * 48
+    reasons = {c["finish_reason"] for c in flat(answers)}
+    assert reasons == {"stop", "length"}
+    for c in flat(answers):
+        stopped = c["finish_reason"] == "stop"
+        assert (c["token_ids"][-1] == EOS) == stopped and EOS not in c["token_ids"][:-1]
+        assert stopped or len(c["token_ids"]) == 48
+        assert "<eos>" not in c["text"]
+    model = AutoModelForCausalLM.from_pretrained(models[0])
+    for (_, ids, _), of_prompt in list(zip(prompts(48), answers, strict=True))[::8]:
+        for c in of_prompt:
+            assert c["logp"] == pytest.approx(logps(model, ids + c["token_ids"], len(ids)), abs=1e-4)
+
+
+def test_logp_is_at_temperature_1_over_the_whole_vocabulary(engine):
+    some = prompts(4)
+    answers = generate(engine, some, temperature=0.7, top_k=20, top_p=0.9)
+    sequences = [
+        {"token_ids": ids + c["token_ids"], "start": len(ids)}
+        for (_, ids, _), of_prompt in zip(some, answers, strict=True)
+        for c in of_prompt
+    ]
+    scored = engine.order("logps", sequences=sequences)
+    assert [c["logp"] for c in flat(answers)] == pytest.approx(scored, abs=1e-4)
+
+
+def test_candidates_do_not_depend_on_the_shard(engine):
+    whole = generate(engine)
+    engine.order("reset")
+    parts = [a for i in range(0, 48, 16) for a in generate(engine, prompts(48)[i : i + 16])]
+    if engine.info["device"] == "cpu":
+        assert parts == whole  # ids, text and log-probabilities, to the bit
+    seeded = {tuple(c["token_ids"]) for c in flat(whole)}
+    assert len(seeded) > 0.9 * 48 * 4
+
+
+def test_more_prompt_tokens_than_a_step_takes(engine):
+    """vLLM dies on a CPU where a seeded prompt is cut at the budget of a step (4096 tokens)."""
+    many = [("p", [1] + [(i + j) % 250 + 3 for j in range(100)], i) for i in range(60)]
+    assert len(generate(engine, many, n=1, max_tokens=2)) == 60
+
+
+@pytest.mark.parametrize(
+    ("ids", "what"), [([], "has 0 tokens"), ([5] * 113, "room for 1 to 112"), ([280], "outside 0"), ([-1], "outside 0")]
+)
+def test_bad_prompts_are_refused_and_the_engine_lives_on(engine, ids, what):
+    good = prompts(1)
+    with pytest.raises(ChildError, match=what) as caught:
+        generate(engine, [*good, ("bad", ids, 1)])
+    assert caught.value.kind == "input" and "number 1" in str(caught.value)
+    assert len(generate(engine, good)) == 1
+
+
+def test_bad_sequences_are_refused(engine):
+    for sequence in (
+        {"token_ids": [1, 2], "start": 0},
+        {"token_ids": [1, 2], "start": 2},
+        {"token_ids": [5] * 160, "start": 1},
+    ):
+        with pytest.raises(ChildError) as caught:
+            engine.order("logps", sequences=[sequence])
+        assert caught.value.kind == "input"
+
+
+def test_progress_reaches_the_end(engine):
+    events = []
+    requests = [{"prompt_ids": ids, "seed": seed} for _, ids, seed in prompts(8)]
+    answers = engine.order("generate", events.append, requests=requests, sampling=SAMPLING)
+    assert (events[-1]["done"], events[-1]["total"]) == (8, 8)
+    assert events[-1]["tokens"] == sum(len(c["token_ids"]) for c in flat(answers))
+
+
+def test_reload_changes_every_weight_the_output_layer_included(engine, models):
+    """vLLM keeps its repacked copy of a tied output layer on a CPU; ours is renewed."""
+    before = generate(engine)
+    reload(engine, models[1])
+    ids = LONG[:40]
+    (scored,) = engine.order("logps", sequences=[{"token_ids": ids, "start": 1}])
+    assert scored == pytest.approx(logps(AutoModelForCausalLM.from_pretrained(models[1]), ids), abs=1e-3)
+    same = engine.order("compare_weights", path=models[1])
+    other = engine.order("compare_weights", path=models[0])
+    assert same["supported"] and same["max_abs_diff"] == 0.0 and other["max_abs_diff"] > 0.1
+    # Tied: the embeddings are counted under both names.
+    model = AutoModelForCausalLM.from_pretrained(models[1])
+    assert same["compared"] == sum(p.numel() for p in model.parameters()) + model.lm_head.weight.numel()
+    reload(engine, models[0])
+    assert generate(engine) == before
+
+
+def test_weights_are_forgotten_unless_kernels_keep_copies(engine, models):
+    before = generate(engine)
+    if engine.order("forget")["supported"]:
+        assert engine.order("compare_weights", path=models[0])["max_abs_diff"] > 0
+        reload(engine, models[0])
+    assert generate(engine) == before
+
+    model = AutoModelForCausalLM.from_pretrained(models[0]).requires_grad_(False)
+    worker = WorkerOrders()
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    assert worker.forget_weights() and not any(p.any() for p in model.parameters())
+    model.lm_head.cpu_linear = None
+    model.model.norm.weight.fill_(1.0)
+    assert not worker.forget_weights() and model.model.norm.weight.all()
+
+
+def test_a_stale_prefix_cache_shows_in_what_is_generated_and_not_in_scores(engine, models):
+    def canary():
+        said = engine.order("canary_generate", prompt_ids=LONG, seed=3, n=8)
+        (scored,) = engine.order("logps", sequences=[{"token_ids": LONG + said["token_ids"], "start": len(LONG)}])
+        return said["cached_tokens"], abs(math.fsum(said["logps"]) - scored) / 8
+
+    engine.order("reset")
+    assert canary()[0] == 0
+    cached, error = canary()
+    assert cached == 96 and error < 1e-5
+    engine.order("reload", path=models[1])
+    cached, error = canary()
+    assert cached == 96 and error > 0.01
+    engine.order("reset")
+    cached, error = canary()
+    assert cached == 0 and error < 1e-5
+    reload(engine, models[0])
+
+
+def test_a_path_that_is_not_there_is_an_error_and_a_good_reload_saves_the_engine(engine, models, tmp_path):
+    before = generate(engine, prompts(2))
+    with pytest.raises(ChildError):
+        engine.order("reload", path=str(tmp_path / "nowhere"))
+    reload(engine, models[0])
+    assert generate(engine, prompts(2)) == before
+
+
+def test_memory_does_not_grow_with_the_sizes_of_batches_that_were_seen(engine):
+    """On a CPU a kernel is made for each number of tokens in a step. 150 steps of other sizes come after 150 that may fill
+    what is kept of them; were all kept, they would take 50 MiB and more."""
+    if engine.info["device"] != "cpu":
+        pytest.skip("the kernels of a GPU take any number of tokens")
+    rng = random.Random(0)
+
+    def resident() -> float:
+        (child,) = (int(pid) for pid in Path(f"/proc/{engine.pid}/task/{engine.pid}/children").read_text().split())
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines())
+        return int(status["VmRSS"].split()[0]) / 1024
+
+    def score(steps: int) -> None:
+        for _ in range(steps):
+            lengths = [rng.randrange(2, 150) for _ in range(rng.randrange(1, 12))]
+            engine.order("logps", sequences=[{"token_ids": [7] * n, "start": n - 1} for n in lengths])
+
+    score(150)
+    before = resident()
+    score(150)
+    assert resident() - before < 8

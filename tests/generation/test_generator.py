@@ -1,0 +1,297 @@
+"""The client with a real engine. Later tests go on with the engine that earlier ones left, or left dead."""
+
+import dataclasses
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from engine_world import EOS, config, logps, prompts, write_manifest, write_policy
+from transformers import AutoModelForCausalLM
+
+from selfplay.errors import CheckpointError, ConfigError, InputError, SwapError
+from selfplay.generation.generator import Generator
+from selfplay.generation.swap import Canaries
+from selfplay.processes import children
+from selfplay.storage import artifacts
+from selfplay.storage.policies import Policies
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "test"
+
+
+@pytest.fixture(scope="module")
+def policies(run_dir):
+    """1 and 2 have nothing in common; 3 is 1 but for one weight by too little to hear; 4 has another shape."""
+    root = run_dir / "policies"
+    return {
+        1: write_policy(root, 1, seed=1),
+        2: write_policy(root, 2, seed=2),
+        3: write_policy(root, 3, seed=1, nudge=1e-6),
+        4: write_policy(root, 4, seed=4, intermediate_size=96),
+    }
+
+
+@pytest.fixture(scope="module")
+def events():
+    return []
+
+
+@pytest.fixture(scope="module")
+def service(run_dir, policies, events):
+    found = Generator(
+        config(run_dir), run_dir, run_dir / "engine.log", on_event=lambda kind, text: events.append((kind, text))
+    )
+    found.start()
+    info = found.load(policies[1])
+    assert info.start_seconds > 0 and info.eos_ids == [EOS]
+    yield found
+    found.stop()
+    assert children.marked(run_dir) == []
+
+
+@pytest.fixture(scope="module")
+def golden(service):
+    """What policy 1 answers."""
+    return service.generate(prompts(32))
+
+
+def kill(service):
+    """SIGKILL to the process with the engine in it, under its guard."""
+    (pid,) = children.descendants(service._child.pid)
+    os.kill(pid, signal.SIGKILL)
+
+
+def copy(policy, version):
+    """The policy once more, in the same run and under another number."""
+    path = Path(policy.path).with_name(f"{version:04d}")
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(policy.path, path)
+    return dataclasses.replace(policy, version=version, path=str(path))
+
+
+def damaged(policy, change):
+    """A copy of a policy with its weights file changed."""
+    found = copy(policy, 9)
+    change(Path(found.path) / "model.safetensors")
+    return found
+
+
+def test_candidates_come_in_order(service, golden):
+    assert service.policy == service.verified and service.policy.version == 1
+    assert [(c.prompt_id, c.index) for c in golden] == [(f"p{i}", k) for i in range(32) for k in range(4)]
+    assert all(c.policy == 1 and c.n_tokens == len(c.token_ids) for c in golden)
+    done = []
+    again = service.generate(prompts(4), candidates=2, on_progress=done.append)
+    assert done[-1] == 4
+    assert again == [c for c in golden if c.prompt_id in ("p0", "p1", "p2", "p3") and c.index < 2]
+    assert service.generate([]) == []
+
+
+def test_logps(service, policies):
+    model = AutoModelForCausalLM.from_pretrained(policies[1].path)
+    ids = [1, *range(20, 50)]
+    assert service.logps([(ids, 1), (ids, 10)]) == pytest.approx([logps(model, ids), logps(model, ids, 10)], abs=1e-3)
+
+
+def test_a_prompt_that_does_not_fit_is_bad_input(service):
+    with pytest.raises(InputError, match="number 0"):
+        service.generate([("p", [5] * 500, 0)])
+
+
+def test_swap_there_and_back(service, policies, golden, events):
+    report = service.swap(policies[2], keep_verified=True)
+    assert service.policy == policies[2] and service.verified == policies[1]
+    service.promote()
+    assert report.method == "canaries" and not report.restarted
+    assert report.to_new < 1e-4 < 0.1 < report.to_parent
+    assert report.seconds_to_first_token <= report.seconds
+    assert service.verified == service.policy == policies[2]
+    other = service.generate(prompts(32))
+    assert {c.policy for c in other} == {2} and [c.token_ids for c in other] != [c.token_ids for c in golden]
+    service.swap(policies[1])
+    assert service.generate(prompts(32)) == golden
+    assert events == []
+
+
+def test_weights_are_compared_where_canaries_cannot_tell(service, policies):
+    report = service.swap(policies[3])
+    assert report.method == "weights" and report.gap < 1e-6 and report.compared > 10_000
+    assert service.swap(policies[1]).method == "weights"
+
+
+def test_weights_that_cannot_be_compared_are_reloaded_over_others(service, policies, golden, events, monkeypatch):
+    """As where several GPUs share them. Other weights stand for the zeros, which are too few on a CPU."""
+    order, asked = Generator._order, []
+
+    def of_several_gpus(self, name, /, *args, **fields):
+        asked.append(name)
+        if name == "compare_weights":
+            return {"supported": False, "why": "the weights are split over several GPUs"}
+        if name == "forget":
+            order(self, "reload", path=policies[2].path)
+            return {"supported": True}
+        return {} if name == "reload" and "forget" in asked and faulty else order(self, name, *args, **fields)
+
+    monkeypatch.setattr(Generator, "_order", of_several_gpus)
+    faulty = False
+    report = service.swap(policies[3])
+    assert (report.method, report.compared, report.restarted) == ("canaries", None, False)
+    assert asked[-4:] == ["forget", "reload", "reset", "logps"] and events == []
+    same = [c.token_ids for c in service.generate(prompts(32))]
+    assert same == [c.token_ids for c in golden]  # one weight differs, by too little to hear
+
+    def give_up(self, policy, manifest, began, why):
+        raise SwapError(why)
+
+    monkeypatch.setattr(Generator, "_restart_with", give_up)
+    monkeypatch.setattr(Generator, "stop", lambda self: None)
+    faulty = True
+    asked.clear()
+    with pytest.raises(SwapError, match="reloaded over zeros the engine is .* from policy 1"):
+        service.swap(policies[1])
+    monkeypatch.undo()
+    service._loaded = True
+    service.swap(policies[1])
+    assert service.generate(prompts(32)) == golden
+
+
+def tamper(file):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: os.truncate(file, file.stat().st_size - 100), "model.safetensors"),
+        (tamper, "model.safetensors"),
+        (Path.unlink, "model.safetensors"),
+        (lambda file: (file.parent / "manifest.json").unlink(), "no manifest"),
+    ],
+    ids=["truncated", "tampered", "missing", "no manifest"],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_old_weights_answer(service, policies, golden, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        service.swap(damaged(policies[2], change))
+    assert service.generate(prompts(32)) == golden
+
+
+def test_another_shape_is_refused(service, policies, golden):
+    with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight has shape \[64, 96\], not \[64, 128\]"):
+        service.swap(policies[4])
+    assert service.generate(prompts(32)) == golden
+
+
+def test_a_missing_tensor_is_refused(service, policies, golden):
+    from safetensors.torch import load_file, save_file
+
+    def drop(file):
+        tensors = load_file(file)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    policy = damaged(policies[2], drop)
+    write_manifest(Path(policy.path), 9, [-1.0] * 6)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        service.swap(policy)
+    assert service.generate(prompts(32)) == golden
+
+
+def test_an_initial_policy_that_is_a_policy_of_another_run(service, policies, run_dir, tmp_path):
+    """Its source folder has a manifest of its own, about another number."""
+    source = write_policy(tmp_path / "policies", 3, seed=2)
+    canaries = artifacts.read_json(Path(policies[2].path) / "manifest.json")["canaries"]
+    own = Policies(run_dir)
+    own.import_initial(Path(source.path), canaries, "f", {})
+    assert service.swap(own.get(0)).method == "canaries"
+    assert service.policy.version == 0 and service.generate(prompts(4))[0].policy == 0
+    service.swap(policies[1])
+
+
+def test_sleep_is_not_there_on_a_cpu(service, golden):
+    if service.info.device == "cpu":
+        assert service.sleep() is False
+    service.wake()
+    assert service.generate(prompts(32)) == golden
+
+
+def without(monkeypatch, name):
+    """Let one order of the generator do nothing."""
+    order = Generator._order
+
+    def faulty(self, asked, /, *args, **fields):
+        return {} if asked == name else order(self, asked, *args, **fields)
+
+    monkeypatch.setattr(Generator, "_order", faulty)
+
+
+def test_a_reload_that_did_nothing_is_caught(service, policies, golden, monkeypatch):
+    def give_up(self, policy, manifest, began, why):
+        raise SwapError(why)
+
+    without(monkeypatch, "reload")
+    monkeypatch.setattr(Generator, "_restart_with", give_up)
+    monkeypatch.setattr(Generator, "stop", lambda self: None)  # policy 1 is still in it: no need for another one here
+    with pytest.raises(SwapError, match="after the reload the engine is .* from policy 2, .* from the one before"):
+        service.swap(policies[2])
+    service._loaded = True
+    assert service.generate(prompts(32)) == golden
+
+
+def test_an_engine_killed_in_mid_evaluation_answers_with_the_candidate(service, policies, golden, events):
+    # Killed before the swap: the new weights come in a new engine.
+    kill(service)
+    report = service.swap(policies[2], keep_verified=True)
+    assert report.method == "restart" and report.restarted
+    kind, text = events.pop()
+    assert kind == "swap_restart" and "was killed by SIGKILL" in text
+    assert service.policy == policies[2] and service.verified == policies[1]
+    # Killed with the candidate in it: from the policy verified before to the candidate, and the same answers again.
+    whole = service.generate(prompts(200))
+    killed = []
+
+    def on_progress(done):
+        if not killed:  # a second after the start, or with the answer on its way
+            killed.append(done)
+            kill(service)
+
+    assert service.generate(prompts(200), on_progress=on_progress) == whole
+    kind, text = events.pop()
+    assert kind == "engine_restart" and "was killed by SIGKILL" in text and events == []
+    assert service.policy == policies[2] and service.verified == policies[1]
+    assert service.swap(policies[1]).method == "canaries"
+    assert service.generate(prompts(32)) == golden
+
+
+def test_weights_that_cannot_be_shown_are_never_served(service, policies, golden, events, monkeypatch):
+    """A stale prefix cache, and canaries of other weights in the new engine: the old policy goes on."""
+    restart = Generator._restart_with
+
+    def with_wrong_canaries(self, policy, manifest, began, why):
+        assert "the prefix cache is stale" in why
+        wrong = {**manifest.canaries, "logps": [x - 1 for x in manifest.canaries["logps"]]}
+        return restart(self, policy, dataclasses.replace(manifest, canaries=wrong), began, why)
+
+    without(monkeypatch, "reset")
+    monkeypatch.setattr(Generator, "_restart_with", with_wrong_canaries)
+    with pytest.raises(SwapError, match="then in a new engine: a fresh engine is"):
+        service.swap(policies[2])
+    monkeypatch.undo()
+    assert service.policy == service.verified == policies[1]
+    assert service.generate(prompts(32)) == golden
+
+
+def test_a_context_too_small_is_bad_configuration(run_dir):
+    tight = Generator(config(run_dir, max_model_len=113), run_dir, run_dir / "tight.log")
+    canaries = Canaries(token_ids=[[1] * 200], logps=[-1.0])
+    with pytest.raises(ConfigError, match="the canaries 201"):
+        tight._context({}, canaries)
+    roomy = Generator(config(run_dir), run_dir, run_dir / "tight.log")
+    with pytest.raises(ConfigError, match="context is 100 tokens"):
+        roomy._context({"max_position_embeddings": 100}, Canaries(token_ids=[[1, 2]], logps=[-1.0]))
+    assert roomy._context({}, Canaries(token_ids=[[1, 2]], logps=[-1.0])) == 136

@@ -1,0 +1,44 @@
+"""Shaping by hand-derived values."""
+
+import math
+
+import numpy as np
+import pytest
+
+from selfplay.methods import shaping
+
+
+def test_a_group_loses_its_mean_and_what_has_no_reward_counts_for_nothing():
+    got = shaping.within([1.0, 3.0, 10.0, math.nan, 14.0], ["a", "a", "b", "b", "b"])
+    np.testing.assert_allclose(got, [-1, 1, -2, np.nan, 2])
+
+
+def test_the_slope_is_that_within_prompts():
+    """Prompt a: lengths 1, 3 with rewards 0, 4, so 2 a token. Prompt b: lengths 10, 12, rewards −20, −16, 2 a token too.
+    Over all four the line falls, because b's answers are longer and worse. What has no reward does not shift a mean."""
+    rewards, lengths, groups = [0.0, 4.0, -20.0, -16.0], [1, 3, 10, 12], ["a", "a", "b", "b"]
+    assert np.polyfit(lengths, rewards, 1)[0] < 0
+    assert shaping.length_slope(rewards, lengths, groups) == pytest.approx(2.0)
+    assert shaping.length_slope([*rewards, math.nan], [*lengths, 500], [*groups, "a"]) == pytest.approx(2.0)
+    assert shaping.length_slope([1.0, 2.0], [5, 5], ["a", "a"]) == 0.0
+    assert shaping.length_slope([1.0, 2.0], [5, 9], ["a", "b"]) == 0.0
+
+
+def test_length_control_takes_the_slope_out_and_leaves_the_mean():
+    """The slope is 2 and the mean length 6.5: the terms are −2·(n − 6.5)."""
+    rewards, lengths, groups = [0.0, 4.0, -20.0, -16.0], [1, 3, 10, 12], ["a", "a", "b", "b"]
+    term = shaping.length_control(rewards, lengths, groups, 1.0)
+    np.testing.assert_allclose(term, [11, 7, -7, -11])
+    assert shaping.length_slope(rewards + term, lengths, groups) == pytest.approx(0.0, abs=1e-12)
+    np.testing.assert_allclose(shaping.length_control(rewards, lengths, groups, 0.5), term / 2)
+    np.testing.assert_array_equal(shaping.length_control([math.nan], [3], ["a"], 1.0), [0.0])
+
+
+def test_penalties():
+    np.testing.assert_allclose(shaping.length_penalty([5, 10, 13], 0.1, 10), [0, 0, -0.3])
+    np.testing.assert_allclose(shaping.cut_off_penalty(["stop", "length"], 2.0), [0, -2])
+    # 1 2 1 2 1: bigrams 12 21 12 21, two of four occurred before
+    assert shaping.repetition([1, 2, 1, 2, 1], 2) == 0.5
+    assert shaping.repetition([1, 2, 3], 2) == 0.0
+    assert shaping.repetition([1], 2) == 0.0
+    np.testing.assert_allclose(shaping.repetition_penalty([[7, 7, 7], [1, 2, 3]], 3.0, 1), [-2, 0])

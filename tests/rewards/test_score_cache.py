@@ -1,0 +1,156 @@
+"""The cache of scores: keys, bound, several processes."""
+
+import contextlib
+import io
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from selfplay.config import load
+from selfplay.errors import DiskError, InputError, RewardError
+from selfplay.reporting.terminal import Display
+from selfplay.rewards import cache as score_cache
+from selfplay.rewards.cache import ScoreCache
+from selfplay.rounds.run import Run
+from selfplay.storage.ledger import Store
+
+ASK = [{"role": "user", "content": "Name a colour."}]
+
+
+def keys(n: int) -> list[bytes]:
+    return [score_cache.key("model", ASK, f"answer {i}") for i in range(n)]
+
+
+def test_a_key_names_all_that_a_score_depends_on():
+    different = {
+        score_cache.key("model", ASK, "red"),
+        score_cache.key("other model", ASK, "red"),
+        score_cache.key("model", [*ASK, {"role": "assistant", "content": ""}], "red"),
+        score_cache.key("model", [{"role": "system", "content": "Name a colour."}], "red"),
+        score_cache.key("model", ASK, "red "),
+        score_cache.key("model", ASK, "red\ud800"),  # no valid Unicode, yet a text
+    }
+    assert len(different) == 6
+    assert score_cache.key("model", ASK, "red") in different
+
+
+def test_what_was_put_is_there_again_for_the_next_process(tmp_path):
+    cache = ScoreCache(tmp_path / "deep" / "scores.sqlite", 2000)
+    put = dict(zip(keys(1200), map(float, range(1200)), strict=True))
+    cache.put(put)
+    cache.close()
+    again = ScoreCache(tmp_path / "deep" / "scores.sqlite", 2000)
+    assert again.get(keys(1300)) == put
+    again.close()
+
+
+def test_the_least_recently_used_goes_first(tmp_path):
+    cache = ScoreCache(tmp_path / "scores.sqlite", 3)
+    a, b, c, d, e = keys(5)
+    for k in (a, b, c):
+        cache.put({k: 1.0})
+    cache.get([a])
+    cache.put({d: 1.0})
+    assert set(cache.get([a, b, c, d])) == {a, c, d}
+    cache.put({d: 2.0, e: 1.0})
+    assert cache.count() == 3
+    assert cache.get([d]) == {d: 2.0}
+
+
+def test_all_are_counted_now_and_then_only(tmp_path, monkeypatch):
+    """A thousandth of the bound, five scores here, may be put in between."""
+    cache = ScoreCache(tmp_path / "scores.sqlite", 5000)
+    counted = []
+    monkeypatch.setattr(cache, "count", lambda: counted.append(ScoreCache.count(cache)) or counted[-1])
+    for i, k in enumerate(keys(20)):
+        cache.put({k: float(i)})
+        cache.get([k])
+    assert counted == [1, 7, 13, 19]
+    cache.put(dict.fromkeys(keys(5200), 1.0))
+    assert ScoreCache.count(cache) == 5000
+
+
+def test_a_missing_score_is_not_kept(tmp_path):
+    with pytest.raises(AssertionError, match="never kept"):
+        ScoreCache(tmp_path / "scores.sqlite", 3).put({keys(1)[0]: float("nan")})
+
+
+def _fill(path: Path, start: int) -> None:
+    cache = ScoreCache(path, 150)
+    for i in range(start, start + 100):
+        k = score_cache.key("model", ASK, str(i))
+        cache.put({k: float(i)})
+        assert cache.get([k]) in ({k: float(i)}, {})  # the other process may have crowded it out
+
+
+def test_two_processes_write_at_a_time(tmp_path):
+    path = tmp_path / "scores.sqlite"
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=_fill, args=(path, start)) for start in (0, 100)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    cache = ScoreCache(path, 150)
+    assert cache.count() == 150
+    found = cache.get([score_cache.key("model", ASK, str(i)) for i in range(200)])
+    assert len(found) == 150
+    assert all(found.get(score_cache.key("model", ASK, str(i)), i) == i for i in range(200))
+
+
+def test_a_file_that_is_no_cache_is_named(tmp_path):
+    (tmp_path / "scores.sqlite").write_bytes(b"something else" * 1000)
+    with pytest.raises(RewardError, match=r"scores\.sqlite cannot be used") as error:
+        ScoreCache(tmp_path / "scores.sqlite", 3)
+    assert "delete" in error.value.hint
+
+
+def test_a_run_does_without_a_file_that_is_no_cache(tmp_path):
+    config = load(Path(__file__).parents[2] / "configs" / "tiny.yaml")
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "scores.sqlite").write_bytes(b"something else" * 1000)
+    shown = io.StringIO()
+    run = Run(config, tmp_path, Display(Console(file=shown, width=500)))
+    run.store = Store(tmp_path)
+    run._open_scorers(config)
+    assert run._cache is None and "delete that file: it only saves time" in shown.getvalue()
+
+
+def test_a_full_disk_is_named_and_costs_nothing_that_was_kept(small_disk):
+    disk = small_disk("1m")
+    cache = ScoreCache(disk / "scores.sqlite", 10**6)
+    first = dict.fromkeys(keys(10), 1.0)
+    cache.put(first)
+    with pytest.raises(DiskError, match="disk"):
+        for start in range(0, 10**6, 2000):
+            cache.put({score_cache.key("model", ASK, f"other {i}"): 1.0 for i in range(start, start + 2000)})
+    assert cache.get(list(first)) == first
+    cache.close()
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(DiskError, match="disk"):
+        ScoreCache(disk / "new" / "scores.sqlite", 3)
+
+
+def test_what_cannot_be_trusted_goes(tmp_path):
+    cache = ScoreCache(tmp_path / "scores.sqlite", 10)
+    a, b, c = keys(3)
+    cache.put({a: 1.0, b: 2.0})
+    cache.remove([a, c])
+    assert cache.get([a, b, c]) == {b: 2.0}
+
+
+def test_a_place_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be in") as error:
+        ScoreCache(tmp_path / "file" / "scores.sqlite", 10)
+    assert "reward.cache.path" in error.value.hint
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RewardError, match="unable to open") as other:
+        ScoreCache(tmp_path / "folder", 10)
+    assert "reward.cache.path" in other.value.hint

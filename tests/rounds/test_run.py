@@ -1,0 +1,75 @@
+"""A run whose configuration is changed under it: which children go on, and which are ended."""
+
+from types import SimpleNamespace
+
+import pytest
+from mini import config
+
+from selfplay.errors import InputError
+from selfplay.generation.generator import Generator
+from selfplay.processes.children import Child
+from selfplay.reporting.terminal import Display
+from selfplay.rounds.run import Run
+
+
+@pytest.fixture
+def run(mini_world, tmp_path):
+    """With all that starts children, and one that stands for the engine's."""
+    run = Run(config(mini_world), tmp_path, Display())
+    run.generator = Generator(run.config, tmp_path, tmp_path / "generator.log")
+    run.generator._child = SimpleNamespace(stop=lambda: None)
+    run._open_scorers(run.config)
+    yield run
+    if run._cache is not None:
+        run._cache.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "engine_stays", "rewards_stay"),
+    [
+        ("train.beta=0.2", True, True),
+        ("generate.temperature=0.7", True, True),
+        ("evaluate.gate.max_kl=1", True, True),
+        ("swap.tolerance=0.5", True, True),
+        ("generate.max_tokens=32", False, True),  # the engine's context follows from it
+        ("generate.engine.max_num_seqs=8", False, True),
+        ("policy.trust_remote_code=true", False, True),
+        ("placement={generator: [0]}", False, True),
+        ("placement={colocated: true}", False, True),
+        ("placement={reward: [0]}", True, False),
+        ("reward.batch=8", True, False),
+        ("reward.cache.entries=0", True, False),
+        ("evaluate.judge={url: ['http://127.0.0.1:1']}", True, False),
+    ],
+)
+def test_children_go_on_unless_they_are_made_from_what_changed(run, mini_world, setting, engine_stays, rewards_stay):
+    before = run.reward, run.judge, run._cache
+    changed = config(mini_world, setting)
+    run.reconfigure(changed)
+    assert run.config is changed
+    assert (run.generator._child is not None) == engine_stays
+    assert ((run.reward, run.judge, run._cache) == before) == rewards_stay
+    assert (run.judge is run.reward) == (changed.evaluate.judge is None)
+
+
+def test_the_engine_goes_on_under_the_new_settings(run, mini_world):
+    run.reconfigure(config(mini_world, "swap.tolerance=0.5", "generate.candidates=7"))
+    assert run.generator.tolerance == 0.5 and run.generator._config.generate.candidates == 7
+
+
+def test_what_cannot_be_used_changes_nothing(run, mini_world, tmp_path):
+    before = run.config, run.reward, run._cache
+    file = tmp_path / "file"
+    file.touch()
+    for setting in (f"reward.model={tmp_path}/nowhere", f"reward.cache.path={file}/scores", "evaluate.gold=no:where"):
+        with pytest.raises(InputError):
+            run.reconfigure(config(mini_world, "generate.max_tokens=32", setting))
+        assert (run.config, run.reward, run._cache) == before and run.generator._child is not None
+
+
+def test_no_child_gets_the_keys_of_what_the_controller_alone_speaks_to(mini_world, tmp_path, monkeypatch):
+    for name in (names := ("SELFPLAY_TOKEN", "SELFPLAY_WEBHOOK", "WANDB_API_KEY")):
+        monkeypatch.setenv(name, "hush-hush")
+    Run(config(mini_world), tmp_path, Display())
+    child = Child("trainer", ["true"], run_dir=tmp_path, log=tmp_path / "log")
+    assert not child._env.keys() & set(names)

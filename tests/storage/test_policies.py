@@ -1,0 +1,163 @@
+import dataclasses
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from selfplay.config import RetentionConfig
+from selfplay.errors import CheckpointError, SwapError
+from selfplay.rounds.round import roll_back
+from selfplay.storage import artifacts, policies
+from selfplay.storage.policies import Manifest, Policies
+
+
+def checkpoint(folder: Path, value: float = 0.0) -> Path:
+    folder.mkdir(parents=True)
+    save_file(
+        {"a": torch.full((2, 3), float(value)), "b": torch.zeros(4, dtype=torch.bfloat16)}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def export(folder: Path, version: int) -> Path:
+    manifest = Manifest(
+        version=version, parent=version - 1, round=version, beta=0.1, reference=0, reference_sha256="x", fingerprint="f",
+        packages={}, update={}, files=artifacts.hash_files(checkpoint(folder, version)), canaries={},
+    )  # fmt: skip
+    artifacts.write_json(folder / "manifest.json", dataclasses.asdict(manifest))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with the initial policy and policies 1 to 5."""
+    found = Policies(tmp_path)
+    found.import_initial(checkpoint(tmp_path / "source"), {}, "f", {})
+    found.set_current(0)
+    for version in range(1, 6):
+        found.adopt(version, export(tmp_path / "exported", version))
+    return found
+
+
+def test_policies_by_number_and_the_current_one(run, tmp_path):
+    assert run.versions() == [0, 1, 2, 3, 4, 5]
+    assert (run.get(3).parent, run.get(3).beta) == (2, 0.1)
+    assert Path(run.get(0).path) == tmp_path / "source"
+    assert run.current == 0
+    run.set_current(5)
+    assert (run.current, os.readlink(tmp_path / "current")) == (5, "policies/0005")
+    assert policies.tensors(tmp_path / "current") == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
+    run.adopt(5, tmp_path / "nothing")  # adopted before: nothing to do
+
+
+def test_a_tampered_truncated_or_unfinished_policy_is_never_loaded(run):
+    weights = run.folder(2) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        policies.verify(run.folder(2))
+    weights.write_bytes(whole[:-4])
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        policies.verify(run.folder(2))
+    with pytest.raises(CheckpointError, match="bytes, its header says"):
+        policies.tensors(run.folder(2))
+    weights.write_bytes(b"\xff" * 40)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        policies.tensors(run.folder(2))
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        policies.tensors(run.folder(2))
+    weights.rmdir()
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        policies.tensors(run.folder(2))
+    (run.folder(3) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="not a whole policy"):
+        policies.verify(run.folder(3))
+    (run.folder(4) / "manifest.json").write_text('{"version": 4}')
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        policies.verify(run.folder(4))
+
+
+def test_the_source_of_the_initial_policy_is_checked_too(run, tmp_path):
+    policies.verify(run.folder(0))
+    (tmp_path / "source" / "config.json").write_text('{"changed": 1}')
+    with pytest.raises(CheckpointError, match=r"config\.json is not what its manifest says"):
+        policies.verify(run.folder(0))
+
+
+def test_a_policy_of_another_run_as_the_initial_one(run, tmp_path):
+    checkpoint(run.folder(3) / "masters")
+    other = Policies(tmp_path / "other")
+    other.import_initial(run.folder(3), {}, "f", {})
+    manifest = policies.verify(other.folder(0))
+    assert sorted(manifest.files) == [
+        "config.json", "masters/config.json", "masters/model.safetensors", "model.safetensors"
+    ]  # fmt: skip
+    (run.folder(3) / "masters" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="masters/model.safetensors is not what"):
+        policies.verify(other.folder(0))
+
+
+def test_retention_keeps_what_is_needed_and_every_manifest(run):
+    rule = RetentionConfig(last=1, every=0, pinned=[1], rejected_rounds=2)
+    assert run.prune(rule, keep={5, 4}, rejected={2, 4}, round_index=5) == [2, 3]
+    assert run.versions() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(CheckpointError, match="weights of policy 3 are gone"):
+        run.get(3)
+    assert policies.read(run.folder(3)).beta == 0.1
+    for version in (0, 1, 4, 5):
+        policies.verify(run.folder(version))
+    assert run.prune(rule, {5, 4}, {2, 4}, 5) == [2, 3]  # asked again after a kill it says the same
+
+
+def test_a_rejected_policy_keeps_its_weights_for_some_rounds(run):
+    rule = RetentionConfig(last=0, rejected_rounds=2)
+    assert run.prune(rule, {5}, rejected={4}, round_index=5) == [1, 2, 3]
+    assert run.prune(rule, {5}, rejected={4}, round_index=6) == [1, 2, 3, 4]
+
+
+def test_a_larger_window_than_there_are_policies_keeps_them_all(run):
+    assert run.prune(RetentionConfig(last=20), keep={5}, rejected=set(), round_index=5) == []
+
+
+class Engine:
+    """Stands for the generator: serves what it is told to, unless it cannot be shown to."""
+
+    def __init__(self, policy, shows=True):
+        self.policy, self._shows, self.did = policy, shows, []
+
+    def load(self, policy):
+        self._serve("load", policy)
+
+    def swap(self, policy):
+        self._serve("swap", policy)
+
+    def _serve(self, how, policy):
+        self.did.append((how, policy.version))
+        if not self._shows:
+            raise SwapError("the new weights could not be shown")
+        self.policy = policy
+
+
+@pytest.mark.parametrize(("warm", "how"), [(False, "load"), (True, "swap")])
+def test_a_roll_back_is_shown_by_an_engine_that_runs_or_is_started_for_it(run, warm, how):
+    store = SimpleNamespace(unfinished=lambda: None)
+
+    def service(shows):
+        engine = Engine(run.get(5) if warm else None, shows)
+        return SimpleNamespace(store=store, policies=run, policy=run.get, generator=engine)
+
+    run.set_current(4)
+    (run.folder(4) / "model.safetensors").unlink()  # what is rolled back may be damaged
+    failing = service(shows=False)
+    with pytest.raises(SwapError):
+        roll_back(failing, 2)
+    assert run.current == 4
+    sound = service(shows=True)
+    assert roll_back(sound, 2).startswith("policy 2 is current instead of 4, shown to serve within")
+    assert (run.current, sound.generator.did) == (2, [(how, 2)])

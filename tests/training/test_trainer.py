@@ -1,0 +1,435 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from selfplay.errors import TrainError
+from selfplay.models import weights
+from selfplay.models.weights import sequence_logps
+from selfplay.processes.children import Child, ChildDied, ChildError, descendants, marked
+from selfplay.training.epsilon_dpo import STATE_FILE
+from selfplay.training.jobs import CanaryJob, LoraJob, TrainJob
+from selfplay.training.train_job import agreement, canaries, train
+
+WORDS = 60
+CANARIES = [[1, 5, 9, 13, 2], [7, 8, 9]]
+
+
+def checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A small random Llama with its tokenizer, chat template and generation config."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": WORDS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    model.generation_config.temperature, model.generation_config.do_sample = 0.7, True
+    model.save_pretrained(folder)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)}
+    fast = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(path: Path, policy: Path, n: int = 12, off: float = 0.0, seed: int = 0) -> Path:
+    """Random pairs with the policy's own log-probabilities, `off` nats a token wrong."""
+    rng = np.random.default_rng(seed)
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    rows = []
+    for i in range(n):
+        prompt, chosen, rejected = (rng.integers(3, WORDS, rng.integers(2, 10)).tolist() for _ in range(3))
+        row: dict[str, Any] = {"prompt_id": f"p{i}", "prompt_ids": prompt}
+        for name, ids in (("chosen", [*chosen, 2]), ("rejected", [*rejected, 2])):
+            whole, before = sequence_logps(model, [prompt + ids, prompt])
+            row |= {f"{name}_ids": ids, f"{name}_logp": whole - before + off * len(ids)}
+        rows.append(row)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    checkpoint(root / "policy")
+    checkpoint(root / "other", seed=5)
+    write_pairs(root / "pairs.parquet", root / "policy")
+    return root
+
+
+def job_of(world: Path, folder: Path, **changes: Any) -> TrainJob:
+    settings: dict[str, Any] = {
+        "pairs": world / "pairs.parquet",
+        "policy": world / "policy",
+        "reference": world / "policy",
+        "initial": world / "policy",
+        "work": folder / "work",
+        "out": folder / "out",
+        "beta": 0.1,
+        "epsilon": 0.1,
+        "learning_rate": 1e-2,
+        "epochs": 3,
+        "batch_pairs": 4,
+        "micro_batch_pairs": 2,
+        "max_length": 64,
+        "seed": 2**63 + 5,
+        "threads": 1,
+        "agreement_mean": 1e-4,
+        "agreement_p99": 1e-3,
+        "canary_ids": CANARIES,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+    }
+    return TrainJob(**(settings | changes))
+
+
+def run(job: TrainJob) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    seen: list[tuple[int, int]] = []
+    result = train(job, lambda step, steps, metrics: seen.append((step, steps)))
+    assert result is not None
+    json.dumps(result, allow_nan=False)
+    return result, seen
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+# --- a job ----------------------------------------------------------------------------------------------------------
+
+
+def test_full_training_exports_a_plain_policy(world: Path, tmp_path: Path) -> None:
+    result, seen = run(job_of(world, tmp_path))
+    assert (
+        seen == [(0, 9)] * 6 + [(i, 9) for i in range(1, 10)] and result["steps"] == 9
+    )  # the agreement check: 6 batches
+    assert [entry["step"] for entry in result["history"]] == list(range(1, 10))
+    assert result["history"][-1]["train/loss"] < result["history"][0]["train/loss"] - 0.05
+    assert result["history"][-1]["train/beta"] == result["beta"] != 0.1
+    assert result["agreement"]["mean"] < 1e-5 and result["agreement"]["tokens"] > 24
+    assert result["update"]["share_changed"] > 0.5 and 1e-3 < result["update"]["relative_norm"] < 1
+    assert set(result["seconds"]) == {"load", "train", "export"}
+
+    out, start = tmp_path / "out", world / "policy"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (start / name).read_bytes(), name
+    before, after = load_file(start / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    config, old = (json.loads((folder / "config.json").read_text()) for folder in (out, start))
+    assert config == old | {"dtype": "float32"}
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "whoever may read one file may read all"
+    served = AutoModelForCausalLM.from_pretrained(out)
+    assert served.dtype == torch.float32
+    assert sequence_logps(served, CANARIES) == result["canaries"]
+    assert result["canaries"] != sequence_logps(AutoModelForCausalLM.from_pretrained(start), CANARIES)
+
+
+def test_a_bf16_policy_keeps_its_masters_and_the_next_round_starts_from_them(world: Path, tmp_path: Path) -> None:
+    """At this learning rate most updates are too small for bf16, and all of them survive in float32."""
+    small = {"learning_rate": 1e-5, "epochs": 1, "serving_dtype": "bfloat16"}
+    first, _ = run(job_of(world, tmp_path / "1", **small))
+    out = tmp_path / "1" / "out"
+    served, masters = (load_file(folder / "model.safetensors") for folder in (out, out / "masters"))
+    assert {t.dtype for t in served.values()} == {torch.bfloat16}
+    assert {t.dtype for t in masters.values()} == {torch.float32}
+    assert all(torch.equal(served[k], masters[k].bfloat16()) for k in masters)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
+    assert first["canaries"] == sequence_logps(AutoModelForCausalLM.from_pretrained(out), CANARIES)
+
+    changes = {"policy": out, "reference": out, "agreement_mean": 0.1, "agreement_p99": None}
+    second, _ = run(job_of(world, tmp_path / "2", **small, **changes))
+    one, two = (load_file(tmp_path / i / "out" / "masters" / "model.safetensors") for i in ("1", "2"))
+    moved = torch.cat([(two[k] - one[k]).flatten().abs() for k in one])
+    assert 0 < moved.max() < 1e-4, "the second round went on from the float32 weights"
+    assert second["history"][0]["train/epsilon_zero"] == 1.0, "and so did its reference"
+
+
+@pytest.mark.parametrize("reference", ["policy", "other"])
+def test_an_adapter_is_merged_into_a_plain_policy(world: Path, tmp_path: Path, reference: str) -> None:
+    bounds = {"agreement_mean": None, "agreement_p99": None} if reference == "other" else {}
+    lora = LoraJob(r=4, alpha=8)
+    result, _ = run(job_of(world, tmp_path, lora=lora, reference=world / reference, **bounds))
+    assert (result["agreement"] is None) == (reference == "other")
+    assert (result["history"][0]["train/epsilon_zero"] == 1.0) == (reference == "policy")
+    before, after = (load_file(folder / "model.safetensors") for folder in (world / "policy", tmp_path / "out"))
+    assert set(before) == set(after)
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed and all("proj" in k for k in changed)
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    for k in changed:
+        a, b = (adapter[f"base_model.model.{k.removesuffix('.weight')}.lora_{ab}.weight"] for ab in "AB")
+        torch.testing.assert_close(after[k], before[k] + 2 * b @ a, rtol=1e-6, atol=1e-6)
+
+
+def test_a_repeated_job_resumes_and_another_job_does_not(world: Path, tmp_path: Path) -> None:
+    for lora in (None, LoraJob(r=4, alpha=8)):
+        folder = tmp_path / str(lora is None)
+        job = job_of(world, folder, save_steps=2, epochs=2, lora=lora)
+        run(job)
+        whole = bytes_of(folder / "out")
+        shutil.rmtree(job.work / "checkpoint-6")  # as a kill in step 5 would leave it: one whole save, one torn
+        (job.work / "checkpoint-6").mkdir()
+        (job.work / "checkpoint-6" / "model.safetensors").write_bytes(b"torn")
+        result, seen = run(job)
+        assert [step for step, _ in seen] == [5, 6] and len(result["history"]) == 6 and result["agreement"] is not None
+        assert bytes_of(folder / "out") == whole
+        _, seen = run(job.model_copy(update={"beta": 0.2}))
+        assert [step for step, _ in seen] == [0] * 6 + [1, 2, 3, 4, 5, 6]
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def fails(job: TrainJob, kind: str, words: str) -> None:
+    with pytest.raises(TrainError, match=words) as error:
+        run(job)
+    assert (error.value.kind, bool(error.value.hint)) == (kind, True)
+    assert not job.out.exists()
+
+
+def test_pairs_of_another_policy_do_not_pass_the_agreement_check(world: Path, tmp_path: Path) -> None:
+    fails(job_of(world, tmp_path, reference=world / "other"), "agreement", "bound on the mean is 0.0001")
+    off = write_pairs(tmp_path / "off.parquet", world / "policy", off=0.01)
+    fails(job_of(world, tmp_path, pairs=off), "agreement", "differ from the generator's by 0.01 nats")
+    assert not list((tmp_path / "work").glob("checkpoint-*"))
+
+
+def test_agreement_by_hand() -> None:
+    """|Δ| a token: 0.5/1, 1/4, 0/2 → mean 0.25; the 99th percentile lies 98 % of the way from 0.25 to 0.5."""
+    found = agreement(np.array([1.0, 2.0, 3.0]), np.array([1.5, 1.0, 3.0]), np.array([1, 4, 2]))
+    assert found == {"mean": pytest.approx(0.25), "p99": pytest.approx(0.495), "tokens": 7}
+
+
+def test_training_that_changes_nothing_is_an_error(world: Path, tmp_path: Path) -> None:
+    fails(job_of(world, tmp_path, learning_rate=1e-7, epochs=1, min_update=1e-3), "no_update", "moved the weights by")
+
+
+def test_a_policy_with_a_nan_is_an_error(world: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(world / "policy", tmp_path / "nan"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    fails(job_of(world, tmp_path, policy=broken, agreement_mean=None, agreement_p99=None), "nonfinite", "loss is nan")
+    fails(job_of(world, tmp_path, reference=broken), "agreement", "differ")
+
+
+def test_checkpoints_that_are_not_whole(world: Path, tmp_path: Path) -> None:
+    fails(job_of(world, tmp_path, policy=tmp_path / "nowhere"), "input", "nowhere holds no checkpoint")
+
+    def broken(name: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        folder = Path(shutil.copytree(world / "policy", tmp_path / name))
+        return folder, load_file(folder / "model.safetensors")
+
+    truncated, _ = broken("truncated")
+    file = truncated / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    missing, tensors = broken("missing")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, missing / "model.safetensors", metadata={"format": "pt"})
+    shape, tensors = broken("shape")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(32, 32)
+    save_file(tensors, shape / "model.safetensors", metadata={"format": "pt"})
+    for folder in (truncated, missing, shape):
+        fails(job_of(world, tmp_path, policy=folder), "input", folder.name)
+        fails(job_of(world, tmp_path, reference=folder), "input", folder.name)
+
+
+def test_the_weight_of_the_chosens_likelihood_reaches_the_loss(world: Path, tmp_path: Path) -> None:
+    """Policy and reference are one at first: the loss of step 1 is log 2, and the weight times the chosen's NLL a token."""
+    first = run(job_of(world, tmp_path, nll_weight=0.5, epochs=1))[0]["history"][0]
+    assert first["train/loss"] == pytest.approx(np.log(2) + 0.5 * first["train/nll_chosen"], rel=1e-5)
+    assert first["train/logratios_chosen"] == pytest.approx(0, abs=1e-5) == first["train/chosen_drop"]
+
+
+def test_settings_and_pairs_that_cannot_be_trained_on(world: Path, tmp_path: Path) -> None:
+    fails(job_of(world, tmp_path, batch_pairs=5), "input", "not a multiple")
+    fails(job_of(world, tmp_path, max_length=8), "input", "never truncates")
+    fails(job_of(world, tmp_path, max_length=65), "input", "context of 64")
+    fails(job_of(world, tmp_path, beta_min=0.2), "input", "beta_min")
+    fails(job_of(world, tmp_path, lora=LoraJob(target_modules=["nothing"])), "input", "nothing")
+    fails(job_of(world, tmp_path, lora=LoraJob(target_modules=["lm_head"])), "input", "lm_head")
+    (tmp_path / "text.parquet").write_text("no parquet")
+    fails(job_of(world, tmp_path, pairs=tmp_path / "text.parquet"), "input", "no Parquet file")
+    pq.write_table(pq.read_table(world / "pairs.parquet").drop_columns(["chosen_logp"]), tmp_path / "less.parquet")
+    fails(job_of(world, tmp_path, pairs=tmp_path / "less.parquet"), "input", "lacks chosen_logp")
+    pq.write_table(pq.read_table(world / "pairs.parquet").slice(0, 0), tmp_path / "empty.parquet")
+    fails(job_of(world, tmp_path, pairs=tmp_path / "empty.parquet"), "input", "no pairs")
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, *argv: str) -> Child:
+    child = Child(
+        "trainer", [*(argv or (sys.executable, "-m", "selfplay.training.trainer"))], run_dir=folder, log=folder / "trainer.log",
+        env={"OMP_NUM_THREADS": "1"}, silence=240,
+    )  # fmt: skip
+    child.start()
+    return child
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Child]]:
+    """Two children that import while the tests without a child run."""
+    children = [start(tmp_path_factory.mktemp("child")) for _ in range(2)]
+    yield children
+    for one in children:
+        one.stop()
+
+
+@pytest.fixture(scope="module")
+def child(started: list[Child]) -> Child:
+    started[0].wait_for("ready")
+    return started[0]
+
+
+def order(child: Child, job: TrainJob, **kwargs: Any) -> Any:
+    return child.order("train", job=job.model_dump(mode="json"), **kwargs)
+
+
+def test_a_killed_trainer_resumes_to_the_same_bytes(
+    world: Path, tmp_path: Path, child: Child, started: list[Child]
+) -> None:
+    victim = started[1]
+    calm, job = (job_of(world, tmp_path / name, save_steps=2, epochs=4) for name in ("calm", "killed"))
+    undisturbed = order(child, calm)
+    victim.wait_for("ready")
+    pid = descendants(victim.pid)[0]
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["step"] == 7:
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(ChildDied, match="SIGKILL"):
+        order(victim, job, on_event=kill)
+    assert not job.out.exists() and (job.work / "checkpoint-6" / STATE_FILE).is_file()
+    seen: list[int] = []
+    resumed = order(child, job, on_event=lambda event: seen.append(event["step"]))
+    assert seen[0] in (7, 9) and seen[-1] == 12  # from the save after step 6, or 8 where it was faster than the kill
+    assert bytes_of(job.out) == bytes_of(calm.out)
+    for name in ("beta", "canaries", "update", "agreement"):
+        assert resumed[name] == undisturbed[name]
+    strip = [{k: v for k, v in entry.items() if "runtime" not in k} for entry in resumed["history"]]
+    assert strip == undisturbed["history"]
+
+
+def test_the_child_survives_bad_orders_and_answers_canaries(world: Path, tmp_path: Path, child: Child) -> None:
+    for sent, kind, words in (
+        ({"order": "train", "job": {"beta": -1}}, "input", "beta"),
+        (
+            {"order": "train", "job": job_of(world, tmp_path, policy=tmp_path).model_dump(mode="json")},
+            "input",
+            "config",
+        ),
+        ({"order": "nonsense", "job": {}}, "input", "unknown order"),
+    ):
+        with pytest.raises(ChildError, match=words) as error:
+            child.order(**sent)
+        assert error.value.kind == kind and error.value.hint
+    answers = {
+        dtype: child.order("canaries", job={"policy": str(world / "policy"), "dtype": dtype, "canary_ids": CANARIES})
+        for dtype in ("float32", "bfloat16")
+    }
+    model = AutoModelForCausalLM.from_pretrained(world / "policy", dtype=torch.float32)
+    by_hand = []
+    for ids in CANARIES:
+        logp = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        by_hand.append(sum(logp[i, token].item() for i, token in enumerate(ids[1:])))
+    assert answers["float32"]["canaries"] == pytest.approx(by_hand, rel=1e-5)
+    assert answers["bfloat16"]["canaries"] == pytest.approx(answers["float32"]["canaries"], abs=0.5)
+    assert answers["bfloat16"] != answers["float32"]
+    assert answers["float32"] == canaries(CanaryJob(policy=world / "policy", canary_ids=CANARIES))
+
+
+def test_out_of_memory_is_said_and_survived(world: Path, tmp_path: Path, child: Child) -> None:
+    pid = descendants(child.pid)[0]
+    size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    big = checkpoint(tmp_path / "big", hidden_size=1024, intermediate_size=8192)
+    resource.prlimit(pid, resource.RLIMIT_AS, (size + 200_000_000, resource.RLIM_INFINITY))
+    with pytest.raises(ChildError, match="out of memory") as error:
+        order(child, job_of(world, tmp_path, policy=big, agreement_mean=None, agreement_p99=None))
+    assert error.value.kind == "oom" and "micro_batch_pairs" in error.value.hint
+    resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert order(child, job_of(world, tmp_path, epochs=1))["steps"] == 3
+
+
+def test_a_gpu_that_others_fill_is_noticed_before_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policy with gradient and two moments, and a reference of its own; with an adapter the policy is all."""
+    elements = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "policy").parameters())
+    monkeypatch.setattr(weights, "free_memory", lambda: elements * 4 * 5 - 1)
+    with pytest.raises(TrainError, match="the GPU has .* GiB free") as error:
+        train(job_of(world, tmp_path), lambda *_: None)
+    assert error.value.kind == "oom" and "nvidia-smi" in error.value.hint
+    monkeypatch.setattr(weights, "free_memory", lambda: elements * 4)
+    run(job_of(world, tmp_path, lora=LoraJob(r=2), epochs=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["launcher", "guard"])
+def test_behind_accelerates_launcher_the_trainer_works_and_dies_with_what_started_it(
+    world: Path, tmp_path: Path, victim: str
+) -> None:
+    config = Path(__file__).parents[2] / "configs" / "accelerate" / "single.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    child = start(tmp_path / "launched", *launcher, "-m", "selfplay.training.trainer")
+    child.wait_for("ready")
+    result = order(child, job_of(world, tmp_path, epochs=1))
+    assert result["steps"] == 3
+    below = descendants(child.pid)
+    assert len(below) == 2  # the launcher and the trainer
+    os.kill(below[0] if victim == "launcher" else child.pid, signal.SIGKILL)
+    with pytest.raises(ChildDied):
+        order(child, job_of(world, tmp_path, epochs=1))
+    deadline = time.monotonic() + 20
+    while (left := marked(tmp_path / "launched")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
+@pytest.mark.slow
+def test_two_processes_move_beta_like_one_with_the_doubled_batch(world: Path, tmp_path: Path, child: Child) -> None:
+    """torchrun with two processes on gloo: same pairs a step, so the same mean step, β and (to rounding) weights."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = start(tmp_path / "two", *launcher, "-m", "selfplay.training.trainer")
+    changes = {"reference": world / "other", "agreement_mean": None, "agreement_p99": None, "save_steps": 2}
+    one = order(child, job_of(world, tmp_path / "1", micro_batch_pairs=4, **changes))
+    two.wait_for("ready")
+    jobs = job_of(world, tmp_path / "2", micro_batch_pairs=2, **changes)
+    both = order(two, jobs)
+    two.stop()
+    assert json.loads((jobs.work / "job.json").read_text())["world"] == 2
+    assert (jobs.work / "checkpoint-8" / "rng_state_1.pth").is_file()
+    for mine, theirs in zip(both["history"], one["history"], strict=True):
+        assert mine["train/beta"] == pytest.approx(theirs["train/beta"], abs=1e-12)
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+    assert both["beta"] == one["beta"] != 0.1
+    assert both["canaries"] == pytest.approx(one["canaries"], rel=1e-3)

@@ -1,0 +1,223 @@
+import asyncio
+import time
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse, PlainTextResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from selfplay.config import ServiceConfig
+from selfplay.errors import ConfigError
+from selfplay.web import access
+from selfplay.web.access import Guard, Sessions, is_loopback, read_token, require_token
+
+TOKEN = "correct horse battery staple"
+
+
+@pytest.fixture
+def no_token(monkeypatch):
+    monkeypatch.delenv("SELFPLAY_TOKEN", raising=False)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.9.1"])
+def test_loopback_needs_no_token(host, no_token):
+    assert is_loopback(host)
+    assert read_token(ServiceConfig(host=host)) is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu-box", "", "localhost.example.org"])
+def test_an_address_that_others_can_reach_demands_a_token(host, no_token, monkeypatch):
+    service = ServiceConfig(host=host)
+    with pytest.raises(ConfigError, match="there is no token") as error:
+        read_token(service)
+    assert "SELFPLAY_TOKEN" in error.value.hint and "127.0.0.1" in error.value.hint
+    with pytest.raises(ConfigError):
+        require_token(service, None)
+    monkeypatch.setenv("SELFPLAY_TOKEN", f" {TOKEN}\n")
+    assert read_token(service) == TOKEN
+
+
+def test_a_token_from_a_file(tmp_path, no_token):
+    path = tmp_path / "token"
+    service = ServiceConfig(token_file=path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_token(service)
+    for bad, why in (("", "is empty"), ("short", "at least 16"), ("é" * 20, "ASCII"), ("a" * 20 + "\nb", "printable")):
+        path.write_text(bad)
+        with pytest.raises(ConfigError, match=why) as error:
+            read_token(service)
+        assert not bad or bad not in str(error.value)
+    path.write_text(TOKEN + "\n")
+    assert read_token(service) == TOKEN
+
+
+def test_a_login_is_valid_until_it_expires_and_only_for_its_token(monkeypatch):
+    sessions = Sessions(TOKEN)
+    value = sessions.new()
+    assert sessions.is_valid(value) and Sessions(TOKEN).is_valid(value)
+    assert not Sessions(TOKEN + "!").is_valid(value)
+    assert TOKEN not in value
+    expiry, nonce, signature = value.split(".")
+    for forged in (
+        f"{int(expiry) + 1}.{nonce}.{signature}",
+        f"{expiry}.{nonce}.",
+        "",
+        ".",
+        "..",
+        f"{expiry}.{nonce}.é",
+        "x.y.z",
+    ):
+        assert not sessions.is_valid(forged)
+    monkeypatch.setattr(time, "time", lambda: int(expiry) + 1)
+    assert not sessions.is_valid(value)
+
+
+def app(sessions=None, **service):
+    """A guarded app that answers what reaches it."""
+
+    async def text(request):
+        return PlainTextResponse(f"got {len(await request.body())}")
+
+    async def page(_):
+        return HTMLResponse("<script>1</script><p>&lt;script&gt;</p><SCRIPT>2</SCRIPT><script type='module'>3</script>")
+
+    async def socket(websocket):
+        await websocket.accept()
+        await websocket.send_text("hello")
+
+    routes = [
+        Route("/page", page),
+        WebSocketRoute("/socket", socket),
+        Route("/{path:path}", text, methods=["GET", "POST"]),
+    ]
+    return Guard(Starlette(routes=routes), ServiceConfig(**service), sessions)
+
+
+def client(guard, host="localhost:8470"):
+    return TestClient(guard, base_url=f"http://{host}", follow_redirects=False)
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "127.0.0.1:8470", "[::1]:8470", "10.0.0.7", "LOCALHOST.", "run.localhost", "box.example.org"]
+)
+def test_names_of_the_service_are_let_in(host):
+    assert client(app(hosts=["Box.example.org"]), host).get("/x").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "[::1", "", "a b", "127.0.0.1@evil.example:1"],
+)
+def test_a_name_that_leads_here_by_a_trick_is_turned_away(host):
+    answer = client(app()).get("/x", headers={"host": host})
+    assert answer.status_code == 403 and "service.hosts" in answer.json()["detail"]
+
+
+def test_pages_of_other_origins_are_turned_away():
+    get, post = client(app()).get, client(app()).post
+    json = {"content-type": "application/json"}
+    for origin in ("http://evil.example", "null", "http://localhost:9999", "http://localhost", ""):
+        assert get("/x", headers={"origin": origin}).status_code == 403
+        assert post("/api/orders/pause", content="{}", headers={"origin": origin, **json}).status_code == 403
+    assert (
+        post("/api/orders/pause", content="{}", headers={"origin": "http://localhost:8470", **json}).status_code == 200
+    )
+    assert post("/api/orders/pause", content="{}", headers={"sec-fetch-site": "cross-site", **json}).status_code == 403
+    assert get("/x", headers={"sec-fetch-site": "cross-site"}).status_code == 200  # a link from elsewhere
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/jsonx"]
+)
+def test_orders_must_be_json(kind):
+    headers = {} if kind is None else {"content-type": kind}
+    assert client(app()).post("/api/orders/pause", content=b"{}", headers=headers).status_code == 415
+
+
+def test_bodies_are_bounded():
+    post, json = client(app()).post, {"content-type": "application/json"}
+
+    def chunks(size):
+        yield from (b"x" * 1000 for _ in range(size // 1000))
+
+    limit = access.LARGEST_ELSE
+    assert post("/api/orders/pause", content=b"x" * limit, headers=json).text == f"got {limit}"
+    assert post("/api/orders/pause", content=b"x" * (limit + 1), headers=json).status_code == 413
+    assert post("/api/orders/pause", content=chunks(limit + 1000), headers=json).status_code == 413  # of unknown length
+    assert post("/api/prompts", content=b"x" * (limit + 1), headers=json).status_code == 200
+    assert post("/api/prompts", content=chunks(access.LARGEST["/api/prompts"] + 1000), headers=json).status_code == 413
+    for length in ("-1", "1e9", "9" * 30, "x"):
+        assert post("/api/orders/pause", content=b"{}", headers={**json, "content-length": length}).status_code == 413
+
+
+def test_with_a_token_everything_asks_for_it():
+    get = client(app(Sessions(TOKEN))).get
+    for path in ("/", "/api/run", "/metrics", "/_nicegui/x.js", "/healthz/x", "//healthz"):
+        answer = get(path)
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    for path in access.OPEN:
+        assert get(path).status_code == 200
+    page = get("/pairs", headers={"accept": "text/html,*/*"})
+    assert (page.status_code, page.headers["location"]) == (303, "/login")
+    assert get("/api/run", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+    for wrong in (f"Bearer {TOKEN}x", "Bearer ", f"Basic {TOKEN}", TOKEN, "Bearer é"):
+        assert get("/api/run", headers={"authorization": wrong.encode()}).status_code == 401
+    sessions = Sessions(TOKEN)
+    assert get("/api/run", headers={"cookie": f"a=b; {sessions.cookie}={sessions.new()}"}).status_code == 200
+    for wrong in (
+        f"{sessions.cookie}=x",
+        f"{sessions.cookie}={Sessions(TOKEN * 2).new()}",
+        f"other={sessions.new()}",
+        "=;=,\x01",
+    ):
+        assert get("/api/run", headers={"cookie": wrong}).status_code == 401
+
+
+def test_sockets_are_guarded_too():
+    def connect(guard, **headers):
+        with client(guard).websocket_connect("/socket", headers={"host": "localhost:8470", **headers}) as socket:
+            return socket.receive_text()
+
+    assert connect(app()) == connect(app(), origin="http://localhost:8470") == "hello"
+    for headers in ({"origin": "http://evil.example"}, {"host": "evil.example"}):
+        with pytest.raises(WebSocketDisconnect):
+            connect(app(), **headers)
+    with pytest.raises(WebSocketDisconnect):
+        connect(app(Sessions(TOKEN)))
+    assert connect(app(Sessions(TOKEN)), authorization=f"Bearer {TOKEN}") == "hello"
+
+
+def test_headers_of_answers():
+    answer = client(app()).get("/x")
+    assert answer.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+    assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "same-origin"
+    refused = client(app()).get("/x", headers={"host": "evil.example"})
+    assert refused.headers["x-frame-options"] == "DENY"
+
+
+def test_only_scripts_with_the_nonce_of_the_page_run():
+    one, other = client(app()).get("/page"), client(app()).get("/page")
+    policy = one.headers["content-security-policy"]
+    nonce = policy.split("'nonce-")[1].split("'")[0]
+    assert (
+        "script-src 'self' 'unsafe-eval' 'nonce-" in policy
+        and "frame-ancestors 'none'" in policy
+        and "unsafe-inline'; img" in policy
+    )
+    assert one.text == (
+        f'<script nonce="{nonce}">1</script><p>&lt;script&gt;</p><SCRIPT>2</SCRIPT><script nonce="{nonce}" type=\'module\'>3</script>'
+    )
+    assert int(one.headers["content-length"]) == len(one.content)
+    assert nonce not in other.text
+
+
+def test_lifespan_passes_through():
+    seen = []
+
+    async def inner(scope, receive, send):
+        seen.append(scope["type"])
+
+    asyncio.run(Guard(inner, ServiceConfig(), None)({"type": "lifespan"}, None, None))
+    assert seen == ["lifespan"]

@@ -1,0 +1,64 @@
+import json
+
+from selfplay.web.api_models import Histogram
+from selfplay.web.page import charts as page_charts
+from selfplay.web.page.charts import CHARTS, METRICS, options, stage_bars, thin
+
+
+def test_thinning_keeps_peaks_and_ends_and_makes_nothing_up():
+    points = [(i, float(i % 7)) for i in range(10_000)]
+    points[4321] = (4321, 99.0)
+    kept = thin(points, buckets=100)
+    assert len(kept) <= 200
+    assert (4321, 99.0) in kept
+    assert set(kept) <= set(points)
+    assert kept == sorted(kept)
+    assert thin(points[:200], buckets=100) == points[:200]
+
+
+def test_charts_hold_the_ledgers_numbers():
+    metrics = {n: dict.fromkeys(METRICS, n + 0.5) for n in (1, 2, 4)}
+    metrics[3] = {"evaluate/reward": float("nan")}
+    for chart in CHARTS:
+        drawn = options(chart, metrics, rejected=[2])
+        text = json.dumps(drawn, allow_nan=False)
+        assert [1, 1.5] in json.loads(text)["series"][-1]["data"] or drawn["series"][-1]["name"] == "rejected"
+        assert drawn["tooltip"]["renderMode"] == "richText"  # a tooltip is drawn, never markup
+        assert ":" not in "".join(keys(drawn))  # keys with a colon are JavaScript to the page's framework
+    assert options(CHARTS[0], {}) is None
+    reward = options(CHARTS[0], metrics, rejected=[2])
+    assert reward["series"][-1] == {**reward["series"][-1], "name": "rejected", "data": [(2, 2.5)]}
+
+
+def test_a_band_lies_between_its_bounds():
+    drawn = options(
+        CHARTS[1], {1: {"evaluate/win_rate": 0.5, "evaluate/win_rate_low": 0.4, "evaluate/win_rate_high": 0.75}}
+    )
+    clear, shaded = drawn["series"][:2]
+    assert (clear["data"], [round(v, 9) for _, v in shaded["data"]]) == ([(1, 0.4)], [0.35])
+    assert drawn["legend"]["data"] == ["against champion"]
+
+
+def test_a_long_run_is_drawn_with_few_points():
+    metrics = {n: {name: float(n % 13) for name in METRICS} for n in range(1, 5001)}
+    for chart in CHARTS:
+        assert all(len(s["data"]) <= 4 * page_charts.BUCKETS for s in options(chart, metrics)["series"])
+
+
+def test_bars():
+    drawn = page_charts.histogram(Histogram(edges=[0.0, 1.0, 2.0], kept=[1, 2], dropped=[3, 0]))
+    assert drawn["xAxis"]["data"] == ["0.5", "1.5"]
+    assert [s["data"] for s in drawn["series"]] == [[1, 2], [3, 0]]
+    assert page_charts.histogram(Histogram(edges=[], kept=[], dropped=[])) is None
+    assert stage_bars({"generate": 2.0})["yAxis"]["data"] == ["generate"]
+    assert stage_bars({}) is None
+
+
+def keys(value):
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield key
+            yield from keys(below)
+    elif isinstance(value, list | tuple):
+        for below in value:
+            yield from keys(below)
