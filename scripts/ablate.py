@@ -338,13 +338,11 @@ def assignments(settings: dict[str, Any]) -> list[str]:
 
 def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
     """What came of a run: means over the answers of the last policy to all held-out prompts, and what it cost."""
-    from selfplay.storage import artifacts
+    from selfplay.storage import tables
     from selfplay.types import Scored
 
     folder = run_dir / "rounds" / f"{rounds:04d}" / "evaluate"
-    answers = [
-        row for name in ("candidate", "audit") for row in artifacts.read_rows(folder / f"{name}.parquet", Scored)
-    ]
+    answers = [row for name in ("candidate", "audit") for row in tables.read_rows(folder / f"{name}.parquet", Scored)]
     metrics = [store.metrics(index) for index in range(1, rounds + 1)]
     end = metrics[-1]
     gained = end["evaluate/audit_gold_total"] - end["evaluate/audit_gold_total_initial"]

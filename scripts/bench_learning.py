@@ -45,7 +45,7 @@ def main() -> None:
 
 def show(seed: int, run_dir: Path) -> bool:
     """Print one seed's table and whether it meets the lines; rounds whose candidate was rejected repeat the champion."""
-    from selfplay.storage import artifacts
+    from selfplay.storage import tables
     from selfplay.storage.ledger import Store
     from selfplay.types import Scored
 
@@ -66,9 +66,7 @@ def show(seed: int, run_dir: Path) -> bool:
                     0.0,
                 )
             )
-            answers.append(
-                artifacts.read_rows(run_dir / "rounds" / "0001" / "evaluate" / "audit_initial.parquet", Scored)
-            )
+            answers.append(tables.read_rows(run_dir / "rounds" / "0001" / "evaluate" / "audit_initial.parquet", Scored))
         if row["state"] == "promoted":
             rows.append(
                 (
@@ -82,7 +80,7 @@ def show(seed: int, run_dir: Path) -> bool:
                 )
             )
             answers.append(
-                artifacts.read_rows(run_dir / "rounds" / f"{row['round']:04d}" / "evaluate" / "audit.parquet", Scored)
+                tables.read_rows(run_dir / "rounds" / f"{row['round']:04d}" / "evaluate" / "audit.parquet", Scored)
             )
         else:
             rows.append((row["round"], row["state"], *rows[-1][2:]))

@@ -139,11 +139,11 @@ def chain(run_dir: Path, folder: Path, tuned: bool) -> None:
 def chain_generate(job: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
 
-    from selfplay.storage import artifacts
+    from selfplay.storage import tables
     from selfplay.types import Prompt
 
     config = job["config"]
-    prompts = artifacts.read_rows(Path(job["round"]) / "prompts" / "prompts.parquet", Prompt)
+    prompts = tables.read_rows(Path(job["round"]) / "prompts" / "prompts.parquet", Prompt)
     g = config["generate"]
     length = config["prompts"]["max_tokens"] + g["max_tokens"] + 1
     llm = LLM(

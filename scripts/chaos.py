@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from selfplay.processes import children  # noqa: E402
-from selfplay.storage import artifacts, paging  # noqa: E402
+from selfplay.storage import paging, tables  # noqa: E402
 from selfplay.storage.ledger import RunLock, Store  # noqa: E402
 
 SETTINGS = [
@@ -218,7 +218,7 @@ def rows_of(run_dir: Path) -> Counter[str]:
     counts: Counter[str] = Counter()
     for path in sorted(run_dir.glob("pool/**/*.parquet")) + sorted(run_dir.glob("rounds/*/*/*.parquet")):
         parts = path.relative_to(run_dir).with_suffix("").parts
-        counts["/".join(parts[2:] if parts[0] == "rounds" else parts[:2])] += artifacts.count_rows(path)
+        counts["/".join(parts[2:] if parts[0] == "rounds" else parts[:2])] += tables.count_rows(path)
     store = Store(run_dir)
     counts["ledger/pairs"] = sum(sum(paging.reasons(store, row["round"]).values()) for row in store.rounds())
     store.close()

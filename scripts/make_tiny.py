@@ -534,7 +534,7 @@ def read_world(folder: Path) -> dict[str, Any] | None:
 
 def build(recipe: Recipe, target: Path) -> None:
     """Runs the workers and renames what they made to `target`. Raises RuntimeError when one of them fails."""
-    from selfplay.storage.artifacts import sync, sync_tree
+    from selfplay.storage.folders import sync, sync_tree
 
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.mkdir(parents=True)

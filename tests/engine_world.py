@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfplay.config import Config
-from selfplay.storage import artifacts, policies
+from selfplay.storage import folders, policies
 from selfplay.types import Policy
 
 EOS, VOCAB = 2, 280
@@ -70,13 +70,13 @@ def write_policy(root: Path, version: int, seed: int, *, nudge: float = 0.0, **s
 
 
 def write_manifest(path: Path, version: int, canary_logps: list[float]) -> None:
-    (path / artifacts.MANIFEST).unlink(missing_ok=True)
+    (path / folders.MANIFEST).unlink(missing_ok=True)
     manifest = policies.Manifest(
         version=version, parent=None, round=version, beta=None, reference=None, reference_sha256=None, fingerprint="",
         packages={}, update={}, files=policies.checkpoint_files(path),
         canaries={"token_ids": CANARIES, "logps": canary_logps},
     )  # fmt: skip
-    artifacts.write_json(path / artifacts.MANIFEST, dataclasses.asdict(manifest))
+    folders.write_json(path / folders.MANIFEST, dataclasses.asdict(manifest))
 
 
 def prompts(count: int) -> list[tuple[str, list[int], int]]:

@@ -19,7 +19,7 @@ from selfplay.processes.children import marked
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.round import run_round
 from selfplay.rounds.run import Run
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -158,7 +158,7 @@ def nothing_left(run_dir: Path, within: float = 20.0) -> bool:
 
 def rows(run_dir: Path, index: int, name: str, kind: type) -> list[Any]:
     """The rows of an artifact, `<stage>/<file>`, of a round."""
-    return artifacts.read_rows(run_dir / "rounds" / f"{index:04d}" / f"{name}.parquet", kind)
+    return tables.read_rows(run_dir / "rounds" / f"{index:04d}" / f"{name}.parquet", kind)
 
 
 def state(run_dir: Path) -> dict[str, bytes]:

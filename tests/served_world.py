@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.config import Config, load
-from selfplay.storage import artifacts
+from selfplay.storage import folders, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Manifest, Policies
 from selfplay.types import Pair, Prompt
@@ -96,7 +96,7 @@ def add_round(run_dir: Path, store: Store, index: int, pairs: int = 40, hostile:
         ("depth", "pairs", deepened, Pair),
     ):
         (folder / stage).mkdir(parents=True)
-        artifacts.write_rows(folder / stage / f"{name}.parquet", values, kind)
+        tables.write_rows(folder / stage / f"{name}.parquet", values, kind)
     store.open_round(index, max(0, index - 1), (0, 0), "f" * 64, config().model_dump(mode="json"))
     drift = index / (index + 20)
     store.record_stage(index, "prompts", 0.02, {"count": pairs})
@@ -145,7 +145,7 @@ def build(run_dir: Path, rounds: int = 12, pairs: int = 40) -> Store:
         files={}, canaries={},
     )  # fmt: skip
     policies.folder(rounds).mkdir(parents=True)
-    artifacts.write_json(policies.folder(rounds) / artifacts.MANIFEST, dataclasses.asdict(manifest))
+    folders.write_json(policies.folder(rounds) / folders.MANIFEST, dataclasses.asdict(manifest))
     policies.set_current(rounds)
     store.event("engine_restart", f"the generator died and was started again: {HOSTILE}", 2)
     store.event("warning", "prompts set aside: 3 × too long")
@@ -171,7 +171,7 @@ def main(run_dir: Path, *overrides: str) -> None:
     from selfplay.web.api import create_app
     from selfplay.web.server import serve_in_thread
 
-    artifacts.leave_pandas_out()
+    tables.leave_pandas_out()
     settings, progress = config(*overrides), Progress()
     app = create_app(run_dir, settings, progress, read_token(settings.service))
     server, port = serve_in_thread(app, settings.service.host, settings.service.port)

@@ -18,7 +18,7 @@ from selfplay.prompts import draw as prompts
 from selfplay.reporting.terminal import Line
 from selfplay.rewards import score
 from selfplay.rewards.scorer import Scorer
-from selfplay.storage import artifacts
+from selfplay.storage import folders, tables
 from selfplay.types import Candidate, Policy, Prompt, Scored
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def evaluate(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     line.update(text="scoring")
     judge = r.run.judge.identities
     names = r.run.judge.described(judge)
-    artifacts.write_json(folder / "judge.json", {"members": r.run.judge.members, "identities": judge, "names": names})
+    folders.write_json(folder / "judge.json", {"members": r.run.judge.members, "identities": judge, "names": names})
     _notice_another_judge(r, names)
     judged, champion_judged = _judged(r, held_out, rows, champion_rows, judge)
     scores, champion_scores = _rewards(judged), _rewards(champion_judged)
@@ -65,15 +65,15 @@ def evaluate(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     metrics |= {"kl_current": kl_current, "kl_initial": kl_initial}
     metrics["tokens"] = sum(c.n_tokens for c in [*rows, *champion_rows, *audit_rows])
     metrics |= _gold("gold", judged) | _gold("gold", champion_judged, "_champion")
-    artifacts.write_rows(folder / "candidate.parquet", judged, Scored)
-    artifacts.write_rows(folder / "champion.parquet", champion_judged, Scored)
+    tables.write_rows(folder / "candidate.parquet", judged, Scored)
+    tables.write_rows(folder / "champion.parquet", champion_judged, Scored)
     if audit:
         audited, audited_initial = _judged(r, audit, audit_rows, initial_rows, judge)
         metrics |= _audit(audited, audited_initial)
-        artifacts.write_rows(folder / "audit.parquet", audited, Scored)
-        artifacts.write_rows(folder / "audit_initial.parquet", audited_initial, Scored)
+        tables.write_rows(folder / "audit.parquet", audited, Scored)
+        tables.write_rows(folder / "audit_initial.parquet", audited_initial, Scored)
     verdict = gate.verdict(metrics, settings.gate, independent=independent(r, judge))
-    artifacts.write_json(folder / "verdict.json", dataclasses.asdict(verdict))
+    folders.write_json(folder / "verdict.json", dataclasses.asdict(verdict))
     line.update(
         text=f"win rate {metrics['win_rate']:.3f} [{metrics['win_rate_low']:.3f}, {metrics['win_rate_high']:.3f}]"
     )
@@ -120,8 +120,8 @@ def _initial_answers(r: Round, audit: Sequence[Prompt]) -> list[Candidate]:
     if not path.is_file():
         r.serve(r.run.policy(0))
         path.parent.mkdir(exist_ok=True)
-        artifacts.write_rows(path, r.sample("initial", audit, 1, 0, lambda n: None), Candidate)
-    return artifacts.read_rows(path, Candidate)
+        tables.write_rows(path, r.sample("initial", audit, 1, 0, lambda n: None), Candidate)
+    return tables.read_rows(path, Candidate)
 
 
 def independent(r: Round, judge: Sequence[str]) -> bool:
@@ -135,7 +135,7 @@ def independent(r: Round, judge: Sequence[str]) -> bool:
         r.run.display.note(text)
         return False
     path = r.dir / "score" / "reward.json"
-    trains = artifacts.read_json(path)["identities"] if path.is_file() else []
+    trains = folders.read_json(path)["identities"] if path.is_file() else []
     both = {i.partition("/")[0][:12] for i in trains} & {i.partition("/")[0][:12] for i in judge} - {""}
     # other heads of one model are other weights by name
     both |= {s.model for s in r.run.reward.sources if s.model} & {s.model for s in r.run.judge.sources if s.model}
@@ -152,7 +152,7 @@ def _notice_another_judge(r: Round, names: list[str]) -> None:
         path = r.run.dir / "rounds" / f"{index:04d}" / "evaluate" / "judge.json"
         if not path.is_file():
             continue
-        before = artifacts.read_json(path).get("names", names)
+        before = folders.read_json(path).get("names", names)
         if before != names:
             text = f"another judge decides at this gate than in round {index}: {', '.join(names)} instead of {', '.join(before)}"
             r.run.store.event("guard", text, r.index)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from selfplay.generation.generator import Generator
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.types import Candidate, Prompt
 
 
@@ -41,8 +41,8 @@ def generate(
                 max_tokens=max_tokens,
                 on_progress=lambda done, start=start: on_progress(start + done),  # type: ignore[misc]
             )
-            artifacts.write_rows(path, sampled, Candidate)
-        rows += artifacts.read_rows(path, Candidate)
+            tables.write_rows(path, sampled, Candidate)
+        rows += tables.read_rows(path, Candidate)
         on_progress(start + len(part))
     return rows
 

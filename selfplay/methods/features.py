@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selfplay import seeds
 from selfplay.methods import head
 from selfplay.methods.epsilon_dpo import epsilon_steps, fused_shifts, lean_logps, pair_betas, pair_losses
-from selfplay.storage import artifacts
 
 DUST = 1e-6  # a pair's gradient, relative to its responses' own, below which float32 has no digit of it right
 
@@ -62,7 +62,7 @@ def projection(seed: int, name: str, shape: tuple[int, int], dim: int) -> tuple[
     p, q = min([s for s in splits if s[0] <= shape[0] and s[1] <= shape[1]] or splits, key=lambda s: (max(s), s[0]))
 
     def gaussian(rows: int, columns: int, *what: object) -> Tensor:
-        generator = torch.Generator().manual_seed(artifacts.seed(seed, "projection", *what, rows, columns))
+        generator = torch.Generator().manual_seed(seeds.derive(seed, "projection", *what, rows, columns))
         return torch.randn(rows, columns, generator=generator) / math.sqrt(rows)
 
     return gaussian(p, shape[0], "out", name), gaussian(q, shape[1], "in", _block(name))

@@ -10,10 +10,10 @@ from typing import Literal
 
 import numpy as np
 
+from selfplay import seeds
 from selfplay.config import PairsConfig
 from selfplay.methods import margins
 from selfplay.methods.potential import alignment_potential, keep_top
-from selfplay.storage import artifacts
 from selfplay.types import DISAGREEMENT, Pair, Prompt, Scored
 
 SMALL_SET = 64  # below this many pairs the statistics come from the recent rounds together (methods: AP)
@@ -130,7 +130,7 @@ def scores(pairs: Sequence[Pair], config: PairsConfig, recent: Sequence[Pair], s
     if config.selection == "implicit":
         return list(-m_imp)
     if config.selection == "random":
-        return [artifacts.seed(seed, p.prompt_id) / 2**63 for p in pairs]
+        return [seeds.derive(seed, p.prompt_id) / 2**63 for p in pairs]
     reference = None
     if len(pairs) < SMALL_SET:
         reference = margin_arrays([*pairs, *recent], config)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from selfplay import seeds
 from selfplay.errors import InputError
-from selfplay.storage import artifacts
 
 Cursor = tuple[int, int]  # epoch: the lowest level of the pool; offset: prompts above it
 
@@ -58,9 +58,9 @@ def draw(levels: Mapping[str, int], drawn: Mapping[str, int], count: int, run_se
 
 def _place(run_seed: int, epoch: int, prompt_id: str) -> int:
     """Place in the order of an epoch, uniform in 0 … 2^63 − 1."""
-    return artifacts.seed(run_seed, "prompts", epoch, prompt_id)
+    return seeds.derive(run_seed, "prompts", epoch, prompt_id)
 
 
 def subset(pool: Sequence[str], count: int, *parts: object) -> list[str]:
     """`count` prompt_ids in a seeded random order."""
-    return sorted(pool, key=lambda prompt_id: artifacts.seed(*parts, prompt_id))[:count]
+    return sorted(pool, key=lambda prompt_id: seeds.derive(*parts, prompt_id))[:count]

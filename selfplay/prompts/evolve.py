@@ -17,7 +17,7 @@ from selfplay.errors import InputError
 from selfplay.methods.potential import keep_top
 from selfplay.prompts import pool
 from selfplay.reporting.terminal import Line
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.types import Message, Pair, Prompt, Rewrite
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def evolve(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
             rewrites[i] = dataclasses.replace(rewrites[i], prompt_id=fate.prompt_id)
         else:
             rewrites[i] = dataclasses.replace(rewrites[i], rejected_because=fate)
-    artifacts.write_rows(folder / "prompts.parquet", joining, Prompt)
-    artifacts.write_rows(folder / "rewrites.parquet", rewrites, Rewrite)
+    tables.write_rows(folder / "prompts.parquet", joining, Prompt)
+    tables.write_rows(folder / "rewrites.parquet", rewrites, Rewrite)
     line.update(text=f"{len(joining)} of {len(rewrites)} rewrites join the pool")
     return metrics(rewrites)
 

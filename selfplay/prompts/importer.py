@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from selfplay import seeds
 from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
 from selfplay.processes.children import protocol, quick_imports
 from selfplay.prompts.pool import POOL, messages_of, prompt_id
-from selfplay.storage import artifacts
+from selfplay.storage import folders, tables
 from selfplay.types import Message, Prompt, Split
 
 INITIAL = "initial.json"
@@ -141,10 +142,10 @@ def build_pool(config: Config, render: Any) -> tuple[list[Prompt], Counter[str]]
     for key, (messages, meta, parent) in {**train, **heldout}.items():
         root, kept_apart = roots[key], key in heldout
         if not settings.heldout:
-            kept_apart = artifacts.seed(config.run.seed, "heldout", root) < settings.heldout_fraction * 2**63
+            kept_apart = seeds.derive(config.run.seed, "heldout", root) < settings.heldout_fraction * 2**63
         split: Split = "train"
         if kept_apart:
-            audit = artifacts.seed(config.run.seed, "audit", root) < settings.audit_fraction * 2**63
+            audit = seeds.derive(config.run.seed, "audit", root) < settings.audit_fraction * 2**63
             split = "audit" if audit else "heldout"
         ids = rendered(render, messages, meta)
         if isinstance(ids, str):
@@ -198,9 +199,9 @@ def initial_folder(model: str, revision: str | None) -> Path:
 def canary_ids(pool: list[Prompt], config: Config, vocabulary: int) -> list[list[int]]:
     """The fixed sequences of a run: held-out prompts, cut to 64 tokens, at least 8 tokens each."""
     rows = sorted(
-        (p for p in pool if p.split != "train"), key=lambda p: artifacts.seed(config.run.seed, "canary", p.prompt_id)
+        (p for p in pool if p.split != "train"), key=lambda p: seeds.derive(config.run.seed, "canary", p.prompt_id)
     )[: config.swap.canaries]
-    filler = [artifacts.seed(config.run.seed, "canary", i) % vocabulary for i in range(8)]
+    filler = [seeds.derive(config.run.seed, "canary", i) % vocabulary for i in range(8)]
     return [(p.prompt_ids + filler[: max(0, 8 - len(p.prompt_ids))])[:CANARY_TOKENS] for p in rows]
 
 
@@ -248,8 +249,8 @@ def run_import(config: Config, out: Path) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = weights.load(source, getattr(torch, config.policy.dtype), config.policy.trust_remote_code)
     logps = weights.sequence_logps(model.to(device).eval(), ids)
-    artifacts.write_rows(out / POOL, pool, Prompt)
-    artifacts.write_json(
+    tables.write_rows(out / POOL, pool, Prompt)
+    folders.write_json(
         out / INITIAL,
         {"source": str(source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(counts)},
     )

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfplay.storage import artifacts
+from selfplay import seeds
+from selfplay.storage import folders, tables
 from selfplay.types import Message, Prompt
 
 POOL, ADDED = "pool.parquet", "added"
@@ -39,7 +40,7 @@ class Pool:
         self._draws: Counter[str] = Counter()
         self._counted = 0  # rounds whose draws are in it
         for file in _files(folder):
-            for name, split, joined in artifacts.read_columns(file, ("prompt_id", "split", "joined")):
+            for name, split, joined in tables.read_columns(file, ("prompt_id", "split", "joined")):
                 self._joined.setdefault(split, {})[name] = joined
 
     def __contains__(self, prompt_id: object) -> bool:
@@ -47,7 +48,7 @@ class Pool:
 
     def __iter__(self) -> Iterator[Prompt]:
         for file in _files(self._folder):
-            yield from artifacts.each_row(file, Prompt)
+            yield from tables.each_row(file, Prompt)
 
     def joined(self, split: str) -> Mapping[str, int | None]:
         """First round that may draw each prompt of a split, by prompt_id; None: it was there from the start."""
@@ -57,7 +58,7 @@ class Pool:
         """These prompts, in this order."""
         wanted = frozenset(prompt_ids)
         files = _files(self._folder) if wanted else []
-        found = {p.prompt_id: p for file in files for p in artifacts.rows_with(file, Prompt, "prompt_id", wanted)}
+        found = {p.prompt_id: p for file in files for p in tables.rows_with(file, Prompt, "prompt_id", wanted)}
         return [found[i] for i in prompt_ids]
 
     def join(self, prompts: Iterable[Prompt]) -> int:
@@ -78,7 +79,7 @@ class Pool:
             folder = rounds / f"{index:04d}" / "prompts"
             path = next((p for name in ("drawn", "prompts") if (p := folder / f"{name}.parquet").is_file()), None)
             if path is not None:
-                self._draws.update(artifacts.read_column(path, "prompt_id"))
+                self._draws.update(tables.read_column(path, "prompt_id"))
             self._counted = index
         return self._draws
 
@@ -88,10 +89,10 @@ def page(folder: Path, start: int, count: int) -> tuple[list[Prompt], int]:
     found: list[Prompt] = []
     total = 0
     for file in _files(folder) if (folder / POOL).is_file() else []:
-        rows = artifacts.count_rows(file)
+        rows = tables.count_rows(file)
         low = max(start - total, 0)
         if low < rows and len(found) < count:
-            found += artifacts.read_slice(file, Prompt, low, count - len(found))
+            found += tables.read_slice(file, Prompt, low, count - len(found))
         total += rows
     return found, total
 
@@ -105,8 +106,8 @@ def write_added(folder: Path, prompts: Sequence[Prompt]) -> None:
     added = folder / ADDED
     added.mkdir(exist_ok=True)
     number = max((int(file.stem) for file in added.glob("*.parquet")), default=0) + 1
-    artifacts.write_rows(added / f"{number:04d}.parquet", prompts, Prompt)
-    artifacts.sync(folder)
+    tables.write_rows(added / f"{number:04d}.parquet", prompts, Prompt)
+    folders.sync(folder)
 
 
 def messages_of(row: Mapping[str, Any]) -> list[Message] | str:
@@ -127,7 +128,7 @@ def messages_of(row: Mapping[str, Any]) -> list[Message] | str:
 
 
 def prompt_id(messages: list[Message]) -> str:
-    return f"{artifacts.seed(json.dumps(messages, sort_keys=True)):016x}"
+    return f"{seeds.derive(json.dumps(messages, sort_keys=True)):016x}"
 
 
 def words(text: str) -> list[str]:
@@ -141,7 +142,7 @@ def _folded(text: str) -> str:
 
 def same(messages: Sequence[Message]) -> int:
     """A number that is the same for conversations that differ in case, white space and typographic variants alone."""
-    return artifacts.seed(*(f"{m['role']}\x1f{' '.join(_folded(m['content']).split())}" for m in messages))
+    return seeds.derive(*(f"{m['role']}\x1f{' '.join(_folded(m['content']).split())}" for m in messages))
 
 
 def asked(messages: Sequence[Message]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from selfplay.reporting.history import Run, state
-from selfplay.storage import artifacts
+from selfplay.storage import folders
 
 # light, dark: a role has one colour in every chart. Each light one is unique, so the page can swap it for a variable.
 COLOURS = {
@@ -367,7 +367,7 @@ def png(run: Run, shown: Sequence[Chart], path: Path) -> None:
 
     rows, cell_width, cell_height = math.ceil(len(shown) / 3), 5.0, 3.75  # inches
     height = 0.55 + (rows * cell_height or 1.5)
-    with mpl.rc_context(STYLE), artifacts.whole(path) as partial:
+    with mpl.rc_context(STYLE), folders.whole(path) as partial:
         figure = Figure(figsize=(3 * cell_width, height), facecolor="#ffffff")
 
         def write(x: float, y: float, text: str, **style: Any) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfplay.errors import InputError
-from selfplay.storage import artifacts, policies
+from selfplay.storage import folders, policies, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
@@ -44,7 +44,7 @@ def export_pairs(run_dir: Path, out: Path) -> int:
     if not rounds:
         raise InputError(f"no finished round of {run_dir} has pairs", "run one first: selfplay round")
     total = 0
-    with artifacts.folder(out) as partial:
+    with folders.folder(out) as partial:
         (partial / "data").mkdir()
         for index, path in rounds:
             rows = [_row(index, samplers[index], pair, prompt) for pair, prompt in _pairs(path)]
@@ -60,8 +60,8 @@ def _depth_files(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _pairs(path: Path) -> list[tuple[Pair, Prompt]]:
-    prompts = {p.prompt_id: p for p in artifacts.read_rows(path.parents[1] / "prompts" / "prompts.parquet", Prompt)}
-    return [(pair, prompts[pair.prompt_id]) for pair in artifacts.read_rows(path, Pair)]
+    prompts = {p.prompt_id: p for p in tables.read_rows(path.parents[1] / "prompts" / "prompts.parquet", Prompt)}
+    return [(pair, prompts[pair.prompt_id]) for pair in tables.read_rows(path, Pair)]
 
 
 def _row(index: int, sampler: int, pair: Pair, prompt: Prompt) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def export_policy(run_dir: Path, version: int, out: Path) -> None:
         )
     policy = store.get(version)
     manifest = policies.verify(store.folder(version))
-    with artifacts.folder(out) as partial:
+    with folders.folder(out) as partial:
         for name in manifest.files:
             if "/" not in name:  # masters and adapters are for training
                 shutil.copyfile(Path(policy.path) / name, partial / name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from selfplay.errors import InputError
 from selfplay.reporting.terminal import STAGES
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
@@ -94,7 +94,7 @@ def read(run_dir: Path) -> Run:
 
 
 def _rows(path: Path, row_type: Any) -> list[Any]:
-    return artifacts.read_rows(path, row_type) if path.is_file() else []
+    return tables.read_rows(path, row_type) if path.is_file() else []
 
 
 def state(run: Run) -> str:

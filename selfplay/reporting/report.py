@@ -22,7 +22,7 @@ from selfplay.processes.children import die_with_parent
 from selfplay.reporting.charts import COLOURS, Chart, charts, png, svg
 from selfplay.reporting.history import Run, read, state
 from selfplay.reporting.terminal import NOT_INDEPENDENT, STAGES, change, interval, join, number, verdict
-from selfplay.storage import artifacts
+from selfplay.storage import folders
 from selfplay.types import Pair
 
 SAMPLE_KEPT, SAMPLE_DROPPED, LONGEST_TEXT, LATEST = 6, 3, 4000, 8
@@ -228,7 +228,7 @@ def write(run_dir: Path) -> tuple[Path, Path]:
     run = read(run_dir)
     shown = charts(run)
     page, picture = run_dir / "report.html", run_dir / "report.png"
-    with artifacts.whole(page) as partial:
+    with folders.whole(page) as partial:
         partial.write_text(html(run, shown), encoding="utf-8", errors="replace")
     png(run, shown, picture)
     return page, picture

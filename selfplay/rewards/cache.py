@@ -15,7 +15,7 @@ from math import isfinite
 from pathlib import Path
 
 from selfplay.errors import InputError, RewardError
-from selfplay.storage.artifacts import disk_errors
+from selfplay.storage.folders import disk_errors
 
 BUSY = 60.0  # seconds to wait for another process that writes
 PLACE = "see that this user may write there and nobody else holds the file, or give another reward.cache.path, or set reward.cache.entries to 0"

@@ -15,7 +15,7 @@ from selfplay.pairs import selection as pairs
 from selfplay.reporting.terminal import Line
 from selfplay.rewards import signs as guard
 from selfplay.rewards.scorer import name
-from selfplay.storage import artifacts
+from selfplay.storage import folders, tables
 from selfplay.types import DISAGREEMENT, EXTERNAL, Candidate, Message, Scored
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def probe(r: Round, candidates: Sequence[Candidate]) -> dict[str, float]:
     if not settings.probes:
         return {}
     sources = [source.which() for source in scorer.sources]
-    first = artifacts.read_json(path) if path.is_file() else None
+    first = folders.read_json(path) if path.is_file() else None
     items = (
         _texts(r, candidates, settings.probes)
         if first is None
@@ -138,7 +138,7 @@ def _keep(
     scores: list[list[float | None]],
 ) -> None:
     path.parent.mkdir(exist_ok=True)
-    artifacts.write_json(
+    folders.write_json(
         path,
         {
             "round": index,
@@ -160,7 +160,7 @@ def watch(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     """Compute the guard's numbers of a scored round, tell what is above a limit, and raise GuardError for a stop."""
     values = measure(r)
     limits = {sign: getattr(r.config.guard, sign) for sign in values}
-    artifacts.write_json(folder / "guard.json", {k: v if math.isfinite(v) else None for k, v in values.items()})
+    folders.write_json(folder / "guard.json", {k: v if math.isfinite(v) else None for k, v in values.items()})
     # of their own change the probes have told
     alarms = guard.alarms({k: v for k, v in values.items() if k not in PROBED}, limits)
     for alarm in alarms:
@@ -227,14 +227,14 @@ def _externals(r: Round, index: int) -> list[float]:
     if not path.is_file():
         return []
     # two columns: rows have texts and token ids too, more than a controller should hold
-    rows = artifacts.read_columns(path, ("reward", "reward_parts"))
+    rows = tables.read_columns(path, ("reward", "reward_parts"))
     return [json.loads(parts).get(EXTERNAL, math.nan if reward is None else reward) for reward, parts in rows]
 
 
 def _scored_by(r: Round, index: int) -> list[str] | None:
     """What gave a round its rewards; None where that is not recorded."""
     path = r.run.dir / "rounds" / f"{index:04d}" / "score" / "reward.json"
-    found: list[str] | None = artifacts.read_json(path).get("names") if path.is_file() else None
+    found: list[str] | None = folders.read_json(path).get("names") if path.is_file() else None
     return found
 
 

@@ -22,7 +22,7 @@ from selfplay.config import RewardSource, ShapingConfig
 from selfplay.errors import GuardError, InputError, Interrupted, RewardError
 from selfplay.methods import shaping
 from selfplay.processes.children import PATIENT, Child, ChildDied
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.types import DISAGREEMENT, EXTERNAL, MEMBER, Candidate, Message, Prompt, Scored
 
 if TYPE_CHECKING:
@@ -270,8 +270,8 @@ def score(
                     "see that one and the same model serves, then run the same command again: finished shards are kept",
                 )
             reasons += answer.reasons
-            artifacts.write_rows(path, _as_given(scorer, part, answer.scores), Scored)
-        found = artifacts.read_rows(path, Scored)
+            tables.write_rows(path, _as_given(scorer, part, answer.scores), Scored)
+        found = tables.read_rows(path, Scored)
         incomplete += [path] * any(_missing(scorer, row) for row in found)
         rows += found
         on_progress(start + len(part))

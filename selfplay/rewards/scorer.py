@@ -20,7 +20,7 @@ from selfplay.errors import GuardError, Interrupted, RewardError
 from selfplay.methods import ensemble
 from selfplay.rewards.cache import ScoreCache, key
 from selfplay.rewards.score import RewardService
-from selfplay.storage import artifacts
+from selfplay.storage import folders
 from selfplay.types import Message
 
 Item = tuple[list[Message], str]
@@ -276,7 +276,7 @@ class Scorer:
             for member, scales in self._known_scales().items()
         }
         if known:
-            artifacts.write_json(self._scale_file, known)
+            folders.write_json(self._scale_file, known)
 
     def rename(self, before: Sequence[str], now: Sequence[str]) -> None:
         """The same models go by other `names` now: they keep their scales."""
@@ -285,12 +285,12 @@ class Scorer:
             if (scale := _scale_of(known, member, old)) is not None:
                 known.setdefault(member, {}).setdefault(new, scale)
         if known:
-            artifacts.write_json(self._scale_file, known)
+            folders.write_json(self._scale_file, known)
 
     def _known_scales(self) -> dict[str, dict[str, dict[str, float]]]:
         """Mean and standard deviation by member and by what scores."""
         found: dict[str, dict[str, dict[str, float]]] = (
-            artifacts.read_json(self._scale_file) if self._scale_file.is_file() else {}
+            folders.read_json(self._scale_file) if self._scale_file.is_file() else {}
         )
         return found
 
@@ -319,7 +319,7 @@ class Scorer:
                 )
         if new:
             self._scale_file.parent.mkdir(exist_ok=True)
-            artifacts.write_json(self._scale_file, known)
+            folders.write_json(self._scale_file, known)
             self._on_event("scale", f"the scale of the {self.role} ensemble is fixed: {', '.join(new)}")
         return [ensemble.Moments(**known[m][n]) for m, n in zip(self.members, names, strict=True)]
 

@@ -37,7 +37,7 @@ def run_rounds(
     try:
         from selfplay.config import load
         from selfplay.rounds.run import Run
-        from selfplay.storage.artifacts import disk_errors
+        from selfplay.storage.folders import disk_errors
 
         if total is not None and total < 1:
             raise ConfigError(f"--rounds {total}: at least 1")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfplay import seeds
 from selfplay.errors import CheckpointError, GuardError, SelfplayError, StageFailed
 from selfplay.evaluation import evaluate
 from selfplay.generation import sampling
@@ -30,7 +31,7 @@ from selfplay.reporting.terminal import STAGES, Line
 from selfplay.rewards import guard as watch
 from selfplay.rewards import score
 from selfplay.rounds.run import Run, size
-from selfplay.storage import artifacts, policies
+from selfplay.storage import folders, hashes, policies, tables
 from selfplay.storage.ledger import LedgerError
 from selfplay.training import orders as training
 from selfplay.training.jobs import EmbedJob
@@ -75,7 +76,7 @@ def run_round(run: Run) -> RoundReport:
         r.stage("promote", r.promote)
     finally:
         run.stop_trainer()
-    verdict = artifacts.read_json(r.dir / "evaluate" / "verdict.json")
+    verdict = folders.read_json(r.dir / "evaluate" / "verdict.json")
     return r.close("promoted" if verdict["promoted"] else "rejected", verdict["reasons"])
 
 
@@ -178,7 +179,7 @@ class Round:
         if target.is_dir():
             files = self._manifest(name)["files"]
             try:
-                artifacts.verify_files(target, files, CheckpointError)
+                hashes.verify_files(target, files, CheckpointError)
             except CheckpointError as error:
                 raise CheckpointError(str(error), self._mend(name)) from error
             self.run.display.kept(self.index, name)
@@ -191,9 +192,9 @@ class Round:
 
     def _manifest(self, name: str) -> dict[str, Any]:
         """What a finished stage said of itself. Raises CheckpointError where that is gone or damaged."""
-        path = self.dir / name / artifacts.MANIFEST
+        path = self.dir / name / folders.MANIFEST
         try:
-            found = artifacts.read_json(path)
+            found = folders.read_json(path)
             return {key: found[key] for key in ("files", "seconds", "metrics")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -204,13 +205,13 @@ class Round:
     def _run_stage(self, name: str, target: Path, work: Callable[[Path, Line], Metrics], line: Line) -> None:
         started = time.monotonic()
         try:
-            artifacts.require_free(self.run.dir, self._space(name))
-            with artifacts.folder(target) as folder, artifacts.disk_errors(target):
+            folders.require_free(self.run.dir, self._space(name))
+            with folders.folder(target) as folder, folders.disk_errors(target):
                 metrics = work(folder, line)
                 # A policy in the folder has a manifest of its own, and leaves it for policies/.
-                files = {n: h for n, h in artifacts.hash_files(folder).items() if not n.startswith("policy/")}
-                artifacts.write_json(
-                    folder / artifacts.MANIFEST,
+                files = {n: h for n, h in hashes.hash_files(folder).items() if not n.startswith("policy/")}
+                folders.write_json(
+                    folder / folders.MANIFEST,
                     {
                         "stage": name,
                         "round": self.index,
@@ -258,10 +259,10 @@ class Round:
         return float(self.metrics(stage).get(name, math.nan))
 
     def rows(self, stage: str, name: str, row_type: type) -> list[Any]:
-        return artifacts.read_rows(self.dir / stage / f"{name}.parquet", row_type)
+        return tables.read_rows(self.dir / stage / f"{name}.parquet", row_type)
 
     def seed(self, *parts: object) -> int:
-        return artifacts.seed(self.config.run.seed, self.index, *parts)
+        return seeds.derive(self.config.run.seed, self.index, *parts)
 
     def _shards(self, stage: str, *key: object) -> Path:
         """Where a stage keeps finished shards; other settings get another folder."""
@@ -282,10 +283,10 @@ class Round:
         rows = self.run.prompts.read(ids)
         metrics: Metrics = {}
         if compress:
-            artifacts.write_rows(folder / "drawn.parquet", rows, Prompt)
+            tables.write_rows(folder / "drawn.parquet", rows, Prompt)
             line.update(text=f"choosing among {len(rows)}")
             rows, metrics = self._representatives(folder, rows, min(settings.per_round, len(rows)))
-        artifacts.write_rows(folder / "prompts.parquet", rows, Prompt)
+        tables.write_rows(folder / "prompts.parquet", rows, Prompt)
         line.update(done=len(rows), text="")
         epoch, offset = prompts.cursor(levels | {i: levels[i] + 1 for i in ids})
         return {"count": len(rows), "epoch": epoch, "offset": offset, "pool": len(levels), **metrics}
@@ -323,7 +324,7 @@ class Round:
             Drawn(prompt_id=p.prompt_id, cluster=cluster, distance=distance, kept=i in kept)
             for i, (p, cluster, distance) in enumerate(zip(rows, found["clusters"], found["distances"], strict=True))
         ]
-        artifacts.write_rows(folder / "clusters.parquet", clusters, Drawn)
+        tables.write_rows(folder / "clusters.parquet", clusters, Drawn)
         sizes = Counter(found["clusters"])
         metrics = {
             "drawn": len(rows),
@@ -341,7 +342,7 @@ class Round:
         rows = self.sample(
             "generate", self.drawn, self.config.generate.candidates, self.sampler, lambda n: line.update(done=n)
         )
-        artifacts.write_rows(folder / "candidates.parquet", rows, Candidate)
+        tables.write_rows(folder / "candidates.parquet", rows, Candidate)
         metrics = sampling.metrics(rows, time.monotonic() - started)
         line.update(text=f"{metrics['tokens_per_second'] / 1000:.1f} k tokens/s")
         return metrics
@@ -372,9 +373,9 @@ class Round:
             before_shard=lambda: self.run.breathe("shard"),
             when_scored=lambda: changes.append(self._probe(forget)),
         )
-        artifacts.write_rows(folder / "scored.parquet", rows, Scored)
+        tables.write_rows(folder / "scored.parquet", rows, Scored)
         who_scored = {"members": scorer.members, "identities": identities, "names": scorer.described(identities)}
-        artifacts.write_json(folder / "reward.json", who_scored)
+        folders.write_json(folder / "reward.json", who_scored)
         if reasons:
             self.run.store.event("score", f"answers without a score: {score.said(reasons)}", self.index)
         metrics = {**score.metrics(rows, reasons), **{name: max(c[name] for c in changes) for name in changes[0]}}
@@ -436,7 +437,7 @@ class Round:
 
     def pairs(self, folder: Path, line: Line) -> Metrics:
         if reference := self._reference_logps(line):
-            artifacts.write_rows(folder / "reference.parquet", reference, ReferenceLogp)
+            tables.write_rows(folder / "reference.parquet", reference, ReferenceLogp)
         candidates = self._candidates(reference)
         settings = self.config.pairs
         base, lost = pairs.base_pairs(
@@ -448,7 +449,7 @@ class Round:
             settings.cut_off,
         )
         selected = pairs.select(base, settings, self._recent_pairs(), self.seed("pairs"))
-        artifacts.write_rows(folder / "pairs.parquet", selected, Pair)
+        tables.write_rows(folder / "pairs.parquet", selected, Pair)
         metrics = pairs.metrics(selected, lost)
         line.update(text=f"{metrics['kept']:.0f} of {metrics['base']:.0f} pairs kept")
         return metrics
@@ -459,7 +460,7 @@ class Round:
         for index in sorted(set(range(max(1, self.index - self.config.pairs.history), self.index)) - given_up):
             path = self.run.dir / "rounds" / f"{index:04d}" / "pairs" / "pairs.parquet"
             if path.is_file():
-                recent += [p for p in artifacts.read_rows(path, Pair) if p.dropped_because not in pairs.UNFIT]
+                recent += [p for p in tables.read_rows(path, Pair) if p.dropped_because not in pairs.UNFIT]
         return recent
 
     def depth(self, folder: Path, line: Line) -> Metrics:
@@ -470,7 +471,7 @@ class Round:
         if settings.method == "gradient":
             gradients = folder / "gradients.parquet"
             metrics = training.features(self, gradients, line)
-            kept = depth.with_gradients(kept, artifacts.read_rows(gradients, PairGradient))
+            kept = depth.with_gradients(kept, tables.read_rows(gradients, PairGradient))
         if settings.method != "none":
             by_id = {p.prompt_id: p for p in self.drawn}
             scored_by_reference = (self.dir / "pairs" / "reference.parquet").is_file()
@@ -489,7 +490,7 @@ class Round:
             counts = depth.by_closeness(kept, pools, budget) if by_closeness else depth.uniformly(pools, budget)
             deepened = depth.deepen(kept, pools, list(counts), base, self.config.pairs)
             metrics["most"] = int(counts.max())
-        artifacts.write_rows(folder / "pairs.parquet", deepened, Pair)
+        tables.write_rows(folder / "pairs.parquet", deepened, Pair)
         line.update(text=f"{len(deepened)} pairs to train on")
         return {"pairs": len(deepened), "added": len(deepened) - len(kept), **metrics}
 
@@ -557,7 +558,7 @@ class Round:
 
     def promote(self, folder: Path, line: Line) -> Metrics:
         """Swap in what the gate decided for, verified, and only then point `current` at it."""
-        promoted = artifacts.read_json(self.dir / "evaluate" / "verdict.json")["promoted"]
+        promoted = folders.read_json(self.dir / "evaluate" / "verdict.json")["promoted"]
         winner = self.run.policy(self.index if promoted else self.sampler)
         report = self.serve(winner, trial=False)
         self.run.policies.set_current(winner.version)

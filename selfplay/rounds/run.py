@@ -25,7 +25,7 @@ from selfplay.reporting.terminal import Display
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.score import last_line
 from selfplay.rewards.scorer import Scorer
-from selfplay.storage import artifacts
+from selfplay.storage import folders
 from selfplay.storage.ledger import RESTARTS, RunLock, Store
 from selfplay.storage.policies import Policies
 from selfplay.training.trainer import CLUSTERS
@@ -66,7 +66,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self.require()
-        with artifacts.disk_errors(self.dir):
+        with folders.disk_errors(self.dir):
             return self._enter()
 
     def _enter(self) -> Run:
@@ -155,10 +155,10 @@ class Run:
         if not folder.is_dir():
             with self.display.stage(None, "import") as line:
                 line.update(text="prompts and initial policy")
-                with artifacts.folder(folder) as partial:
+                with folders.folder(folder) as partial:
                     self._import(partial)
         self.prompts = pool.Pool(folder)
-        initial = artifacts.read_json(folder / importer.INITIAL)
+        initial = folders.read_json(folder / importer.INITIAL)
         if not self.policies.folder(0).is_dir():
             self.policies.import_initial(Path(initial["source"]), initial["canaries"], config.fingerprint(), packages())
         self.store.record_policy(0, "initial", round=0)
@@ -306,7 +306,7 @@ class Run:
             if self._tracker is None:
                 return
             path = self.dir / "rounds" / f"{report.round:04d}" / "train" / "history.json"
-            history = artifacts.read_json(path) if path.is_file() else []
+            history = folders.read_json(path) if path.is_file() else []
             steps = self.store.metrics_by_round(["train/steps"])
             before = sum(m["train/steps"] for index, m in steps.items() if index < report.round)
             trackers.log_round(self._tracker, report.round, report.metrics, history, int(before) + 1)

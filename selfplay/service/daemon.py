@@ -21,6 +21,7 @@ from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
+from selfplay import seeds
 from selfplay.config import ScheduleConfig, load
 from selfplay.errors import ConfigError, GuardError, InputError, Interrupted, SelfplayError
 from selfplay.processes import children
@@ -29,7 +30,7 @@ from selfplay.rounds.round import cancel_round, roll_back, run_round
 from selfplay.rounds.run import Run
 from selfplay.service import orders, schedule
 from selfplay.service.alerts import Alerts
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.storage.ledger import LedgerError, RunLock, Store
 from selfplay.storage.policies import Policies
 
@@ -234,7 +235,7 @@ class Daemon:
             return
         self._fresh()
         self.display.round_table(report)
-        artifacts.give_back_memory()
+        tables.give_back_memory()
 
     def _open_ledger(self) -> None:
         if self._store is None:
@@ -296,7 +297,7 @@ class Daemon:
         start = finished[-1]["started"] if finished else store.created() if schedule_.cron is not None else None
         last = None if start is None else self._not_after(now, datetime.fromisoformat(start))
         self.up_since = min(self.up_since, now)
-        jitter = artifacts.seed(self.config.run.seed, "jitter", len(finished)) / 2**63
+        jitter = seeds.derive(self.config.run.seed, "jitter", len(finished)) / 2**63
         ended = datetime.fromisoformat(finished[-1]["ended"]) if finished else None
         due = next_start(schedule_, last, self.up_since, now, jitter, ended)
         return None if due <= now else ("waiting", due.isoformat(timespec="seconds"))

@@ -10,7 +10,7 @@ from selfplay.reporting.terminal import Display
 from selfplay.rounds.command import leave
 from selfplay.service import systemd
 from selfplay.service.daemon import Daemon, handle_signals
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.web.access import read_token
 from selfplay.web.api import create_app
 from selfplay.web.server import serve_in_thread
@@ -19,7 +19,7 @@ from selfplay.web.server import serve_in_thread
 def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> int:
     """Serve a run folder until SIGTERM or SIGINT; returns the exit code, 0 after a clean stop, else that of the error."""
     display = Display()
-    artifacts.leave_pandas_out()
+    tables.leave_pandas_out()
     try:
         daemon = Daemon(config, list(overrides), run_dir, display)
         settings = daemon.config.service

@@ -18,7 +18,7 @@ from typing import Any
 
 from selfplay.config import RetentionConfig
 from selfplay.errors import CheckpointError
-from selfplay.storage import artifacts
+from selfplay.storage import folders, hashes
 from selfplay.types import Policy
 
 TensorSpec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
@@ -49,18 +49,18 @@ def verify(path: Path) -> Manifest:
     """
     manifest = read(path)
     root = Path(manifest.source) if manifest.source else path
-    artifacts.verify_files(root, manifest.files, CheckpointError)
+    hashes.verify_files(root, manifest.files, CheckpointError)
     return manifest
 
 
 def read(path: Path) -> Manifest:
     """Read the manifest of a policy folder without hashing its files."""
     try:
-        return Manifest(**artifacts.read_json(path / artifacts.MANIFEST))
+        return Manifest(**folders.read_json(path / folders.MANIFEST))
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no manifest: it is not a whole policy") from None
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / artifacts.MANIFEST} cannot be read: {error}") from None
+        raise CheckpointError(f"{path / folders.MANIFEST} cannot be read: {error}") from None
 
 
 def tensors(path: Path) -> dict[str, TensorSpec]:
@@ -94,9 +94,9 @@ def checkpoint_files(path: Path) -> dict[str, str]:
     """
     found = sorted([*path.iterdir(), *(path / MASTERS).glob("*")])
     return {
-        p.relative_to(path).as_posix(): artifacts.sha256(p)
+        p.relative_to(path).as_posix(): hashes.sha256(p)
         for p in found
-        if p.is_file() and p.suffix in SUFFIXES and p.name != artifacts.MANIFEST
+        if p.is_file() and p.suffix in SUFFIXES and p.name != folders.MANIFEST
     }
 
 
@@ -148,12 +148,12 @@ class Policies:
 
     def set_current(self, version: int) -> None:
         """Point `current` at a policy, in one atomic step."""
-        assert (self.folder(version) / artifacts.MANIFEST).is_file(), f"policy {version} is not there"
+        assert (self.folder(version) / folders.MANIFEST).is_file(), f"policy {version} is not there"
         beside = self._current.with_name(".current.partial")
         beside.unlink(missing_ok=True)
         beside.symlink_to(Path("policies") / f"{version:04d}")
         beside.rename(self._current)
-        artifacts.sync(self._current.parent)
+        folders.sync(self._current.parent)
 
     def import_initial(
         self, source: Path, canaries: dict[str, Any], fingerprint: str, packages: dict[str, str]
@@ -174,8 +174,8 @@ class Policies:
             canaries=canaries,
             source=str(source.resolve()),
         )
-        with artifacts.folder(target) as partial:
-            artifacts.write_json(partial / artifacts.MANIFEST, dataclasses.asdict(manifest))
+        with folders.folder(target) as partial:
+            folders.write_json(partial / folders.MANIFEST, dataclasses.asdict(manifest))
 
     def adopt(self, version: int, exported: Path) -> None:
         """Move an exported policy (with its manifest) to its number. Does nothing when that was done before."""
@@ -183,8 +183,8 @@ class Policies:
             return
         verify(exported)
         exported.rename(self.folder(version))
-        artifacts.sync(self.root)
-        artifacts.sync(exported.parent)
+        folders.sync(self.root)
+        folders.sync(exported.parent)
 
     def prune(self, rule: RetentionConfig, keep: set[int], rejected: set[int], round_index: int) -> list[int]:
         """Delete weights that nothing needs any more; manifests stay. Returns all versions that have none left.
@@ -205,4 +205,4 @@ class Policies:
 
     def _weights(self, version: int) -> list[Path]:
         """What a policy's folder holds beside its manifest."""
-        return [p for p in self.folder(version).iterdir() if p.name != artifacts.MANIFEST]
+        return [p for p in self.folder(version).iterdir() if p.name != folders.MANIFEST]

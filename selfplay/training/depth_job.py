@@ -22,7 +22,7 @@ from selfplay.errors import TrainError
 from selfplay.methods.depth import closeness_to_others, cluster, rank_correlation, sizes
 from selfplay.methods.features import PairGradients
 from selfplay.models import weights
-from selfplay.storage import artifacts
+from selfplay.storage import folders, tables
 from selfplay.training.jobs import FeaturesJob
 from selfplay.training.train_job import lora_config
 from selfplay.types import PairGradient
@@ -192,8 +192,8 @@ def _write(
             "closeness": pa.array(closeness, mask=np.isnan(closeness)),
             "norm": norms,
         },
-        schema=artifacts.schema(PairGradient),
+        schema=tables.schema(PairGradient),
     )
     rows = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1])
-    with artifacts.whole(path) as partial:
+    with folders.whole(path) as partial:
         pq.write_table(table.append_column("feature", rows), partial)

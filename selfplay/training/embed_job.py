@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from selfplay.errors import TrainError
 from selfplay.methods import breadth
 from selfplay.models import weights
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.training.jobs import EmbedJob
 from selfplay.types import Prompt
 
@@ -33,7 +33,7 @@ def embed(job: EmbedJob, on_done: OnDone) -> dict[str, Any]:
     started = time.perf_counter()
     if job.threads:
         torch.set_num_threads(job.threads)
-    prompts = artifacts.read_rows(job.prompts, Prompt)
+    prompts = tables.read_rows(job.prompts, Prompt)
     found = _by_policy(job, prompts, on_done) if job.embedding == "policy" else _by_model(job, prompts)
     if torch.cuda.is_available():
         gc.collect()

@@ -42,7 +42,7 @@ from selfplay.methods.epsilon_dpo import (
     pair_betas,
     pair_losses,
 )
-from selfplay.storage import artifacts
+from selfplay.storage import folders
 from selfplay.training.data import check_pairs, largest_id
 
 logger = logging.getLogger(__name__)
@@ -368,9 +368,9 @@ class EpsilonDPOTrainer(DPOTrainer):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             state = {"beta": self.beta, "epsilon": self.args.epsilon, "step": self.state.global_step,
                      "logratios": list(self._logratios)}  # fmt: skip
-            artifacts.sync_tree(folder)
-            artifacts.write_json(folder / STATE_FILE, state)
-            artifacts.sync(folder.parent)
+            folders.sync_tree(folder)
+            folders.write_json(folder / STATE_FILE, state)
+            folders.sync(folder.parent)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """TRL's `train`; a checkpoint to resume from also gives β. Raises ValueError where it has none."""
@@ -383,7 +383,7 @@ class EpsilonDPOTrainer(DPOTrainer):
             file = Path(str(checkpoint)) / STATE_FILE
             if not file.is_file():
                 raise ValueError(f"{file} is missing: the checkpoint is not whole; resume from an earlier one")
-            state = artifacts.read_json(file)
+            state = folders.read_json(file)
             self.beta = float(state["beta"])
             self._logratios.extend(state["logratios"])
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)

@@ -17,7 +17,7 @@ from selfplay.processes.children import ChildDied, ChildError
 from selfplay.reporting.terminal import Line
 from selfplay.rewards.score import last_line
 from selfplay.rounds.run import packages
-from selfplay.storage import artifacts, policies
+from selfplay.storage import folders, hashes, policies
 from selfplay.training.jobs import STOP, FeaturesJob, LoraJob, TrainJob
 from selfplay.types import Pair, Policy
 
@@ -125,7 +125,7 @@ def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
 
     def save(stop: Interrupted) -> None:
         wants_to_stop[:] = [stop]
-        artifacts.make(job.work)
+        folders.make(job.work)
         (job.work / STOP).touch()  # the trainer saves at the end of its step, and answers
 
     def meanwhile() -> None:
@@ -156,7 +156,7 @@ def train(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
     if "stopped" in result:
         raise wants_to_stop[0] if wants_to_stop else Interrupted("the trainer was asked to stop")
     _write_manifest(r, job.out, result, against)
-    artifacts.write_json(folder / "history.json", result["history"])
+    folders.write_json(folder / "history.json", result["history"])
     last = result["history"][-1]
     mean = _mean_over(result["history"])
     metrics = {
@@ -283,10 +283,10 @@ def _write_manifest(r: Round, exported: Path, result: dict[str, Any], against: P
         fingerprint=r.config.fingerprint(),
         packages=packages(),
         update=result["update"],
-        files=artifacts.hash_files(exported),
+        files=hashes.hash_files(exported),
         canaries={"token_ids": r.run.canary_ids, "logps": result["canaries"]},
     )
-    artifacts.write_json(exported / artifacts.MANIFEST, dataclasses.asdict(manifest))
+    folders.write_json(exported / folders.MANIFEST, dataclasses.asdict(manifest))
 
 
 def _mean_over(history: Sequence[Mapping[str, float | None]]) -> dict[str, float]:

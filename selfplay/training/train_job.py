@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from selfplay.errors import TrainError
 from selfplay.models import weights
-from selfplay.storage import artifacts
+from selfplay.storage import folders
 from selfplay.training.data import check_pairs
 from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
 from selfplay.training.jobs import STOP, CanaryJob, LoraJob, TrainJob
@@ -75,7 +75,7 @@ def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
         torch.cuda.empty_cache()
     if job.out.exists():  # a run that ended between its export and its answer
         shutil.rmtree(job.out)
-    with artifacts.folder(job.out) as part:
+    with folders.folder(job.out) as part:
         if job.lora is not None:
             for config in model.peft_config.values():  # a set, whose order would differ between two processes
                 if isinstance(config.target_modules, set):
@@ -188,15 +188,15 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
         settings["pairs"] = hashlib.file_digest(file, "sha256").hexdigest()
     mark = job.work / "job.json"
     if trainer.accelerator.is_main_process:
-        artifacts.make(job.work)
+        folders.make(job.work)
         (job.work / STOP).unlink(missing_ok=True)
-        same = mark.is_file() and artifacts.read_json(mark) == settings
+        same = mark.is_file() and folders.read_json(mark) == settings
         for folder in job.work.glob("checkpoint-*"):
             if not (same and (folder / STATE_FILE).is_file()):
                 shutil.rmtree(folder)
         if not same:
             (job.work / "agreement.json").unlink(missing_ok=True)
-            artifacts.write_json(mark, settings)
+            folders.write_json(mark, settings)
     trainer.accelerator.wait_for_everyone()
     whole = sorted(job.work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     return whole[-1] if whole else None
@@ -259,7 +259,7 @@ class _AgreementCheck(TrainerCallback):
         bounds = {"mean": job.agreement_mean, "p99": job.agreement_p99}
         if not any(bounds.values()):
             return
-        found = artifacts.read_json(kept) if kept.is_file() else self._measured()
+        found = folders.read_json(kept) if kept.is_file() else self._measured()
         logger.info("agreement with the generator: %s", found)
         for name, bound in bounds.items():
             if bound is not None and not found[name] <= bound:  # NaN must not pass
@@ -273,7 +273,7 @@ class _AgreementCheck(TrainerCallback):
                 )
         trainer.accelerator.wait_for_everyone()
         if trainer.accelerator.is_main_process:
-            artifacts.write_json(kept, found)
+            folders.write_json(kept, found)
         self.found = found
 
     def _measured(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.prompts import pool
 from selfplay.service import alerts, orders
-from selfplay.storage import artifacts, paging
+from selfplay.storage import paging, tables
 from selfplay.storage.ledger import RESTARTS, LedgerError, Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
@@ -116,7 +116,7 @@ class View:
         if not found or not path.is_file():
             return None
         try:
-            pair = artifacts.read_row(path, Pair, row)
+            pair = tables.read_row(path, Pair, row)
         except IndexError:
             return None
         deepened = list(self._rows(index, "depth", "pairs", Pair, [pair.prompt_id]))
@@ -155,7 +155,7 @@ class View:
 
     def _rows(self, index: int, stage: str, name: str, row_type: Any, prompt_ids: Any) -> Any:
         path = self._artifact(index, stage, name)
-        return artifacts.rows_with(path, row_type, "prompt_id", prompt_ids) if path.is_file() else iter(())
+        return tables.rows_with(path, row_type, "prompt_id", prompt_ids) if path.is_file() else iter(())
 
     # the rest
 

@@ -9,7 +9,7 @@ from test_reward_judge import saying
 from selfplay.config import RewardSource
 from selfplay.evaluation import evaluate
 from selfplay.rewards.scorer import Scorer
-from selfplay.storage import artifacts
+from selfplay.storage import folders
 from selfplay.storage.ledger import Store
 from selfplay.types import Candidate, Prompt
 
@@ -43,7 +43,7 @@ def test_a_gate_is_independent_where_other_weights_judge(tmp_path, configured, r
     )
     (r.dir / "score").mkdir(parents=True)
     if reward is not None:
-        artifacts.write_json(r.dir / "score" / "reward.json", {"identities": reward})
+        folders.write_json(r.dir / "score" / "reward.json", {"identities": reward})
     assert evaluate.independent(r, judge) is expected
     assert len(warned) == (configured and not expected) and len(noted) == (not configured)
     assert ["gate not independent" in e["text"] for e in r.run.store.events(1)] == [True] * (not expected)
@@ -55,7 +55,7 @@ def test_another_judge_than_at_the_last_gate_is_told(tmp_path):
     for index, name in ((1, "other"), (3, "one")):
         folder = tmp_path / "rounds" / f"{index:04d}" / "evaluate"
         folder.mkdir(parents=True)
-        artifacts.write_json(folder / "judge.json", {"names": [name]})
+        folders.write_json(folder / "judge.json", {"names": [name]})
     evaluate._notice_another_judge(SimpleNamespace(run=run, index=5), ["one"])
     assert warned == []
     evaluate._notice_another_judge(SimpleNamespace(run=run, index=5), ["two"])

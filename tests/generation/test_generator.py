@@ -14,7 +14,7 @@ from selfplay.errors import CheckpointError, ConfigError, InputError, SwapError
 from selfplay.generation.generator import Generator
 from selfplay.generation.swap import Canaries
 from selfplay.processes import children
-from selfplay.storage import artifacts
+from selfplay.storage import folders
 from selfplay.storage.policies import Policies
 
 
@@ -205,7 +205,7 @@ def test_a_missing_tensor_is_refused(service, policies, golden):
 def test_an_initial_policy_that_is_a_policy_of_another_run(service, policies, run_dir, tmp_path):
     """Its source folder has a manifest of its own, about another number."""
     source = write_policy(tmp_path / "policies", 3, seed=2)
-    canaries = artifacts.read_json(Path(policies[2].path) / "manifest.json")["canaries"]
+    canaries = folders.read_json(Path(policies[2].path) / "manifest.json")["canaries"]
     own = Policies(run_dir)
     own.import_initial(Path(source.path), canaries, "f", {})
     assert service.swap(own.get(0)).method == "canaries"

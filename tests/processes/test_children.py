@@ -16,7 +16,7 @@ from daemon_world import until
 
 from selfplay.processes import children
 from selfplay.processes.children import Child, ChildDied, ChildError, descendants, marked, reap
-from selfplay.storage import artifacts
+from selfplay.storage import hashes
 
 ECHO = """
 import subprocess, sys
@@ -182,7 +182,7 @@ PIPELINE = """
 import json, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from selfplay.storage import artifacts
+from selfplay.storage import folders, hashes
 from selfplay.processes.children import Child, reap
 run = Path({run!r})
 reap(run)
@@ -205,10 +205,10 @@ child.wait_for("ready")
 for stage in ("one", "two", "three"):
     if (run / stage).is_dir():
         continue
-    with artifacts.folder(run / stage) as folder:
-        before = artifacts.hash_files(run / "one") if stage != "one" else {{}}
+    with folders.folder(run / stage) as folder:
+        before = hashes.hash_files(run / "one") if stage != "one" else {{}}
         rows = child.order("work", stage=stage, out=str(folder))
-        artifacts.write_json(folder / "manifest.json", {{"rows": rows, "before": before}})
+        folders.write_json(folder / "manifest.json", {{"rows": rows, "before": before}})
 child.stop()
 """
 
@@ -243,7 +243,7 @@ def test_killed_anywhere_and_run_again_the_result_is_the_same(tmp_path):
                 assert gone(stormy)
             assert kills < 60
         assert result(stormy) == result(calm)
-    assert json.loads((stormy / "three" / "manifest.json").read_text())["before"] == artifacts.hash_files(calm / "one")
+    assert json.loads((stormy / "three" / "manifest.json").read_text())["before"] == hashes.hash_files(calm / "one")
     assert not [p for p in stormy.iterdir() if p.name.endswith(".partial")]
 
 

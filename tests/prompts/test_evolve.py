@@ -6,11 +6,11 @@ import pytest
 from test_pool import prompt
 from test_report import pair
 
-from selfplay import config
+from selfplay import config, seeds
 from selfplay.errors import InputError
 from selfplay.prompts import evolve, pool
 from selfplay.rounds.run import Run
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Candidate, Prompt, Rewrite
 from selfplay.worlds import tiny_rewriter
@@ -48,7 +48,7 @@ class FakeRound:
         return self._pairs
 
     def seed(self, *parts):
-        return artifacts.seed(*parts)
+        return seeds.derive(*parts)
 
     def sample(self, name, rows, candidates, version, on_progress, max_tokens):
         assert (candidates, version, max_tokens) == (1, 3, 48)
@@ -74,8 +74,8 @@ def run(r, folder):
     metrics = evolve.evolve(r, folder, line)
     return (
         metrics,
-        artifacts.read_rows(folder / "prompts.parquet", Prompt),
-        artifacts.read_rows(folder / "rewrites.parquet", Rewrite),
+        tables.read_rows(folder / "prompts.parquet", Prompt),
+        tables.read_rows(folder / "rewrites.parquet", Rewrite),
         line.text,
     )
 
@@ -217,7 +217,7 @@ def test_joining_twice_is_joining_once(tmp_path):
     service = Run(config.load(TINY), tmp_path, None)
     service.store = Store(tmp_path)
     (tmp_path / "pool").mkdir()
-    artifacts.write_rows(tmp_path / "pool" / pool.POOL, [], Prompt)
+    tables.write_rows(tmp_path / "pool" / pool.POOL, [], Prompt)
     service.prompts = pool.Pool(tmp_path / "pool")
     new = [prompt("one", joined=2), prompt("two", joined=2)]
     rewrite = Rewrite(
@@ -228,7 +228,7 @@ def test_joining_twice_is_joining_once(tmp_path):
     for _ in range(2):
         evolve.join(r)
     assert [p.name for p in sorted((tmp_path / "pool" / "added").iterdir())] == ["0001.parquet", "0002.parquet"]
-    assert artifacts.read_rows(tmp_path / "pool" / "added" / "0002.parquet", Prompt) == new[1:]
+    assert tables.read_rows(tmp_path / "pool" / "added" / "0002.parquet", Prompt) == new[1:]
     (event,) = service.store.events(1)
     service.store.close()
     assert event["kind"] == "evolve" and event["text"].startswith("1 of 1 rewrites join the pool (broaden 0, deepen 1,")

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from selfplay.prompts import pool
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.types import Prompt
 
 
@@ -134,7 +134,7 @@ def test_a_held_out_conversation_is_met_by_what_its_user_says():
 
 def test_added_prompts_stay(tmp_path):
     first, second, third = (prompt(f"number {i}", joined=i) for i in range(3))
-    artifacts.write_rows(tmp_path / pool.POOL, [first], Prompt)
+    tables.write_rows(tmp_path / pool.POOL, [first], Prompt)
     assert list(pool.Pool(tmp_path)) == [first]
     pool.write_added(tmp_path, [second])
     pool.write_added(tmp_path, [third])
@@ -144,7 +144,7 @@ def test_added_prompts_stay(tmp_path):
 
 def test_a_pool_written_before_prompts_could_join_is_read(tmp_path):
     row = prompt("old", parent="root of old")
-    artifacts.write_rows(tmp_path / "new.parquet", [row], Prompt)
+    tables.write_rows(tmp_path / "new.parquet", [row], Prompt)
     pq.write_table(pq.read_table(tmp_path / "new.parquet").drop_columns(["root", "joined"]), tmp_path / pool.POOL)
     assert list(pool.Pool(tmp_path)) == [row]
     assert row.ancestor == "root of old"
@@ -153,7 +153,7 @@ def test_a_pool_written_before_prompts_could_join_is_read(tmp_path):
 def test_a_pool_is_read_where_it_is_asked_for(tmp_path):
     """Of 2,000 prompts of 500 tokens, 8 MB of ids alone, next to nothing is held."""
     rows = [dataclasses.replace(prompt(f"number {i}"), prompt_ids=[i] * 500) for i in range(2000)]
-    artifacts.write_rows(tmp_path / pool.POOL, rows, Prompt)
+    tables.write_rows(tmp_path / pool.POOL, rows, Prompt)
     gc.collect()
     tracemalloc.start()
     found = pool.Pool(tmp_path)
@@ -168,13 +168,13 @@ def test_a_pool_is_read_where_it_is_asked_for(tmp_path):
 
 
 def test_what_finished_rounds_drew_is_read_once(tmp_path):
-    artifacts.write_rows(tmp_path / pool.POOL, [], Prompt)
+    tables.write_rows(tmp_path / pool.POOL, [], Prompt)
     found = pool.Pool(tmp_path)
 
     def drew(index, name, *texts):
         folder = tmp_path / "rounds" / f"{index:04d}" / "prompts"
         folder.mkdir(parents=True, exist_ok=True)
-        artifacts.write_rows(folder / f"{name}.parquet", [prompt(text) for text in texts], Prompt)
+        tables.write_rows(folder / f"{name}.parquet", [prompt(text) for text in texts], Prompt)
         return folder
 
     rounds = tmp_path / "rounds"

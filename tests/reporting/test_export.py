@@ -10,7 +10,7 @@ from served_world import build
 from selfplay.config import load
 from selfplay.errors import InputError
 from selfplay.reporting import export
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.storage.policies import Manifest
 from selfplay.types import Prompt
 
@@ -40,8 +40,8 @@ def run_dir(tmp_path):
     store.change_config(3, other.fingerprint(), other.model_dump(mode="json"))
     store.close()
     path = tmp_path / "run" / "rounds" / "0003" / "prompts" / "prompts.parquet"
-    rewritten = [dataclasses.replace(p, parent="father", root="forefather") for p in artifacts.read_rows(path, Prompt)]
-    artifacts.write_rows(path, rewritten, Prompt)
+    rewritten = [dataclasses.replace(p, parent="father", root="forefather") for p in tables.read_rows(path, Prompt)]
+    tables.write_rows(path, rewritten, Prompt)
     return tmp_path / "run"
 
 

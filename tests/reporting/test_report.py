@@ -12,7 +12,7 @@ from PIL import Image
 
 from selfplay.errors import InputError
 from selfplay.reporting import report
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Pair, Prompt
 
@@ -63,9 +63,9 @@ def write_pairs(run: Path, index: int, pairs: list[Pair], added: list[Pair] = []
         Prompt(prompt_id=p.prompt_id, messages=[{"role": "user", "content": f"question {p.prompt_id} {HOSTILE}"}], prompt_ids=[1], split="train")
         for p in pairs
     ]  # fmt: skip
-    artifacts.write_rows(folder / "pairs" / "pairs.parquet", pairs, Pair)
-    artifacts.write_rows(folder / "depth" / "pairs.parquet", [p for p in pairs if p.kept_because] + added, Pair)
-    artifacts.write_rows(folder / "prompts" / "prompts.parquet", prompts, Prompt)
+    tables.write_rows(folder / "pairs" / "pairs.parquet", pairs, Pair)
+    tables.write_rows(folder / "depth" / "pairs.parquet", [p for p in pairs if p.kept_because] + added, Pair)
+    tables.write_rows(folder / "prompts" / "prompts.parquet", prompts, Prompt)
 
 
 def write_round(

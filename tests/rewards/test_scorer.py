@@ -18,7 +18,7 @@ from selfplay.errors import GuardError, Interrupted, RewardError
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.score import RewardService
 from selfplay.rewards.scorer import Scorer
-from selfplay.storage import artifacts
+from selfplay.storage import folders
 
 ITEMS = [conversation(i, 3 + i % 5) for i in range(12)]
 
@@ -68,7 +68,7 @@ def test_an_ensemble_keeps_the_scale_of_its_first_round(models, urls, tmp_path):
     later = scorer(tmp_path, *urls, combine="minimum")
     few = later.score(ITEMS[:3])[0]
     np.testing.assert_allclose(few, expected.min(axis=0)[:3], atol=1e-4)
-    kept = artifacts.read_json(tmp_path / "reward" / "reward-scale.json")
+    kept = folders.read_json(tmp_path / "reward" / "reward-scale.json")
     assert set(kept) == {"a", "b"}
 
 
@@ -265,7 +265,7 @@ def test_members_that_have_no_name_of_their_weights_have_their_own_scales(tmp_pa
     np.testing.assert_allclose(second.score(ITEMS)[0], z_first, atol=1e-9)
     again = by_hand(scorer(tmp_path, "http://a", "http://b"), Member("a", 4.0), Member("b"))
     assert not np.allclose(again.score(ITEMS)[0], z_first)
-    assert {k: len(v) for k, v in artifacts.read_json(tmp_path / "reward" / "reward-scale.json").items()} == {
+    assert {k: len(v) for k, v in folders.read_json(tmp_path / "reward" / "reward-scale.json").items()} == {
         "a": 2,
         "b": 1,
     }

@@ -11,7 +11,7 @@ from selfplay.config import GuardConfig, PairsConfig, RewardSource
 from selfplay.errors import GuardError
 from selfplay.rewards import guard as watch
 from selfplay.rewards.scorer import Answer
-from selfplay.storage import artifacts
+from selfplay.storage import folders, tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Prompt, Scored
 
@@ -61,7 +61,7 @@ class Round:
         ]
 
     def rows(self, stage, name, row_type):
-        return artifacts.read_rows(self.folder(self.index) / f"{name}.parquet", row_type)
+        return tables.read_rows(self.folder(self.index) / f"{name}.parquet", row_type)
 
     def metric(self, stage, name):
         return self.metrics.get(f"{stage}/{name}", math.nan)
@@ -81,7 +81,7 @@ class Round:
             )
             for i, reward in enumerate(rewards)
         ]  # fmt: skip
-        artifacts.write_rows(self.folder(index) / "scored.parquet", rows, Scored)
+        tables.write_rows(self.folder(index) / "scored.parquet", rows, Scored)
         return rows
 
     def events(self):
@@ -97,7 +97,7 @@ def test_the_same_texts_get_the_same_scores(r):
     """Texts of 0 to 3 characters: scores none, 1, 2, 3, with standard deviation √(2/3) = .816."""
     candidates = r.write(1, [1.0, 2.0, 3.0, 4.0])
     assert watch.probe(r, candidates) == SAME
-    kept = artifacts.read_json(r.run.dir / "reward" / "probes.json")
+    kept = folders.read_json(r.run.dir / "reward" / "probes.json")
     assert kept["scores"] == [[None, 1.0, 2.0, 3.0]] and kept["round"] == 1
     r.run.reward.offset = 1e-3
     assert watch.probe(r, [])["probe_change"] == pytest.approx(1e-3 / math.sqrt(2 / 3))
@@ -115,10 +115,10 @@ def test_a_replaced_reward_stops_and_is_taken_when_that_is_meant(r):
         watch.probe(r, [])
     path = r.run.dir / "reward" / "probes.json"
     assert f"delete {path}" in error.value.hint
-    assert artifacts.read_json(path)["scores"] == [[None, 1.0, 2.0, 3.0]]  # what the run began with stays
+    assert folders.read_json(path)["scores"] == [[None, 1.0, 2.0, 3.0]]  # what the run began with stays
     path.unlink()
     assert watch.probe(r, candidates) == SAME
-    assert artifacts.read_json(path)["scores"] == [[None, -1.0, -2.0, -3.0]]
+    assert folders.read_json(path)["scores"] == [[None, -1.0, -2.0, -3.0]]
 
 
 def test_a_text_that_loses_its_score_or_gets_one_is_counted_apart(tmp_path):
@@ -158,7 +158,7 @@ def test_a_member_that_the_configuration_left_alone_is_watched_while_another_cha
     watch.probe(r, r.write(1, [1.0, 2.0, 3.0, 4.0]))
     ours.sources, ours.factors = [RewardSource(url=["http://b"]), RewardSource(model="new")], [2.0, 7.0]
     assert watch.probe(r, []) == SAME
-    assert artifacts.read_json(watch.probes_file(r))["scores"] == [[None, 2.0, 4.0, 6.0], [None, 7.0, 14.0, 21.0]]
+    assert folders.read_json(watch.probes_file(r))["scores"] == [[None, 2.0, 4.0, 6.0], [None, 7.0, 14.0, 21.0]]
     ours.sources, ours.factors = [RewardSource(url=["http://b"]), RewardSource(model="newer")], [5.0, 8.0]
     with pytest.raises(GuardError, match="not the one this run began with"):
         watch.probe(r, [])
@@ -237,7 +237,7 @@ def test_the_signs_are_those_of_the_reward_and_not_of_what_shaping_made_of_it(tm
             dataclasses.replace(row, reward=4.0 - i, reward_parts={"external": row.reward})
             for i, row in enumerate(rows)
         ]
-        artifacts.write_rows(r.folder(index) / "scored.parquet", shaped, Scored)
+        tables.write_rows(r.folder(index) / "scored.parquet", shaped, Scored)
     found = watch.measure(r)
     assert (found["ties"], found["saturation"], found["shift"]) == (0.5, 0.75, 0.0)
     assert found["length_correlation"] == pytest.approx(math.sqrt(0.5))
@@ -247,7 +247,7 @@ def test_rounds_that_another_reward_scored_are_no_measure(tmp_path):
     r = Round(tmp_path, index=3)
     for index, (rewards, name) in enumerate([([9.0] * 4, "b"), ([0.0] * 4, "a"), ([0.0] * 4, "a")], 1):
         r.write(index, rewards)
-        artifacts.write_json(r.folder(index) / "reward.json", {"names": [name]})
+        folders.write_json(r.folder(index) / "reward.json", {"names": [name]})
         r.run.store.record_stage(index, "score", 1.0, {"reward_mean": float(index)})
         r.run.store.record_stage(index, "evaluate", 1.0, {"gold_total_champion": 1.0 / index})
     assert watch.measure(r)["shift"] == 0.0 and math.isnan(watch.measure(r)["gold_drop"])

@@ -20,7 +20,7 @@ from selfplay.processes import children
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.command import run_rounds
 from selfplay.rounds.round import Round, run_round
-from selfplay.storage import artifacts, policies
+from selfplay.storage import folders, policies
 from selfplay.storage.ledger import Store
 from selfplay.types import Candidate, Pair
 
@@ -159,7 +159,7 @@ def test_a_damaged_stage_goes_with_those_that_were_made_from_it(tmp_path):
         r.stage("score", lambda *_: {})
     assert error.value.hint == f"delete score, pairs in {r.dir} to have that done again"
     manifest = {"files": {"scored.parquet": "0"}, "seconds": 1.0, "metrics": {}}
-    artifacts.write_json(r.dir / "score" / "manifest.json", manifest)
+    folders.write_json(r.dir / "score" / "manifest.json", manifest)
     with pytest.raises(CheckpointError, match="scored.parquet is missing") as error:
         r.stage("score", lambda *_: {})
     assert "delete score, pairs" in error.value.hint

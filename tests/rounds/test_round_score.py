@@ -15,7 +15,7 @@ from selfplay.evaluation import evaluate
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.scorer import Scorer
 from selfplay.rounds.round import Round
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Candidate, Prompt
 
@@ -47,7 +47,7 @@ def round_of(tmp_path, source, breathe=lambda where: None):
     ]  # fmt: skip
     for stage, rows, kind in (("prompts", prompts, Prompt), ("generate", candidates, Candidate)):
         (r.dir / stage).mkdir(parents=True, exist_ok=True)
-        artifacts.write_rows(r.dir / stage / f"{stage if stage == 'prompts' else 'candidates'}.parquet", rows, kind)
+        tables.write_rows(r.dir / stage / f"{stage if stage == 'prompts' else 'candidates'}.parquet", rows, kind)
     return r
 
 
@@ -55,7 +55,7 @@ def scored(r, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir(exist_ok=True)
     r.score(folder, LINE)
-    return [row["reward"] for row in artifacts.pq.read_table(folder / "scored.parquet").to_pylist()]
+    return [row["reward"] for row in tables.pq.read_table(folder / "scored.parquet").to_pylist()]
 
 
 def exchanged_in_mid_stage(r, tmp_path, exchange, back):

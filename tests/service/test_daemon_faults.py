@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from reward.client import RewardClient
 from selfplay.pairs.selection import usable as usable_of
 from selfplay.rewards import signs as guard
-from selfplay.storage import artifacts
 from selfplay.storage import ledger as store
+from selfplay.storage import tables
 from selfplay.types import Pair, Prompt, Scored
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -90,8 +90,8 @@ def test_a_reward_server_that_comes_and_goes_costs_no_score(service, relay):
     promoted(service, folder)
     relay.flaps = False
     assert relay.cuts  # in mid-request or between two
-    rows = artifacts.read_rows(folder / "score" / "scored.parquet", Scored)
-    asked = {p.prompt_id: p.messages for p in artifacts.read_rows(folder / "prompts" / "prompts.parquet", Prompt)}
+    rows = tables.read_rows(folder / "score" / "scored.parquet", Scored)
+    asked = {p.prompt_id: p.messages for p in tables.read_rows(folder / "prompts" / "prompts.parquet", Prompt)}
     with RewardClient(relay.target) as client:
         right = client.score([(asked[row.prompt_id], row.text) for row in rows])
     assert len(rows) == len({(row.prompt_id, row.index) for row in rows}) == 32 * 4
@@ -104,14 +104,14 @@ def test_members_disagree_shaping_adds_up_and_the_guard_looks_on(service):
     said = " ".join(service.said.getvalue().split())
     assert "gate not independent" not in said
     assert "guard: rewards at the end of their range (share)" in said
-    rows = artifacts.read_rows(folder / "score" / "scored.parquet", Scored)
+    rows = tables.read_rows(folder / "score" / "scored.parquet", Scored)
     for row in rows:
         parts = row.reward_parts
         shaped = parts["external"] + parts["length_control"] + parts["repetition_penalty"]
         assert row.reward == pytest.approx(shaped) and parts["disagreement"] >= 0
         assert {"member_far", "member_near"} <= parts.keys()
     by_key = {(r.prompt_id, r.index): r.reward_parts["disagreement"] for r in rows}
-    pairs = artifacts.read_rows(folder / "pairs" / "pairs.parquet", Pair)
+    pairs = tables.read_rows(folder / "pairs" / "pairs.parquet", Pair)
     disputed = [
         max(by_key[p.prompt_id, i] for i in (p.chosen_index, p.rejected_index)) > 0.5
         for p in pairs

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from selfplay.config import RetentionConfig
 from selfplay.errors import CheckpointError, SwapError
 from selfplay.rounds.round import roll_back
-from selfplay.storage import artifacts, policies
+from selfplay.storage import folders, hashes, policies
 from selfplay.storage.policies import Manifest, Policies
 
 
@@ -26,9 +26,9 @@ def checkpoint(folder: Path, value: float = 0.0) -> Path:
 def export(folder: Path, version: int) -> Path:
     manifest = Manifest(
         version=version, parent=version - 1, round=version, beta=0.1, reference=0, reference_sha256="x", fingerprint="f",
-        packages={}, update={}, files=artifacts.hash_files(checkpoint(folder, version)), canaries={},
+        packages={}, update={}, files=hashes.hash_files(checkpoint(folder, version)), canaries={},
     )  # fmt: skip
-    artifacts.write_json(folder / "manifest.json", dataclasses.asdict(manifest))
+    folders.write_json(folder / "manifest.json", dataclasses.asdict(manifest))
     return folder
 
 

@@ -20,7 +20,7 @@ from selfplay.methods.depth import closeness_to_others, cluster, rank_correlatio
 from selfplay.methods.features import linear_layers, pair_features
 from selfplay.models import weights
 from selfplay.processes.children import Child, ChildError
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.training.depth_job import batches, collate, features, load
 from selfplay.training.jobs import FeaturesJob, LoraJob
 from selfplay.types import PairGradient
@@ -71,7 +71,7 @@ def run(job: FeaturesJob) -> dict[str, float | None]:
 
 def found_in(path: Path) -> tuple[list[PairGradient], np.ndarray]:
     column = pq.read_table(path)["feature"].combine_chunks()
-    return artifacts.read_rows(path, PairGradient), column.flatten().to_numpy().reshape(len(column), -1)
+    return tables.read_rows(path, PairGradient), column.flatten().to_numpy().reshape(len(column), -1)
 
 
 def kept(world: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from selfplay.errors import TrainError
 from selfplay.methods import breadth
 from selfplay.models.weights import load
 from selfplay.processes.children import Child, ChildError
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.training.embed_job import embed, hidden_states
 from selfplay.training.jobs import EmbedJob
 from selfplay.types import Prompt
@@ -32,7 +32,7 @@ def world(tmp_path_factory):
         )
         for i in range(40)
     ]  # fmt: skip
-    artifacts.write_rows(root / "prompts.parquet", prompts, Prompt)
+    tables.write_rows(root / "prompts.parquet", prompts, Prompt)
     return root, prompts
 
 

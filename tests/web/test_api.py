@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from selfplay.errors import ConfigError
 from selfplay.prompts.pool import write_added
-from selfplay.storage import artifacts
+from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Prompt
 from selfplay.web import view as views
@@ -189,7 +189,7 @@ def test_prompts_of_the_pool_by_pages(client, run):
         for i in range(5)
     ]  # fmt: skip
     folder.mkdir()
-    artifacts.write_rows(folder / "pool.parquet", rows, Prompt)
+    tables.write_rows(folder / "pool.parquet", rows, Prompt)
     later = [dataclasses.replace(p, prompt_id=f"{p.prompt_id}0", parent=p.prompt_id, joined=4) for p in rows[:2]]
     write_added(folder, later)
     first = client.get("/api/prompts", params={"limit": 2}).json()
@@ -524,15 +524,15 @@ def test_what_the_controller_imports_stays_small():
     """API and page together, and an app made of them: without torch, and within the memory of a controller."""
     code = (
         "import sys, tempfile, pathlib\n"
-        "from selfplay import artifacts\n"
-        "artifacts.leave_pandas_out()\n"
+        "from selfplay.storage import tables\n"
+        "tables.leave_pandas_out()\n"
         "import selfplay.service.daemon\n"
         "from selfplay.web.api import create_app\n"
         "from selfplay.config import load\n"
         "from selfplay.types import Prompt\n"
         "folder = pathlib.Path(tempfile.mkdtemp())\n"
         "create_app(folder, load('configs/tiny.yaml'), dict, None)\n"
-        "artifacts.write_rows(folder / 'x.parquet', [Prompt(prompt_id='a', messages=[], prompt_ids=[1], split='train')], Prompt)\n"
+        "tables.write_rows(folder / 'x.parquet', [Prompt(prompt_id='a', messages=[], prompt_ids=[1], split='train')], Prompt)\n"
         "print(int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6)\n"
         "print([m for m in ('torch', 'transformers', 'vllm', 'trl', 'sklearn', 'datasets', 'matplotlib', 'pandas') if m in sys.modules])\n"
     )

@@ -183,7 +183,7 @@ def test_style_does_not_touch_the_content() -> None:
 
 
 def test_questions_are_deterministic_and_distinct() -> None:
-    code = "from selfplay import tiny; print(hash(0), [q.text for q in tiny.questions(3, 0.2)])"
+    code = "from selfplay.worlds import tiny; print(hash(0), [q.text for q in tiny.questions(3, 0.2)])"
     seen = {
         subprocess.run(
             [sys.executable, "-c", code],

@@ -1,0 +1,105 @@
+"""Durable files and folders: each is there whole or not at all, whatever ends the process that writes it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from selfplay.errors import DiskError
+
+MANIFEST = "manifest.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    with whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; sync and rename it once it is written."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        yield partial
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
+
+
+def make(path: Path) -> None:
+    """Make a folder, and those above it that are missing, to stay: every new name is synced."""
+    missing = [new for new in (path, *path.parents) if not new.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for new in missing:
+        sync(new.parent)
+
+
+@contextlib.contextmanager
+def folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; on success sync all of it and rename it to `target` in one step.
+
+    What a killed writer left is thrown away first. A failure leaves no `target`.
+    """
+    assert not target.exists(), f"{target} exists already"
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(target):
+        try:
+            make(partial)
+            yield partial
+            sync_tree(partial)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full
+            raise
+        sync(target.parent)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn «no space left», the ledger's too, into a DiskError."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "database or disk is full" in str(error):
+            raise DiskError(
+                f"the disk of {path.parent} is full",
+                "free some space and run the same command again: finished stages are kept",
+            ) from error
+        raise
+
+
+def sync_tree(root: Path) -> None:
+    for path in root.rglob("*"):
+        if not path.is_symlink():
+            sync(path)
+    sync(root)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_free(path: Path, needed: int) -> None:
+    """Raise DiskError unless the disk of `path` has `needed` bytes free."""
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise DiskError(
+            f"the disk of {path} has {free / 1e9:.2f} GB free, the next stage needs about {needed / 1e9:.2f} GB",
+            "free some space, or keep fewer policies (retention.last), then run the same command again",
+        )

@@ -1,0 +1,68 @@
+"""SHA-256 of files, remembered for as long as a file does not change."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from selfplay.errors import SelfplayError
+from selfplay.storage.folders import MANIFEST
+
+MOST_REMEMBERED = 4096
+THREADS = 4  # files that are read and hashed at a time: one thread cannot keep up with a fast disk
+
+# A file is known by its device, inode, size and time of change, not by its name: a renamed file is not read again.
+_Known = tuple[int, int, int, int]
+_remembered: dict[_Known, str] = {}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file. A file that was hashed before and has not changed since is not read again."""
+    known = _known(path)
+    if known not in _remembered:
+        if len(_remembered) >= MOST_REMEMBERED:
+            _remembered.clear()
+        with path.open("rb") as file:
+            _remembered[known] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _remembered[known]
+
+
+def forget() -> None:
+    """Forget every hash, so that files are read again."""
+    _remembered.clear()
+
+
+def sha256_of(paths: Iterable[Path]) -> list[str]:
+    """SHA-256 of each file, in order. Several files that are not remembered are read at a time."""
+    files = list(paths)
+    unknown = [path for path in files if _known(path) not in _remembered]
+    if len(unknown) > 1:
+        with ThreadPoolExecutor(min(THREADS, len(unknown), os.cpu_count() or 1)) as pool:
+            list(pool.map(sha256, unknown))
+    return [sha256(path) for path in files]
+
+
+def hash_files(root: Path, ignore: Iterable[str] = (MANIFEST,)) -> dict[str, str]:
+    """SHA-256 of every file below `root` by its relative name."""
+    skip = set(ignore)
+    files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.relative_to(root).as_posix() not in skip]
+    names = [path.relative_to(root).as_posix() for path in files]
+    return dict(zip(names, sha256_of(files), strict=True))
+
+
+def verify_files(root: Path, files: Mapping[str, str], error: type[SelfplayError]) -> None:
+    """Raise `error` naming the first file below `root` that is missing or is not what its hash says."""
+    for name in files:
+        if not (root / name).is_file():
+            raise error(f"{root / name} is missing")
+    for (name, expected), found in zip(files.items(), sha256_of(root / name for name in files), strict=True):
+        if found != expected:
+            raise error(f"{root / name} is not what its manifest says (SHA-256 differs)")
+
+
+def _known(path: Path) -> _Known:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
