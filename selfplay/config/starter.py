@@ -10,7 +10,7 @@ def starter(name: str, model: str, reward: str, prompts: str) -> str:
     source = (
         f"url: [{json.dumps(reward)}]" if reward.startswith(("http://", "https://")) else f"model: {json.dumps(reward)}"
     )
-    return f"""# Self-play rounds for {model}. Every setting, with its documentation, is in selfplay/config.py.
+    return f"""# Self-play rounds for {model}. Every setting, with its documentation, is in selfplay/config/.
 run: {{name: {json.dumps(name)}}}
 policy:
   model: {json.dumps(model)}

@@ -1,0 +1,47 @@
+"""The section `evaluate`: the comparison of a candidate with the current policy, its judge and the gate."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from selfplay.config.base import Positive, Section, Share
+from selfplay.config.reward import EnsembleConfig, RewardSource
+
+
+class GateConfig(Section):
+    win_rate_lower: Share = 0.47
+    """A candidate is not inferior when the lower bound of its win rate is above this; 0 asks nothing."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Two-sided confidence of the bootstrap interval."""
+    reward_up: bool = True
+    """Demand a higher mean reward than the champion's on the same prompts."""
+    max_kl: Annotated[float, Field(gt=0)] = 30.0
+    """Limit of KL(candidate ‖ current), nats an answer; estimated from sampled answers, so it wants temperature 1."""
+    max_length_ratio: Annotated[float, Field(gt=1)] = 1.5
+    """Limit of the mean answer length over the champion's; its inverse is the lower limit."""
+    max_cut_off: Share = 0.1
+    """Limit of the share of answers that hit the token limit, unless the champion's share is as high."""
+
+
+class JudgeConfig(RewardSource):
+    ensemble: EnsembleConfig | None = None
+    """Several rewards as one judge, instead of `model` or `url`; their scale is fixed on the first answers it judges."""
+
+
+class EvaluateConfig(Section):
+    prompts: Positive = 128
+    """Held-out prompts answered by candidate and champion, drawn anew each round."""
+    judge: JudgeConfig | None = None
+    """Another reward than the one that trains; without one the gate is not independent, and says so."""
+    gold: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """`module:function` of a rubric (messages, response, meta) → scores with `total`; reported, never gates."""
+    audit_every: Annotated[int, Field(ge=0)] = 4
+    """Rounds between comparisons with the initial policy on the audit set; 0: never."""
+    audit_prompts: Positive = 256
+    """Prompts of the audit set that are used."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Bootstrap samples."""
+    gate: GateConfig = GateConfig()
+    """When a candidate becomes the current policy."""

@@ -1,0 +1,47 @@
+"""The section `generate`: how candidates are sampled, and the engine that samples them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from selfplay.config.base import Positive, Section
+
+
+class EngineConfig(Section):
+    max_model_len: Positive | None = None
+    """Context of the engine (tokens); by default prompts.max_tokens + generate.max_tokens, with room for the canaries."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of the GPU's memory for vLLM (GPU only)."""
+    tensor_parallel: Positive = 1
+    """GPUs that one copy of the policy is split over."""
+    max_num_seqs: Positive = 256
+    """Sequences decoded at a time."""
+    cpu_threads: Positive = 1
+    """OpenMP threads of the engine (CPU only)."""
+    cpu_kv_cache_gib: Positive = 1
+    """Memory for the KV cache (GiB, CPU only)."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Times a dead engine is started again within one call, with back-off."""
+    silence: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds without a sign of progress after which the engine is taken for hung."""
+
+
+class GenerateConfig(Section):
+    candidates: Annotated[int, Field(ge=2)] = 8
+    """Responses sampled for a prompt (K)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; stored log-probabilities are those at temperature 1 whatever this is."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; 1 keeps every token."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Tokens to sample from; 0 keeps every token."""
+    max_tokens: Positive = 512
+    """Longest response (tokens)."""
+    stop_token_ids: list[int] | None = None
+    """Tokens that end a response; by default the end-of-sequence tokens of the policy's generation_config."""
+    shard_prompts: Positive = 64
+    """Prompts in a shard: the most that an interruption can lose."""
+    engine: EngineConfig = EngineConfig()
+    """The vLLM engine."""

@@ -1,0 +1,48 @@
+"""The sections `pairs` and `depth`: how preference pairs are chosen, and further pairs for the prompts that are kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from selfplay.config.base import Positive, Section
+
+
+class PairsConfig(Section):
+    selection: Literal["potential", "explicit", "implicit", "random"] = "potential"
+    """What pairs are ranked by: alignment potential or one of its baselines."""
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the base pairs that is kept."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """w of the alignment potential: weight of the implicit margin."""
+    implicit: Literal["simpo", "dpo"] = "simpo"
+    """Implicit reward of a response: its mean log-probability (`simpo`), or β times its log-ratio to a reference that is
+    not the policy that sampled it (`dpo`; costs a scoring pass of the reference over all candidates)."""
+    signed: bool = False
+    """Rank by the signed implicit margin instead of its absolute value."""
+    max_disagreement: Annotated[float, Field(gt=0)] | None = None
+    """A pair is dropped when the members of reward.ensemble disagree about one of its answers by more than this (standard
+    deviation of their normalised scores); null for never."""
+    cut_off: Literal["drop", "reject"] = "drop"
+    """Responses that hit the token limit: in no pair, or only as the rejected one."""
+    history: Annotated[int, Field(ge=0)] = 3
+    """Earlier rounds whose pairs join the statistics when a round has fewer than 64 pairs."""
+
+
+class DepthConfig(Section):
+    method: Literal["none", "uniform", "gradient"] = "none"
+    """Further pairs of the kept prompts: none, the same number for every prompt, or (`gradient`, BPO) the more the closer
+    the gradient of a prompt's base pair is to the centre of its cluster of gradients. For these gradients each process of
+    the trainer holds the whole policy, in bf16 with train.bf16."""
+    pairs_per_prompt: Annotated[float, Field(ge=1)] = 2.0
+    """Budget of `uniform` and `gradient`: pairs trained on, the base pairs included, for each kept prompt on average."""
+    dim: Positive = 1024
+    """Dimensions that gradients are projected to (`gradient`). A number with divisors near its root is cheapest."""
+    layers: Positive | None = None
+    """The last decoder blocks whose gradients count (`gradient`); by default all. Fewer take less time and memory."""
+    clusters: Positive | None = None
+    """Clusters of gradients (`gradient`); by default the square root of the number of kept pairs."""
+    closeness: Literal["centre", "others"] = "centre"
+    """What a gradient is compared with (`gradient`): the centre of its cluster, or that of the others in its cluster. Where
+    gradients are nearly orthogonal the first mostly says how small the cluster is, since each is a part of its centre."""

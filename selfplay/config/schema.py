@@ -1,0 +1,161 @@
+"""The whole configuration, and the rules that tie its sections together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from selfplay.config.base import Section
+from selfplay.config.evaluate import EvaluateConfig, JudgeConfig
+from selfplay.config.generate import GenerateConfig
+from selfplay.config.guard import GuardConfig
+from selfplay.config.pairs import DepthConfig, PairsConfig
+from selfplay.config.placement import PlacementConfig
+from selfplay.config.policy import PolicyConfig, SwapConfig
+from selfplay.config.prompts import BreadthConfig, EvolveConfig, PromptsConfig
+from selfplay.config.retention import RetentionConfig
+from selfplay.config.reward import WHICH, RewardConfig, RewardSource
+from selfplay.config.run import RunConfig
+from selfplay.config.schedule import ScheduleConfig
+from selfplay.config.service import ServiceConfig
+from selfplay.config.train import EveryN, TrainConfig
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    """Name, folder and seed."""
+    policy: PolicyConfig
+    """The model that is aligned."""
+    prompts: PromptsConfig
+    """Where prompts come from."""
+    breadth: BreadthConfig = BreadthConfig()
+    """Fewer prompts that stand for many."""
+    generate: GenerateConfig = GenerateConfig()
+    """Sampling of candidates."""
+    reward: RewardConfig
+    """The external reward."""
+    guard: GuardConfig = GuardConfig()
+    """When the reward is taken to go wrong."""
+    pairs: PairsConfig = PairsConfig()
+    """From scored candidates to preference pairs."""
+    evolve: EvolveConfig = EvolveConfig()
+    """New prompts from those worth most."""
+    depth: DepthConfig = DepthConfig()
+    """Further pairs for the kept prompts."""
+    train: TrainConfig = TrainConfig()
+    """ε-DPO."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation and gate."""
+    swap: SwapConfig = SwapConfig()
+    """Verification of new weights in the engine."""
+    placement: PlacementConfig = PlacementConfig()
+    """Which GPUs do what."""
+    retention: RetentionConfig = RetentionConfig()
+    """Which weights stay on disk."""
+    track: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where round and trainer metrics go beside the ledger."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """When rounds start (`selfplay serve`)."""
+    service: ServiceConfig = ServiceConfig()
+    """The long-running service (`selfplay serve`)."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Config:
+        longest = self.prompts.max_tokens + self.generate.max_tokens
+        if longest > self.train.max_length:
+            raise ValueError(
+                f"prompts.max_tokens + generate.max_tokens = {longest} is more than train.max_length = "
+                f"{self.train.max_length}: training never truncates; lower the first two or raise the last"
+            )
+        context = self.generate.engine.max_model_len
+        if context is not None and longest + 1 > context:
+            raise ValueError(
+                f"prompts.max_tokens + generate.max_tokens + 1 = {longest + 1} is more than generate.engine.max_model_len = {context}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _implicit_has_a_reference(self) -> Config:
+        if self.pairs.implicit == "dpo" and (
+            self.train.reference == "previous" or self.train.reference == EveryN(every=1)
+        ):
+            raise ValueError(
+                "pairs.implicit = dpo with train.reference = previous: the reference is the policy that samples, so every "
+                "implicit reward is 0; set train.reference to initial or {every: n}, or pairs.implicit to simpo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> Config:
+        if self.pairs.max_disagreement is not None and self.reward.ensemble is None:
+            raise ValueError("pairs.max_disagreement goes with reward.ensemble: a single reward cannot disagree")
+        trained_on = list(self.reward_sources().values())
+        if same := [key for key, s in self.judge_sources().items() if any(_is_same(s, t) for t in trained_on)]:
+            raise ValueError(f"{same[0]} is a reward that trains: a judge is another one; leave evaluate.judge out")
+        if self.reward.shaping.cut_off_penalty and self.pairs.cut_off == "drop":
+            raise ValueError(
+                "reward.shaping.cut_off_penalty goes with pairs.cut_off: reject; otherwise nothing reads it"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir / self.run.name
+
+    def reward_sources(self) -> dict[str, RewardSource]:
+        """What scores for training, by the key of the configuration that names it."""
+        return _sources("reward", self.reward, self.reward)
+
+    def judge_sources(self) -> dict[str, RewardSource]:
+        """What judges at the gate, in the same way; empty where that is the reward that trains."""
+        judge = self.evaluate.judge
+        return {} if judge is None else _sources("evaluate.judge", judge, self.reward)
+
+    def fixed(self) -> dict[str, Any]:
+        """What cannot change within a run folder: policy, data split, seed."""
+        return {
+            "policy.model": self.policy.model,
+            "policy.revision": self.policy.revision,
+            "policy.dtype": self.policy.dtype,
+            **{
+                f"prompts.{name}": getattr(self.prompts, name)
+                for name in ("source", "split", "column", "heldout", "heldout_fraction", "audit_fraction", "max_tokens")
+            },
+            "run.seed": self.run.seed,
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the resolved configuration."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _is_same(a: RewardSource, b: RewardSource) -> bool:
+    """Whether two sources are one reward, in whatever precision or place."""
+    if a.url or b.url:
+        return (
+            not {u.rstrip("/") for u in a.url}.isdisjoint(u.rstrip("/") for u in b.url)
+            and a.served_model == b.served_model
+        )
+    differ = {"dtype", "trust_remote_code"}
+    return {k: v for k, v in a.which().items() if k not in differ} == {
+        k: v for k, v in b.which().items() if k not in differ
+    }
+
+
+def _sources(key: str, section: RewardConfig | JudgeConfig, defaults: RewardConfig) -> dict[str, RewardSource]:
+    """One source, or those of an ensemble; what they leave out is as in `section`, then as in `defaults`."""
+    shared = set(RewardSource.model_fields) - WHICH
+    inherited = defaults.model_dump(include=shared) | section.model_dump(include=shared, exclude_unset=True)
+    where = set(RewardSource.model_fields)
+    if section.ensemble is None:
+        return {key: RewardSource.model_validate(inherited | section.model_dump(include=WHICH))}
+    return {
+        f"{key}.ensemble.members.{i}": RewardSource.model_validate(
+            inherited | member.model_dump(include=where, exclude_unset=True)
+        )
+        for i, member in enumerate(section.ensemble.members)
+    }
