@@ -89,7 +89,7 @@ def bench(config_path: str, overrides: list[str], repeats: int) -> None:
 
 def cpu_seconds(run_dir: Path) -> float:
     """User and system seconds of this process, its ended children and the living ones of the run."""
-    from selfplay.processes.children import marked
+    from selfplay.processes.reaping import marked
 
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = resource.getrusage(resource.RUSAGE_SELF)

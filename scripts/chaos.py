@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from selfplay.processes import children  # noqa: E402
+from selfplay.processes.reaping import marked  # noqa: E402
 from selfplay.storage import paging, tables  # noqa: E402
 from selfplay.storage.ledger import RunLock, Store  # noqa: E402
 
@@ -166,7 +166,7 @@ def storm(args: argparse.Namespace, sets: list[str]) -> tuple[Counter[str], int]
             sys.exit(f"the service paused itself: {state[1]}")
         if served.process.poll() is not None:  # nobody killed it: starting it again would hide that
             sys.exit(f"the service ended by itself with exit code {served.process.returncode}; see service.log")
-        below = children.marked(served.run_dir)
+        below = marked(served.run_dir)
         if enough or not below or served.log.stat().st_size == said:  # as after the last kill
             continue
         if hits["service"] + 0.5 < args.share * sum(hits.values()):
@@ -189,7 +189,7 @@ def storm(args: argparse.Namespace, sets: list[str]) -> tuple[Counter[str], int]
 def outlived(run_dir: Path, within: float = 10.0) -> int:
     """Processes of the run that are still there some seconds after the service was killed."""
     deadline = time.monotonic() + within
-    while (left := children.marked(run_dir)) and time.monotonic() < deadline:
+    while (left := marked(run_dir)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return len(left)
 

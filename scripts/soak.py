@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from chaos import SETTINGS, Served, world  # noqa: E402
 
-from selfplay.processes import children  # noqa: E402
+from selfplay.processes.reaping import marked  # noqa: E402
 from selfplay.storage.ledger import Store  # noqa: E402
 
 SMALLEST = [
@@ -84,7 +84,7 @@ def open_round(run_dir: Path) -> int | None:
 
 def held(pid: int, run_dir: Path) -> Held:
     """What the service and everything below it hold now."""
-    own, below = used([pid]), used(children.marked(run_dir))
+    own, below = used([pid]), used(marked(run_dir))
     del own["processes"]
     return {f"service {k}": v for k, v in own.items()} | {f"children {k}": v for k, v in below.items()}
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from selfplay.config import Config, load
 from selfplay.errors import StageFailed
-from selfplay.processes.children import marked
+from selfplay.processes.reaping import marked
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.round import run_round
 from selfplay.rounds.run import Run

@@ -19,7 +19,7 @@ import httpx
 
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
-from selfplay.processes.children import quick_imports
+from selfplay.processes.protocol import quick_imports
 from selfplay.rounds.run import num_labels
 from selfplay.storage import policies
 

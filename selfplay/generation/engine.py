@@ -1,6 +1,6 @@
 """The generator's child: a vLLM engine that takes orders (`python -m selfplay.generation.engine`). The only module that uses vLLM.
 
-Orders (JSON lines, see children.py), each answered by a result or by an error of kind input, shape, oom or internal:
+Orders (JSON lines, see selfplay/processes/protocol.py), each answered by a result or by an error of kind input, shape, oom or internal:
     load             {model, dtype, seed, max_model_len, max_num_seqs, gpu_memory_utilization, tensor_parallel,
                      trust_remote_code, sleep_mode}                         → what runs (version, device, block size, …)
     generate         {requests: [{prompt_ids, seed}], sampling: {n, temperature, top_p, top_k, max_tokens, stop_token_ids}}
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfplay.processes.children import Channel, Event, protocol, quick_imports
+from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
 
 CPU_BLOCK = 32  # tokens in a block of the KV cache: the smallest that vLLM's CPU attention takes
 CPU_BATCHED_TOKENS = 4096  # vLLM's own budget of a step on a CPU

@@ -29,7 +29,8 @@ from selfplay.generation.swap import (
     prefix_error,
     prefix_prompt,
 )
-from selfplay.processes.children import Child, ChildDied, ChildError, Event
+from selfplay.processes.child import Child, ChildDied, ChildError
+from selfplay.processes.protocol import Event
 from selfplay.storage import policies
 from selfplay.storage.policies import Manifest, TensorSpec
 from selfplay.types import Candidate, Policy

@@ -19,7 +19,7 @@ from typing import Any
 from selfplay import seeds
 from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
-from selfplay.processes.children import protocol, quick_imports
+from selfplay.processes.protocol import protocol, quick_imports
 from selfplay.prompts.pool import POOL, messages_of, prompt_id
 from selfplay.storage import folders, tables
 from selfplay.types import Message, Prompt, Split

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from selfplay.errors import SelfplayError
-from selfplay.processes.children import die_with_parent
+from selfplay.processes.protocol import die_with_parent
 from selfplay.reporting.charts import COLOURS, Chart, charts, png, svg
 from selfplay.reporting.history import Run, read, state
 from selfplay.reporting.terminal import NOT_INDEPENDENT, STAGES, change, interval, join, number, verdict

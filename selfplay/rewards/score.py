@@ -21,7 +21,8 @@ from reward.dialects import Scored as Given
 from selfplay.config import RewardSource, ShapingConfig
 from selfplay.errors import GuardError, InputError, Interrupted, RewardError
 from selfplay.methods import shaping
-from selfplay.processes.children import PATIENT, Child, ChildDied
+from selfplay.processes.child import PATIENT, Child, ChildDied
+from selfplay.processes.logs import last_line
 from selfplay.storage import tables
 from selfplay.types import DISAGREEMENT, EXTERNAL, MEMBER, Candidate, Message, Prompt, Scored
 
@@ -222,15 +223,6 @@ class RewardService:
         if self._config.url:
             return f"see that {', '.join(self._config.url)} answers, then run the same command again"
         return f"see {self.log}, then run the same command again"
-
-
-def last_line(log: Path) -> str:
-    """The last line that says something in a log, for an error message."""
-    with log.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - 8192))
-        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
 
 
 def score(

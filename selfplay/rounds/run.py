@@ -18,12 +18,13 @@ from selfplay.config import Config, EnsembleConfig, RewardSource
 from selfplay.errors import InputError, RewardError, SelfplayError
 from selfplay.generation.generator import Generator
 from selfplay.processes import children
-from selfplay.processes.children import Child, ChildDied, ChildError
+from selfplay.processes.child import PATIENT, Child, ChildDied, ChildError
+from selfplay.processes.logs import last_line
+from selfplay.processes.reaping import reap
 from selfplay.prompts import importer, pool
 from selfplay.reporting import trackers
 from selfplay.reporting.terminal import Display
 from selfplay.rewards.cache import ScoreCache
-from selfplay.rewards.score import last_line
 from selfplay.rewards.scorer import Scorer
 from selfplay.storage import folders
 from selfplay.storage.ledger import RESTARTS, RunLock, Store
@@ -74,7 +75,7 @@ class Run:
         if self._given_lock is None:
             self._lock.enter_context(RunLock(self.dir))
         try:
-            if reaped := children.reap(self.dir):
+            if reaped := reap(self.dir):
                 self.display.note(f"ended {reaped} processes that an earlier, killed run left behind")
             self.store = Store(self.dir)
             fresh = not (self.dir / "pool").is_dir()
@@ -273,7 +274,7 @@ class Run:
                 [sys.executable, "-m", "selfplay.prompts.importer"],
                 run_dir=self.dir,
                 log=log,
-                silence=children.PATIENT,
+                silence=PATIENT,
             )
             child.start()
             try:

@@ -25,6 +25,7 @@ from selfplay import seeds
 from selfplay.config import ScheduleConfig, load
 from selfplay.errors import ConfigError, GuardError, InputError, Interrupted, SelfplayError
 from selfplay.processes import children
+from selfplay.processes.logs import bound_log
 from selfplay.reporting.terminal import Display, Line
 from selfplay.rounds.round import cancel_round, roll_back, run_round
 from selfplay.rounds.run import Run
@@ -360,7 +361,7 @@ class Daemon:
         log = self.run_dir / "logs" / "service.log"
         with contextlib.suppress(OSError):
             log.parent.mkdir(parents=True, exist_ok=True)
-            children.bound_log(log)
+            bound_log(log)
             with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{self._clock().isoformat()} {''.join(traceback.format_exception(error))}\n")
         return log

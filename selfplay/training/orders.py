@@ -13,9 +13,9 @@ from pydantic import BaseModel
 from selfplay.config import EveryN, TrainConfig
 from selfplay.errors import CheckpointError, Interrupted, TrainError
 from selfplay.evaluation import evaluate
-from selfplay.processes.children import ChildDied, ChildError
+from selfplay.processes.child import ChildDied, ChildError
+from selfplay.processes.logs import last_line
 from selfplay.reporting.terminal import Line
-from selfplay.rewards.score import last_line
 from selfplay.rounds.run import packages
 from selfplay.storage import folders, hashes, policies
 from selfplay.training.jobs import STOP, FeaturesJob, LoraJob, TrainJob

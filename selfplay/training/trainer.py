@@ -1,7 +1,7 @@
 """The trainer child: `python -m selfplay.training.trainer`, directly, through `accelerate launch -m` or through `torchrun -m`.
 
 It pays for its imports while other stages run, says «ready» and waits for orders on stdin, with no CUDA context until
-one comes. Orders, each answered with one result or one error (see `children.py` for the protocol):
+one comes. Orders, each answered with one result or one error (see `selfplay/processes/protocol.py`):
 
     {"order": "train", "job": TrainJob}        pairs → checks → ε-DPO → an exported policy and what is known of it
     {"order": "embed", "job": EmbedJob}        embeddings of prompts, and which of them stand for all
@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from selfplay.errors import DiskError, InputError, TrainError
-from selfplay.processes.children import Channel, Event, protocol, quick_imports
+from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
 from selfplay.training.jobs import CanaryJob, EmbedJob, FeaturesJob, TrainJob
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from engine_world import EOS, logps, prompts, write_policy
 from transformers import AutoModelForCausalLM
 
 from selfplay.generation.engine import WorkerOrders
-from selfplay.processes.children import Child, ChildError
+from selfplay.processes.child import Child, ChildError
 
 SAMPLING = {"n": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 48, "stop_token_ids": [EOS]}
 LONG = [i % 250 + 3 for i in range(100)]  # three blocks of the KV cache and a bit

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from selfplay.errors import CheckpointError, ConfigError, InputError, SwapError
 from selfplay.generation.generator import Generator
 from selfplay.generation.swap import Canaries
-from selfplay.processes import children
+from selfplay.processes.reaping import descendants, marked
 from selfplay.storage import folders
 from selfplay.storage.policies import Policies
 
@@ -50,7 +50,7 @@ def service(run_dir, policies, events):
     assert info.start_seconds > 0 and info.eos_ids == [EOS]
     yield found
     found.stop()
-    assert children.marked(run_dir) == []
+    assert marked(run_dir) == []
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def golden(service):
 
 def kill(service):
     """SIGKILL to the process with the engine in it, under its guard."""
-    (pid,) = children.descendants(service._child.pid)
+    (pid,) = descendants(service._child.pid)
     os.kill(pid, signal.SIGKILL)
 
 

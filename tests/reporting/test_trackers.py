@@ -121,7 +121,7 @@ TROUBLED = """
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-from selfplay.processes import children
+from selfplay.processes.reaping import descendants
 from selfplay.reporting import trackers
 from selfplay.config import load
 from selfplay.reporting.terminal import Display
@@ -135,9 +135,9 @@ run.store = Store(folder)
 for index in range(1, rounds + 1):
     run.track(SimpleNamespace(round=index, metrics={"evaluate/win_rate": 0.5}))
     if index == killed_after:
-        for pid in children.descendants(os.getpid()):
+        for pid in descendants(os.getpid()):
             os.kill(pid, signal.SIGKILL)
-        while children.descendants(os.getpid()):
+        while descendants(os.getpid()):
             continue
 run._close_tracker()
 """

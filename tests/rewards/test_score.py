@@ -17,7 +17,7 @@ from mini import commands, nothing_left
 from selfplay.config import RewardSource, ShapingConfig
 from selfplay.errors import GuardError, InputError, RewardError
 from selfplay.methods import shaping
-from selfplay.processes.children import Child
+from selfplay.processes.child import Child
 from selfplay.rewards import score
 from selfplay.rewards.scorer import Answer
 from selfplay.types import Candidate, Prompt

@@ -16,7 +16,7 @@ from rich.console import Console
 from selfplay.config import load
 from selfplay.errors import CheckpointError
 from selfplay.models import weights
-from selfplay.processes import children
+from selfplay.processes.child import Child
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.command import run_rounds
 from selfplay.rounds.round import Round, run_round
@@ -98,7 +98,7 @@ def test_called_again_it_shows_what_is_there(calm, mini_world):
 def test_what_cannot_run_is_refused_with_exit_code_2(calm, mini_world, tmp_path, monkeypatch, capsys):
     """Before anything heavy begins: no child is started for any of these."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(children.Child, "start", lambda child: pytest.fail(f"{child.name} was started"))
+    monkeypatch.setattr(Child, "start", lambda child: pytest.fail(f"{child.name} was started"))
 
     def refused(*settings: str, config: Path = TINY, at: Path = tmp_path / "x", rounds: int | None = None) -> str:
         code = run_rounds(config, [*overrides(mini_world), *settings], at, rounds)

@@ -7,7 +7,7 @@ from mini import config
 
 from selfplay.errors import InputError
 from selfplay.generation.generator import Generator
-from selfplay.processes.children import Child
+from selfplay.processes.child import Child
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.run import Run
 

@@ -13,6 +13,8 @@ from mini import TINY
 
 from selfplay.errors import InputError, Interrupted
 from selfplay.processes import children
+from selfplay.processes.child import Child, ChildDied
+from selfplay.processes.reaping import marked
 from selfplay.service import daemon, orders
 
 
@@ -126,21 +128,21 @@ def test_a_configuration_that_would_end_the_service_is_refused(world, tmp_path):
 
 def test_a_cut_ends_what_is_waited_for_and_starts_nothing_new(tmp_path):
     argv = [sys.executable, "-c", "import time; time.sleep(60)"]
-    child = children.Child("sleeper", argv, run_dir=tmp_path, log=tmp_path / "log")
+    child = Child("sleeper", argv, run_dir=tmp_path, log=tmp_path / "log")
     child.start()
     before = signal.signal(signal.SIGUSR2, lambda *_: children.cut())  # in the thread that waits
     try:
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR2)).start()
         began = time.monotonic()
-        with pytest.raises(children.ChildDied):
+        with pytest.raises(ChildDied):
             child.result(1)
         assert time.monotonic() - began < 30
         with pytest.raises(Interrupted):
-            children.Child("next", argv, run_dir=tmp_path, log=tmp_path / "log").start()
+            Child("next", argv, run_dir=tmp_path, log=tmp_path / "log").start()
     finally:
         signal.signal(signal.SIGUSR2, before)
         children.uncut()
-    assert children.marked(tmp_path) == []
+    assert marked(tmp_path) == []
 
 
 def test_a_pin_of_weights_that_went_meanwhile_is_refused(world):

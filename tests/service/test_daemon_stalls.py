@@ -9,13 +9,13 @@ import pytest
 from daemon_world import until, webhook
 
 from selfplay.processes import children
-from selfplay.processes.children import PATIENT, Child, ChildDied
+from selfplay.processes.child import PATIENT, Child, ChildDied
 from selfplay.reporting.terminal import Line
 from selfplay.service import daemon
 
 CHILD = """
 import sys, time
-from selfplay.processes.children import protocol
+from selfplay.processes.protocol import protocol
 channel = protocol()
 channel.ready()
 for order in channel.orders():

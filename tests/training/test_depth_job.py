@@ -19,7 +19,7 @@ from selfplay.errors import TrainError
 from selfplay.methods.depth import closeness_to_others, cluster, rank_correlation, sizes
 from selfplay.methods.features import linear_layers, pair_features
 from selfplay.models import weights
-from selfplay.processes.children import Child, ChildError
+from selfplay.processes.child import Child, ChildError
 from selfplay.storage import tables
 from selfplay.training.depth_job import batches, collate, features, load
 from selfplay.training.jobs import FeaturesJob, LoraJob

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from selfplay.errors import TrainError
 from selfplay.methods import breadth
 from selfplay.models.weights import load
-from selfplay.processes.children import Child, ChildError
+from selfplay.processes.child import Child, ChildError
 from selfplay.storage import tables
 from selfplay.training.embed_job import embed, hidden_states
 from selfplay.training.jobs import EmbedJob

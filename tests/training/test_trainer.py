@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from selfplay.errors import TrainError
 from selfplay.models import weights
 from selfplay.models.weights import sequence_logps
-from selfplay.processes.children import Child, ChildDied, ChildError, descendants, marked
+from selfplay.processes.child import Child, ChildDied, ChildError
+from selfplay.processes.reaping import descendants, marked
 from selfplay.training.epsilon_dpo import STATE_FILE
 from selfplay.training.jobs import CanaryJob, LoraJob, TrainJob
 from selfplay.training.train_job import agreement, canaries, train

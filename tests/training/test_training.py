@@ -7,7 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from selfplay.config import TrainConfig
 from selfplay.errors import TrainError
-from selfplay.processes.children import ChildDied, ChildError
+from selfplay.processes.child import ChildDied, ChildError
 from selfplay.training.jobs import CanaryJob, TrainJob
 from selfplay.training.orders import TRAINER_STARTS, alarms, order
 

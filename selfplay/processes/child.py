@@ -1,0 +1,232 @@
+"""The controller's side of one child: it is started under a guard, takes orders, and is ended with all that is below it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from selfplay.errors import Interrupted
+from selfplay.processes import children
+from selfplay.processes.guard import GUARDED
+from selfplay.processes.logs import bound_log, keep_bounded
+from selfplay.processes.pipe import Pipe
+from selfplay.processes.protocol import Event, encode_line, parse_line
+from selfplay.processes.reaping import RUN_MARKER
+
+PATIENT = 86_400.0  # The bound on silence, in seconds, for a child that may be fetching a model.
+
+# The kernel sends PR_SET_PDEATHSIG when the THREAD that started a process ends. This thread lives as long as the process.
+_spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
+
+
+class ChildError(RuntimeError):
+    """An order failed inside a child, and the child lives on. `kind` is the child's own word for what happened."""
+
+    def __init__(self, name: str, kind: str, message: str, hint: str, log: Path) -> None:
+        super().__init__(message)
+        self.name, self.kind, self.hint, self.log = name, kind, hint, log
+
+
+class ChildDied(RuntimeError):
+    """A child ended while something was expected of it. It may also have been ended because it was silent for too long."""
+
+    def __init__(self, name: str, why: str, log: Path) -> None:
+        super().__init__(f"the {name} process {why}")
+        self.name, self.log = name, log
+
+
+class Child:
+    """One supervised process. It takes orders as JSON lines on stdin and answers on stdout; all else goes to its log.
+
+    `silence` (seconds) is the longest time in which it may neither take an order nor write anything while the controller
+    waits for one of the two. After that the child counts as hung and is ended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        run_dir: Path,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        silence: float = 900.0,
+    ) -> None:
+        self.name, self.log, self.silence = name, log, silence
+        self._argv = [sys.executable, "-m", "selfplay.processes.guard", str(os.getpid()), "--", *argv]
+        self._env = _environment(run_dir, env or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Pipe | None = None
+        self._next_id = 0
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Start the guard and the child, and return at once. `wait_for("ready")` tells when the child can take orders.
+
+        Raises Interrupted after `children.cut`.
+        """
+        assert self._process is None, f"{self.name} was started already"
+        children.check_may_start()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        bound_log(self.log)
+        with self.log.open("ab") as log:
+            self._process = _spawner.submit(
+                subprocess.Popen,
+                self._argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self._env,
+                start_new_session=True,
+            ).result()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._pipe = Pipe(self._process.stdout, self._process.stdin)
+        children.add(self)
+        self._stopped = threading.Event()
+        watch = threading.Thread(
+            target=keep_bounded, args=(self.log, self._stopped), name=f"{self.name}-log", daemon=True
+        )
+        watch.start()
+        try:
+            children.check_may_start()
+        except Interrupted:  # The cut came after the first check, and it may not have seen this child.
+            self.stop(grace=0)
+            raise
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The process id of the guard, which is also the id of the process group."""
+        assert self._process is not None
+        return self._process.pid
+
+    def order(self, order: str, on_event: Callable[[Event], None] | None = None, **fields: Any) -> Any:
+        """Send one order and wait for its result. Raises ChildError or ChildDied."""
+        return self.result(self.send(order, **fields), on_event)
+
+    def send(self, order: str, **fields: Any) -> int:
+        """Send one order and return its number. `result` with this number waits for the answer. Raises ChildDied."""
+        assert self._pipe is not None, f"{self.name} was not started"
+        self._next_id += 1
+        line = encode_line({"id": self._next_id, "order": order, **fields})
+        try:
+            self._pipe.write(line, self.silence)
+        except TimeoutError as error:
+            raise self._hung() from error
+        except OSError as error:
+            raise self._died() from error
+        return self._next_id
+
+    def result(self, order_id: int, on_event: Callable[[Event], None] | None = None) -> Any:
+        """Wait for the result of an order. `on_event` gets its other events. Raises ChildError or ChildDied."""
+        for event in self._events():
+            if event.get("id") != order_id:
+                continue
+            if "result" in event:
+                return event["result"]
+            if "error" in event:
+                error = event["error"]
+                raise ChildError(self.name, error["kind"], error["message"], error.get("hint", ""), self.log)
+            if on_event is not None:
+                on_event(event)
+        raise self._died()
+
+    def wait_for(self, event_name: str) -> Event:
+        """Wait for an event that no order asked for, such as «ready». Raises ChildDied."""
+        for event in self._events():
+            if event.get("event") == event_name or event.get(event_name) is True:
+                return event
+        raise self._died()
+
+    def wait(self) -> int:
+        """Wait until a child that takes no orders ends; returns its exit code, which is 128 + n after signal n."""
+        assert self._process is not None, f"{self.name} was not started"
+        for _ in self._events():
+            continue
+        code = self._process.wait()
+        self.stop(grace=0)
+        return code
+
+    def stop(self, grace: float = 5.0) -> None:
+        """End the child and everything below it, by force after `grace` seconds. It may be called at any time, and twice."""
+        process = self._process
+        if process is None:
+            return
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM if grace > 0 else signal.SIGUSR1)
+            try:
+                process.wait(grace + 5)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+        self._stopped.set()
+        children.discard(self)
+        self._process = self._pipe = None
+
+    def cut(self) -> None:
+        """End the child and everything below it at once. Any thread may call it; whoever waits for the child finds it dead."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
+
+    def _events(self) -> Iterator[Event]:
+        """The events of the child as they come, until it closes its output. Raises ChildDied where it hangs."""
+        while True:
+            assert self._pipe is not None, f"{self.name} was not started"
+            try:
+                line = self._pipe.read_line(self.silence)
+            except TimeoutError as error:
+                raise self._hung() from error
+            if line is None:
+                return
+            event = parse_line(line)
+            if event is None:  # A launcher prints to the same pipe.
+                with self.log.open("ab") as log:
+                    log.write(line + b"\n")
+                continue
+            del line  # It may be as large as the event, which is all that is needed from here on.
+            yield event
+
+    def _hung(self) -> ChildDied:
+        """End a child that was silent for too long; returns the error to raise."""
+        self.stop(grace=0)
+        return ChildDied(self.name, f"said nothing for {self.silence:.0f} s and was ended", self.log)
+
+    def _died(self) -> ChildDied:
+        """Clean up after a child that has ended or closed its output; returns the error to raise, which tells how."""
+        code = None
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(10)
+        how = "closed its output" if code is None else f"ended with exit code {code}"
+        signals = {128 + s: s.name for s in signal.Signals}
+        if code in signals:
+            how = f"was killed by {signals[code]}"
+        self.stop(grace=0)
+        return ChildDied(self.name, how, self.log)
+
+
+def _environment(run_dir: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child that works for `run_dir`, with the variables in `env` added."""
+    environment = {**children.inherited_environment(), **env, RUN_MARKER: str(run_dir.resolve()), GUARDED: "1"}
+    # Without bytecode files the imports of a child take two to three times as long, at every start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    # The service may be started in any folder, and its children have to find the package by its name.
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+    return environment

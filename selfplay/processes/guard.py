@@ -1,0 +1,85 @@
+"""The guard between the controller and a child: `python -m selfplay.processes.guard PARENT_PID -- argv…`.
+
+The guard is a sub-reaper: the kernel makes it the parent of whatever its child leaves behind, and the guard kills all of
+that before it exits. The guard ends when the controller ends, and its child ends with it. A process of ours further down,
+such as a trainer behind a launcher, ends with its own parent, because `protocol.protocol()` asks the kernel for that.
+
+One case remains: somebody kills the guard from outside, and a process that is not ours lives below it. That process
+carries the run folder in its environment, and `reaping.reap` ends it at the next start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+from selfplay.processes.reaping import descendants
+
+GUARDED = "SELFPLAY_GUARDED"  # An environment variable that is set for processes that have to die with their parent.
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # From <linux/prctl.h>.
+TERM_SECONDS = 5  # The time that a child has to end after SIGTERM before it is killed.
+
+
+def guard(parent: int, argv: list[str]) -> int:
+    """Run `argv`, pass SIGTERM on to it, and leave none of its descendants alive.
+
+    Returns the exit code of the child, which is 128 + n after signal n. SIGUSR1 kills everything at once.
+    """
+    libc = ctypes.CDLL(None)
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(_end_all(137)))
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    if os.getppid() != parent:  # The controller ended before the kernel was asked to tell us.
+        return 137
+    child = os.fork()
+    if child == 0:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        try:
+            os.execvp(argv[0], argv)
+        except OSError as error:
+            print(f"cannot run {argv[0]}: {error}", file=sys.stderr)
+            os._exit(127)
+    signal.signal(signal.SIGTERM, lambda *_: _terminate(child))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        pid, status = os.waitpid(-1, 0)
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return _end_all(code if code >= 0 else 128 - code)
+
+
+def _terminate(child: int) -> None:
+    """Ask the child to end, and kill it if it still lives after TERM_SECONDS."""
+    try:
+        os.kill(child, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.alarm(TERM_SECONDS)
+
+
+def _end_all(code: int) -> int:
+    """Kill everything below this process until nothing is left; returns `code`."""
+    while left := descendants(os.getpid()):
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.01)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            break
+    return code
+
+
+if __name__ == "__main__":
+    separator = sys.argv.index("--")
+    # The standard streams belong to the child, so the guard neither reads nor closes nor flushes them.
+    os._exit(guard(int(sys.argv[1]), sys.argv[separator + 1 :]))

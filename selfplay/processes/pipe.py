@@ -1,0 +1,69 @@
+"""The two pipes between the controller and a child, read and written line by line.
+
+Both are used without blocking, so that neither side can wait for the other for ever: while the controller writes a long
+order, it also reads what the child says.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import IO
+
+from selfplay.processes import children
+
+READ_BYTES = 1 << 20  # The most that is read at a time. A pipe usually holds 64 KiB.
+
+
+class Pipe:
+    """The controller's end: lines of the child come in through `source`, and orders go out through `sink`.
+
+    `silence` (seconds) is the longest time in which neither pipe may move.
+    """
+
+    def __init__(self, source: IO[bytes], sink: IO[bytes]) -> None:
+        self._source, self._sink = source, sink
+        self._buffer = b""
+        for stream in (source, sink):
+            os.set_blocking(stream.fileno(), False)
+
+    def read_line(self, silence: float) -> bytes | None:
+        """The next line without its end, or None where the child has closed its output. Raises TimeoutError."""
+        while b"\n" not in self._buffer:
+            self._wait(silence)
+            if not self._read():
+                return None
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return line
+
+    def write(self, data: bytes, silence: float) -> None:
+        """Write all of `data`. Raises TimeoutError, and BrokenPipeError where the child has closed one of the pipes.
+
+        What the child writes is read meanwhile and kept for `read_line`. A child that is still telling of an earlier order
+        takes no new one before it has been heard.
+        """
+        left = memoryview(data)
+        while left:
+            readable, writable = self._wait(silence, self._sink)
+            if readable and not self._read():
+                raise BrokenPipeError("the child has closed its output")
+            if writable:
+                left = left[os.write(self._sink.fileno(), left) :]
+
+    def _wait(self, silence: float, sink: IO[bytes] | None = None) -> tuple[bool, bool]:
+        """Wait until `source` can be read or `sink` can be written; tells which. Raises TimeoutError."""
+        readable, writable, _ = select.select([self._source], [sink] if sink else [], [], silence)
+        if not (readable or writable):
+            raise TimeoutError(f"nothing moved for {silence:.0f} s")
+        return bool(readable), bool(writable)
+
+    def _read(self) -> bool:
+        """Take in what the child has written; False where it has closed its output."""
+        try:
+            # This bypasses the buffer of the file object, because `select` does not see what lies in that buffer.
+            chunk = os.read(self._source.fileno(), READ_BYTES)
+        except BlockingIOError:
+            return True
+        children.note_output()
+        self._buffer += chunk
+        return bool(chunk)
