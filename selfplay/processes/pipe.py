@@ -1,13 +1,14 @@
 """The two pipes between the controller and a child, read and written line by line.
 
 Both are used without blocking, so that neither side can wait for the other for ever: while the controller writes a long
-order, it also reads what the child says.
+order, it also reads what the child says. The work is linear in the length of a line.
 """
 
 from __future__ import annotations
 
 import os
 import select
+from collections import deque
 from typing import IO
 
 from selfplay.processes import children
@@ -23,18 +24,18 @@ class Pipe:
 
     def __init__(self, source: IO[bytes], sink: IO[bytes]) -> None:
         self._source, self._sink = source, sink
-        self._buffer = b""
+        self._lines: deque[bytes] = deque()  # Whole lines that nobody has asked for yet.
+        self._pieces: list[bytes] = []  # What has come of the line that has not ended yet.
         for stream in (source, sink):
             os.set_blocking(stream.fileno(), False)
 
     def read_line(self, silence: float) -> bytes | None:
         """The next line without its end, or None where the child has closed its output. Raises TimeoutError."""
-        while b"\n" not in self._buffer:
+        while not self._lines:
             self._wait(silence)
             if not self._read():
                 return None
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return line
+        return self._lines.popleft()
 
     def write(self, data: bytes, silence: float) -> None:
         """Write all of `data`. Raises TimeoutError, and BrokenPipeError where the child has closed one of the pipes.
@@ -65,5 +66,9 @@ class Pipe:
         except BlockingIOError:
             return True
         children.note_output()
-        self._buffer += chunk
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            self._lines.append(b"".join([*self._pieces, end]))
+            self._pieces.clear()
+        self._pieces.append(rest)
         return bool(chunk)

@@ -90,3 +90,21 @@ def test_an_exit_code_that_is_no_signal_is_told_as_it_is(tmp_path):
     child = start(tmp_path, [sys.executable, "-c", "import os; os._exit(255)"])
     with pytest.raises(ChildDied, match="ended with exit code 255"):
         child.wait_for("ready")
+
+
+def test_what_a_launcher_prints_among_the_answers_goes_to_the_log(tmp_path):
+    chatty = """
+import os
+from selfplay.processes.protocol import protocol
+out = os.dup(1)
+channel = protocol()
+channel.ready()
+for order in channel.orders():
+    os.write(out, b"{a launcher's print}" + bytes([10, 10]))
+    channel.result(order, "done")
+"""
+    child = start(tmp_path, [sys.executable, "-c", chatty])
+    child.wait_for("ready")
+    assert child.order("work") == "done"
+    assert (tmp_path / "echo.log").read_text() == "{a launcher's print}\n\n"
+    child.stop()

@@ -1,10 +1,13 @@
 """What concerns all children of a process."""
 
+import time
 from pathlib import Path
 
+import pytest
 from child_world import start
 
 from selfplay.processes import children
+from selfplay.processes.child import ChildDied
 from selfplay.processes.reaping import marked
 
 
@@ -19,3 +22,25 @@ def test_secrets_that_are_not_theirs_are_kept_from_children(tmp_path, monkeypatc
     theirs = [pid for pid in marked(tmp_path) if b"theirs" in Path(f"/proc/{pid}/environ").read_bytes()]
     child.stop()
     assert inside == [] and len(theirs) >= 2
+
+
+def test_children_are_heard_when_they_write(tmp_path):
+    child = start(tmp_path)
+    child.wait_for("ready")
+    before = children.heard()
+    assert 0 < before <= time.monotonic()
+    child.order("add", a=1, b=2)
+    assert before < children.heard() <= time.monotonic()
+    child.stop()
+
+
+def test_all_children_end_together(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    both = [start(folder) for folder in folders]
+    children.end_running()
+    for child in both:
+        with pytest.raises(ChildDied):
+            child.wait_for("nothing")
+    both = [start(folder) for folder in folders]
+    children.stop_all()
+    assert not any(child.alive for child in both) and not any(marked(folder) for folder in folders)

@@ -37,3 +37,10 @@ def test_a_log_that_has_filled_the_disk_makes_room(tmp_path, monkeypatch):
     log.write_text("x" * 1001)
     logs.bound_log(log)
     assert log.stat().st_size == 0
+
+
+def test_the_last_line_is_the_last_one_that_is_not_blank(tmp_path):
+    log = tmp_path / "echo.log"
+    for text, last in ((b"", "it said nothing"), (b"one\n two \n\n  \n", "two"), (b"x" * 9000 + b"\n\xff", "\ufffd")):
+        log.write_bytes(text)
+        assert logs.last_line(log) == last
