@@ -262,7 +262,11 @@ def test_check_of_schedule_tracker_and_functions(mini_world, tmp_path):
         [*overrides(mini_world), "schedule.mode=cron", "schedule.cron=30 3 * * 1", "schedule.time_zone=Asia/Tokyo"],
     )
     level, text = finding(settings, "schedule", tmp_path)
-    assert level == "ok" and text.endswith("03:30 JST") and text.startswith("cron: if it began now, first at 2")
+    assert (
+        level == "ok"
+        and text.endswith("03:30 JST")
+        and text.startswith("cron: a service that started now would begin its first round at 2")
+    )
     assert finding(settings, "evaluate.gold", tmp_path) == ("ok", "selfplay.worlds.tiny:grade can be imported")
     settings = configuration.load(
         TINY,
@@ -277,9 +281,8 @@ def test_check_of_schedule_tracker_and_functions(mini_world, tmp_path):
         finding(settings, "schedule", tmp_path)[0] == "error"
         and "never comes" in finding(settings, "schedule", tmp_path)[1]
     )
-    assert (
-        finding(settings, "functions", tmp_path)[0] == "error" and "grad" in finding(settings, "functions", tmp_path)[1]
-    )
+    level, text = finding(settings, "evaluate.gold", tmp_path)
+    assert level == "error" and text.startswith("evaluate.gold: selfplay.worlds.tiny:grad cannot be imported")
 
 
 def test_the_plan_counts_what_a_round_does():

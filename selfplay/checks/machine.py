@@ -1,5 +1,7 @@
-"""Looks at the machine: does it hold what a configuration asks of disk, memory and GPUs? Lower bounds: activations, caches
-and libraries come on top."""
+"""Looks at the machine: the trainer's processes, the disk, the memory and the GPUs.
+
+What is needed is a lower bound everywhere: activations, caches and libraries come on top.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ SAVE = 12  # bytes a parameter that a save of the trainer takes: weights and two
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
-    """How `train.accelerate` launches the trainer."""
+    """What the file of `train.accelerate` says about the trainer's processes."""
 
     processes: int
     shares: int  # processes that one copy of the model is spread over
@@ -39,7 +41,7 @@ class Gpu:
 
 
 def launched(config: Config) -> Launched:
-    """From the accelerate file; a single process without one."""
+    """How the trainer will be launched: by the accelerate file, or as a single process without one."""
     path = config.train.accelerate
     found = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
     if not isinstance(found, dict):
@@ -49,79 +51,102 @@ def launched(config: Config) -> Launched:
 
 
 def policy_bytes(config: Config, count: int) -> int:
-    """Bytes of an exported policy of `count` parameters: serving precision, and fp32 masters beside it unless that is fp32."""
+    """Bytes on disk of a policy of `count` parameters.
+
+    The weights are there in the precision that is served, and once more in fp32 unless that is the same.
+    """
     served = DTYPE_BYTES[config.policy.dtype]
     return count * (served + (MASTERS if served != 4 else 0))
 
 
+def batches(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether a step's pairs can be shared evenly among the trainer's processes."""
+    settings = config.train
+    if settings.accelerate is None:
+        return
+    if not settings.accelerate.is_file():
+        yield Finding.error("train.accelerate", f"{settings.accelerate}: no such file")
+        return
+    processes = launched(config).processes
+    together = settings.micro_batch_pairs * processes
+    said = f"{settings.batch_pairs} pairs a step on {processes} processes, {settings.micro_batch_pairs} at a time each"
+    if settings.batch_pairs % together:
+        yield Finding.error("train.batch_pairs", f"{said}: not a multiple of {together}")
+    else:
+        yield Finding.ok("training", said)
+
+
 def disk(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether the run folder's disk holds the policies that retention keeps, and the saves of the trainer."""
     where = next(p for p in [run_dir, *run_dir.resolve().parents] if p.exists())
     free = shutil.disk_usage(where).free
     count = elements(config.policy.model)
     if count is None:
         said = f"{free / GIB:.1f} GiB free in {where}; the policy's size is not known yet"
-        yield Finding(about="disk", level="warning", text=said)
+        yield Finding.warning("disk", said)
         return
     rule, rounds = config.retention, config.schedule.end.rounds
     forever = bool(rule.every) and rounds is None
-    # current, its parent and the reference, which need not be among the last; the candidate of the round
+    # Four more than the last ones: the current policy, its parent and the reference, and the candidate of the round.
     kept = rule.last + 4 + rule.rejected_rounds + len(rule.pinned)
     kept += rounds // rule.every if rule.every and rounds is not None else 0
     each = policy_bytes(config, count)
     trainer = 0 if config.train.lora else 2 * SAVE * count
     need = kept * each + trainer
-    said = f"{free / GIB:.1f} GiB free in {where}, {need / GIB:.2f} GiB needed: {kept} policies and two saves of the trainer"
+    said = (
+        f"{free / GIB:.1f} GiB free in {where}; {kept} policies and two saves of the trainer need {need / GIB:.2f} GiB"
+    )
     if forever:
-        said += f"; and {each / GIB:.2f} GiB more every {rule.every} rounds, without end (retention.every)"
+        said += f", and {each / GIB:.2f} GiB more every {rule.every} rounds, without end (retention.every)"
     level: Level = "error" if free <= need else "warning" if forever else "ok"
-    yield Finding(about="disk", level=level, text=said)
+    yield Finding(level, "disk", said)
 
 
 def memory(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether a machine without GPUs has the memory that a round takes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     count = elements(config.policy.model)
     if count is None or shutil.which("nvidia-smi"):
-        yield Finding(about="memory", level="ok", text=f"{total / GIB:.0f} GiB of host memory")
+        yield Finding.ok("memory", f"{total / GIB:.0f} GiB of host memory")
         return
-    # On a CPU all share it: trainer, reference, engine, reward model, and the libraries of each process.
+    # Trainer, reference, engine and reward model share the memory, and each process has its libraries.
     need = count * (MASTERS + REFERENCE + OPTIMIZER + DTYPE_BYTES[config.policy.dtype])
     need += config.generate.engine.cpu_kv_cache_gib * GIB + 3 * GIB
-    said = f"{total / GIB:.0f} GiB of host memory, about {need / GIB:.1f} GiB needed"
-    yield Finding(about="memory", level="ok" if total > need else "error", text=said)
+    said = f"{total / GIB:.0f} GiB of host memory; a round needs about {need / GIB:.1f} GiB"
+    yield Finding("ok" if total > need else "error", "memory", said)
 
 
 def gpus(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether the GPUs that `placement` names are there, are free, and are large enough."""
     placement = config.placement
     if not shutil.which("nvidia-smi"):
         if placement.colocated or placement.generator or placement.trainer or placement.reward:
-            yield Finding(about="gpu", level="error", text="placement names GPUs, but nvidia-smi is not there")
+            yield Finding.error("gpu", "placement names GPUs, but nvidia-smi is not there")
         else:
-            yield Finding(about="gpu", level="ok", text="none: everything runs on the CPU")
+            yield Finding.ok("gpu", "there is no GPU: everything runs on the CPU")
         return
     query = ["nvidia-smi", "--query-gpu=index,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
     if answer.returncode:
         said = answer.stdout.strip() or answer.stderr.strip()
-        yield Finding(about="gpu", level="error", text=f"nvidia-smi failed: {said}")
+        yield Finding.error("gpu", f"nvidia-smi failed: {said}")
         return
     rows = [[part.strip() for part in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
     there = {int(i): Gpu(index=int(i), name=name, total=float(total) * 2**20, free=float(free) * 2**20) for i, name, total, free in rows}  # fmt: skip
     named = [(role, i) for role in ("generator", "trainer", "reward") for i in getattr(placement, role) or []]
     unknown = [(role, i) for role, i in named if i not in there]
     for role, i in unknown:
-        yield Finding(about="gpu", level="error", text=f"placement.{role} names GPU {i}; there are {sorted(there)}")
+        yield Finding.error("gpu", f"placement.{role} names GPU {i}; there are {sorted(there)}")
     if not unknown:
         yield from _shared(config, there)
     for gpu in there.values():
-        yield Finding(
-            about="gpu",
-            level="ok" if gpu.free > 0.9 * gpu.total else "warning",
-            text=f"GPU {gpu.index} {gpu.name}: {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free",
-        )
+        level: Level = "ok" if gpu.free > 0.9 * gpu.total else "warning"
+        said = f"GPU {gpu.index} {gpu.name}: {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
+        yield Finding(level, "gpu", said)
 
 
 def _shared(config: Config, there: dict[int, Gpu]) -> Iterator[Finding]:
-    """Whether there are as many GPUs as processes want, and what each is to hold fits into it."""
+    """Errors where processes want more GPUs than their role has, or where a GPU is too small for what it is to hold."""
     visible = sorted(there)
     if (asked := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         visible = [int(i) for i in asked.split(",") if i.strip().isdigit() and int(i) in there]
@@ -134,24 +159,24 @@ def _shared(config: Config, there: dict[int, Gpu]) -> Iterator[Finding]:
     for key, count, have, role in wanted:
         if count > len(have):
             said = f"{count} GPUs are needed, the {role} has {len(have)} ({have})"
-            yield Finding(about=key, level="error", text=said)
+            yield Finding.error(key, said)
     held = _held(config, visible, there)
     for i, parts in held.items():
         said = " + ".join(f"{role} {size / GIB:.1f}" for role, size in parts.items())
         if sum(parts.values()) > there[i].total:
-            text = f"GPU {i} has {there[i].total / GIB:.1f} GiB, and is to hold at least {said} GiB"
-            yield Finding(about="gpu memory", level="error", text=text)
+            text = f"GPU {i} has {there[i].total / GIB:.1f} GiB, and has to hold at least {said} GiB"
+            yield Finding.error("gpu memory", text)
     policy, engine = elements(config.policy.model), config.generate.engine
     if policy is not None and generator:
         weights = policy * DTYPE_BYTES[config.policy.dtype] / engine.tensor_parallel
         share = engine.gpu_memory_utilization * there[generator[0]].total
         if weights > share:
             text = f"the policy's weights take {weights / GIB:.1f} GiB of each GPU, vLLM may use {share / GIB:.1f}"
-            yield Finding(about="generate.engine.gpu_memory_utilization", level="error", text=text)
+            yield Finding.error("generate.engine.gpu_memory_utilization", text)
 
 
 def _held(config: Config, visible: list[int], there: dict[int, Gpu]) -> dict[int, dict[str, float]]:
-    """Least bytes of each role on each GPU, at the moment when most is on it."""
+    """The bytes that each role needs at least on each GPU, at the moment when the GPU holds most: GPU → role → bytes."""
     held: dict[int, dict[str, float]] = {i: {} for i in there}
     launch, engine, count = launched(config), config.generate.engine, elements(config.policy.model)
     for i in (config.placement.generator or visible)[: engine.tensor_parallel]:

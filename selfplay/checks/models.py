@@ -1,7 +1,8 @@
-"""Looks at models: what their folders hold, how much they read, and, in a process of its own, whether they load.
+"""Looks at the models: what their folders hold, how long a text they read, and whether they load.
 
-`python -m selfplay.checks.models JSON` is that process: it builds each model from its config without memory for weights
-(PyTorch's meta device), compares it with the names and shapes in its safetensors files, and renders a conversation.
+Whether they load is found out by a process of its own, `python -m selfplay.checks.models JSON`, because it imports
+PyTorch. It builds each model from its config without memory for weights (on the meta device), compares it with the names
+and shapes in its safetensors files, and renders a conversation.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ SECONDS = 300.0  # for the imports of the process that loads; a model itself tak
 
 
 def named(config: Config) -> dict[str, str]:
-    """All models of a configuration, folders and Hub ids, by the key that names them."""
+    """All models that a configuration names: key → folder or Hub id."""
     rewards = config.reward_sources() | config.judge_sources()
     models = {"policy.model": config.policy.model, **{f"{key}.model": source.model for key, source in rewards.items()}}
     return {key: model for key, model in models.items() if model is not None}
 
 
 def elements(model: str | None) -> int | None:
-    """Parameters of a checkpoint, from its safetensors headers; None where it is no folder."""
+    """The number of parameters of a checkpoint, from its safetensors headers; None where it is no folder."""
     if model is None or not Path(model).is_dir():
         return None
     return sum(math.prod(shape) for _, shape in policies.tensors(Path(model)).values())
 
 
 def folders(config: Config, run_dir: Path) -> Iterator[Finding]:
-    """Whether each model is there and whole, with what it needs to be given conversations."""
+    """Whether each model is there with all its files, a tokenizer and a chat template among them."""
     rewards = config.reward_sources() | config.judge_sources()
     for key, model in named(config).items():
         source = rewards.get(key.removesuffix(".model"))
@@ -52,21 +53,20 @@ def folders(config: Config, run_dir: Path) -> Iterator[Finding]:
             continue
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if labels is not None and (n := num_labels(path)) != labels:
-            yield Finding(about=key, level="error", text=f"{model} has {n} labels; a reward model has 1")
+            yield Finding.error(key, f"{model} has {n} labels; a reward model has 1")
             continue
         size = elements(model) or 0
         if lack := _lacks(path):
-            yield Finding(about=key, level="error", text=f"{model} has no {lack}")
+            yield Finding.error(key, f"{model} has no {lack}")
             continue
-        yield Finding(
-            about=key,
-            level="ok",
-            text=f"{model}: {settings.get('architectures', ['?'])[0]}, {size / 1e6:,.1f} M parameters, whole",
+        yield Finding.ok(
+            key,
+            f"{model}: {settings.get('architectures', ['?'])[0]}, {size / 1e6:,.1f} M parameters, all files are there",
         )
 
 
 def _lacks(model: Path) -> str | None:
-    """What a folder needs beside its weights to be given conversations, and lacks."""
+    """What a model's folder lacks besides its weights; None where it has a tokenizer and a chat template."""
     settings = model / "tokenizer_config.json"
     known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     if not known and not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -85,23 +85,19 @@ def _on_the_hub(key: str, model: str) -> Finding:
     from huggingface_hub.errors import HfHubHTTPError
 
     if model.count("/") != 1 or model.startswith((".", "/")):
-        return Finding(about=key, level="error", text=f"{model}: no such folder")
+        return Finding.error(key, f"{model}: no such folder")
     try:
         files = [s.rfilename for s in HfApi().model_info(model, timeout=10).siblings or []]
     except (HfHubHTTPError, OSError, httpx.HTTPError) as error:
         reason = type(error).__name__
-        return Finding(
-            about=key,
-            level="warning",
-            text=f"{model}: the Hub could not be asked ({reason}); a copy in the cache may do",
-        )
+        return Finding.warning(key, f"{model}: the Hub could not be asked ({reason}); a copy in the cache may do")
     if not any(name.endswith(".safetensors") for name in files):
-        return Finding(about=key, level="error", text=f"{model} has no safetensors on the Hub")
-    return Finding(about=key, level="ok", text=f"{model}: on the Hub, with safetensors")
+        return Finding.error(key, f"{model} has no safetensors on the Hub")
+    return Finding.ok(key, f"{model} is on the Hub, with safetensors")
 
 
 def context(config: Config, run_dir: Path) -> Iterator[Finding]:
-    """Whether the policy reads as many tokens as engine and trainer will give it."""
+    """Whether the policy can read as many tokens as the engine and the trainer will give it."""
     path = Path(config.policy.model) / "config.json"
     if not path.is_file():
         return
@@ -116,11 +112,11 @@ def context(config: Config, run_dir: Path) -> Iterator[Finding]:
     }
     over = [f"{name} is {length}" for name, length in asked.items() if length > limit]
     said = f"the policy reads up to {limit} tokens" + (f", but {', '.join(over)}" if over else "")
-    yield Finding(about="context", level="error" if over else "ok", text=said)
+    yield Finding("error" if over else "ok", "context", said)
 
 
 def loads(config: Config) -> list[Finding]:
-    """Whether the models that are folders load: a finding for each. Takes the seconds that importing PyTorch takes."""
+    """A finding for each model that is a folder: does it load? It takes some seconds, since PyTorch is imported."""
     rewards = config.reward_sources() | config.judge_sources()
     asked = []
     for key, model in named(config).items():
@@ -138,16 +134,16 @@ def loads(config: Config) -> list[Finding]:
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return [Finding(about="models", level="error", text=f"the process that loads them ended: {last}")]
+        return [Finding.error("models", f"the process that loads them ended: {last}")]
     answers = json.loads(done.stdout.splitlines()[-1])
     return [
-        Finding(about=f"{row['key']} loads", level="error" if why else "ok", text=why or "names and shapes fit, a chat is rendered")
+        Finding("error" if why else "ok", f"{row['key']} loads", why or "its files fit its config, and its chat template works")
         for row, why in zip(asked, answers, strict=True)
     ]  # fmt: skip
 
 
 def _why_not(row: dict[str, Any]) -> str | None:
-    """Why a model cannot be loaded, None where it can: as trainer and reward server load it, with no memory for weights."""
+    """Why the trainer or the reward server could not load this model; None where they can."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from selfplay.prompts import importer
@@ -165,7 +161,7 @@ def _why_not(row: dict[str, Any]) -> str | None:
             importer.template(importer.load_tokenizer(Path(row["model"]), row["trust_remote_code"]))(chat[:1])
         else:
             AutoTokenizer.from_pretrained(row["model"], **own_code).apply_chat_template(chat)
-    except Exception as error:  # the boundary: readers of configs, tokenizers and templates raise whatever they like
+    except Exception as error:  # readers of configs, tokenizers and templates raise errors of any type
         return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     return None
 

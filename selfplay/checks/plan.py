@@ -1,4 +1,4 @@
-"""What a round will do, in numbers, before it does it."""
+"""The plan that `selfplay check` prints: what a round will do, in numbers, before it does it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from selfplay.config import Config
 from selfplay.errors import CheckpointError
 from selfplay.methods import gate
 
-TOKEN_BYTES = 16  # of a sampled token in the artifacts: its id and its text
+TOKEN_BYTES = 16  # that a sampled token takes in the artifacts, with its text
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
-    """(what, how much) of a round. Upper bounds where lengths decide."""
+    """Rows (what, how much) about a round. They are upper bounds where the length of the answers decides."""
     prompts, k, evaluate = config.prompts.per_round, config.generate.candidates, config.evaluate
     kept = max(1, int(config.pairs.keep * prompts))
     trained = kept if config.depth.method == "none" else round(kept * config.depth.pairs_per_prompt)
@@ -44,7 +44,7 @@ def plan(config: Config) -> list[tuple[str, str]]:
         rows.insert(3, ("rewrites", f"{rewrites} prompts, every {config.evolve.every} rounds"))
     try:
         count = elements(config.policy.model)
-    except CheckpointError:  # what is wrong with the folder, the look at models says
+    except CheckpointError:  # the look at the models says what is wrong with the folder
         count = None
     if count is not None:
         size = (sampled * TOKEN_BYTES + policy_bytes(config, count)) / GIB

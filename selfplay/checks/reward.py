@@ -1,4 +1,4 @@
-"""Looks at what scores: servers and judges are asked, rules are made, keys are where they are said to be."""
+"""Looks at what scores: servers and judges have to answer, rules have to be valid, and keys have to be set."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MAKE_RULES = "import sys; from reward.rules import Rules, read_rules; Rules(read
 
 
 def sources(config: Config, run_dir: Path) -> Iterator[Finding]:
-    """Every source of the reward and of the judge, in its own way."""
+    """Findings for each source of the reward and of the judge, and whether the judge is independent."""
     for key, source in (config.reward_sources() | config.judge_sources()).items():
         for name in (source.api_key_env, source.chat_judge.api_key_env if source.chat_judge else None):
             if name and not os.environ.get(name):
                 text = f"the environment variable {name} is not set"
-                yield Finding(about=f"{key} api_key_env", level="error", text=text)
+                yield Finding.error(f"{key} api_key_env", text)
         for url in source.url:
             yield _server(key, source, url)
         if source.chat_judge is not None:
@@ -35,10 +35,8 @@ def sources(config: Config, run_dir: Path) -> Iterator[Finding]:
         if source.rules:
             yield _rules(key, source.rules)
     if config.evaluate.judge is None:
-        yield Finding(
-            about="gate",
-            level="warning",
-            text="gate not independent: the reward that trains also judges (evaluate.judge)",
+        yield Finding.warning(
+            "gate", "gate not independent: the reward that trains also judges (evaluate.judge names no other)"
         )
 
 
@@ -50,40 +48,38 @@ def _server(key: str, source: RewardSource, url: str) -> Finding:
         ) as client:
             health = client.health()
     except (RewardUnavailable, RewardRefused, ValueError) as error:
-        return Finding(about=key, level="error", text=f"{url} does not answer: {error}")
+        return Finding.error(key, f"{url} does not answer: {error}")
     if health is UNNAMED:
-        text = f"{url} has no /healthz: which model it serves, and whether it scores, is not known before a round"
-        return Finding(about=key, level="warning", text=text)
-    no_question = source.dialect == "openrlhf"
-    asked = "is not asked: its format has no such question" if no_question else f"serves {health.model}"
-    return Finding(about=key, level="ok", text=f"{url} {asked}")
+        text = f"{url} has no /healthz: only a round will show which model it serves, and whether it scores"
+        return Finding.warning(key, text)
+    if source.dialect == "openrlhf":
+        return Finding.ok(key, f"{url} cannot be asked which model it serves: its format has no such question")
+    return Finding.ok(key, f"{url} serves {health.model}")
 
 
 def _judge(key: str, judge: JudgeSettings, url: str) -> Finding:
-    """Asks for the list of models: it needs the key too, and costs nothing."""
+    """Ask a chat endpoint for its list of models. That needs the key too, and costs nothing."""
     secret = os.environ.get(judge.api_key_env) if judge.api_key_env else None
     headers = {"authorization": f"Bearer {secret}"} if secret else {}
     try:
         answer = httpx.get(f"{url.rstrip('/')}/v1/models", headers=headers, timeout=SECONDS)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return Finding(
-            about=key, level="error", text=f"the judge at {url} does not answer: {type(error).__name__}: {error}"
-        )
+        return Finding.error(key, f"the judge at {url} does not answer: {type(error).__name__}: {error}")
     if answer.status_code in (401, 403):
-        return Finding(about=key, level="error", text=f"the judge at {url} refuses the key ({answer.status_code})")
+        return Finding.error(key, f"the judge at {url} refuses the key ({answer.status_code})")
     try:
         names = [row["id"] for row in answer.raise_for_status().json()["data"]]
     except (httpx.HTTPStatusError, ValueError, KeyError, TypeError):
         text = f"the judge at {url} answers, but not with a list of models ({answer.status_code})"
-        return Finding(about=key, level="warning", text=text)
+        return Finding.warning(key, text)
     if judge.model not in names:
         known = ", ".join(map(str, names[:5])) or "none"
-        return Finding(about=key, level="error", text=f"the judge at {url} has no model {judge.model}; it has {known}")
-    return Finding(about=key, level="ok", text=f"the judge at {url} has the model {judge.model}")
+        return Finding.error(key, f"the judge at {url} has no model {judge.model}; it has {known}")
+    return Finding.ok(key, f"the judge at {url} has the model {judge.model}")
 
 
 def _rules(key: str, rules: list[Rule]) -> Finding:
-    """Makes the rules in a process like the one that will serve them: patterns, files of references, functions."""
+    """Make the rules, with their patterns, files and functions, in a process like the one that will serve them."""
     given = json.dumps([rule.model_dump(mode="json") for rule in rules])
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -93,5 +89,5 @@ def _rules(key: str, rules: list[Rule]) -> Finding:
     names = ", ".join(rule.rule for rule in rules)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Finding(about=key, level="error", text=last.partition("ModelRefused: ")[2] or last)
-    return Finding(about=key, level="ok", text=f"the rules can be applied: {names}")
+        return Finding.error(key, last.partition("ModelRefused: ")[2] or last)
+    return Finding.ok(key, f"the rules can be applied: {names}")

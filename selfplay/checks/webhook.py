@@ -1,4 +1,4 @@
-"""Looks at the webhook of the alerts: does it answer, and, where that is asked for, does it take one?"""
+"""Looks at the webhook of the alerts: does it answer, and does it take a test alert where one is asked for?"""
 
 from __future__ import annotations
 
@@ -18,30 +18,33 @@ SECONDS = 10.0  # for an answer
 
 
 def answers(config: Config, run_dir: Path) -> Iterator[Finding]:
-    """Asks with a HEAD, which no receiver takes for an alert; any status is an answer. The URL is a secret."""
+    """Whether the address answers. It is asked with a HEAD, which no receiver takes for an alert; any status is an answer.
+
+    The URL is a secret, and appears in no text.
+    """
     name = config.service.webhook_env
     if not (url := os.environ.get(name)):
-        yield Finding(about="webhook", level="ok", text=f"none: ${name} is not set, so alerts are posted nowhere")
+        yield Finding.ok("webhook", f"there is none: ${name} is not set, so alerts are posted nowhere")
         return
     try:
         status = httpx.head(url, timeout=SECONDS).status_code
-    except Exception as error:  # of the network, the URL, the certificates
-        yield Finding(about="webhook", level="warning", text=f"the address in ${name} does not answer ({said(error)})")
+    except Exception as error:  # the network, the URL or the certificates
+        yield Finding.warning("webhook", f"the address in ${name} does not answer ({said(error)})")
         return
     text = f"the address in ${name} answers ({status} to a HEAD); --test-webhook tells whether it takes an alert"
-    yield Finding(about="webhook", level="ok", text=text)
+    yield Finding.ok("webhook", text)
 
 
 def takes(config: Config) -> Finding:
-    """Posts an alert that says it is a test."""
+    """Post an alert that says it is a test."""
     name = config.service.webhook_env
     if not (url := os.environ.get(name)):
-        return Finding(about="webhook", level="error", text=f"${name} is not set: there is nowhere to post to")
+        return Finding.error("webhook", f"${name} is not set: there is nowhere to post to")
     alert = {"run": config.run.name, "kind": "test", "text": TEST, "time": datetime.now(UTC).isoformat()}
     try:
         status = post(url, alert)
     except Exception as error:  # as above
-        return Finding(about="webhook", level="error", text=f"it does not take a test alert ({said(error)})")
+        return Finding.error("webhook", f"the address does not take a test alert ({said(error)})")
     if status in REFUSED:
-        return Finding(about="webhook", level="error", text=f"it refuses a test alert ({status})")
-    return Finding(about="webhook", level="ok", text=f"it took a test alert ({status})")
+        return Finding.error("webhook", f"the address refuses a test alert ({status})")
+    return Finding.ok("webhook", f"the address took a test alert ({status})")

@@ -129,7 +129,7 @@ def test_models_on_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     expected = {
-        "org/whole": ("ok", "org/whole: on the Hub, with safetensors"),
+        "org/whole": ("ok", "org/whole is on the Hub, with safetensors"),
         "org/pickled": ("error", "org/pickled has no safetensors on the Hub"),
         "org/away": ("warning", "org/away: the Hub could not be asked (OSError); a copy in the cache may do"),
         "./nowhere": ("error", "./nowhere: no such folder"),
@@ -165,12 +165,12 @@ def test_models_against_the_memory_of_the_gpus(tmp_path, monkeypatch):
         return said(settings(tmp_path, policy, bf16, *more), tmp_path, "gpu memory")
 
     full = memory("placement={generator: [0], trainer: [1]}")
-    assert full == ("error", "GPU 1 has 80.0 GiB, and is to hold at least trainer 149.0 GiB")
+    assert full == ("error", "GPU 1 has 80.0 GiB, and has to hold at least trainer 149.0 GiB")
     four = (f"train.accelerate={ROOT / 'configs' / 'accelerate' / 'fsdp2-4.yaml'}", "train.micro_batch_pairs=4")
     turns = ("placement={colocated: true}", "generate.engine.gpu_memory_utilization=0.9")
     assert memory(*four, *turns) is None
     apart = memory(*four, "generate.engine.gpu_memory_utilization=0.9")
-    assert apart == ("error", "GPU 0 has 80.0 GiB, and is to hold at least engine 72.0 + trainer 37.3 GiB")
+    assert apart == ("error", "GPU 0 has 80.0 GiB, and has to hold at least engine 72.0 + trainer 37.3 GiB")
     lora = "train.lora={r: 8, alpha: 16}"
     assert (
         memory(lora, "placement={generator: [0], trainer: [0]}", "generate.engine.gpu_memory_utilization=0.6") is None
@@ -201,7 +201,7 @@ def test_prompt_files_are_read_and_split_as_the_import_does(tmp_path):
     assert said(config, tmp_path, "prompts.per_round")[0] == "warning"
     (tmp_path / "heldout.jsonl").write_text("".join(f'{{"prompt": "heldout {i}"}}\n' for i in range(100)))
     level, text = said(config, tmp_path, "evaluate.prompts")
-    assert level == "warning" and text.startswith("384, but there are ") and "less power" in text
+    assert level == "warning" and text.startswith("384 prompts are asked for, but there are ") and "less power" in text
     (tmp_path / "train.jsonl").write_text("")
     assert said(config, tmp_path, "prompts") == (
         "error",
@@ -217,18 +217,18 @@ def test_a_token_is_needed_where_others_can_reach_the_page(tmp_path, monkeypatch
     level, text = said(config, tmp_path, "token")
     assert level == "error" and "there is no token" in text and "SELFPLAY_TOKEN" in text
     monkeypatch.setenv("SELFPLAY_TOKEN", "0123456789abcdef")
-    assert said(config, tmp_path, "token") == ("ok", "API and page ask for it")
+    assert said(config, tmp_path, "token") == ("ok", "the API and the page ask for it")
 
 
 def test_the_run_folder_is_that_of_this_run_and_free(tmp_path):
     run_dir = tmp_path / "run"
     config = settings(tmp_path, model(tmp_path / "policy"))
-    assert said(config, tmp_path, "run folder") == ("ok", f"{run_dir}: new")
+    assert said(config, tmp_path, "run folder") == ("ok", f"{run_dir} is new")
     (run_dir / "pool").mkdir(parents=True)
     store = Store(run_dir)
     store.open_run("tiny", config.fixed())
     store.close()
-    assert said(config, tmp_path, "run folder") == ("ok", f"{run_dir}: of this run, and free")
+    assert said(config, tmp_path, "run folder") == ("ok", f"{run_dir} belongs to this run, and nobody works in it")
     with RunLock(run_dir):
         level, text = said(config, tmp_path, "run folder")
     assert level == "warning" and "is in use by process" in text
@@ -312,7 +312,7 @@ def test_models_are_built_without_memory_and_compared_with_their_files(mini_worl
     found = {f.about: (f.level, f.text) for f in loads(config)}
     level, text = found["policy.model loads"]
     assert level == "error" and text.startswith("its files lack 9 tensors of the model") and ".layers." in text
-    assert found["reward.model loads"] == ("ok", "names and shapes fit, a chat is rendered")
+    assert found["reward.model loads"] == ("ok", "its files fit its config, and its chat template works")
 
 
 def test_what_retention_keeps_counts_for_the_disk(tmp_path):

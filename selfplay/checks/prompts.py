@@ -1,0 +1,48 @@
+"""Looks at the files of prompts: they are read and split as the import will do it, and counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from selfplay.checks.finding import Finding
+from selfplay.config import Config
+from selfplay.prompts import importer
+
+FILES = (".jsonl", ".json", ".parquet")
+
+
+def files(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether there are as many prompts as a round and the gate ask for.
+
+    How long a prompt is, only the policy's tokenizer can tell, at the import.
+    """
+    settings, evaluation = config.prompts, config.evaluate
+    for key, source in (("prompts.source", settings.source), ("prompts.heldout", settings.heldout)):
+        if source is None or Path(source).is_file():
+            continue
+        if Path(source).suffix in FILES or source.startswith((".", "/")):
+            yield Finding.error(key, f"{source}: no such file")
+        else:
+            yield Finding.ok(key, f"{source} is taken for a Hub dataset, which is loaded when the run starts")
+    if not all(Path(source).is_file() for source in (settings.source, settings.heldout) if source is not None):
+        return
+    pool, counts = importer.build_pool(config, lambda messages: [])
+    splits = Counter[str](prompt.split for prompt in pool)
+    said = f"{splits['train']:,} to train on, {splits['heldout']:,} held out, {splits['audit']:,} in the audit set"
+    if counts:
+        said += f"; set aside: {', '.join(f'{n} × {why}' for why, n in counts.items())}"
+    said += "; prompts longer than prompts.max_tokens will be left out too"
+    bad = counts.keys() - {"duplicate", "also held out"}
+    yield Finding.warning("prompts", said) if bad else Finding.ok("prompts", said)
+    asked = [
+        ("train", "prompts.per_round", settings.per_round, "every round draws them all"),
+        ("heldout", "evaluate.prompts", evaluation.prompts, "the gate decides on fewer, with less power"),
+    ]
+    if evaluation.audit_every:
+        asked.append(("audit", "evaluate.audit_prompts", evaluation.audit_prompts, "the audit has fewer"))
+    for split, key, wanted, then in asked:
+        if splits[split] < wanted:
+            text = f"{wanted:,} prompts are asked for, but there are {splits[split]:,}: {then}"
+            yield Finding.warning(key, text)
