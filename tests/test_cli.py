@@ -267,7 +267,8 @@ def test_check_of_schedule_tracker_and_functions(mini_world, tmp_path):
         and text.endswith("03:30 JST")
         and text.startswith("cron: a service that started now would begin its first round at 2")
     )
-    assert finding(settings, "evaluate.gold", tmp_path) == ("ok", "selfplay.worlds.tiny:grade can be imported")
+    level, text = finding(settings, "evaluate.gold", tmp_path)
+    assert level == "ok" and text.startswith("selfplay.worlds.tiny:grade gives concise, content, format, tone, total; ")
     settings = configuration.load(
         TINY,
         [
