@@ -1,4 +1,4 @@
-.PHONY: demo test lint mini setup browser clean
+.PHONY: demo test lint docs mini setup browser clean
 
 PY := .venv/bin/python
 # Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
@@ -18,6 +18,10 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# The reference of the settings is made from the schema; a test fails while it is out of date.
+docs: setup
+	$(PY) -m selfplay.config.document > docs/configuration.md
 
 mini: setup
 	$(PY) scripts/make_tiny.py --size mini --out .cache/tiny-mini
