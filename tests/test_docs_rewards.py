@@ -1,4 +1,4 @@
-"""The examples of docs/rewards.md and docs/rewards_selfplay.md are executed."""
+"""The examples of docs/rewards.md and docs/rewards-in-a-round.md are executed."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from selfplay.config import GuardConfig, Limits, RewardConfig, load
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
-SELFPLAY = (ROOT / "docs" / "rewards_selfplay.md").read_text(encoding="utf-8")
+SELFPLAY = (ROOT / "docs" / "rewards-in-a-round.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```\w+ (.+)\n((?:.|\n)*?)^```$", TEXT, re.MULTILINE))
 
 
