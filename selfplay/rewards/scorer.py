@@ -19,7 +19,7 @@ from selfplay.config import EnsembleConfig, RewardSource
 from selfplay.errors import GuardError, Interrupted, RewardError
 from selfplay.methods import ensemble
 from selfplay.rewards.cache import ScoreCache, key
-from selfplay.rewards.score import RewardService
+from selfplay.rewards.service import RewardService
 from selfplay.storage import folders
 from selfplay.types import Message
 

@@ -13,7 +13,7 @@ from test_reward_judge import saying
 
 from selfplay.config import RewardConfig, RewardSource
 from selfplay.errors import InputError
-from selfplay.rewards.score import RewardService
+from selfplay.rewards.service import RewardService
 
 ITEMS: list[Any] = [([{"role": "user", "content": "Where?"}], text) for text in ("Paris.", "It is Rome.")]
 

@@ -16,8 +16,8 @@ from test_reward_client import fake, send
 from selfplay.config import EnsembleConfig, RewardSource
 from selfplay.errors import GuardError, Interrupted, RewardError
 from selfplay.rewards.cache import ScoreCache
-from selfplay.rewards.score import RewardService
 from selfplay.rewards.scorer import Scorer
+from selfplay.rewards.service import RewardService
 from selfplay.storage import folders
 
 ITEMS = [conversation(i, 3 + i % 5) for i in range(12)]

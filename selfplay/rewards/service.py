@@ -1,0 +1,216 @@
+"""A reward service as a run uses it: servers at a URL, or a server of ours that is kept alive while it is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from reward.client import RewardClient, RewardRefused, RewardUnavailable
+from reward.dialects import Scored as Given
+from selfplay.config import RewardSource
+from selfplay.errors import InputError, Interrupted, RewardError
+from selfplay.processes.child import PATIENT, Child, ChildDied
+from selfplay.processes.logs import last_line
+from selfplay.types import Message
+
+Answer = TypeVar("Answer")
+RESTARTS = 3  # of a reward server that dies within one call
+
+
+class RewardService:
+    """Rewards for (messages, response) items: from `config.url`, or from a server that runs as a child of ours.
+
+    A child that dies while it is asked is started again at the same address; the client's retries bridge the gap.
+    """
+
+    def __init__(
+        self,
+        config: RewardSource,
+        run_dir: Path,
+        *,
+        name: str = "reward",
+        gpus: Sequence[int] | None = None,
+        on_event: Callable[[str, str], None],
+    ) -> None:
+        self._config, self._run_dir, self.name, self._on_event = config, run_dir, name, on_event
+        self._gpus = gpus
+        gpu_env = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        self._env = {"OMP_NUM_THREADS": "1", **gpu_env}
+        self.log = run_dir / "logs" / f"{name}.log"
+        self._child: Child | None = None
+        self._starting: Child | None = None  # the same while `_watch` waits until it serves
+        self._port = 0  # any free one at first; kept for restarts
+        self._client: RewardClient | None = None
+
+    def start(self) -> None:
+        """Start the server, if it is ours; returns at once."""
+        if self._config.url or self._child is not None:
+            return
+        argv = [sys.executable, "-m", "reward.server", *self._served(), "--port", str(self._port)]
+        child = Child(self.name, argv, run_dir=self._run_dir, log=self.log, env=self._env, silence=PATIENT)
+        child.start()
+        self._child = child
+
+    def _served(self) -> list[str]:
+        """What the child serves, as options of reward.server."""
+        config = self._config
+        if config.rules:
+            return ["--rules", json.dumps([rule.model_dump(mode="json") for rule in config.rules])]
+        if config.chat_judge:
+            return ["--judge", config.chat_judge.model_dump_json()]
+        assert config.model is not None
+        several = config.device == "auto" and len(self._gpus or ()) > 1
+        argv = ["--model", config.model, "--dtype", config.dtype, "--device", "all" if several else config.device]
+        for name, weight in config.heads.items():
+            argv += ["--head", f"{name}={weight!r}"]
+        return argv + ["--trust-remote-code"] * config.trust_remote_code
+
+    def stop(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
+
+    def score(
+        self,
+        items: Sequence[tuple[list[Message], str]],
+        on_progress: Callable[[int], None] | None = None,
+        on_scored: Callable[[Sequence[Given]], None] | None = None,
+        known: Container[int] = (),
+    ) -> list[float | None]:
+        """One finite number for each item, or None where the item itself cannot be scored.
+
+        `on_scored` gets the answers of each request when they come, with places in `items`. Items at places in `known`
+        are not asked, and get None. Raises RewardError when the reward stays down, InputError when the server refuses the
+        model or the request.
+        """
+        return self._ask(lambda client: client.score(items, on_progress=on_progress, on_scored=on_scored, known=known))
+
+    @property
+    def identity(self) -> str:
+        """What scores: SHA-256 of weights and template, and the precision, as the server says. Where it does not say, the
+        name in the configuration in place of both, behind a «/»; «» without one."""
+        health = self._ask(lambda client: client.health())
+        if health.weights_sha256:
+            return f"{health.weights_sha256}/{health.template_sha256}/{health.dtype}"
+        if health.kind == "judge":  # one that compares answers: a name makes none of its scores one of an answer alone
+            return ""
+        return f"/{health.template_sha256}/{self._config.identity}" if self._config.identity else ""
+
+    @property
+    def compares(self) -> bool:
+        """Whether a server that does not say which weights it has may compare the items of a request."""
+        return self._config.dialect == "selfplay"
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why items of the last call have no score."""
+        return self._client.reasons if self._client is not None else Counter[str]()
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The weights that the last scores were said to come from; empty where the server does not say."""
+        return self._client.weights if self._client is not None else frozenset()
+
+    def _ask(self, call: Callable[[RewardClient], Answer]) -> Answer:
+        """Do `call` with a server that is kept alive meanwhile."""
+        client = self._ready()
+        done, unavailable = threading.Event(), False
+        watch = threading.Thread(target=self._watch, args=(done,), name=f"{self.name}-watch", daemon=True)
+        if self._child is not None:
+            watch.start()
+        try:
+            return call(client)
+        except RewardRefused as error:
+            raise InputError(f"the {self.name} server refuses: {error}", self._hint()) from error
+        except RewardUnavailable as error:
+            unavailable = True
+            raise RewardError(f"the {self.name} is unavailable: {error}", self._hint()) from error
+        finally:
+            done.set()
+            while watch.is_alive():  # it may wait for a server that takes its time to start, and nobody else does
+                if (starting := self._starting) is not None:
+                    starting.cut()
+                watch.join(0.2)
+            if unavailable and self._child is not None:
+                self._child.stop(grace=0)  # it may hang: the next call starts another one
+
+    def _ready(self) -> RewardClient:
+        """The client of a server that serves; one of ours is started where there is none."""
+        if self._child is not None and not self._child.alive:
+            self._on_event("reward_restart", f"the {self.name} server died; starting it again")
+            self._child.stop()
+            self._child = None
+        url = self._config.url
+        if not url and (self._child is None or self._client is None):
+            self.start()
+            url = [self._wait_until_it_serves()]
+        if self._client is None:
+            key = self._config.api_key_env
+            if key and not os.environ.get(key):
+                raise InputError(f"the key for the {self.name} is to be in ${key}, which is not set", "export it")
+            try:
+                self._client = RewardClient(
+                    url,
+                    dialect=self._config.dialect,
+                    tokenizer=self._config.tokenizer,
+                    model=self._config.served_model,
+                    api_key=os.environ[key] if key else None,
+                    batch_size=self._config.batch,
+                    concurrency=self._config.concurrency,
+                    timeout=self._config.timeout,
+                    deadline=self._config.deadline,
+                )
+            except ValueError as error:
+                raise InputError(f"the {self.name} cannot be asked: {error}", "correct the configuration") from error
+        return self._client
+
+    def _wait_until_it_serves(self) -> str:
+        assert self._child is not None
+        try:
+            url = str(self._child.wait_for("ready")["url"])
+        except ChildDied as error:
+            self._child = None
+            message = f"the {self.name} server for {self._config.model or 'rules or a judge'} did not start: {last_line(self.log)}"
+            failure = InputError if re.search(r"exit code 2\b", str(error)) else RewardError
+            raise failure(message, self._hint()) from error
+        self._port = int(url.rpartition(":")[2])
+        return url
+
+    def _watch(self, done: threading.Event) -> None:
+        """Start a dead server again while somebody waits for its answers; gives up after RESTARTS times."""
+        for _ in range(RESTARTS):
+            while self._child is None or self._child.alive:
+                if done.wait(0.2):
+                    return
+            if done.is_set():
+                return
+            self._on_event("reward_restart", f"the {self.name} server died; starting it again")
+            self._child.stop()
+            self._child = None
+            try:
+                self.start()
+                self._starting = self._child
+                self._wait_until_it_serves()
+            except Interrupted:
+                return
+            except (InputError, RewardError) as error:
+                if not done.is_set():
+                    self._on_event("warning", str(error))
+                return
+            finally:
+                self._starting = None
+
+    def _hint(self) -> str:
+        if self._config.url:
+            return f"see that {', '.join(self._config.url)} answers, then run the same command again"
+        return f"see {self.log}, then run the same command again"
