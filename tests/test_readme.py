@@ -1,16 +1,84 @@
-import fnmatch
+"""README and documents name what is there: packages, commands, documents, files."""
+
 import re
+from pathlib import Path
 
+import pytest
 from mini import ROOT
+from typer.main import get_command
+
+from selfplay import cli
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PLANNED = {"docs/architecture.md", "make quick"}  # named by the documents, and not there yet
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
 
 
-def test_the_file_list_names_every_module_and_script_and_nothing_else() -> None:
-    files = (ROOT / "README.md").read_text().partition("## Files")[2].partition("\n## ")[0]
-    named = set(re.findall(r"[\w*]+\.(?:py|sh|md)", files)) | {
-        f"{stem}.py" for stem in re.findall(r"(\w+\*)(?=[\s.])", files)
+def anchor(title: str) -> str:
+    """What a heading is linked by: lower case, punctuation gone, a dash for each space."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def test_the_layout_names_every_package_and_nothing_else() -> None:
+    layout = README.partition("## Layout")[2].partition("\n## ")[0].partition("reward/")[0]
+    named = set(re.findall(r"[a-z]+", "\n".join(line[:62] for line in layout.splitlines()))) - {"selfplay"}
+    there = {path.name for path in (ROOT / "selfplay").iterdir() if (path / "__init__.py").is_file()}
+    assert named == there | {"errors", "types", "cli"}
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_index_has_every_document() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    there = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert there <= set(re.findall(r"\]\(([\w.-]+\.md)\)", index))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        file, _, title = link.partition("#")
+        target = document.parent / file if file else document
+        if str(target.resolve().relative_to(ROOT)) in PLANNED:
+            continue
+        assert target.exists(), link
+        if title:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert title in {anchor(heading) for heading in headings}, link
+
+
+def test_modules_and_files_that_are_named_exist() -> None:
+    for document in DOCUMENTS:
+        if document.name == "CHANGELOG.md":  # it names what is gone
+            continue
+        text = document.read_text(encoding="utf-8")
+        for path in re.findall(r"(?<![\w/])(?:selfplay|reward|scripts|configs|tests)/[\w/.-]+\.(?:py|yaml|sh)\b", text):
+            assert (ROOT / path).is_file(), (document.name, path)
+        for module in re.findall(r"`(selfplay(?:\.\w+)+)`", text):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or path.is_dir(), (document.name, module)
+
+
+def test_commands_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    known = {f"make {target}" for target in targets} | PLANNED
+    known |= {f"selfplay {command}" for command in get_command(cli.app).commands}  # type: ignore[attr-defined]
+    named = {
+        (document.name, command)
+        for document in DOCUMENTS
+        for command in re.findall(
+            r"(?:^    |`|PYTHON=\S+ )(make [a-z]+|selfplay [a-z][a-z-]*)",
+            document.read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
     }
-    there = {path.name for folder, kinds in (("selfplay", ("py",)), ("scripts", ("py", "sh")), ("docs", ("md",)))
-             for kind in kinds for path in (ROOT / folder).glob(f"*.{kind}")} - {"__init__.py"}  # fmt: skip
-    assert {name for name in there if not any(fnmatch.fnmatch(name, pattern) for pattern in named)} == set()
-    known = there | {path.name for path in (ROOT / "reward").glob("*.py")}
-    assert {pattern for pattern in named if not fnmatch.filter(known, pattern)} == set()
+    assert len(named) > 20
+    assert {(document, command) for document, command in named if command not in known} == set()
