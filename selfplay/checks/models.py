@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.processes.protocol import quick_imports
@@ -82,13 +80,12 @@ def _lacks(model: Path) -> str | None:
 
 def _on_the_hub(key: str, model: str) -> Finding:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     if model.count("/") != 1 or model.startswith((".", "/")):
         return Finding.error(key, f"{model}: no such folder")
     try:
         files = [s.rfilename for s in HfApi().model_info(model, timeout=10).siblings or []]
-    except (HfHubHTTPError, OSError, httpx.HTTPError) as error:
+    except Exception as error:  # its errors of network, authorisation and naming have no common base
         reason = type(error).__name__
         return Finding.warning(key, f"{model}: the Hub could not be asked ({reason}); a copy in the cache may do")
     if not any(name.endswith(".safetensors") for name in files):

@@ -124,6 +124,8 @@ def test_models_on_the_hub(tmp_path, monkeypatch):
         def model_info(self, name, timeout):
             if name == "org/away":
                 raise OSError("no network")
+            if name == "org/unreachable":
+                raise huggingface_hub.errors.HTTPError("of the HTTP client that the library uses")
             files = ["config.json", "model.safetensors" if name == "org/whole" else "pytorch_model.bin"]
             return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
 
@@ -132,6 +134,10 @@ def test_models_on_the_hub(tmp_path, monkeypatch):
         "org/whole": ("ok", "org/whole is on the Hub, with safetensors"),
         "org/pickled": ("error", "org/pickled has no safetensors on the Hub"),
         "org/away": ("warning", "org/away: the Hub could not be asked (OSError); a copy in the cache may do"),
+        "org/unreachable": (
+            "warning",
+            "org/unreachable: the Hub could not be asked (HTTPError); a copy in the cache may do",
+        ),
         "./nowhere": ("error", "./nowhere: no such folder"),
     }
     for name, finding in expected.items():
