@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Self-play alignment: rounds of sampling, scoring, selection, ε-DPO and a verified swap.",
+    help="Keeps aligning a language model by self-play. Start with `init`, then `check`, then `round` or `serve`.",
 )  # fmt: skip
 
-Config = Annotated[Path, typer.Option("--config", "-c", help="YAML file.")]
-Set = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Override a value; may be repeated.")]
-RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Run folder (default: <run.dir>/<run.name> of the config).")
+Config = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="Configuration, a YAML file.")]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="A.B=C", help="Use this value instead of the configuration's; may be repeated."),
 ]
-Version = Annotated[int, typer.Argument(min=0, help="Number of a policy.")]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir", metavar="FOLDER", help="Run folder; by default <run.dir>/<run.name> of the configuration."
+    ),
+]
+Version = Annotated[int, typer.Argument(metavar="N", min=0, help="Number of a policy.")]
 TINY = Path("configs/tiny.yaml")
 
 
@@ -31,35 +37,39 @@ def main() -> None:
     from selfplay.errors import SelfplayError
 
     try:
-        app()
+        app(prog_name="selfplay")
     except SelfplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"what to do: {error.hint}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.hint, error.exit_code)
+    except OSError as error:
+        _fail(str(error), "see whether the file is there, and whether you may read and write it")
     except Exception as error:
         from selfplay.storage.ledger import LedgerError  # not before: it takes a third of a second
 
         if not isinstance(error, LedgerError):
             raise
-        print(f"error: the ledger does not answer: {error.orig}", file=sys.stderr)
-        print(
-            "what to do: end what else works on it (a backup, a database shell), or restore one that is damaged",
-            file=sys.stderr,
-        )
-        sys.exit(3)
+        hint = "end what else works on it (a backup, a database shell), or restore it from a backup if it is damaged"
+        _fail(f"the ledger does not answer: {error.orig}", hint)
+
+
+def _fail(error: str, hint: str, code: int = 3) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    if hint:
+        print(f"what to do: {hint}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _folder(config: Path, sets: list[str], run_dir: Path | None) -> Path:
-    """The run folder that a command means. Raises InputError where no run was started there."""
+    """The run folder that a command is about. Raises InputError where no run was started there."""
     from selfplay.config import load
     from selfplay.errors import InputError
 
     folder = run_dir or load(config, sets).run_dir
     if not (folder / "ledger.sqlite").is_file():
+        why = "it has no ledger.sqlite" if folder.exists() else "it does not exist"
         raise InputError(
-            f"{folder} is no run folder: nothing was started there",
-            "name another one (--config, --run-dir), or start it with `selfplay round` or `selfplay serve`",
+            f"{folder} is no run folder: {why}",
+            "name the folder of a run with --run-dir, or its configuration with --config; `selfplay round` and "
+            "`selfplay serve` start a run",
         )
     return folder
 
@@ -72,18 +82,18 @@ def _store(config: Path, sets: list[str], run_dir: Path | None) -> Store:
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")],
-    model: Annotated[str, typer.Option(help="Policy: folder or Hub id of an instruct model.")],
-    reward: Annotated[str, typer.Option(help="Reward model (folder or Hub id) or the URL of a reward server.")],
-    prompts: Annotated[str, typer.Option(help="JSONL or Parquet file, or Hub dataset id.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to write.")],
+    model: Annotated[str, typer.Option(help="The model to align: folder or Hub id of an instruct model.")],
+    reward: Annotated[str, typer.Option(help="Reward model, a folder or Hub id; or the URL of a reward server.")],
+    prompts: Annotated[str, typer.Option(help="Prompts: a JSONL or Parquet file, or the id of a Hub dataset.")],
 ) -> None:
-    """Write a configuration to start from."""
+    """Write a configuration for your model, reward and prompts."""
     from selfplay.config import load
     from selfplay.config.starter import starter
     from selfplay.errors import ConfigError, InputError
 
     if path.exists():
-        raise InputError(f"{path} is there already", "name another file")
+        raise InputError(f"{path} exists already, and nothing is written over it", "name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
     path.write_text(starter(name, model, reward, prompts), encoding="utf-8")
@@ -98,9 +108,9 @@ def init(
 @app.command()
 def check(
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006  typer wants a list
-    test_webhook: Annotated[bool, typer.Option("--test-webhook", help="Post an alert that says it is a test.")] = False,
+    test_webhook: Annotated[bool, typer.Option("--test-webhook", help="Also post a test alert to the webhook.")] = False,
 ) -> None:  # fmt: skip
-    """Would it run here? And the plan of a round."""
+    """See whether it would run here, and what a round would do."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -135,10 +145,10 @@ def check(
 @app.command("round")
 def round_(
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
-    rounds: Annotated[int | None, typer.Option(help="Rounds the folder has at the end (default: one more).")] = None,
-    report: Annotated[bool, typer.Option(help="Write report.html and report.png at the end.")] = False,
+    rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds that the run has at the end; by default one more than now.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html and report.png at the end.")] = False,
 ) -> None:  # fmt: skip
-    """Run one round (or up to --rounds), an unfinished one first."""
+    """Run one round, or finish one that was interrupted."""
     from selfplay.rounds.command import leave, run_rounds
 
     leave(run_rounds(config, set_, run_dir, rounds, report))
@@ -146,7 +156,7 @@ def round_(
 
 @app.command()
 def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """Run rounds on schedule, with API and page, until told to stop."""
+    """Run rounds on a schedule, with a page and an API."""
     from selfplay.rounds.command import leave
     from selfplay.service.serve import serve
 
@@ -155,7 +165,7 @@ def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
 
 @app.command()
 def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """What the service does now."""
+    """Say what the service does now."""
     from selfplay.storage import paging
     from selfplay.storage.policies import Policies
 
@@ -193,7 +203,7 @@ def _serves(pid: int | None) -> bool:
 
 @app.command()
 def rounds(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """One line a round."""
+    """List the rounds, one line each."""
     from selfplay.reporting.terminal import Display
 
     store = _store(config, set_, run_dir)
@@ -206,7 +216,7 @@ def show(
     round_: Annotated[int, typer.Argument(metavar="N", min=1, help="Number of a finished round.")],
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
-    """The table of one round, and what happened in it."""
+    """Show one round: its figures, and what happened in it."""
     from selfplay.errors import InputError
     from selfplay.reporting.terminal import Display
     from selfplay.rounds.round import report
@@ -226,14 +236,17 @@ def show(
 
 
 def _order(kind: str, arguments: dict[str, Any], config: Path, sets: list[str], run_dir: Path | None) -> None:
-    """Leave an order in the ledger, and say what became of it if a service is there to obey."""
+    """Leave one order in the ledger, as `_orders` does."""
     _orders([(kind, arguments)], config, sets, run_dir)
 
 
 def _orders(
     given: list[tuple[str, dict[str, Any]]], config: Path, sets: list[str], run_dir: Path | None
 ) -> None:  # fmt: skip
-    """The same with several orders; exit code 2 where one is refused."""
+    """Leave orders in the ledger. Where a service runs, wait for it and print what became of them.
+
+    Ends with exit code 2 where one is refused.
+    """
     import time
 
     from selfplay.service.orders import submit
@@ -252,23 +265,23 @@ def _orders(
         refused |= row["state"] != "done"
     store.close()
     for number in waiting:
-        print(f"order {number} waits: the service obeys it when it runs, and between rounds where it has to")
+        print(f"order {number} waits: a running service carries it out, some orders only between two rounds")
     if refused:
         raise typer.Exit(2)
 
 
 @app.command()
 def pause(
-    after: Annotated[str, typer.Option(help="stage or round.")] = "round",
+    after: Annotated[str, typer.Option(metavar="WHAT", help="`stage` or `round`: what is finished first.")] = "round",
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
-    """Pause the service after the stage or the round."""
+    """Pause the service when the round, or the stage, is finished."""
     _order("pause", {"after": after}, config, set_, run_dir)
 
 
 @app.command()
 def resume(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """End a pause."""
+    """End a pause of the service."""
     _order("resume", {}, config, set_, run_dir)
 
 
@@ -280,32 +293,34 @@ def run_now(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> No
 
 @app.command()
 def cancel(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """Give up the open round; the current policy stays."""
+    """Give up the unfinished round; the current policy stays."""
     _order("cancel", {}, config, set_, run_dir)
 
 
 @app.command()
 def rollback(version: Version, config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """Make an earlier policy the current one (the swap is verified)."""
+    """Make an earlier policy the current one."""
     _order("rollback", {"version": version}, config, set_, run_dir)
 
 
 @app.command()
 def pin(
     version: Version,
-    off: Annotated[bool, typer.Option("--off", help="No longer keep it.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="End this: retention decides about it again.")] = False,
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
-    """Keep the weights of a policy whatever retention says."""
+    """Keep the weights of a policy, whatever `retention` says."""
     _order("pin", {"version": version, "pinned": not off}, config, set_, run_dir)
 
 
 @app.command("add-prompts")
 def add_prompts(
-    file: Annotated[Path, typer.Argument(help="JSONL or Parquet, like prompts.source.", exists=True)],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSONL or Parquet, like prompts.source.", exists=True, dir_okay=False)
+    ],
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
-    """Let prompts join the pool of the next rounds."""
+    """Add prompts of a file to those that later rounds draw from."""
     from collections import Counter
 
     from selfplay.errors import InputError
@@ -332,13 +347,13 @@ def add_prompts(
 
 @app.command()
 def reload(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """Have the service read its configuration file anew."""
+    """Let the service read its configuration file again."""
     _order("reload", {}, config, set_, run_dir)
 
 
 @app.command()
 def report(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """Write report.html and report.png."""
+    """Write report.html and report.png into the run folder."""
     from selfplay.reporting.report import main as write
 
     raise typer.Exit(write([str(_folder(config, set_, run_dir))]))
@@ -346,28 +361,30 @@ def report(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
 
 @app.command()
 def export(
-    what: Annotated[str, typer.Argument(help="pairs or policy.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    version: Annotated[int | None, typer.Option(min=0, help="Policy to export (default: the current one).")] = None,
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="`pairs` or `policy`.")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
+    version: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Policy to export; by default the current one.")
+    ] = None,
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
-    """Write pairs as a TRL dataset, or a policy as a model folder.
+    """Write pairs as a dataset for TRL, or a policy as a model.
 
-    Each with a card that says where it comes from. Nothing that is there already is written over.
+    The folder gets a card that says where its content comes from. Nothing that exists already is written over.
     """
     from selfplay.errors import InputError
     from selfplay.reporting.export import export_pairs, export_policy
     from selfplay.storage.policies import Policies
 
     if what not in ("pairs", "policy"):
-        raise InputError(f"cannot export {what!r}", "pairs or policy")
+        raise InputError(f"cannot export {what!r}", "export `pairs`, or a `policy`")
     folder = _folder(config, set_, run_dir)
     if what == "pairs":
         print(f"{export_pairs(folder, out)} pairs in {out}")
         return
     chosen = version if version is not None else Policies(folder).current
     if chosen is None:
-        raise InputError(f"{folder} has no policy yet", "it comes with the import at the first start")
+        raise InputError(f"{folder} has no policy yet", "the first round imports one")
     export_policy(folder, chosen, out)
     print(f"policy {chosen} in {out}")
 

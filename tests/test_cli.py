@@ -1,10 +1,11 @@
-"""The command line as a new user types it, on a run of two rounds."""
+"""The command line as a new user types it: in empty folders, on an empty ledger, and on a run of two rounds."""
 
 import json
 import resource
 import sqlite3
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,14 +18,18 @@ from selfplay import cli
 from selfplay import config as configuration
 from selfplay.checks.check import check
 from selfplay.checks.plan import plan
-from selfplay.errors import InputError
+from selfplay.errors import ConfigError, InputError
 from selfplay.reporting import report
 from selfplay.service.orders import MAX_PROMPTS
 from selfplay.storage import ledger as store
 from selfplay.storage import policies
 from selfplay.storage.ledger import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+on_a_run = pytest.mark.slow  # or on the mini world: both may have to be made first
+FOLDERS = [
+    "status", "rounds", "show 1", "pause", "resume", "run-now", "cancel", "rollback 0", "pin 0", "reload", "report",
+    "export pairs out", "export policy out", "add-prompts more.jsonl",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,7 @@ def test_help_is_quick_and_names_every_command():
         assert f" {heavy}\n" not in loaded.stderr
 
 
+@on_a_run
 def test_what_a_run_says_of_itself(run_dir):
     at = ("--run-dir", run_dir)
     code, out, _ = selfplay("status", *at)
@@ -70,9 +76,51 @@ def test_what_a_run_says_of_itself(run_dir):
     code, _, errors = selfplay("show", 7, *at)
     assert code == 2 and "there is no round 7" in errors and "finished: 1 to 2" in errors
     code, _, errors = selfplay("status", "--run-dir", run_dir / "nothing")
-    assert code == 2 and "is no run folder" in errors and "what to do:" in errors
+    assert code == 2 and "is no run folder: it does not exist" in errors and "what to do:" in errors
 
 
+@pytest.mark.parametrize("command", FOLDERS)
+def test_a_folder_that_is_none_of_a_run_is_named_with_what_to_do(command, tmp_path, monkeypatch):
+    (tmp_path / "more.jsonl").write_text('{"prompt": "one"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^\. is no run folder: it has no ledger.sqlite$") as error:
+        CliRunner().invoke(cli.app, [*command.split(), "--run-dir", "."], catch_exceptions=False)
+    assert "--run-dir" in error.value.hint and "selfplay round" in error.value.hint
+    with pytest.raises(ConfigError, match="^configs/tiny.yaml: no such file$") as missing:
+        CliRunner().invoke(cli.app, command.split(), catch_exceptions=False)
+    assert "--config" in missing.value.hint and "selfplay init" in missing.value.hint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["more.jsonl"]
+
+
+def test_every_command_that_takes_a_run_folder_is_tried_on_one_that_is_none():
+    takes = {
+        c.name or c.callback.__name__
+        for c in cli.app.registered_commands
+        if "run_dir" in signature(c.callback).parameters
+    }
+    assert takes - {"check", "round", "serve"} == {command.split()[0] for command in FOLDERS}
+
+
+def test_a_run_before_its_first_round_has_nothing_to_show(bare):
+    at = ["--run-dir", str(bare.path.parent)]
+    done = CliRunner().invoke(cli.app, ["status", *at])
+    assert done.exit_code == 0 and "never served" in done.output and "policy   0 serves" in done.output
+    assert CliRunner().invoke(cli.app, ["rounds", *at]).exit_code == 0
+    with pytest.raises(InputError, match="there is no round 1") as error:
+        CliRunner().invoke(cli.app, ["show", "1", *at], catch_exceptions=False)
+    assert error.value.hint == "none is finished yet"
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_two_lines(monkeypatch, capsys):
+    words = ["init", "/proc/nothing/my.yaml", "--model", "m", "--reward", "r", "--prompts", "p"]
+    monkeypatch.setattr(sys, "argv", ["selfplay", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 3 and len(said) == 2 and "/proc/nothing" in said[0]
+
+
+@on_a_run
 def test_orders_wait_in_the_ledger_for_a_service(run_dir):
     code, out, _ = selfplay("pause", "--after", "stage", "--run-dir", run_dir)
     assert code == 0 and "waits" in out
@@ -154,6 +202,7 @@ def test_the_report_is_written_and_its_exit_code_told(bare, tmp_path, monkeypatc
     assert asked == [[str(tmp_path)]]
 
 
+@on_a_run
 def test_pairs_are_exported_as_a_preference_dataset_of_trl(run_dir, tmp_path):
     code, out, _ = selfplay("export", "pairs", tmp_path / "pairs", "--run-dir", run_dir)
     assert code == 0, out
@@ -183,6 +232,7 @@ def test_pairs_are_exported_as_a_preference_dataset_of_trl(run_dir, tmp_path):
     assert selfplay("export", "pairs", tmp_path / "pairs", "--run-dir", run_dir)[0] == 2  # never over what is there
 
 
+@on_a_run
 def test_a_policy_is_exported_as_a_model_folder(run_dir, tmp_path):
     code, out, _ = selfplay("export", "policy", tmp_path / "model", "--run-dir", run_dir)
     assert code == 0 and "policy 2 in" in out
@@ -222,6 +272,7 @@ def test_a_starting_configuration_is_written_and_valid(tmp_path):
     assert not file.exists()
 
 
+@on_a_run
 def test_check_finds_what_would_fail_and_prints_the_plan(mini_world, tmp_path):
     sets = [word for each in overrides(mini_world) for word in ("--set", each)]
     code, out, _ = selfplay("check", "--config", TINY, "--run-dir", tmp_path / "run", *sets)
@@ -239,6 +290,7 @@ def finding(settings: configuration.Config, about: str, run_dir: Path) -> tuple[
     return next((f.level, f.text) for f in check(settings, run_dir) if f.about == about)
 
 
+@on_a_run
 def test_check_of_models_that_do_not_fit(mini_world, tmp_path):
     settings = configuration.load(TINY, [*overrides(mini_world), "policy.model=/nowhere"])
     assert finding(settings, "policy.model", tmp_path) == ("error", "/nowhere: no such folder")
@@ -256,6 +308,7 @@ def test_check_of_models_that_do_not_fit(mini_world, tmp_path):
         assert finding(settings, "gpu", tmp_path) == ("error", "placement names GPUs, but nvidia-smi is not there")
 
 
+@on_a_run
 def test_check_of_schedule_tracker_and_functions(mini_world, tmp_path):
     settings = configuration.load(
         TINY,

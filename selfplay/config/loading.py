@@ -22,7 +22,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file", "give a YAML file, configs/tiny.yaml for one") from None
+        hint = "name a configuration with --config; `selfplay init` writes one, configs/tiny.yaml is an example"
+        raise ConfigError(f"{path}: no such file", hint) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(data, dict):
@@ -38,7 +39,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override}: not of the form a.b=c")
+        raise ConfigError(f"--set {override}: not of the form a.b=c", "such as --set train.beta=0.1")
     *parents, last = key.split(".")
     for name in parents:
         below = data.setdefault(name, {})
