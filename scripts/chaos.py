@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from selfplay.processes.reaping import marked  # noqa: E402
 from selfplay.storage import paging, tables  # noqa: E402
-from selfplay.storage.ledger import RunLock, Store  # noqa: E402
+from selfplay.storage.ledger import Store  # noqa: E402
+from selfplay.storage.lock import RunLock  # noqa: E402
 
 SETTINGS = [
     "prompts.per_round=32", "generate.candidates=4", "generate.shard_prompts=8", "generate.engine.restarts=50", "pairs.keep=1.0",

@@ -171,19 +171,17 @@ def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
 
     store = _store(config, set_, run_dir)
     service: dict[str, Any] = store.state("service") or {}
-    rounds = store.rounds()
     alive = _serves(service.get("pid"))
     state = service.get("state", "never served") if alive or service.get("state") in (None, "stopped") else "dead"
     print(f"service  {state}" + (f": {service['why']}" if service.get("why") else ""))
     if alive:
         print(f"process  {service['pid']}, in this state since {service['since']}")
-    if rounds:
-        last = rounds[-1]
+    for last in store.last_rounds(1):
         done = ", ".join(store.seconds(last["round"])) or "nothing yet"
         print(f"round    {last['round']} {last['state']} (stages done: {done})")
-    policies = [p for p in store.policies() if p["state"] in ("promoted", "initial")]
     current = Policies(store.path.parent).current or 0
-    print(f"policy   {current} serves; {len(policies)} were promoted or imported")
+    promoted = store.count_rounds().get("promoted", 0)
+    print(f"policy   {current} serves; {promoted} {'round was' if promoted == 1 else 'rounds were'} promoted")
     if trouble := store.state("webhook"):
         print(f"alerts   {trouble}")
     for order in store.pending():
@@ -202,12 +200,15 @@ def _serves(pid: int | None) -> bool:
 
 
 @app.command()
-def rounds(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
-    """List the rounds, one line each."""
+def rounds(
+    last: Annotated[int, typer.Option(min=1, metavar="N", help="How many rounds, the newest.")] = 20,
+    config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
+) -> None:  # fmt: skip
+    """One line a round, for the newest rounds."""
     from selfplay.reporting.terminal import Display
 
     store = _store(config, set_, run_dir)
-    Display().run_table(store)
+    Display().run_table(store, last)
     store.close()
 
 
@@ -222,12 +223,13 @@ def show(
     from selfplay.rounds.round import report
 
     store = _store(config, set_, run_dir)
-    known = {row["round"]: row["state"] for row in store.rounds()}
-    if known.get(round_, "running") == "running":
-        finished = [index for index, state in known.items() if state != "running"]
+    is_open = store.unfinished()
+    finished = store.last_round() if is_open is None else is_open["round"] - 1
+    if round_ > finished:
+        running = is_open is not None and round_ == is_open["round"]
         raise InputError(
-            f"round {round_} is not finished" if round_ in known else f"there is no round {round_}",
-            f"finished: {finished[0]} to {finished[-1]}" if finished else "none is finished yet",
+            f"round {round_} is not finished" if running else f"there is no round {round_}",
+            f"finished: 1 to {finished}" if finished else "none is finished yet",
         )
     Display().round_table(report(store, round_))
     for event in store.events(round_):

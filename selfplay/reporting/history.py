@@ -1,5 +1,6 @@
 """A run as its report shows it: read from the ledger and the artifacts alone."""
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -62,18 +63,8 @@ def read(run_dir: Path) -> Run:
         )
     store = Store(run_dir)
     try:
-        name, rounds = run_dir.resolve().name, []
-        for row in store.rounds():
-            config = store.config(row["round"])
-            name = config.get("run", {}).get("name", name)
-            rounds.append(
-                Round(
-                    index=row["round"], state=row["state"], policy=row["policy"], reasons=row["reasons"],
-                    metrics=store.metrics(row["round"]), seconds=store.seconds(row["round"]),
-                    gate=config.get("evaluate", {}).get("gate", {}),
-                )
-            )  # fmt: skip
-        policies, events = store.policies(), store.events()
+        rounds, policies, events = _rounds(store), store.policies(), store.events()
+        name = store.config(store.last_round()).get("run", {}).get("name", run_dir.resolve().name)
     finally:
         store.close()
     served = [r.policy for r in rounds if r.policy is not None]
@@ -91,6 +82,27 @@ def read(run_dir: Path) -> Run:
         added=[p for p in _rows(folder / "depth" / "pairs.parquet", Pair) if p.kept_because == "depth"],
         prompts={p.prompt_id: p for p in _rows(folder / "prompts" / "prompts.parquet", Prompt)},
     )
+
+
+def _rounds(store: Store) -> list[Round]:
+    """All rounds, in four queries however many there are."""
+    metrics: dict[int, dict[str, float]] = {}
+    for row in store.query("SELECT round, name, value FROM metrics ORDER BY round, name"):
+        metrics.setdefault(row["round"], {})[row["name"]] = row["value"]
+    seconds: dict[int, dict[str, float]] = {}
+    for row in store.query("SELECT round, stage, seconds FROM stages ORDER BY rowid"):
+        seconds.setdefault(row["round"], {})[row["stage"]] = row["seconds"]
+    gates = {
+        row["round"]: (json.loads(row["config"]) or {}).get("evaluate", {}).get("gate", {})
+        for row in store.query("SELECT round, config FROM rounds")
+    }
+    return [
+        Round(
+            index=row["round"], state=row["state"], policy=row["policy"], reasons=row["reasons"],
+            metrics=metrics.get(row["round"], {}), seconds=seconds.get(row["round"], {}), gate=gates[row["round"]],
+        )
+        for row in store.rounds()
+    ]  # fmt: skip
 
 
 def _rows(path: Path, row_type: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from selfplay.errors import Interrupted
+from selfplay.storage import figures, paging
 from selfplay.storage.ledger import Store
 from selfplay.types import RoundReport
 
@@ -85,6 +86,13 @@ class _Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+RUN_TABLE = (
+    "evaluate/reward", "evaluate/reward_champion", "evaluate/win_rate", "evaluate/win_rate_low", "evaluate/win_rate_high",
+    "evaluate/gold_total", "evaluate/gold_total_champion", "evaluate/gold_content", "evaluate/gold_content_champion",
+)  # fmt: skip
+"""Metrics that the table of the rounds shows."""
 
 
 class Display:
@@ -150,17 +158,18 @@ class Display:
             self.console.print(Text(f"\nRound {report.round}", "bold"))
             self.console.print(table)
 
-    def run_table(self, store: Store) -> None:
-        """One line a round for the whole run."""
-        rows = store.rounds()
+    def run_table(self, store: Store, last: int = 20) -> None:
+        """One line a round, for the last rounds of a run."""
+        rows = paging.rounds(store, limit=last)[::-1]
         if not rows:
             self.note("no rounds yet")
             return
+        metrics = figures.metrics(store, RUN_TABLE, rows[0]["round"], rows[-1]["round"])
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         for name in ("round", "verdict", "reward", "win rate", "gold", "content", "s"):
             table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
         for row in rows:
-            m, seconds = store.metrics(row["round"]), store.seconds(row["round"])
+            m = metrics.get(row["round"], {})
             state = "unfinished" if row["state"] == "running" else row["state"]
             rate = number(m.get("evaluate/win_rate"), ".2f")
             if "evaluate/win_rate_low" in m:
@@ -170,11 +179,13 @@ class Display:
                 rate,
                 change(m, "evaluate/gold_total_champion", "evaluate/gold_total", ".2f", "→") or "–",
                 change(m, "evaluate/gold_content_champion", "evaluate/gold_content", ".2f", "→") or "–",
-                f"{sum(seconds.values()):.0f}",
+                f"{row['seconds']:.0f}",
             )
             table.add_row(str(row["round"]), Text(state, STYLES.get(state, "")), *map(self._plain, cells))
         self.console.print(table)
         self.note("reward, gold, content: held-out, champion → candidate; s: seconds of all stages")
+        if (earlier := sum(store.count_rounds().values()) - len(rows)) > 0:
+            self.note(f"{earlier} earlier rounds are not shown (--last N shows the last N)")
 
     # the lines of stages
 

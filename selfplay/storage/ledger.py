@@ -1,4 +1,4 @@
-"""The ledger of a run folder (SQLite through SQLAlchemy), and the lock that makes its holder the only runner.
+"""The ledger of a run folder: SQLite, through SQLAlchemy.
 
 The folders are the truth about what is finished; the ledger tells what happened, in what order, and how it went.
 """
@@ -6,152 +6,56 @@ The folders are the truth about what is finished; the ledger tells what happened
 from __future__ import annotations
 
 import fcntl
-import json
-import os
-import socket
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError as LedgerError
 from sqlalchemy.exc import OperationalError
 
 from selfplay.errors import InputError
-from selfplay.types import Pair
-
-__all__ = ["RESTARTS", "LedgerError", "RunLock", "Store", "now"]
-
-metadata = sa.MetaData()
-
-runs = sa.Table(
-    "runs",
-    metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("created", sa.String, nullable=False),
-    sa.Column("fixed", sa.JSON, nullable=False),  # what cannot change in this folder
+from selfplay.storage.lock import RunLock
+from selfplay.storage.schema import (
+    events,
+    metrics,
+    migrate,
+    orders,
+    pairs,
+    policies,
+    rounds,
+    runs,
+    stages,
+    state,
+    totals,
 )
-rounds = sa.Table(
-    "rounds",
-    metadata,
-    sa.Column("round", sa.Integer, primary_key=True),
-    sa.Column("state", sa.String, nullable=False),  # running | promoted | rejected | skipped | cancelled
-    sa.Column("started", sa.String, nullable=False),
-    sa.Column("ended", sa.String),
-    sa.Column("sampler", sa.Integer, nullable=False),  # policy that samples it
-    sa.Column("policy", sa.Integer),  # policy that serves after it
-    sa.Column("cursor", sa.JSON, nullable=False),  # [epoch, offset] in the prompt pool at its start
-    sa.Column("fingerprint", sa.String, nullable=False),
-    sa.Column("config", sa.JSON, nullable=False),
-    sa.Column("reasons", sa.JSON, nullable=False),
-)
-stages = sa.Table(
-    "stages",
-    metadata,
-    sa.Column("round", sa.Integer, primary_key=True),
-    sa.Column("stage", sa.String, primary_key=True),
-    sa.Column("ended", sa.String, nullable=False),
-    sa.Column("seconds", sa.Float, nullable=False),
-)
-policies = sa.Table(
-    "policies",
-    metadata,
-    sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("round", sa.Integer, nullable=False),
-    sa.Column("parent", sa.Integer),
-    sa.Column("reference", sa.Integer),
-    sa.Column("beta", sa.Float),
-    sa.Column("state", sa.String, nullable=False),  # initial | candidate | promoted | rejected
-    sa.Column("weights", sa.Boolean, nullable=False),  # False once retention deleted them
-    sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
-)
-pairs = sa.Table(
-    "pairs",
-    metadata,
-    sa.Column("round", sa.Integer, primary_key=True),
-    sa.Column("row", sa.Integer, primary_key=True),
-    sa.Column("prompt_id", sa.String, nullable=False, index=True),
-    sa.Column("explicit_margin", sa.Float, nullable=False),
-    sa.Column("implicit_margin", sa.Float),  # NULL: not a number (dropped as nonfinite)
-    sa.Column("potential", sa.Float),
-    sa.Column("kept_because", sa.String),
-    sa.Column("dropped_because", sa.String),
-    sqlite_with_rowid=False,  # a page in the order of the rounds is then one walk through the table
-)
-for _name in ("explicit_margin", "implicit_margin", "potential"):
-    # All that a filter asks of a pair is in the index of each order: a walk along it never leaves it.
-    _rest = [
-        c for c in ("explicit_margin", "implicit_margin", "potential", "kept_because", "dropped_because") if c != _name
-    ]
-    sa.Index(f"pairs_by_{_name}", *(pairs.c[c] for c in (_name, "round", "row", *_rest)))
-metrics = sa.Table(
-    "metrics",
-    metadata,
-    sa.Column("round", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String, primary_key=True),  # stage/name
-    sa.Column("value", sa.Float, nullable=False),
-)
-events = sa.Table(
-    "events",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("time", sa.String, nullable=False),
-    sa.Column("round", sa.Integer),
-    sa.Column("kind", sa.String, nullable=False),
-    sa.Column("text", sa.String, nullable=False),
-)
-orders = sa.Table(
-    "orders",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("time", sa.String, nullable=False),
-    sa.Column("origin", sa.String, nullable=False),  # who gave it: cli, api, page, daemon
-    sa.Column("kind", sa.String, nullable=False),
-    sa.Column("arguments", sa.JSON, nullable=False),
-    sa.Column("state", sa.String, nullable=False, index=True),  # pending | done | refused
-    sa.Column("ended", sa.String),
-    sa.Column("result", sa.String),
-)
-state = sa.Table(
-    "state",
-    metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("value", sa.JSON, nullable=False),
-)
-schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, nullable=False))
 
-
-def _orders_and_pins(connection: sa.Connection) -> None:
-    metadata.create_all(connection)
-    if "pinned" not in {column["name"] for column in sa.inspect(connection).get_columns("policies")}:
-        connection.execute(sa.text("ALTER TABLE policies ADD COLUMN pinned BOOLEAN NOT NULL DEFAULT 0"))
-
-
-def _pairs_by_value(connection: sa.Connection) -> None:
-    if connection.scalar(sa.text("SELECT 1 FROM sqlite_master WHERE name = 'pairs_by_potential'")):
-        return
-    connection.execute(sa.text("DROP INDEX ix_pairs_prompt_id"))
-    connection.execute(sa.text("ALTER TABLE pairs RENAME TO pairs_before"))
-    connection.execute(sa.schema.CreateTable(pairs))
-    names = ", ".join(column.name for column in pairs.columns)
-    connection.execute(sa.text(f"INSERT INTO pairs ({names}) SELECT {names} FROM pairs_before"))
-    connection.execute(sa.text("DROP TABLE pairs_before"))
-    for index in pairs.indexes:  # after the rows: sorted once, five times as fast
-        index.create(connection)
-
-
-MIGRATIONS: list[Callable[[sa.Connection], None]] = [
-    metadata.create_all,  # 1: everything above
-    _orders_and_pins,  # 2: orders, state, policies.pinned
-    _pairs_by_value,  # 3: pairs in the order of each of their values
-]
-
+__all__ = ["RESTARTS", "LedgerError", "PairRow", "RunLock", "Store", "now"]
 
 RESTARTS = ("engine_restart", "swap_restart", "reward_restart", "trainer_restart")
 """Kinds of events that say that a child was started again."""
 BUSY = 30.0  # seconds to wait for another process that writes
+LONGEST_WAL = 64 << 20  # bytes that the write-ahead log keeps on disk once it was written back
+PAIRS_AT_A_TIME = 4096  # rows of pairs that are in memory while a round is indexed
+
+
+class PairRow(Protocol):
+    """What the index holds of a pair."""
+
+    @property
+    def prompt_id(self) -> str: ...
+    @property
+    def explicit_margin(self) -> float: ...
+    @property
+    def implicit_margin(self) -> float: ...
+    @property
+    def potential(self) -> float | None: ...
+    @property
+    def kept_because(self) -> str | None: ...
+    @property
+    def dropped_because(self) -> str | None: ...
 
 
 class Store:
@@ -164,13 +68,13 @@ class Store:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "ledger.sqlite"
         self._engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": BUSY})
-        sa.event.listen(self._engine, "connect", _wal)
+        sa.event.listen(self._engine, "connect", _prepare)
         # Service, API and command line may open a new ledger at the same moment.
         with (run_dir / ".ledger.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 with self._engine.begin() as connection:
-                    self._migrate(connection)
+                    migrate(connection, str(self.path))
             except OperationalError:
                 raise
             except LedgerError as error:
@@ -179,27 +83,6 @@ class Store:
 
     def close(self) -> None:
         self._engine.dispose()
-
-    def _migrate(self, connection: sa.Connection) -> None:
-        if self._version(connection) == len(MIGRATIONS):
-            return
-        connection.exec_driver_sql("BEGIN IMMEDIATE")  # all or nothing, and by one process
-        done = self._version(connection)
-        if done is not None and done > len(MIGRATIONS):
-            raise InputError(
-                f"{self.path} was written by a newer version of selfplay", "upgrade, or use another run folder"
-            )
-        for migrate in MIGRATIONS[done or 0 :]:
-            migrate(connection)
-        if done is None:
-            connection.execute(schema_version.insert().values(version=len(MIGRATIONS)))
-        else:
-            connection.execute(schema_version.update().values(version=len(MIGRATIONS)))
-
-    @staticmethod
-    def _version(connection: sa.Connection) -> int | None:
-        has = sa.inspect(connection).has_table("schema_version")
-        return connection.scalar(sa.select(schema_version.c.version)) if has else None
 
     # writing
 
@@ -281,25 +164,28 @@ class Store:
         if rows:
             connection.execute(metrics.insert(), rows)
 
-    def record_pairs(self, index: int, rows: Iterable[Pair]) -> None:
-        """Index a round's pairs; the pairs themselves are in the artifacts. Replaces what was indexed for the round."""
-        values = [
-            {
-                "round": index,
-                "row": i,
-                "prompt_id": p.prompt_id,
-                "explicit_margin": p.explicit_margin,
-                "implicit_margin": p.implicit_margin,
-                "potential": p.potential,
-                "kept_because": p.kept_because,
-                "dropped_because": p.dropped_because,
-            }
+    def record_pairs(self, index: int, rows: Iterable[PairRow]) -> None:
+        """Index the pairs of a round in one transaction, in place of what was indexed for it before.
+
+        The pairs themselves are in the artifacts. `rows` may be made as they are read: only some thousand are in memory.
+        """
+        values = (
+            (
+                index,
+                i,
+                p.prompt_id,
+                p.explicit_margin,
+                p.implicit_margin,
+                p.potential,
+                p.kept_because,
+                p.dropped_because,
+            )
             for i, p in enumerate(rows)
-        ]
+        )
         with self._engine.begin() as connection:
             connection.execute(pairs.delete().where(pairs.c.round == index))
-            if values:
-                connection.execute(pairs.insert(), values)
+            while batch := list(islice(values, PAIRS_AT_A_TIME)):
+                connection.exec_driver_sql("INSERT INTO pairs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", batch)
 
     def record_policy(self, version: int, state: str, **fields: Any) -> None:
         """Insert a policy, or change the state of one that is there."""
@@ -345,6 +231,7 @@ class Store:
                 connection.execute(state.insert().values(name=name, value=value))
 
     def pin(self, version: int, pinned: bool) -> None:
+        """Have retention keep the weights of a policy, or no longer."""
         with self._engine.begin() as connection:
             connection.execute(policies.update().where(policies.c.version == version).values(pinned=pinned))
 
@@ -367,9 +254,13 @@ class Store:
 
     def state(self, name: str, default: Any = None) -> Any:
         """What was kept under a name."""
-        with self._engine.connect() as connection:
-            found = connection.scalar(sa.select(state.c.value).where(state.c.name == name))
+        found = self.states((name,)).get(name)
         return default if found is None else found
+
+    def states(self, names: Iterable[str]) -> dict[str, Any]:
+        """What was kept under some names, by name."""
+        rows = self._rows(sa.select(state).where(state.c.name.in_(list(names))))
+        return {row["name"]: row["value"] for row in rows}
 
     def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._engine.connect() as connection:
@@ -377,18 +268,33 @@ class Store:
 
     def rounds(self) -> list[dict[str, Any]]:
         """All rounds, oldest first, without their configurations."""
-        columns = [column for column in rounds.c if column is not rounds.c.config]
-        return self._rows(sa.select(*columns).order_by(rounds.c.round))
+        return self._rows(sa.select(*_ROUND).order_by(rounds.c.round))
+
+    def last_rounds(self, count: int) -> list[dict[str, Any]]:
+        """The newest rounds, oldest first, without their configurations."""
+        return self._rows(sa.select(*_ROUND).order_by(rounds.c.round.desc()).limit(count))[::-1]
+
+    def rounds_between(self, first: int, last: int) -> list[dict[str, Any]]:
+        """The rounds from `first` to `last`, both included, oldest first, without their configurations."""
+        return self._rows(sa.select(*_ROUND).where(rounds.c.round.between(first, last)).order_by(rounds.c.round))
 
     def round(self, index: int) -> dict[str, Any]:
-        """One of them."""
-        columns = [column for column in rounds.c if column is not rounds.c.config]
-        return self._rows(sa.select(*columns).where(rounds.c.round == index))[0]
+        """One round, without its configuration."""
+        return self._rows(sa.select(*_ROUND).where(rounds.c.round == index))[0]
 
     def last_round(self) -> int:
         """Number of the last round that was opened; 0 before there is one."""
         with self._engine.connect() as connection:
             return int(connection.scalar(sa.select(sa.func.max(rounds.c.round))) or 0)
+
+    def count_rounds(self) -> dict[str, int]:
+        """How many rounds there are in each state."""
+        return {state: int(count) for state, count in self.totals("rounds").items() if count}
+
+    def cancelled(self, first: int, last: int) -> set[int]:
+        """Numbers of the rounds from `first` to `last`, both included, that were given up."""
+        there = rounds.c.round.between(first, last) & (rounds.c.state == "cancelled")
+        return {row["round"] for row in self._rows(sa.select(rounds.c.round).where(there))}
 
     def config(self, index: int) -> dict[str, Any]:
         """The configuration that a round was last run with."""
@@ -397,12 +303,26 @@ class Store:
         return found if isinstance(found, dict) else {}
 
     def unfinished(self) -> dict[str, Any] | None:
+        """The round that is open, with its configuration."""
         rows = self._rows(sa.select(rounds).where(rounds.c.state == "running"))
         return rows[0] if rows else None
 
+    def totals(self, of: str) -> dict[str, float]:
+        """Sums over the whole run by name. Of `rounds` by state and `events` by kind: how many; of `stages`: seconds; of
+        `tokens`: what was sampled, by metric."""
+        return {row["name"]: row["value"] for row in self._rows(sa.select(totals).where(totals.c.of == of))}
+
     def metrics(self, index: int) -> dict[str, float]:
+        """All metrics of a round, by name."""
         rows = self._rows(sa.select(metrics).where(metrics.c.round == index).order_by(metrics.c.name))
         return {row["name"]: row["value"] for row in rows}
+
+    def metric(self, index: int, name: str) -> float | None:
+        """One metric of a round; None where the round has none of that name."""
+        with self._engine.connect() as connection:
+            there = (metrics.c.round == index) & (metrics.c.name == name)
+            found: float | None = connection.scalar(sa.select(metrics.c.value).where(there))
+        return found
 
     def metrics_by_round(self, names: Iterable[str]) -> dict[int, dict[str, float]]:
         """Some metrics of all rounds that have them."""
@@ -413,8 +333,7 @@ class Store:
 
     def spent(self) -> float:
         """Seconds in finished stages, over all rounds."""
-        with self._engine.connect() as connection:
-            return float(connection.scalar(sa.select(sa.func.sum(stages.c.seconds))) or 0.0)
+        return sum(self.totals("stages").values())
 
     def created(self) -> str:
         """When the run was first opened."""
@@ -426,12 +345,23 @@ class Store:
         rows = self._rows(sa.select(stages).where(stages.c.round == index).order_by(sa.text("rowid")))
         return {row["stage"]: row["seconds"] for row in rows}
 
+    def policy(self, version: int) -> dict[str, Any] | None:
+        """One policy; None where there is none of that number."""
+        if not 0 <= version < 2**63:  # SQLite takes no greater number
+            return None
+        rows = self._rows(sa.select(policies).where(policies.c.version == version))
+        return rows[0] if rows else None
+
     def policies(self) -> list[dict[str, Any]]:
+        """All policies, oldest first."""
         return self._rows(sa.select(policies).order_by(policies.c.version))
 
     def events(self, index: int | None = None) -> list[dict[str, Any]]:
         query = sa.select(events).order_by(events.c.id)
         return self._rows(query if index is None else query.where(events.c.round == index))
+
+
+_ROUND = [column for column in rounds.c if column is not rounds.c.config]
 
 
 def _given(order: dict[str, Any]) -> str:
@@ -440,54 +370,14 @@ def _given(order: dict[str, Any]) -> str:
     return f"{' '.join([order['kind'], *arguments])} (from {order['origin']})"
 
 
-def _wal(connection: Any, _: Any) -> None:
+def _prepare(connection: Any, _: Any) -> None:
+    if connection.execute("PRAGMA page_count").fetchone() == (0,):
+        # A new ledger can give back in small steps what retention frees. For one that has tables it is too late.
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
+    connection.execute(f"PRAGMA journal_size_limit={LONGEST_WAL}")
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-class RunLock:
-    """The right to run in a folder, held by one process at a time; the kernel releases it however that process ends.
-
-    Makes the folder. Raises InputError where that cannot be, or another process holds it.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / ".lock"
-        self._file: Any = None
-
-    def __enter__(self) -> RunLock:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{self._path.parent} cannot be a run folder: {error}", "choose another one (--run-dir)"
-            ) from None
-        self._file = self._path.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            text = self._file.read()
-            self._file.close()
-            try:
-                holder = json.loads(text)
-                who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-            except (ValueError, KeyError):
-                who = "another process"
-            raise InputError(
-                f"{self._path.parent} is in use by {who}", "wait for it or end it; another run needs another folder"
-            ) from None
-        self._file.seek(0)
-        self._file.truncate()
-        json.dump(
-            {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, self._file
-        )
-        self._file.flush()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

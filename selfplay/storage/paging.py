@@ -1,6 +1,6 @@
-"""Bounded reads of the ledger, for the API, the page and the metrics: what they cost does not grow with the run.
+"""Bounded reads of the ledger, for the API, the page and the metrics. What they cost does not grow with the run.
 
-A long list comes in pages. A cursor names the last row of a page, so the next one starts there however deep it lies.
+A long list comes in pages. A cursor names the last row of a page, so the next page starts there however deep it lies.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import base64
 import json
 import math
 import operator
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -204,19 +203,6 @@ def standing(store: Store, index: int, row: int) -> dict[str, Any]:
     return found
 
 
-def metrics(store: Store, names: Sequence[str], first: int = 0, last: int = 2**62) -> dict[int, dict[str, float]]:
-    """Some metrics of the rounds from `first` to `last`: by round, then by name."""
-    marks = ", ".join(f":n{i}" for i in range(len(names)))
-    rows = store.query(
-        f"SELECT round, name, value FROM metrics WHERE round BETWEEN :first AND :last AND name IN ({marks}) ORDER BY round",
-        first=first, last=last, **{f"n{i}": name for i, name in enumerate(names)},
-    )  # fmt: skip
-    found: dict[int, dict[str, float]] = {}
-    for row in rows:
-        found.setdefault(row["round"], {})[row["name"]] = row["value"]
-    return found
-
-
 def rounds(store: Store, before: int | None = None, limit: int = 50) -> list[dict[str, Any]]:
     """Rounds, newest first, without their configuration; `seconds` is the sum of their stages."""
     rows = store.query(
@@ -239,9 +225,18 @@ def stages(store: Store, index: int) -> list[dict[str, Any]]:
     return store.query("SELECT stage, ended, seconds FROM stages WHERE round = :round ORDER BY rowid", round=index)
 
 
-def counts(store: Store, table: Literal["rounds", "orders"]) -> dict[str, int]:
-    """How many rounds or orders are in each state."""
-    return {r["state"]: r["n"] for r in store.query(f"SELECT state, count(*) AS n FROM {table} GROUP BY state")}
+def waiting_orders(store: Store) -> int:
+    """How many orders wait."""
+    return int(store.query("SELECT count(*) AS n FROM orders WHERE state = 'pending'")[0]["n"])
+
+
+def policies(store: Store, before: int | None = None, limit: int = 50) -> list[dict[str, Any]]:
+    """Policies, newest first."""
+    rows = store.query(
+        "SELECT * FROM policies WHERE version < :before ORDER BY version DESC LIMIT :limit",
+        before=2**62 if before is None else before, limit=limit,
+    )  # fmt: skip
+    return [row | {"weights": bool(row["weights"]), "pinned": bool(row["pinned"])} for row in rows]
 
 
 def events(
@@ -266,13 +261,6 @@ def events_after(store: Store, last: int, limit: int = 200) -> list[dict[str, An
     )
 
 
-def count_events(store: Store, kinds: Iterable[str]) -> int:
-    """How many events there are of some kinds."""
-    names = {f"k{i}": kind for i, kind in enumerate(kinds)}
-    marks = ", ".join(f":{name}" for name in names)
-    return int(store.query(f"SELECT count(*) AS n FROM events WHERE kind IN ({marks})", **names)[0]["n"])
-
-
 def last_event(store: Store) -> int:
     """Number of the newest event; 0 before there is one."""
     return int(store.query("SELECT coalesce(max(id), 0) AS id FROM events")[0]["id"])
@@ -287,31 +275,3 @@ def orders(store: Store, before: int | None = None, state: str | None = None, li
         before=2**62 if before is None else before, state=state, limit=limit,
     )  # fmt: skip
     return [row | {"arguments": json.loads(row["arguments"])} for row in rows]
-
-
-def totals(store: Store) -> dict[str, dict[str, float]]:
-    """Sums over the whole run: `stages` seconds by stage, `events` by kind."""
-    stages = store.query("SELECT stage, sum(seconds) AS n FROM stages GROUP BY stage")
-    kinds = store.query("SELECT kind, count(*) AS n FROM events GROUP BY kind")
-    return {"stages": {r["stage"]: r["n"] for r in stages}, "events": {r["kind"]: r["n"] for r in kinds}}
-
-
-def newest(store: Store, name: str, default: float, rounds: int = 50) -> float:
-    """The newest value of a metric within the last rounds."""
-    rows = store.query(
-        "SELECT value FROM metrics WHERE name = :name AND round > (SELECT max(round) FROM rounds) - :rounds"
-        " ORDER BY round DESC LIMIT 1",
-        name=name,
-        rounds=rounds,
-    )
-    return float(rows[0]["value"]) if rows else default
-
-
-def latest(store: Store, rounds: int = 50) -> dict[str, float]:
-    """The newest value of each metric within the last rounds: a round that was skipped has few of its own."""
-    rows = store.query(
-        "SELECT name, value, max(round) AS round FROM metrics WHERE round > (SELECT max(round) FROM rounds) - :rounds"
-        " GROUP BY name",
-        rounds=rounds,
-    )
-    return {row["name"]: row["value"] for row in rows}

@@ -219,9 +219,9 @@ def _reads(app: FastAPI, view: View) -> None:
         return view.pool(after, limit)
 
     @app.get("/api/policies", tags=["policies"])
-    def policies() -> list[m.PolicyRow]:
+    def policies(before: Before = None, limit: Limit = 50) -> list[m.PolicyRow]:
         """Policies, newest first."""
-        return view.policies()
+        return view.policies(before, limit)
 
     @app.get("/api/events", tags=["events"])
     def events(

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from selfplay.config import GuardConfig, Limits
-from selfplay.storage import paging
+from selfplay.storage import figures, paging
 from selfplay.storage.ledger import RESTARTS
 from selfplay.web.view import View
 
@@ -38,7 +38,8 @@ class RunCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         run, store = self._view.summary(), self._view.store
-        totals, latest = paging.totals(store), paging.latest(store)
+        happened, spent = store.totals("events"), store.totals("stages")
+        latest = figures.latest(store, [metric for *_, metrics in GAUGES for metric in metrics.values()])
         yield InfoMetricFamily("selfplay", "Run and version", value={"run": run.name, "version": run.version})
         state = GaugeMetricFamily("selfplay_state", "1 for the state the service is in", labels=["state"])
         for name in STATES:
@@ -75,15 +76,15 @@ class RunCollector(Collector):
             "selfplay_restarts", "Restarts of children: engine, reward server or judge, trainer", labels=["kind"]
         )
         for kind in RESTARTS:
-            restarts.add_metric([kind], totals["events"].get(kind, 0))
+            restarts.add_metric([kind], happened.get(kind, 0))
         yield restarts
         events = CounterMetricFamily("selfplay_events", "Events of the ledger", labels=["kind"])
-        for kind, count in totals["events"].items():
+        for kind, count in happened.items():
             events.add_metric([kind], count)
         yield events
         seconds = CounterMetricFamily("selfplay_stage_seconds", "Seconds in finished stages", labels=["stage"])
-        for stage, spent in totals["stages"].items():
-            seconds.add_metric([stage], spent)
+        for stage, total in spent.items():
+            seconds.add_metric([stage], total)
         yield seconds
         last = next(iter(self._view.rounds(limit=1)), None)
         if last is not None:

@@ -15,12 +15,13 @@ from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.prompts import pool
 from selfplay.service import alerts, orders
-from selfplay.storage import paging, tables
+from selfplay.storage import figures, paging, tables
 from selfplay.storage.ledger import RESTARTS, LedgerError, Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
 from selfplay.web import api_models as m
 
+VERSION = version("selfplay")
 MAX_PENDING = 100  # orders that may wait at a time
 SUMMARY = (
     "evaluate/reward", "evaluate/reward_champion", "evaluate/win_rate", "evaluate/win_rate_low", "evaluate/win_rate_high",
@@ -63,15 +64,15 @@ class View:
             created=run.get("created"),
             service=self.service(),
             current_policy=Policies(self.run_dir).current,
-            rounds=paging.counts(self.store, "rounds"),
-            orders_pending=paging.counts(self.store, "orders").get("pending", 0),
-            restarts=paging.count_events(self.store, RESTARTS),
+            rounds=self.store.count_rounds(),
+            orders_pending=paging.waiting_orders(self.store),
+            restarts=int(sum(self.store.totals("events").get(kind, 0) for kind in RESTARTS)),
             gate_independent=bool(
-                paging.newest(self.store, "evaluate/independent", self.config.evaluate.judge is not None)
+                figures.newest(self.store, "evaluate/independent", self.config.evaluate.judge is not None)
             ),
             webhook=self.store.state(alerts.TROUBLE, ""),
             free_bytes=shutil.disk_usage(self.run_dir).free,
-            version=version("selfplay"),
+            version=VERSION,
         )
 
     # rounds
@@ -80,7 +81,7 @@ class View:
         """Rounds, newest first."""
         rows = paging.rounds(self.store, before, limit)
         numbers = [row["round"] for row in rows]
-        found = paging.metrics(self.store, SUMMARY, min(numbers), max(numbers)) if rows else {}
+        found = figures.metrics(self.store, SUMMARY, min(numbers), max(numbers)) if rows else {}
         return [m.Round(**row, metrics=found.get(row["round"], {})) for row in rows]
 
     def round(self, index: int) -> m.RoundDetail | None:
@@ -174,10 +175,11 @@ class View:
             next=after + len(rows) if rows and after + len(rows) < total else None,
         )  # fmt: skip
 
-    def policies(self) -> list[m.PolicyRow]:
+    def policies(self, before: int | None = None, limit: int = 50) -> list[m.PolicyRow]:
         """Policies, newest first."""
         current = Policies(self.run_dir).current
-        return [m.PolicyRow(**row, current=row["version"] == current) for row in reversed(self.store.policies())]
+        rows = paging.policies(self.store, before, limit)
+        return [m.PolicyRow(**row, current=row["version"] == current) for row in rows]
 
     def events(
         self, before: int | None = None, kind: str | None = None, index: int | None = None, limit: int = 50
@@ -189,7 +191,7 @@ class View:
 
     def submit(self, kind: str, arguments: dict[str, Any], origin: str) -> int:
         """Leave an order for the service; returns its number. Raises InputError for one that can never be obeyed."""
-        if paging.counts(self.store, "orders").get("pending", 0) >= MAX_PENDING:
+        if paging.waiting_orders(self.store) >= MAX_PENDING:
             raise TooManyOrders(f"{MAX_PENDING} orders wait already", "wait until the service has obeyed some")
         return orders.submit(self.store, kind, arguments, origin)
 

@@ -131,7 +131,7 @@ def test_what_cannot_run_is_refused_with_exit_code_2(calm, mini_world, tmp_path,
 
 def test_a_folder_in_use_names_its_holder(mini_world, tmp_path):
     (tmp_path / "run").mkdir()
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom selfplay.storage.ledger import RunLock\nlock = RunLock(Path({str(tmp_path / 'run')!r})).__enter__()\nprint('held', flush=True)\nsys.stdin.read()"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom selfplay.storage.lock import RunLock\nlock = RunLock(Path({str(tmp_path / 'run')!r})).__enter__()\nprint('held', flush=True)\nsys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
     code, out = Command(mini_world, tmp_path / "run").finish(60)

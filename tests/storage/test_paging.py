@@ -5,7 +5,7 @@ import random
 import pytest
 
 from selfplay.errors import InputError
-from selfplay.storage import paging
+from selfplay.storage import figures, paging
 from selfplay.storage.ledger import Store
 from selfplay.storage.paging import PairFilter
 
@@ -200,21 +200,22 @@ def test_lists_and_sums_of_a_run(tmp_path):
     assert "config" not in paging.rounds(store)[0]
     assert paging.round_(store, 2)["config"] == {"big": "x" * 100}
     assert paging.round_(store, 9) is None
-    assert paging.metrics(store, ("train/beta", "generate/tokens"), first=2) == {
+    assert figures.metrics(store, ("train/beta", "generate/tokens"), first=2) == {
         2: {"generate/tokens": 2.0, "train/beta": 0.2},
         3: {"generate/tokens": 3.0},
     }
-    assert paging.latest(store) == {"generate/tokens": 3.0, "train/beta": 0.2}
-    assert paging.totals(store) == {
-        "stages": {"generate": 6.0, "train": 9.0},
-        "events": {"engine_restart": 1, "note": 2},
+    assert figures.latest(store, ("train/beta", "generate/tokens", "absent")) == {
+        "generate/tokens": 3.0,
+        "train/beta": 0.2,
     }
-    assert paging.counts(store, "rounds") == {"promoted": 2, "rejected": 1}
+    assert store.totals("stages") == {"generate": 6.0, "train": 9.0}
+    assert store.totals("events") == {"engine_restart": 1, "note": 2}
+    assert store.count_rounds() == {"promoted": 2, "rejected": 1}
     assert [e["text"] for e in paging.events(store, limit=2)] == ["event 3", "event 2"]
     assert [e["text"] for e in paging.events(store, before=3, kind="note")] == ["event 1"]
     assert [e["text"] for e in paging.events(store, index=2)] == ["event 2"]
     assert [e["id"] for e in paging.events_after(store, 1)] == [2, 3]
-    assert (paging.last_event(store), paging.count_events(store, ["note", "engine_restart"])) == (3, 3)
+    assert paging.last_event(store) == 3
     store.submit("add_prompts", {"rows": [{"prompt": "a" * 1000}] * 5}, "api")
     store.submit("pause", {"after": "stage"}, "cli")
     assert [o["arguments"] for o in paging.orders(store)] == [{"after": "stage"}, {"prompts": 5}]

@@ -1,12 +1,15 @@
 import dataclasses
 import math
 import sqlite3
+import weakref
 
 import pytest
 
 from selfplay.errors import InputError
-from selfplay.storage import ledger as store_module
-from selfplay.storage.ledger import MIGRATIONS, RunLock, Store
+from selfplay.storage import ledger, schema
+from selfplay.storage.ledger import Store
+from selfplay.storage.lock import RunLock
+from selfplay.storage.schema import MIGRATIONS
 from selfplay.types import Pair
 
 
@@ -136,7 +139,7 @@ def test_a_migration_that_is_killed_leaves_the_ledger_as_it_was(tmp_path, monkey
         connection.exec_driver_sql("DROP TABLE pairs")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_module, "MIGRATIONS", [*MIGRATIONS, killed])
+    monkeypatch.setattr(schema, "MIGRATIONS", [*MIGRATIONS, killed])
     with pytest.raises(KeyboardInterrupt):
         Store(tmp_path)
     monkeypatch.undo()
@@ -160,3 +163,116 @@ def pair(number: int, **changes: object) -> Pair:
         implicit_signed=0.25, potential=0.5, kept_because="base",
     )  # fmt: skip
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_a_ledger_from_before_there_were_totals_is_counted_once(tmp_path):
+    """Opened by the version after, it has the sums and the charts of its rows, and its triggers go on from there."""
+    store = Store(tmp_path)
+    history(store, 1, 40)
+    expected = sums(store)
+    store.close()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as old:
+        for kind, name in old.execute(
+            "SELECT type, name FROM sqlite_master WHERE type = 'trigger' OR name IN ('totals', 'trends', 'rounds_by_state',"
+            " 'metrics_by_name', 'events_by_kind', 'events_by_round')"
+        ).fetchall():
+            old.execute(f"DROP {kind} {name}")
+        old.execute("UPDATE schema_version SET version = 3")
+    old.close()
+    store = Store(tmp_path)
+    assert sums(store) == expected
+    history(store, 41, 45)
+    again = sums(store)
+    with store._engine.begin() as connection:
+        for statement in schema._COUNTED:
+            connection.exec_driver_sql(statement)
+    assert sums(store) == again
+    assert store.count_rounds() == {"promoted": 36, "cancelled": 9}
+    assert store.totals("tokens") == {"generate/tokens": sum(range(1, 46))}
+    store.close()
+
+
+def test_what_is_recorded_anew_is_counted_once(tmp_path):
+    store = Store(tmp_path)
+    history(store, 1, 20)
+    store.record_stage(7, "generate", 9.0, {"tokens": 1000.0, "share": 0.5})
+    store.record_stage(7, "generate", 8.0, {"tokens": 3.0})
+    assert store.totals("stages")["generate"] == 20 * 2.0 - 2.0 + 8.0
+    assert store.totals("tokens")["generate/tokens"] == sum(range(1, 21)) - 7 + 3
+    before = sums(store)
+    with store._engine.begin() as connection:
+        for statement in schema._COUNTED:
+            connection.exec_driver_sql(statement)
+    assert sums(store) == before
+    assert not store.query("SELECT * FROM trends WHERE name = 'generate/share' AND low_round = 7 AND high_round = 7")
+    store.close()
+
+
+def history(store: Store, first: int, last: int) -> None:
+    for index in range(first, last + 1):
+        store.open_round(index, 0, (0, 0), "f", {})
+        share = math.sin(index)
+        store.record_stage(index, "generate", 2.0, {"tokens": float(index), "share": share})
+        store.event("note", "text", index)
+        store.close_round(index, "cancelled" if index % 5 == 0 else "promoted", 0, [])
+
+
+def sums(store: Store) -> tuple[object, ...]:
+    return (
+        {of: store.totals(of) for of in ("events", "stages", "tokens")},
+        store.count_rounds(),
+        store.query("SELECT * FROM trends ORDER BY width, bucket, name"),
+    )
+
+
+def test_readers_of_some_rounds(tmp_path):
+    store = Store(tmp_path)
+    assert (store.last_rounds(3), store.count_rounds(), store.cancelled(1, 9)) == ([], {}, set())
+    history(store, 1, 11)
+    assert [row["round"] for row in store.last_rounds(3)] == [9, 10, 11]
+    assert [row["round"] for row in store.rounds_between(4, 6)] == [4, 5, 6]
+    assert store.last_rounds(1)[0] == store.round(11) == store.rounds()[-1]
+    assert store.cancelled(5, 9) == {5} and store.cancelled(1, 11) == {5, 10}
+    assert (store.metric(3, "generate/tokens"), store.metric(3, "generate/none")) == (3.0, None)
+    assert store.policy(0) is None
+    store.record_policy(2, "promoted", round=2)
+    assert store.policy(2) == store.policies()[0]
+    store.close()
+
+
+@dataclasses.dataclass
+class Row:
+    prompt_id: str
+    explicit_margin: float = 1.0
+    implicit_margin: float = 0.25
+    potential: float | None = 0.5
+    kept_because: str | None = "base"
+    dropped_because: str | None = None
+
+
+def test_pairs_are_indexed_while_they_are_read(tmp_path, monkeypatch):
+    """A round's pairs come from a generator and only some are in memory; the transaction is one: all of them or none."""
+    monkeypatch.setattr(ledger, "PAIRS_AT_A_TIME", 3)
+    store, alive = Store(tmp_path), []
+
+    def rows(count, fails=False):
+        for number in range(count):
+            made = Row(f"p{number}")
+            alive.append(weakref.ref(made))
+            assert sum(ref() is not None for ref in alive) <= 4
+            yield made
+            del made
+        if fails:
+            raise OSError("the artifact cannot be read")
+
+    store.record_pairs(1, rows(8))
+    store.record_pairs(2, rows(2))
+    store.record_pairs(1, rows(10))  # in place of what was there
+    before = store.query("SELECT round, row, prompt_id FROM pairs ORDER BY round, row")
+    assert [tuple(row.values()) for row in before] == [
+        *((1, i, f"p{i}") for i in range(10)), *((2, i, f"p{i}") for i in range(2))
+    ]  # fmt: skip
+    with pytest.raises(OSError, match="cannot be read"):
+        store.record_pairs(1, rows(7, fails=True))
+    assert store.query("SELECT round, row, prompt_id FROM pairs ORDER BY round, row") == before
+    store.close()

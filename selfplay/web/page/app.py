@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from nicegui import ui
 
 from selfplay.reporting.terminal import NOT_INDEPENDENT
-from selfplay.storage import paging
+from selfplay.storage import figures
 from selfplay.storage.ledger import LedgerError
 from selfplay.web.api_models import Round, RunSummary
 from selfplay.web.page import charts as page_charts
@@ -185,10 +185,10 @@ def charts(view: View) -> None:
     drawn: list[dict[str, int]] = []
 
     async def draw() -> None:
-        counts = await asyncio.to_thread(paging.counts, view.store, "rounds")
+        counts = await asyncio.to_thread(view.store.count_rounds)
         if drawn and drawn[-1] == counts:
             return
-        metrics, rejected = await asyncio.to_thread(read)
+        metrics, rejected = await asyncio.to_thread(charted, view)
         drawn.append(counts)
         grid.clear()
         with grid:
@@ -198,11 +198,14 @@ def charts(view: View) -> None:
                     with card(chart.title, chart.caption):
                         ui.echart(options)
 
-    def read() -> tuple[page_charts.Metrics, list[int]]:
-        rejected = view.store.query("SELECT round FROM rounds WHERE state = 'rejected'")
-        return paging.metrics(view.store, page_charts.METRICS), [row["round"] for row in rejected]
-
     follow(3.0, draw)
+
+
+def charted(view: View) -> tuple[page_charts.Metrics, list[int]]:
+    """What the charts show: metrics by round, of a long run only some rounds; and which of those were rejected."""
+    bands = [chart.band for chart in page_charts.CHARTS if chart.band is not None]
+    metrics = figures.trends(view.store, page_charts.METRICS, bands)
+    return metrics, figures.rejected(view.store, metrics)
 
 
 def rounds(view: View) -> None:

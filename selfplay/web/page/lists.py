@@ -121,13 +121,11 @@ def policy_list(view: View) -> None:
     pages = Pages()
 
     async def show() -> None:
-        everything = await asyncio.to_thread(view.policies)
-        start = pages.here or 0
-        found = everything[start : start + PAGE]
-        pages.next = start + PAGE if len(everything) > start + PAGE else None
+        found = await asyncio.to_thread(view.policies, pages.here, PAGE)
         if shown and shown[-1] == found:
             return
         shown[:] = [found]
+        pages.next = found[-1].version if len(found) == PAGE and found[-1].version > 0 else None
         body.clear()
         with body:
             if not found:
