@@ -14,8 +14,9 @@ from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.reporting import trackers
-from selfplay.service.daemon import next_start
-from selfplay.storage.ledger import RunLock, Store
+from selfplay.service.due import next_start
+from selfplay.storage.ledger import Store
+from selfplay.storage.lock import RunLock
 from selfplay.web import access
 
 

@@ -1,100 +1,39 @@
 """The service: rounds on a schedule, orders between and within them, and a pause of its own when something is wrong.
 
-One thread runs the rounds, so there are never two at a time; APScheduler's triggers say when the next one is due. All
-that the service decides is in the ledger: what it is doing (state `service`), orders with what came of them, events.
+One thread runs the rounds, so there are never two at a time. All that the service decides is in the ledger: what it is doing
+(state `service`), orders with what came of them, events.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from apscheduler.triggers.base import BaseTrigger
-from apscheduler.triggers.cron import CronTrigger
-from apscheduler.triggers.interval import IntervalTrigger
-
-from selfplay import seeds
-from selfplay.config import ScheduleConfig, load
-from selfplay.errors import ConfigError, GuardError, InputError, Interrupted, SelfplayError
-from selfplay.processes import children
-from selfplay.processes.logs import bound_log
+from selfplay.config import load
+from selfplay.errors import InputError, Interrupted, SelfplayError
 from selfplay.reporting.terminal import Display, Line
 from selfplay.rounds.round import cancel_round, roll_back, run_round
 from selfplay.rounds.run import Run
-from selfplay.service import orders, schedule
+from selfplay.service import failures, orders, starts
 from selfplay.service.alerts import Alerts
+from selfplay.service.due import trigger
+from selfplay.service.failures import Failures
+from selfplay.service.reload import read_anew
+from selfplay.service.stalls import Stalls
+from selfplay.service.starts import Starts
+from selfplay.service.stop import Stop
 from selfplay.storage import tables
-from selfplay.storage.ledger import LedgerError, RunLock, Store
-from selfplay.storage.policies import Policies
+from selfplay.storage.ledger import LedgerError, Store
+from selfplay.storage.lock import RunLock
 
 POLL_SECONDS = 1.0  # between two looks at the ledger for orders
 STATE = "service"
-LONGEST_WAIT = 3600.0  # seconds between two tries of a round, unless retry_seconds is more
-LOOK_SECONDS = 10.0  # between two looks for a stage that hangs
-TELL_SECONDS = 10.0  # for terminal and ledger to take that one does: a disk that hangs takes nothing
-CUT_SECONDS = 10.0  # from the end of all children to the end of a service that waits for something else still
-
-
-def trigger(settings: ScheduleConfig, anchor: datetime) -> BaseTrigger:
-    """What says when rounds are due; an interval counts from `anchor`. Raises ConfigError for a cron line that is none."""
-    if settings.mode != "cron":
-        seconds = round((settings.every_minutes or 0) * 60)
-        return IntervalTrigger(seconds=seconds, start_date=anchor, timezone=settings.time_zone)
-    try:
-        minute, hour, day, month, weekday = (settings.cron or "").split()
-        found: BaseTrigger = CronTrigger(
-            minute=minute, hour=hour, day=day, month=month, day_of_week=schedule.weekdays(weekday), timezone=settings.time_zone
-        )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(f"schedule.cron {settings.cron!r}: {error}", "minute hour day month weekday") from None
-    if found.get_next_fire_time(None, anchor) is None:
-        raise ConfigError(f"schedule.cron {settings.cron!r} never comes", "minute hour day month weekday")
-    return found
-
-
-def _due(source: BaseTrigger, since: datetime, settings: ScheduleConfig) -> datetime:
-    """The first time at or after `since`, in UTC: arithmetic in a zone forgets which pass of a repeated hour it is in."""
-    due = source.get_next_fire_time(None, since)
-    while settings.cron is not None and due.fold and "*" not in settings.cron.split()[1]:
-        due = source.get_next_fire_time(None, due.astimezone(UTC) + timedelta(seconds=1))  # it was due an hour before
-    found: datetime = due.astimezone(UTC)
-    return found
-
-
-def next_start(
-    settings: ScheduleConfig, last: datetime | None, up_since: datetime, now: datetime, jitter: float,
-    ended: datetime | None = None,
-) -> datetime:  # fmt: skip
-    """When the next round may start; asked again later, the answer is the same until a round has started.
-
-    last: when the last round started (by cron, before the first: when the run was created); up_since: when the service came
-    up, or its pause ended, which tells what was missed. Both count as now where they lie in the future (the clock was set
-    back); for an answer that stays, the caller has to keep that moment.
-    ended: when the last round ended, which a continuous one follows; not asked where it lies in the future.
-    jitter: a number in [0, 1) for this start.
-    """
-    up_since = min(up_since, now)
-    if settings.mode == "continuous":
-        due = up_since if ended is None or ended > now else max(ended, up_since)
-    elif last is None:
-        due = _due(trigger(settings, up_since), up_since, settings)
-    else:
-        source = trigger(settings, min(last, now))
-        due = _due(source, min(last, now) + timedelta(seconds=1), settings)
-        if due < up_since:  # it fell due while no round could start
-            due = up_since if settings.missed == "once" else _due(source, up_since, settings)
-    start = schedule.after_quiet_hours(due + timedelta(seconds=jitter * settings.jitter_seconds), settings)
-    if start <= now and (later := schedule.after_quiet_hours(now, settings)) > now:
-        return later  # overdue, and quiet hours have begun meanwhile
-    return start
 
 
 class Daemon:
@@ -112,25 +51,22 @@ class Daemon:
         self.config = load(config_path, overrides)
         self.run_dir = run_dir or self.config.run_dir
         self.display = display
-        self.up_since = clock()
-        """Since when rounds can start: what fell due before was missed."""
-        trigger(self.config.schedule, self.up_since)  # a cron line that is none is found now
-        self.at_last: Callable[[], None] = lambda: None
-        """Called where even the cut did not end the service; should end the process."""
+        self._starts = Starts(clock())
+        trigger(self.config.schedule, clock())  # a cron line that is none is found now
         self.run: Run | None = None
         self._store: Store | None = None
         self._lock: RunLock | None = None
-        self._set_back: tuple[datetime, datetime] | None = None  # a start in the future, and when it was noticed
-        self._stopping = threading.Event()
+        self._stop = Stop()
+        self._stopping = self._stop.asked
         self._reloading = False  # SIGHUP came, and is not in the ledger yet
         self._alerts = Alerts(lambda: os.environ.get(self.config.service.webhook_env), self._stopping)
         self._in_round = False
-        self._cut: threading.Timer | None = None
         self._polled = 0.0
-        self._moved = time.monotonic()  # when the loop, or the stage in it, last got on
-        self._stalls = 0  # since it got on
-        self._failures = 0  # in a row
-        self._retry_at: datetime | None = None
+        self._stalls = Stalls(
+            limit=self._longest_quiet, what=self._at_work, tell=self._warn, alert=self._alert,
+            elsewhere=f"{self.run_dir}, or what the configuration names,",
+        )  # fmt: skip
+        self._failures = Failures()
         self._pause: dict[str, Any] | None = None  # of its own, while it is not in the ledger
         self._told: tuple[str, str] | None = None  # state and reason in the ledger
         self.progress: dict[str, Any] = {}
@@ -145,32 +81,21 @@ class Daemon:
 
     def stop(self) -> None:
         """Finish the shard, or save the trainer's state, and end; asked twice, or after `drain_seconds`, cut it short."""
-        if self._stopping.is_set():
-            self._cut_short()
-            return
-        self._stopping.set()
-        self._later(self.config.service.drain_seconds, self._cut_short)
+        self._stop.ask(self.config.service.drain_seconds)
+
+    def end_with(self, at_last: Callable[[], None]) -> None:
+        """Have `at_last` end the process where even the cut did not end the service."""
+        self._stop.at_last = at_last
 
     def reload(self) -> None:
         """Order that the configuration file is read anew."""
         self._reloading = True
 
-    def _cut_short(self) -> None:
-        children.cut()
-        self._later(CUT_SECONDS, self.at_last)
-
-    def _later(self, seconds: float, what: Callable[[], None]) -> None:
-        if self._cut is not None:
-            self._cut.cancel()
-        self._cut = threading.Timer(seconds, what)
-        self._cut.daemon = True
-        self._cut.start()
-
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def serve(self) -> None:
         """Run rounds until `stop`. Raises InputError or ConfigError for a folder or a configuration that cannot be used."""
-        threading.Thread(target=self._watch, name="stalls", daemon=True).start()
+        threading.Thread(target=self._stalls.watch, args=(self._stopping,), name="stalls", daemon=True).start()
         try:
             with contextlib.suppress(Interrupted):
                 while not self._stopping.is_set():
@@ -186,13 +111,11 @@ class Daemon:
                 self._store.close()
             if self._lock is not None:
                 self._lock.__exit__()
-            if self._cut is not None:
-                self._cut.cancel()
-            children.uncut()
+            self._stop.done()
 
     def _turn(self) -> None:
         """One step of the loop, and the boundary around it: a bug, too, is tried again, and then pauses the service."""
-        self._get_on()
+        self._stalls.get_on()
         try:
             self._step()
         except Interrupted:  # the service was cut
@@ -214,15 +137,14 @@ class Daemon:
         """Obey orders; then a round if one is due, else a moment's wait."""
         self._open_ledger()
         self._write_down()
-        self._between_rounds()
-        why = self._why_not_now()
-        waits = self._failures and why is not None and why[0] in ("paused", "retrying")
+        why = self._why_not_now(self._between_rounds())
+        waits = self._failures.count and why is not None and why[0] in ("paused", "retrying")
         if self.run is None and not waits:  # at a start whatever the schedule says: orders need it
             self._open_run()
             return
         if why is not None:
             if why[0] in ("waiting", "ended"):
-                self._fresh()
+                self._failures.forget()
             self._say(*why)
             self._stopping.wait(POLL_SECONDS)
             return
@@ -234,7 +156,7 @@ class Daemon:
         except Interrupted as stop:
             self._interrupted(stop)
             return
-        self._fresh()
+        self._failures.forget()
         self.display.round_table(report)
         tables.give_back_memory()
 
@@ -261,115 +183,52 @@ class Daemon:
         run = Run(self.config, self.run_dir, self.display, self._lock)
         run.breathe = self._breathe
         self.run = run.__enter__()
-        self._fresh()
+        self._failures.forget()
         self.store.event("started", f"the service started (process {os.getpid()})")
 
     def _held(self) -> tuple[str, str] | None:
         """State and reason while what failed waits for its next try, or for a person."""
         if self._pause is not None:
             return "paused", self._pause["why"]
-        longest = timedelta(seconds=max(LONGEST_WAIT, self.config.service.retry_seconds))
-        if self._retry_at is not None and (now := self._clock()) < self._retry_at <= now + longest:
-            return "retrying", f"next try at {self._retry_at.isoformat(timespec='seconds')}"
+        if (due := self._failures.next_try(self.config.service, self._clock())) is not None:
+            return "retrying", f"next try at {due.isoformat(timespec='seconds')}"
         return None
 
-    def _fresh(self) -> None:
-        """Nothing fails any more, or a person said to try again."""
-        self._failures, self._retry_at = 0, None
-
-    def _why_not_now(self) -> tuple[str, str] | None:
+    def _why_not_now(self, is_open: bool) -> tuple[str, str] | None:
         """State and reason for not starting (or going on with) a round at this moment."""
         store, now = self.store, self._clock()
-        is_open = store.unfinished() is not None
-        pause = store.state("pause")
+        said = store.states(("pause", "resumed", "run_now"))
+        pause = said.get("pause")
         if pause and not (pause.get("after") == "round" and is_open):  # that one is finished first
-            self.up_since = now
+            self._starts.up_since = now
             return "paused", pause["why"]
         if (held := self._held()) is not None or is_open:
             return held
-        finished, schedule_ = store.rounds(), self.config.schedule
-        if (why := self._rejected(finished)) is not None:
+        limit = self.config.service.pause_after_rejected
+        rounds = store.last_rounds(limit)
+        if (why := starts.rejected(rounds, limit, said.get("resumed", 0))) is not None:
             self.pause("rejected", why)
             return "paused", why
-        if len(finished) < store.state("run_now", 0):
+        last = rounds[-1] if rounds else None
+        if (last["round"] if last else 0) < said.get("run_now", 0):
             return None
-        if reason := self._ended(finished, now):
-            return "ended", reason
-        start = finished[-1]["started"] if finished else store.created() if schedule_.cron is not None else None
-        last = None if start is None else self._not_after(now, datetime.fromisoformat(start))
-        self.up_since = min(self.up_since, now)
-        jitter = seeds.derive(self.config.run.seed, "jitter", len(finished)) / 2**63
-        ended = datetime.fromisoformat(finished[-1]["ended"]) if finished else None
-        due = next_start(schedule_, last, self.up_since, now, jitter, ended)
-        return None if due <= now else ("waiting", due.isoformat(timespec="seconds"))
-
-    def _ended(self, finished: list[dict[str, Any]], now: datetime) -> str | None:
-        """Why the schedule has no further round, or None."""
-        end, store = self.config.schedule.end, self.store
-        if all(value is None for value in end.model_dump().values()):
-            return None
-        metrics = store.metrics_by_round(("evaluate/reward", *schedule.TOKENS))
-        current = Policies(self.run_dir).current or 0
-        return schedule.ended(end, finished, metrics, now, current, store.spent() * self._devices())
-
-    def _rejected(self, finished: list[dict[str, Any]]) -> str | None:
-        """Why rejected rounds pause the service, unless a person resumed it after the last of them."""
-        limit = self.config.service.pause_after_rejected
-        last = finished[-limit:]
-        in_a_row = [row["state"] for row in last] == ["rejected"] * limit
-        if not in_a_row or last[-1]["round"] <= self.store.state("resumed", 0):
-            return None
-        return f"{limit} rounds in a row were rejected, the last because: {'; '.join(last[-1]['reasons'])}"
-
-    def _not_after(self, now: datetime, last: datetime) -> datetime:
-        """The last start; where it lies in the future, for the clock was set back, the moment when that was noticed."""
-        if last <= now:
-            return last
-        start, noticed = self._set_back or (last, now)
-        self._set_back = last, (min(noticed, now) if start == last else now)
-        return self._set_back[1]
-
-    def _devices(self) -> int:
-        placement = self.config.placement
-        roles = (placement.generator, placement.trainer, placement.reward)
-        named = len({gpu for role in roles for gpu in role or ()})
-        return (named if None not in roles else max(named, _visible_gpus())) or 1
+        return self._starts.why_not(self.config, store, self.run_dir, last, now)
 
     def _failed(self, error: Exception) -> None:
         """Try again later, or pause and say why."""
-        self._failures += 1
-        if isinstance(error, LedgerError):
-            text = f"the ledger does not answer: {error.orig}"
-        elif isinstance(error, SelfplayError):
-            text = f"{error}; what to do: {error.hint}" if error.hint else str(error)
+        text, service = failures.in_words(error, self.run_dir, self._clock()), self.config.service
+        what = "a round" if self._in_round else "the service"
+        wait, count = self._failures.add(error, service, self._clock()), self._failures.count
+        if wait is None:
+            self.pause("failed", f"{what} failed {count} time{'s' * (count > 1)}: {text}")
         else:
-            text = f"{type(error).__name__}: {error} (see {self._write_traceback(error)})"
-        text = text.encode("utf-8", "backslashreplace").decode()  # terminal and ledger take no lone surrogate
-        service, what = self.config.service, "a round" if self._in_round else "the service"
-        # a wrong setting or input stays wrong, and so does a reward that is another one
-        hopeless = getattr(error, "exit_code", 3) == 2 or isinstance(error.__cause__, GuardError)
-        if hopeless or self._failures > service.retries:
-            self.pause("failed", f"{what} failed {self._failures} time{'s' * (self._failures > 1)}: {text}")
-            return
-        wait = service.retry_seconds * 2.0 ** min(self._failures - 1, 30)
-        wait = max(service.retry_seconds, min(wait, LONGEST_WAIT))
-        self._retry_at = self._clock() + timedelta(seconds=wait)
-        said = f"{what} failed, trying again in {wait:.0f} s ({self._failures} of {service.retries}): {text}"
-        self._warn("warning", said)
-
-    def _write_traceback(self, error: Exception) -> Path:
-        log = self.run_dir / "logs" / "service.log"
-        with contextlib.suppress(OSError):
-            log.parent.mkdir(parents=True, exist_ok=True)
-            bound_log(log)
-            with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{self._clock().isoformat()} {''.join(traceback.format_exception(error))}\n")
-        return log
+            said = f"{what} failed, trying again in {wait:.0f} s ({count} of {service.retries}): {text}"
+            self._warn("warning", said)
 
     def pause(self, kind: str, why: str) -> None:
         """Pause by itself, and say why: to people first, for the ledger may be what is wrong. kind: failed, rejected."""
         time = self._clock().isoformat()
-        self._retry_at = None
+        self._failures.give_up()
         self._pause = {"why": why, "kind": kind, "time": time}
         self.display.warn(f"paused: {why}")
         self._alert(f"paused: {why}")
@@ -377,40 +236,13 @@ class Daemon:
             with contextlib.suppress(LedgerError):
                 self._write_down()
 
-    # --- a stage that hangs ------------------------------------------------------------------------------------------
-
-    def _get_on(self) -> None:
-        self._moved, self._stalls = time.monotonic(), 0
-
-    def _watch(self) -> None:
-        while not self._stopping.wait(LOOK_SECONDS):
-            self._look_for_a_stall()
-
-    def _look_for_a_stall(self) -> None:
-        """End all children where nothing has got on for too long: who waits for one finds it dead, and that is tried again.
-
-        Where even that moves nothing it is not a child that hangs, but a disk, a tracker or a function of the user's:
-        people are told.
-        """
+    def _longest_quiet(self) -> float:
+        """Seconds without a word after which something hangs."""
         config = self.config
-        limit = max(config.service.stall_hours * 3600, config.train.silence, config.generate.engine.silence)
-        quiet = time.monotonic() - max(self._moved, children.heard())
-        if quiet < limit:
-            return
-        self._moved, self._stalls = time.monotonic(), self._stalls + 1
-        what = f"stage {self.progress.get('stage')}" if self._in_round else "the service"
-        text = f"{what} has not got on for {quiet / 3600:.1f} h (service.stall_hours)"
-        if self._stalls == 1:
-            kind, text = "stalled", f"{text}: its processes are ended, and what they did is tried again"
-        else:
-            text += f", though its processes were ended: {self.run_dir}, or what the configuration names, hangs; restart the service"
-            kind = "alert"
-        telling = threading.Thread(target=self._warn, args=(kind, text), daemon=True)
-        telling.start()
-        telling.join(TELL_SECONDS)
-        if kind == "alert":
-            self._alert(text)
-        children.end_running()
+        return max(config.service.stall_hours * 3600, config.train.silence, config.generate.engine.silence)
+
+    def _at_work(self) -> str:
+        return f"stage {self.progress.get('stage')}" if self._in_round else "the service"
 
     # --- within a round ----------------------------------------------------------------------------------------------
 
@@ -439,17 +271,20 @@ class Daemon:
         if self._is_cancelled():
             assert self.run is not None
             cancel_round(self.run)
-            self._fresh()
+            self._failures.forget()
         self._event("interrupted", str(stop))
 
     # --- orders ------------------------------------------------------------------------------------------------------
 
-    def _between_rounds(self) -> None:
+    def _between_rounds(self) -> bool:
+        """Obey the orders that wait. Returns whether a round is open then."""
         is_open = self.store.unfinished() is not None
-        for row in self.store.pending(() if self.run is not None else ("pause", "resume", "reload")):
+        given = self.store.pending(() if self.run is not None else ("pause", "resume", "reload"))
+        for row in given:
             if row["kind"] == "rollback" and is_open:
                 continue  # until the round that is open has ended
             self._obey(row["id"])
+        return self.store.unfinished() is not None if given else is_open
 
     def _obey(self, number: int) -> None:
         """Carry an order out and record what came of it."""
@@ -463,7 +298,8 @@ class Daemon:
                 return  # its children were ended under it
             text = str(error)
             if not isinstance(error, SelfplayError):
-                text = f"{type(error).__name__}: {error} (see {self._write_traceback(error)})"
+                log = failures.write_traceback(error, self.run_dir, self._clock())
+                text = f"{type(error).__name__}: {error} (see {log})"
             self.store.answer(row["id"], "refused", text)
             self.display.warn(f"order {row['kind']} refused: {text}")
         else:
@@ -481,10 +317,10 @@ class Daemon:
                 store.set_state("pause", {"why": why, "kind": "ordered", "after": order.after, "time": time})
                 return f"pauses after the {order.after}"
             case orders.Resume():
-                rounds = [row["round"] for row in store.rounds() if row["state"] != "running"]
-                store.set_state("resumed", max(rounds, default=0))
+                is_open = store.unfinished()
+                store.set_state("resumed", store.last_round() if is_open is None else is_open["round"] - 1)
                 store.set_state("pause", None)
-                self._fresh()
+                self._failures.forget()
                 return "goes on"
             case orders.Reload():
                 return self._take_over()
@@ -492,7 +328,7 @@ class Daemon:
         match order:
             case orders.RunNow():
                 store.set_state("run_now", self.run.next_round)  # done once the run has so many
-                self._fresh()
+                self._failures.forget()
                 return "a round starts now" if not store.state("pause") else "a round starts when the pause ends"
             case orders.Cancel():
                 if (is_open := store.unfinished()) is None:
@@ -501,7 +337,7 @@ class Daemon:
                     store.set_state("cancel", is_open["round"])
                 else:
                     cancel_round(self.run)
-                    self._fresh()
+                    self._failures.forget()
                 return "the round is given up"
             case orders.Rollback():
                 return roll_back(self.run, order.version)
@@ -516,25 +352,15 @@ class Daemon:
 
     def _take_over(self) -> str:
         """Read the configuration file anew; what is not valid, or cannot change in this folder, is refused."""
-        config = load(self._path, self._overrides)
-        old, new = self.config.fixed(), config.fixed()
-        if changed := [key for key in old if old[key] != new[key]]:
-            raise InputError(f"{', '.join(changed)} cannot change within a run; the old configuration stays")
-        served = ("host", "port", "hosts", "token_env", "token_file")
-        changed = [f"service.{k}" for k in served if getattr(config.service, k) != getattr(self.config.service, k)]
-        if (self._given_dir or config.run_dir) != self.run_dir:
-            changed = ["run.dir or run.name", *changed]
-        if changed:
-            raise InputError(f"{', '.join(changed)} cannot change while the service runs: stop it, then start it anew")
+        config = read_anew(self._path, self._overrides, self.config, self.run_dir, self._given_dir, self._clock())
         if config == self.config:
             return "nothing changed"
-        trigger(config.schedule, self._clock())
         if self.run is not None:
             self.run.reconfigure(config)
         else:
             Run(config, self.run_dir, self.display).require()
         self.config = config
-        self._fresh()
+        self._failures.forget()
         if (is_open := self.store.unfinished()) is not None:
             return f"the new configuration holds; round {is_open['round']} goes on with it"
         return "the new configuration holds from the next round on"
@@ -542,7 +368,7 @@ class Daemon:
     # --- what it says ------------------------------------------------------------------------------------------------
 
     def _on_line(self, line: Line) -> None:
-        self._get_on()
+        self._stalls.get_on()
         self.progress |= {
             "round": line.round_index, "stage": line.name, "done": line.done, "total": line.total, "text": line.text,
             "unit": line.unit, "seconds": line.seconds,
@@ -572,21 +398,3 @@ class Daemon:
         if self._store is not None:
             with contextlib.suppress(LedgerError):
                 self._store.event(kind, text)
-
-
-def _visible_gpus() -> int:
-    """GPUs that this process and its children may use, as far as that can be told without their driver."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return sum(name.strip() not in ("", "-1") for name in listed.split(","))
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def handle_signals(daemon: Daemon) -> None:
-    """SIGTERM and SIGINT stop the service, SIGHUP has it read its configuration anew.
-
-    The stop is another thread's: it takes locks, which the thread that is interrupted here may hold.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: threading.Thread(target=daemon.stop).start())
-    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())

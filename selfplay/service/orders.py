@@ -115,9 +115,9 @@ def submit(store: Store, kind: str, arguments: dict[str, Any], origin: str) -> i
     """Check an order and leave it in the ledger; returns its number. Raises InputError for what can never be obeyed."""
     order = parse(kind, arguments)
     if isinstance(order, Rollback | Pin):
-        known = {row["version"]: row for row in store.policies()}
-        if order.version not in known:
+        policy = store.policy(order.version)
+        if policy is None:
             raise InputError(f"there is no policy {order.version}", "`selfplay rounds` lists them")
-        if not known[order.version]["weights"]:
+        if not policy["weights"]:
             raise InputError(f"the weights of policy {order.version} were deleted (retention)", "pin what you may need")
     return store.submit(kind, order.model_dump(mode="json", exclude={"kind"}), origin)

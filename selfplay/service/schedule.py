@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
-from typing import Any
 from zoneinfo import ZoneInfo
 
 from selfplay.config import EndConfig, ScheduleConfig
 
-TOKENS = ("generate/tokens", "evolve/tokens", "evaluate/tokens")  # metrics of what a round sampled
 DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
 
@@ -64,34 +62,28 @@ def after_quiet_hours(start: datetime, schedule: ScheduleConfig) -> datetime:
     return start
 
 
-def ended(
-    end: EndConfig,
-    rounds: Sequence[Mapping[str, Any]],
-    metrics: Mapping[int, Mapping[str, float]],
-    now: datetime,
-    current: int,
-    device_seconds: float = 0.0,
-) -> str | None:
-    """Why no further round starts, or None.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoFar:
+    """What a run has done, as far as its end may depend on it."""
 
-    rounds: the ledger's finished rounds, of which cancelled ones do not count as rounds; metrics: `evaluate/reward` and
-    TOKENS by round; current: the policy that serves, whose reward on held-out prompts is that of the round it is from;
-    device_seconds: spent in stages, times devices.
-    """
-    if end.rounds is not None and sum(row["state"] != "cancelled" for row in rounds) >= end.rounds:
+    rounds: int  # finished ones, without those that were given up
+    reward: float | None  # of the current policy, on held-out prompts, in the round that it is from
+    tokens: float  # sampled
+    device_seconds: float  # in stages, times devices
+
+
+def ended(end: EndConfig, so_far: SoFar, now: datetime) -> str | None:
+    """Why no further round starts, or None."""
+    if end.rounds is not None and so_far.rounds >= end.rounds:
         return f"the run has its {end.rounds} rounds (schedule.end.rounds)"
     if end.date is not None and now >= end.date:
         return f"it is past {end.date.isoformat()} (schedule.end.date)"
-    if end.reward is not None:
-        reward = metrics.get(current, {}).get("evaluate/reward")
-        if reward is not None and reward >= end.reward:
-            return (
-                f"the current policy's held-out reward is {reward:.4g}, the target {end.reward:g} (schedule.end.reward)"
-            )
-    tokens = sum(m.get(name, 0.0) for m in metrics.values() for name in TOKENS)
-    if end.tokens is not None and tokens >= end.tokens:
-        return f"{tokens:.0f} tokens were generated, the budget is {end.tokens} (schedule.end.tokens)"
-    hours = device_seconds / 3600
+    reward = so_far.reward
+    if end.reward is not None and reward is not None and reward >= end.reward:
+        return f"the current policy's held-out reward is {reward:.4g}, the target {end.reward:g} (schedule.end.reward)"
+    if end.tokens is not None and so_far.tokens >= end.tokens:
+        return f"{so_far.tokens:.0f} tokens were generated, the budget is {end.tokens} (schedule.end.tokens)"
+    hours = so_far.device_seconds / 3600
     if end.device_hours is not None and hours >= end.device_hours:
         return f"{hours:.1f} device-hours were used, the budget is {end.device_hours:g} (schedule.end.device_hours)"
     return None

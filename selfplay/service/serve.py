@@ -9,7 +9,8 @@ from selfplay.errors import SelfplayError
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.command import leave
 from selfplay.service import systemd
-from selfplay.service.daemon import Daemon, handle_signals
+from selfplay.service.daemon import Daemon
+from selfplay.service.stop import handle_signals
 from selfplay.storage import tables
 from selfplay.web.access import read_token
 from selfplay.web.api import create_app
@@ -33,7 +34,7 @@ def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = No
         here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         systemd.keep_watchdog(f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}")
         systemd.tell("READY=1")
-        daemon.at_last = lambda: leave(0)  # all that is finished is on disk, and no child is left
+        daemon.end_with(lambda: leave(0))  # all that is finished is on disk, and no child is left
         handle_signals(daemon)
         try:
             daemon.serve()

@@ -18,7 +18,8 @@ from selfplay.config import load
 from selfplay.errors import InputError
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.run import Run
-from selfplay.storage.ledger import RunLock, Store
+from selfplay.storage.ledger import Store
+from selfplay.storage.lock import RunLock
 
 
 def model(folder, *, template=True, tokenizer=True, **settings):

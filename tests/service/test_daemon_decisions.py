@@ -15,7 +15,8 @@ from selfplay.errors import InputError, Interrupted
 from selfplay.processes import children
 from selfplay.processes.child import Child, ChildDied
 from selfplay.processes.reaping import marked
-from selfplay.service import daemon, orders
+from selfplay.service import orders
+from selfplay.service.stop import handle_signals
 
 
 def test_an_order_for_a_round_holds_until_that_round_is_open(world):
@@ -85,7 +86,7 @@ def test_a_pause_after_the_round_lets_an_open_one_end(world):
 def test_retries_wait_an_hour_at_most_and_outlive_a_clock_that_is_set_back(world):
     service = world("service.retries=5000", "service.retry_seconds=30")
     service.open()
-    service.daemon._failures = 3999
+    service.daemon._failures.count = 3999
     service.daemon._failed(RuntimeError("x"))
     assert "trying again in 3600 s (4000 of 5000)" in service.events("warning")[-1]
     assert service.turn() == "retrying"
@@ -179,7 +180,7 @@ def test_a_stop_gives_the_shard_its_time_and_then_cuts(world, monkeypatch):
     assert cuts[0] - began >= 0.3
     service.daemon.stop()
     assert len(cuts) == 2
-    service.daemon._cut.cancel()
+    service.daemon._stop.done()
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_signals_stop_the_service_and_have_it_read_its_configuration_anew(world,
     service = world()
     stops = []
     monkeypatch.setattr(service.daemon, "stop", lambda: stops.append(threading.current_thread()))
-    daemon.handle_signals(service.daemon)
+    handle_signals(service.daemon)
     os.kill(os.getpid(), signal.SIGHUP)
     until(lambda: service.daemon._reloading)
     service.daemon._write_down()

@@ -10,7 +10,8 @@ from selfplay.errors import CheckpointError, ConfigError, InputError
 from selfplay.rounds.run import Run
 from selfplay.service import daemon, orders
 from selfplay.storage import ledger as store
-from selfplay.storage.ledger import RunLock
+from selfplay.storage.lock import RunLock
+from selfplay.storage.policies import Policies
 
 
 class Lock:
@@ -97,7 +98,7 @@ def test_what_fails_between_rounds_is_tried_again_and_then_pauses(world, monkeyp
     def damaged(self):
         raise CheckpointError("policies/0001/manifest.json cannot be read")
 
-    monkeypatch.setattr(daemon.Policies, "current", property(damaged))
+    monkeypatch.setattr(Policies, "current", property(damaged))
     service.turn()
     service.turn()
     assert len(service.events("warning")) == 2 and service.store.state("pause") is None
@@ -113,7 +114,7 @@ def test_failures_that_passed_are_forgotten(world, lock):
         lock.take()
         service.daemon.reload()
         service.turn()
-        assert service.daemon._failures == 1
+        assert service.daemon._failures.count == 1
         lock.give()
         assert service.turn() == "waiting"
     assert service.store.state("pause") is None
@@ -257,18 +258,6 @@ def test_waiting_orders_are_not_read_while_a_round_runs(world):
     service.daemon._in_round = True
     service.daemon._breathe("stage")
     assert seen == [] and service.store.order(number)["state"] == "pending"
-
-
-def test_devices_are_those_of_the_placement_or_all_that_are_visible(world, monkeypatch):
-    service = world()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    assert service.daemon._devices() == 3
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert service.daemon._devices() == 1
-    service.daemon._overrides = ["placement={generator: [0, 1], trainer: [2], reward: [2]}"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    service.daemon.config = daemon.load(service.daemon._path, service.daemon._overrides)
-    assert service.daemon._devices() == 3
 
 
 def test_a_cron_line_that_never_comes_does_not_start(tmp_path, monkeypatch):

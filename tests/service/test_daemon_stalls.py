@@ -11,7 +11,7 @@ from daemon_world import until, webhook
 from selfplay.processes import children
 from selfplay.processes.child import PATIENT, Child, ChildDied
 from selfplay.reporting.terminal import Line
-from selfplay.service import daemon
+from selfplay.service import stalls
 
 CHILD = """
 import sys, time
@@ -49,8 +49,8 @@ def served(service):
 
 
 def look_much_later(service):
-    service.daemon._moved = children._heard = time.monotonic() - 7200
-    service.daemon._look_for_a_stall()
+    service.daemon._stalls.moved = children._heard = time.monotonic() - 7200
+    service.daemon._stalls.look()
 
 
 def test_a_child_that_hangs_is_ended_the_stage_tried_again_and_then_the_service_pauses(world, child, monkeypatch):
@@ -87,24 +87,24 @@ def test_what_gets_on_is_left_alone(world, child):
 
     thread = threading.Thread(target=ask)
     long_ago = time.monotonic() - 7200
-    service.daemon._moved = long_ago
+    service.daemon._stalls.moved = long_ago
     thread.start()
     assert told.wait(60)
-    service.daemon._look_for_a_stall()
-    assert worker.alive and not service.daemon._stalls
+    service.daemon._stalls.look()
+    assert worker.alive and not service.daemon._stalls.count
     worker.cut()
     thread.join(60)
     children._heard = long_ago
     service.daemon._on_line(Line(service.daemon.display, 1, "score", None, ""))
-    service.daemon._look_for_a_stall()
-    assert not service.daemon._stalls
+    service.daemon._stalls.look()
+    assert not service.daemon._stalls.count
     look_much_later(service)
-    assert service.daemon._stalls == 1
+    assert service.daemon._stalls.count == 1
 
 
 def test_people_are_told_of_what_hangs_outside_the_children(world, monkeypatch):
     """A function of the user's, or a disk."""
-    monkeypatch.setattr(daemon, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(stalls, "LOOK_SECONDS", 0.05)
     with webhook() as (url, got):
         monkeypatch.setenv("SELFPLAY_WEBHOOK", url)
         service = world("service.stall_hours=0.0001", "train.silence=0.01", "generate.engine.silence=0.01")
@@ -121,7 +121,7 @@ def test_people_are_told_of_what_hangs_outside_the_children(world, monkeypatch):
 
 
 def test_a_disk_that_hangs_keeps_people_from_hearing_of_it_no_more_than_the_end_of_children(world, child, monkeypatch):
-    monkeypatch.setattr(daemon, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(stalls, "TELL_SECONDS", 0.01)
     with webhook() as (url, got):
         monkeypatch.setenv("SELFPLAY_WEBHOOK", url)
         service = world("service.stall_hours=1")
@@ -141,4 +141,4 @@ def test_a_disk_that_hangs_keeps_people_from_hearing_of_it_no_more_than_the_end_
 def test_the_limit_is_never_below_those_of_engine_and_trainer(world):
     service = world("service.stall_hours=1", "train.silence=10800")
     look_much_later(service)
-    assert not service.daemon._stalls
+    assert not service.daemon._stalls.count

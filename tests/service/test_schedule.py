@@ -7,8 +7,8 @@ import pytest
 
 from selfplay.config import EndConfig, ScheduleConfig
 from selfplay.errors import ConfigError
-from selfplay.service.daemon import next_start, trigger
-from selfplay.service.schedule import after_quiet_hours, ended, weekdays
+from selfplay.service.due import next_start, trigger
+from selfplay.service.schedule import SoFar, after_quiet_hours, ended, weekdays
 
 NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -77,13 +77,6 @@ def test_no_round_starts_in_quiet_hours():
     assert after_quiet_hours(NOON.replace(hour=1), night) == NOON.replace(hour=3, minute=30)
 
 
-def row(index, state="promoted", hours=1.0):
-    began = NOON + index * timedelta(days=1)
-    return {
-        "round": index, "state": state, "started": began.isoformat(), "ended": (began + hours * HOUR).isoformat(),
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
@@ -92,7 +85,7 @@ def row(index, state="promoted", hours=1.0):
         ({"rounds": 2}, "its 2 rounds"),
         ({"date": NOON}, "it is past 2026-03-10"),
         ({"date": NOON + HOUR}, None),
-        ({"reward": 0.5}, None),  # round 2 was rejected: what counts is policy 1, which serves
+        ({"reward": 0.5}, None),
         ({"reward": 0.4}, "held-out reward is 0.4"),
         ({"tokens": 301}, None),
         ({"tokens": 300}, "300 tokens were generated"),
@@ -101,21 +94,9 @@ def row(index, state="promoted", hours=1.0):
     ],
 )
 def test_the_end_of_a_schedule(end, reason):
-    metrics = {
-        1: {"evaluate/reward": 0.4, "generate/tokens": 100.0},
-        2: {"evaluate/reward": 0.9, "generate/tokens": 150.0, "evolve/tokens": 30.0, "evaluate/tokens": 20.0},
-    }
-    found = ended(
-        EndConfig(**end), [row(1), row(2, "rejected", 3.0)], metrics, NOON, current=1, device_seconds=8 * 3600
-    )
+    so_far = SoFar(rounds=2, reward=0.4, tokens=300.0, device_seconds=8 * 3600)
+    found = ended(EndConfig(**end), so_far, NOON)
     assert found is None if reason is None else reason in found
-
-
-def test_the_reward_target_is_for_the_policy_that_serves():
-    """After a roll-back it is that one's reward; the initial policy has none."""
-    rounds, metrics = [row(1), row(2)], {1: {"evaluate/reward": 0.4}, 2: {"evaluate/reward": 0.9}}
-    reached = [ended(EndConfig(reward=0.5), rounds, metrics, NOON, current=i) is not None for i in range(3)]
-    assert reached == [False, False, True]
 
 
 def starts(settings, last, up_since, hours, jitter=0.0, began=NOON + timedelta(seconds=0.4)):
