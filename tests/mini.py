@@ -48,7 +48,7 @@ def overrides(world: Path) -> list[str]:
     ]
 
 
-RULES = "selfplay.worlds.tiny_rewriter:rewrite"
+RULES = "selfplay.worlds.tiny.rewriter:rewrite"
 CALM = (
     "breadth.method=clusters",
     "evolve.every=1",

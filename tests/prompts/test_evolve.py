@@ -13,7 +13,7 @@ from selfplay.rounds.run import Run
 from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Candidate, Prompt, Rewrite
-from selfplay.worlds import tiny_rewriter
+from selfplay.worlds.tiny import rewriter
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 FIVE = list(evolve.STRATEGIES)
@@ -185,8 +185,8 @@ def test_a_conversation_keeps_what_came_before(tmp_path):
 
 def test_rules_rewrite_and_the_ledger_says_so(tmp_path):
     parents = [prompt("Hey, What is the capital of Peru?"), prompt("Name two fruits. Be brief.")]
-    name = "selfplay.worlds.tiny_rewriter:rewrite"
-    r = FakeRound(parents, [1.0, 0.5], rewriter_function=tiny_rewriter.rewrite, rewriter=name, top=1.0)
+    name = "selfplay.worlds.tiny.rewriter:rewrite"
+    r = FakeRound(parents, [1.0, 0.5], rewriter_function=rewriter.rewrite, rewriter=name, top=1.0)
     metrics, joining, rewrites, _ = run(r, tmp_path / "evolve")
     assert metrics["by_rules"] == 1.0 and metrics["tokens"] == 0 and len(joining) >= 8
     assert {p.source for p in joining} >= {f"reason by {name}"}

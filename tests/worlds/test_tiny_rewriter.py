@@ -1,28 +1,28 @@
 from collections import Counter
 
 from selfplay.prompts.evolve import STRATEGIES
-from selfplay.worlds import tiny, tiny_rewriter
+from selfplay.worlds.tiny import questions, rewriter
 
 
 def ask(text, strategy, seed=0):
-    return tiny_rewriter.rewrite([{"role": "user", "content": text}], strategy, seed)
+    return rewriter.rewrite([{"role": "user", "content": text}], strategy, seed)
 
 
 def test_every_prompt_of_the_world_is_understood():
-    for question in tiny.questions(0, scale=0.3):
-        found = tiny_rewriter.parse(question.text)
+    for question in questions.every(0, scale=0.3):
+        found = rewriter.parse(question.text)
         assert found is not None, question.text
         assert (found[0], found[2]) == (question.meta["skill"], question.meta["x"]), question.text
 
 
 def test_a_rewrite_is_a_prompt_of_the_world_about_what_the_strategy_says():
-    for question in tiny.questions(1, scale=0.05):
+    for question in questions.every(1, scale=0.05):
         for strategy in STRATEGIES:
-            found = tiny_rewriter.parse(ask(question.text, strategy, 5))
+            found = rewriter.parse(ask(question.text, strategy, 5))
             assert found is not None
             skill, _, x = found
-            if strategy == "deepen" and question.meta["skill"] in tiny_rewriter.HARDER:
-                assert skill == tiny_rewriter.HARDER[question.meta["skill"]]
+            if strategy == "deepen" and question.meta["skill"] in rewriter.HARDER:
+                assert skill == rewriter.HARDER[question.meta["skill"]]
             else:
                 assert skill == question.meta["skill"]
                 assert strategy == "broaden" or x == question.meta["x"]
@@ -30,7 +30,7 @@ def test_a_rewrite_is_a_prompt_of_the_world_about_what_the_strategy_says():
 
 def test_by_hand():
     asked = "Hey, What is the capital of Peru? Thank you."
-    assert tiny_rewriter.parse(asked) == ("capital", "What is the capital of {x}?", "Peru")
+    assert rewriter.parse(asked) == ("capital", "What is the capital of {x}?", "Peru")
     assert ask(asked, "constrain") in {
         "Name the capital of Peru. Be brief.",
         "Which city is the capital of Peru? Be brief.",
@@ -42,7 +42,7 @@ def test_by_hand():
 
 
 def test_new_prompts_are_new_often_enough():
-    questions = tiny.questions(0)
-    known = {q.text for q in questions}
-    kinds = Counter(ask(q.text, strategy, i) in known for i, q in enumerate(questions[::40]) for strategy in STRATEGIES)
+    asked = questions.every(0)
+    known = {q.text for q in asked}
+    kinds = Counter(ask(q.text, strategy, i) in known for i, q in enumerate(asked[::40]) for strategy in STRATEGIES)
     assert kinds[False] / kinds.total() > 0.4, kinds

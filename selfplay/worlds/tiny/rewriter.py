@@ -1,8 +1,8 @@
 """The rewriter of the tiny world: rules in the place of a policy that is too small to rewrite (`evolve.rewriter`).
 
-It knows the world's templates: it finds out which skill a prompt asks for, and asks again. Breadth is another question of
-the same skill. Depth, in a world of one-line questions, is a harder skill on like matter where there is one, and else no
-more than another wording with more around it.
+It knows the templates of the world. It finds out which skill a prompt asks for, and asks again. A broader prompt is another
+question of the same skill. A deeper prompt is a question of a harder skill about similar things where there is such a
+skill; elsewhere it is the same question in another wording, with more text around it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import random
 import re
 
 from selfplay.types import Message
-from selfplay.worlds.tiny import _LEADS, _TAILS, SKILLS
+from selfplay.worlds.tiny.questions import LEADS, TAILS
+from selfplay.worlds.tiny.skills import SKILLS
 
 HARDER = {"kind": "list", "repeat": "first"}
 AROUND = {  # strategy → lead, tail
@@ -31,7 +32,7 @@ def rewrite(messages: list[Message], strategy: str, seed: int) -> str:
     name, wording, x = found
     rng = random.Random(seed)
     if strategy == "broaden":
-        return _ask(name, SKILLS[name].item(rng)["x"], "", rng.choice(_LEADS), rng.choice(_TAILS), rng)
+        return _ask(name, SKILLS[name].item(rng)["x"], "", rng.choice(LEADS), rng.choice(TAILS), rng)
     lead, tail = AROUND[strategy]
     if strategy == "deepen" and name in HARDER:
         name = HARDER[name]
@@ -41,8 +42,8 @@ def rewrite(messages: list[Message], strategy: str, seed: int) -> str:
 
 def parse(text: str) -> tuple[str, str, str] | None:
     """Skill, wording and matter of a prompt of the tiny world; None for any other text."""
-    for lead in sorted(set(_LEADS), key=len, reverse=True):
-        for tail in sorted(set(_TAILS), key=len, reverse=True):
+    for lead in sorted(set(LEADS), key=len, reverse=True):
+        for tail in sorted(set(TAILS), key=len, reverse=True):
             if not (text.startswith(lead) and text.endswith(tail)):
                 continue
             core = text[len(lead) : len(text) - len(tail)]
@@ -56,7 +57,7 @@ def parse(text: str) -> tuple[str, str, str] | None:
 
 def wordings(name: str, x: str) -> list[str]:
     """Every way in which the world may ask a question of this skill."""
-    leads, tails = sorted(set(_LEADS)), sorted(set(_TAILS))
+    leads, tails = sorted(set(LEADS)), sorted(set(TAILS))
     return [lead + w.format(x=x) + tail for lead in leads for w in SKILLS[name].wordings for tail in tails]
 
 

@@ -1,12 +1,11 @@
-"""A Llama in plain torch, just large enough to build the tiny world: training, sampling with a cache, export.
+"""A Llama in plain torch, just large enough to build the tiny world: the model, its losses and its export.
 
-Importing transformers takes longer than a tenth of the whole build, so the builder does without it; what it writes is an
-ordinary Hugging Face checkpoint (`LlamaForCausalLM`, `LlamaForSequenceClassification`), equal to it in every logit.
+Importing transformers takes longer than a tenth of the whole build, so the builder does without it. What it writes is an
+ordinary Hugging Face checkpoint (`LlamaForCausalLM`, `LlamaForSequenceClassification`) with the same logits.
 """
 
 import json
 import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -144,54 +143,10 @@ def export(model: Llama, head: Tensor | None, out: Path, end: int, pad: int) -> 
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
 
 
-class Optimiser:
-    """AdamW under a schedule (warm-up, then linear to zero) on one flat buffer, gradients summed over the workers."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, steps: int) -> None:
-        flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-        self.flat = nn.Parameter(flat)
-        self.grad = torch.zeros_like(flat)
-        start = 0
-        for p in parameters:
-            p.data = self.flat.data[start : start + p.numel()].view_as(p)
-            p.grad = self.grad[start : start + p.numel()].view_as(p)
-            start += p.numel()
-        self.flat.grad = self.grad
-        self.inner = torch.optim.AdamW([self.flat], lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-        self.lr, self.steps, self.done, self.warm = lr, steps, 0, max(1, steps // 20)
-
-    def step(self) -> None:
-        """One update; also empties the gradients."""
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.grad)
-        norm = self.grad.norm()
-        if norm > 1.0:
-            self.grad.mul_(1.0 / norm)
-        self.inner.param_groups[0]["lr"] = self.lr * min(
-            (self.done + 1) / self.warm, (self.steps - self.done) / max(1, self.steps - self.warm)
-        )
-        self.inner.step()
-        self.done += 1
-        self.grad.zero_()
-
-
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     """(B, T) of the rows, filled on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
-
-
-def batches(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
-    """Indices in batches of `size` items of about one length, in random order; what is left over is dropped."""
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    pool = size * 16
-    made = []
-    for start in range(0, len(order), pool):
-        near = sorted(order[start : start + pool], key=lambda i: lengths[i])
-        made += [near[i : i + size] for i in range(0, len(near) - size + 1, size)]
-    rng.shuffle(made)
-    return made
 
 
 def response_loss(model: Llama, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
@@ -219,50 +174,3 @@ def all_rewards(model: Llama, head: Tensor, rows: Sequence[Sequence[int]], size:
             for i, value in zip(chunk, rewards(model, head, [rows[i] for i in chunk]).tolist(), strict=True):
                 found[i] = value
     return found
-
-
-def sample(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    k: int,
-    end: int,
-    max_tokens: int,
-    seed: int,
-    rows: int = 512,
-    temperature: float = 1.0,
-) -> list[list[list[int]]]:
-    """`k` samples for each rendered prompt, the `end` token included where it was sampled.
-
-    Prompts of one length are sampled together, at most `rows` rows at a time, so nothing is padded.
-    """
-    by_length: dict[int, list[int]] = {}
-    for i, row in enumerate(prompts):
-        by_length.setdefault(len(row), []).append(i)
-    generator = torch.Generator().manual_seed(seed)
-    answers: list[list[list[int]]] = [[[] for _ in range(k)] for _ in prompts]
-    with torch.inference_mode():
-        for length, members in by_length.items():
-            for first in range(0, len(members), max(1, rows // k)):
-                chunk = members[first : first + max(1, rows // k)]
-                cells = [answers[i][j] for i in chunk for j in range(k)]
-                caches = model.empty_caches(len(chunk), length + max_tokens)
-                hidden = model(torch.tensor([list(prompts[i]) for i in chunk]), caches)[:, -1]
-                caches = [[half.repeat_interleave(k, 0) for half in layer] for layer in caches]
-                hidden = hidden.repeat_interleave(k, 0)
-                for n in range(max_tokens):
-                    drawn = torch.multinomial(
-                        (F.linear(hidden, model.table) / temperature).softmax(-1), 1, generator=generator
-                    )
-                    for cell, token in zip(cells, drawn[:, 0].tolist(), strict=True):
-                        if not cell or cell[-1] != end:
-                            cell.append(token)
-                    alive = [i for i, cell in enumerate(cells) if cell[-1] != end]
-                    if not alive or n + 1 == max_tokens:
-                        break
-                    if len(alive) < 0.7 * len(cells):
-                        keep = torch.tensor(alive)
-                        cells = [cells[i] for i in alive]
-                        caches = [[half[keep] for half in layer] for layer in caches]
-                        drawn = drawn[keep]
-                    hidden = model(drawn, caches, length + n)[:, 0]
-    return answers
