@@ -9,29 +9,30 @@ import pytest
 from mini import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import ablate
+from ablation import arms, intervals, report, results, worlds
 
 from selfplay.config import load
-from selfplay.worlds import tiny, tiny_rewriter
+from selfplay.worlds.tiny import questions, rewriter
+from selfplay.worlds.tiny.skills import SKILLS
 
-ARMS = sorted({*ablate.ARMS, *ablate.CONTROLS, *ablate.REDUNDANT})
+ARMS = sorted({*arms.ARMS, *arms.CONTROLS, *arms.REDUNDANT})
 
 
-def arguments(results: Path, *arms: str, **changes: object) -> argparse.Namespace:
+def arguments(file: Path, *names: str, **changes: object) -> argparse.Namespace:
     settings = {
         "set": [],
         "rounds": 3,
         "config": "configs/tiny.yaml",
         "pool": "usual",
-        "results": results,
-        "arms": [*arms],
+        "results": file,
+        "arms": [*names],
     }
     return argparse.Namespace(**(settings | changes))
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_has_the_same_budgets(arm: str) -> None:
-    config = load(ROOT / "configs" / "tiny.yaml", ablate.assignments(ablate.overrides(arm)))
+    config = load(ROOT / "configs" / "tiny.yaml", arms.assignments(arms.overrides(arm)))
     assert config.prompts.per_round * config.generate.candidates == 192 * 8
     kept = config.pairs.keep * config.prompts.per_round
     assert kept * (1 if config.depth.method == "none" else config.depth.pairs_per_prompt) == 96
@@ -39,7 +40,7 @@ def test_every_arm_has_the_same_budgets(arm: str) -> None:
 
 def test_controls_differ_from_their_arms_in_the_method_alone() -> None:
     def differ(a: str, b: str) -> set[str]:
-        one, other = ablate.overrides(a), ablate.overrides(b)
+        one, other = arms.overrides(a), arms.overrides(b)
         return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
     assert differ("gradient", "others") == {"depth.closeness"}
@@ -47,61 +48,61 @@ def test_controls_differ_from_their_arms_in_the_method_alone() -> None:
     assert differ("plain", "lower-beta") == {"train.beta"}
     assert differ("deep", "uniform") == {"pairs.keep", "depth.method", "depth.pairs_per_prompt"}
     with pytest.raises(SystemExit, match="unknown component 'other'"):
-        ablate.overrides("potential+other")
+        arms.overrides("potential+other")
 
 
-@pytest.mark.parametrize("kind", ablate.POOLS)
+@pytest.mark.parametrize("kind", arms.POOLS)
 def test_a_redundant_pool_asks_few_questions_in_many_ways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(ablate, "world_dir", lambda seed: ROOT / ".cache" / "tiny-mini")
+    monkeypatch.setattr(worlds, "world_dir", lambda seed: ROOT / ".cache" / "tiny-mini")
     args = argparse.Namespace(out=tmp_path, pool=kind)
-    ablate.write_pool(args, 0)
-    found = [json.loads(line)["messages"][-1]["content"] for line in ablate.pool(args, 0).read_text().splitlines()]
-    assert len(found) == len(set(found)) and not any(map(tiny.held_out, found))
-    asked = Counter((parsed[0], parsed[2]) for text in found if (parsed := tiny_rewriter.parse(text)))
+    worlds.write_pool(args, 0)
+    found = [json.loads(line)["messages"][-1]["content"] for line in worlds.pool(args, 0).read_text().splitlines()]
+    assert len(found) == len(set(found)) and not any(map(questions.held_out, found))
+    asked = Counter((parsed[0], parsed[2]) for text in found if (parsed := rewriter.parse(text)))
     often = [question for question, count in asked.items() if count > 1]
-    skills = {n for n, skill in tiny.SKILLS.items() if kind == "redundant" or skill.regime != "hopeless"}
+    skills = {n for n, skill in SKILLS.items() if kind == "redundant" or skill.regime != "hopeless"}
     assert {skill for skill, _ in asked} == {skill for skill, _ in often} == skills and len(often) == len(skills)
     assert 0.8 < sum(asked[question] for question in often) / len(found) < 0.95
 
 
 def test_arms_that_sample_alike_share_their_first_candidates() -> None:
-    assert ablate.sampling("plain") == ablate.sampling("potential+epsilon")
-    assert ablate.sampling("uniform") == ablate.sampling("gradient") == ablate.sampling("deep")
-    assert ablate.sampling("plain") != ablate.sampling("breadth") != ablate.sampling("breadth+uniform")
+    assert arms.sampling("plain") == arms.sampling("potential+epsilon")
+    assert arms.sampling("uniform") == arms.sampling("gradient") == arms.sampling("deep")
+    assert arms.sampling("plain") != arms.sampling("breadth") != arms.sampling("breadth+uniform")
 
 
 def test_a_run_counts_for_the_settings_it_was_made_with(tmp_path: Path) -> None:
     args = arguments(tmp_path / "results.jsonl", "plain", "epsilon")
-    assert ablate.results(args, "plain") == {}
+    assert results.results(args, "plain") == {}
     rows = [
-        {"world": 2, "seed": seed, "arm": arm, "fingerprint": ablate.fingerprint(args, arm), "reward": float(seed)}
+        {"world": 2, "seed": seed, "arm": arm, "fingerprint": results.fingerprint(args, arm), "reward": float(seed)}
         for arm in ("plain", "epsilon") for seed in (1, 2)
     ]  # fmt: skip
     rows.append(rows[0] | {"seed": 3, "fingerprint": "another"})
     args.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert ablate.results(args, "plain").keys() == {(2, 1), (2, 2)}
+    assert results.results(args, "plain").keys() == {(2, 1), (2, 2)}
     for changes in (
         {"pool": "redundant"},
         {"set": ["train.beta=1"]},
         {"rounds": 4},
         {"config": "configs/one-gpu.yaml"},
     ):
-        assert ablate.results(arguments(args.results, **changes), "plain") == {}
-    found = {arm: ablate.results(args, arm) for arm in args.arms}
-    assert ablate.paired(found, "epsilon", "plain", "reward") == {(2, 1): 0.0, (2, 2): 0.0}
+        assert results.results(arguments(args.results, **changes), "plain") == {}
+    found = {arm: results.results(args, arm) for arm in args.arms}
+    assert intervals.paired(found, "epsilon", "plain", "reward") == {(2, 1): 0.0, (2, 2): 0.0}
 
 
 def test_the_interval_of_a_shift_between_worlds_is_that_within_them() -> None:
     """Worlds that differ by 10 add nothing to the error: both halves vary by 1 alone."""
     rng = np.random.default_rng(0)
     values = {(world, seed): 10.0 * world + rng.normal() for world in (0, 1) for seed in range(7)}
-    mean, low, high = ablate.interval(values)
+    mean, low, high = intervals.interval(values)
     assert mean == pytest.approx(np.mean([*values.values()])) and low < mean < high
     assert high - low < 2.5
-    assert ablate.interval({(0, 1): 2.0, (0, 2): 2.0}) == (2.0, 2.0, 2.0)
-    assert np.isnan(ablate.interval({(0, 1): 2.0, (1, 1): 2.0})[1:]).all()
+    assert intervals.interval({(0, 1): 2.0, (0, 2): 2.0}) == (2.0, 2.0, 2.0)
+    assert np.isnan(intervals.interval({(0, 1): 2.0, (1, 1): 2.0})[1:]).all()
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
@@ -110,7 +111,7 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     held = 0
     for _ in range(400):
         values = {(world, seed): rng.normal() for world in (0, 1) for seed in range(7)}
-        _, low, high = ablate.interval(values, samples=600)
+        _, low, high = intervals.interval(values, samples=600)
         held += low < 0 < high
     assert 0.92 <= held / 400 <= 0.985
 
@@ -118,4 +119,4 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
 def test_a_report_needs_the_arm_that_others_are_held_against(tmp_path: Path) -> None:
     args = arguments(tmp_path / "none.jsonl", "plain")
     with pytest.raises(SystemExit, match="no finished run of plain"):
-        ablate.report(args)
+        report.report(args)

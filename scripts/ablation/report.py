@@ -1,0 +1,86 @@
+"""The tables and the picture of the finished runs."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from ablation.arms import COMPARISONS, METRICS, REDUNDANT_COMPARISONS
+from ablation.intervals import MIN_SEEDS, cell, interval, paired, plus_minus, shown
+from ablation.results import results
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print the tables of the finished runs, and draw the paired differences beside their file."""
+    found = {arm: rows for arm in args.arms if (rows := results(args, arm))}
+    plain = args.arms[0]
+    if plain not in found:
+        sys.exit(f"{args.results} has no finished run of {plain} with these settings")
+    print("\n| arm | runs | " + " | ".join(METRICS.values()) + " | pairs | tokens generated |")
+    print("|---" * (len(METRICS) + 4) + "|")
+    for arm, rows in found.items():
+        cells = [cell({key: row[m] for key, row in rows.items()}) for m in METRICS]
+        costs = [f"{statistics.fmean(row[m] for row in rows.values()):.0f}" for m in ("pairs", "generated")]
+        print(f"| {arm} | {len(rows)} | " + " | ".join([*cells, *costs]) + " |")
+    print(
+        f"\nPaired differences to {plain}, mean [95 % interval]; of few seeds, or one world, mean ± standard error:\n"
+    )
+    print("| arm | seeds | " + " | ".join(METRICS.values()) + " |")
+    print("|---" * (len(METRICS) + 2) + "|")
+    worlds = sorted({world for world, _ in found[plain]})
+    for arm in list(found)[1:]:
+        both = [paired(found, arm, plain, m) for m in METRICS]
+        print(f"| {arm} | {len(both[0])} | " + " | ".join(map(cell, both)) + " |")
+        for world in worlds if len(worlds) > 1 else []:
+            own = [{key: d for key, d in each.items() if key[0] == world} for each in both]
+            if len(own[0]) > 1:
+                print(f"| … world {world} | {len(own[0])} | " + " | ".join(map(plus_minus, own)) + " |")
+    print("\nWhat was expected before the runs:\n")
+    for arm, against, metric, least in COMPARISONS if args.pool == "usual" else REDUNDANT_COMPARISONS:
+        if arm in found and against in found:
+            differences = paired(found, arm, against, metric)
+            mean, low, high = interval(differences)
+            few = len(differences) < MIN_SEEDS
+            verdict = "too few seeds" if few else "shown" if low > least else "refuted" if high < least else "open"
+            print(f"- {arm} − {against}, {METRICS[metric]} > {least:g}: {shown(mean, low, high)}: {verdict}")
+    picture = args.results.with_suffix(".png")
+    draw(found, plain, picture if args.pool == "usual" else picture.with_stem(f"{picture.stem}-{args.pool}"))
+
+
+def draw(found: dict[str, Any], against: str, path: Path) -> None:
+    """Draw the paired differences of every arm to the one named `against`, a panel for each metric."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = [arm for arm in found if arm != against]
+    if against not in found or not arms:
+        return
+    names = ("reward", "gold", "content", "kl", "length")
+    figure, panels = pyplot.subplots(1, len(names), figsize=(3 * len(names), 0.5 * len(arms) + 1.4), sharey=True)
+    for panel, metric in zip(panels, names, strict=True):
+        for row, arm in enumerate(arms):
+            differences = paired(found, arm, against, metric)
+            mean, low, high = interval(differences)
+            values = list(differences.values())
+            panel.plot(values, [row + 0.18] * len(values), "|", color="#9aa3af", markersize=5)
+            panel.plot([low, high], [row, row], color="#2563c9", linewidth=2)
+            panel.plot(mean, row, "o", color="#2563c9", markersize=5)
+        panel.axvline(0, color="#6b7280", linewidth=0.8)
+        panel.set_title(METRICS[metric], fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=4)
+        for side in ("top", "right", "left"):
+            panel.spines[side].set_visible(False)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
+    figure.suptitle(
+        f"Difference to {against}: mean, 95 % bootstrap interval, each seed", fontsize=10, x=0.01, ha="left"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"\npicture: {path}")

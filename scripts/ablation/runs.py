@@ -1,0 +1,171 @@
+"""The runs: every world and seed in a process of its own, and in it one arm after another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ablation.arms import LAST, SHARED_STAGES, assignments, overrides, sampling
+from ablation.results import fingerprint, results
+from ablation.worlds import ROOT, built, pool, world_dir, write_pool
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Do every unit (world, seed) in a process of its own, `--workers` of them at a time."""
+    for world in args.worlds:
+        if not (world_dir(world) / "current").exists():
+            print(f"building the world of seed {world}", flush=True)
+            argv = [sys.executable, str(ROOT / "scripts" / "make_tiny.py"), "--seed", str(world)]
+            subprocess.run([*argv, "--out", str(world_dir(world))], check=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the units are stopped too
+    units = [(world, args.first_seed + i) for i in range(args.seeds) for world in args.worlds]
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.pool != "usual":
+        for world in args.worlds:
+            write_pool(args, world)
+    running: set[subprocess.Popen[bytes]] = set()
+    stopping = threading.Event()
+
+    def work(world: int, seed: int) -> None:
+        if stopping.is_set():
+            return
+        argv = [sys.executable, *sys.argv, "--unit", str(world), str(seed)]
+        process = subprocess.Popen(argv, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        running.add(process)
+        if process.wait() and not stopping.is_set():
+            print(f"world {world} seed {seed} failed; the same command tries it again", flush=True)
+        running.discard(process)
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        waiting = [pool.submit(work, *each) for each in units]
+        try:
+            for future in waiting:
+                future.result()
+        except KeyboardInterrupt:
+            stopping.set()
+            for process in list(running):
+                process.send_signal(signal.SIGTERM)
+            sys.exit("interrupted: the same command goes on")
+
+
+def unit(args: argparse.Namespace, world: int, seed: int) -> None:
+    """Do all arms of one seed in one world, one after another, with one reward server."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    now = built(world)
+    missing = [arm for arm in args.arms if results(args, arm).get((world, seed), {}).get("built") != now]
+    if not missing:
+        return
+    work = args.out / f"world-{world}-{now}-seed-{seed}"
+    here = (world_dir(world) / "current").resolve()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "reward.server", "--model", str(here / "reward"), "--dtype", "float32", "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        url = json.loads(server.stdout.readline())["url"]
+        for arm in missing:
+            began = time.monotonic()
+            settings = overrides(arm) | {
+                "run.seed": seed,
+                "policy.model": str(here / "policy"),
+                "prompts.source": str(pool(args, world)),
+                "prompts.heldout": str(here / "heldout.jsonl"),
+                "reward.model": None,
+                "evaluate.judge": None,  # arms are compared by the reward they were trained on, and by gold
+                "reward.url": [url],
+            }
+            found = one_run(args, work, arm, [*assignments(settings), *args.set]) | {
+                "world": world,
+                "seed": seed,
+                "arm": arm,
+                "fingerprint": fingerprint(args, arm),
+                "built": now,
+            }
+            with args.results.open("ab", buffering=0) as file:  # one write: lines of two processes never mix
+                file.write(json.dumps(found).encode() + b"\n")
+            took = time.monotonic() - began
+            print(
+                f"world {world} seed {seed} {arm}: reward {found['reward']:.3f} gold {found['gold']:.3f} {took:.0f} s",
+                flush=True,
+            )
+        shutil.rmtree(work)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str]) -> dict[str, Any]:
+    """Do the run of an arm, or go on with it. Its folder starts with what the arms before it share with it."""
+    from rich.console import Console
+
+    from selfplay.config import load
+    from selfplay.reporting.terminal import Display
+    from selfplay.rounds.round import run_round
+    from selfplay.rounds.run import Run
+
+    folders = {name: work / fingerprint(args, name) for name in args.arms[: args.arms.index(arm) + 1]}
+    run_dir = folders.pop(arm)
+    done = {name: folder for name, folder in folders.items() if (folder / "rounds" / "0001" / "score").is_dir()}
+    if not run_dir.exists() and done:
+        partial = work / f".{run_dir.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(next(iter(done.values())) / "pool", partial / "pool")
+        if alike := [folder for name, folder in done.items() if sampling(name) == sampling(arm)]:
+            for stage in SHARED_STAGES:
+                shutil.copytree(alike[0] / "rounds" / "0001" / stage, partial / "rounds" / "0001" / stage)
+        partial.rename(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    usual, last = load(args.config, sets), load(args.config, [*sets, *assignments(LAST)])
+    with (run_dir / "display.log").open("a") as log, Run(usual, run_dir, Display(Console(file=log))) as run:
+        while (finished := sum(row["state"] != "running" for row in run.store.rounds())) < args.rounds:
+            run.config = last if finished + 1 == args.rounds else usual
+            if (ended := run_round(run)).outcome != "promoted":
+                sys.exit(f"{run_dir}: round {ended.round} was {ended.outcome}: {'; '.join(ended.reasons)}")
+        return measured(run.store, run_dir, args.rounds)
+
+
+def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
+    """What a run reached: means over the answers of its last policy to all held-out prompts, and what it cost."""
+    from selfplay.storage import tables
+    from selfplay.types import Scored
+
+    folder = run_dir / "rounds" / f"{rounds:04d}" / "evaluate"
+    answers = [row for name in ("candidate", "audit") for row in tables.read_rows(folder / f"{name}.parquet", Scored)]
+    metrics = [store.metrics(index) for index in range(1, rounds + 1)]
+    end = metrics[-1]
+    gained = end["evaluate/audit_gold_total"] - end["evaluate/audit_gold_total_initial"]
+    return {
+        "reward": statistics.fmean(row.reward for row in answers if row.reward is not None),
+        "gold": statistics.fmean(row.reward_parts["total"] for row in answers),
+        "content": statistics.fmean(row.reward_parts["content"] for row in answers),
+        "win": end["evaluate/audit_gold_win_rate"],
+        "kl": end["evaluate/kl_initial"],
+        "gold_per_nat": gained / end["evaluate/kl_initial"],
+        "length": statistics.fmean(row.n_tokens for row in answers),
+        "pairs": sum(m["depth/pairs"] for m in metrics),
+        "generated": sum(m["generate/tokens"] for m in metrics),
+        "beta": end["train/beta"],
+        "up": statistics.fmean(m.get("train/epsilon_up", 0.0) for m in metrics),
+        "down": statistics.fmean(m.get("train/epsilon_down", 0.0) for m in metrics),
+        "length_correlation": end.get("depth/closeness_length_correlation"),
+        "size_correlation": end.get("depth/closeness_size_correlation"),
+        "closeness_to_others": end.get("depth/closeness_to_others"),
+        "most": end.get("depth/most"),
+        "evenness": end.get("prompts/cluster_evenness"),
+        "answers": len(answers),
+    }
