@@ -13,10 +13,10 @@ from zoneinfo import ZoneInfo
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import InputError
-from selfplay.reporting import trackers
 from selfplay.service.due import next_start
 from selfplay.storage.ledger import Store
 from selfplay.storage.lock import RunLock
+from selfplay.tracking import trackers
 from selfplay.web import access
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from selfplay import kinds
 from selfplay.config.base import Section
 from selfplay.config.evaluate import EvaluateConfig, JudgeConfig
 from selfplay.config.generate import GenerateConfig
@@ -23,6 +24,12 @@ from selfplay.config.run import RunConfig
 from selfplay.config.schedule import ScheduleConfig
 from selfplay.config.service import ServiceConfig
 from selfplay.config.train import EveryN, TrainConfig
+
+Tracker = Annotated[
+    str,
+    AfterValidator(kinds.one_of(kinds.TRACKERS, "none")),
+    Field(json_schema_extra={"enum": [*kinds.TRACKERS, "none"]}),
+]
 
 
 class Config(Section):
@@ -56,7 +63,7 @@ class Config(Section):
     """Which GPUs do what."""
     retention: RetentionConfig = RetentionConfig()
     """Which weights stay on disk."""
-    track: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    track: Tracker = "tensorboard"
     """Where round and trainer metrics go beside the ledger."""
     schedule: ScheduleConfig = ScheduleConfig()
     """When rounds start (`selfplay serve`)."""

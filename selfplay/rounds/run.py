@@ -22,13 +22,13 @@ from selfplay.processes.child import PATIENT, Child, ChildDied, ChildError
 from selfplay.processes.logs import last_line
 from selfplay.processes.reaping import reap
 from selfplay.prompts import importer, pool
-from selfplay.reporting import trackers
 from selfplay.reporting.terminal import Display
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.scorer import Scorer
 from selfplay.storage import folders
 from selfplay.storage.ledger import RESTARTS, RunLock, Store
 from selfplay.storage.policies import Policies
+from selfplay.tracking import trackers
 from selfplay.training.trainer import CLUSTERS
 from selfplay.types import Message, Policy, Prompt, RoundReport
 
@@ -47,7 +47,7 @@ class Run:
         """`lock`: the folder's, where the caller holds it already."""
         self.config, self.dir, self.display = config, run_dir, display
         self._given_lock = lock
-        children.withhold(config.service.token_env, config.service.webhook_env, trackers.SECRET)
+        children.withhold(config.service.token_env, config.service.webhook_env, *trackers.secrets())
         self.policies = Policies(run_dir)
         self.gold: Gold | None = None
         self.rewriter: Rewriter | None = None  # None: the policy

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 from mini import ROOT, TINY
 
+from selfplay import kinds
 from selfplay.config import load
 from selfplay.errors import ConfigError
-from selfplay.reporting import trackers
 from selfplay.storage.ledger import Store
+from selfplay.tracking import trackers
 
 HISTORY = [{"step": 1, "train/loss": 0.7, "train/beta": 0.1}, {"step": 2, "train/loss": 0.6, "train/beta": None}]
 ROUND = """
 import sys
 from pathlib import Path
-from selfplay.reporting import trackers
+from selfplay.tracking import trackers
 from selfplay.config import load
 config, name, folder, index, history = sys.argv[1:]
 tracker = trackers.open_tracker(load(Path(config), [f"track={name}"]), Path(folder), "4f2a")
@@ -122,14 +123,14 @@ import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
 from selfplay.processes.reaping import descendants
-from selfplay.reporting import trackers
+from selfplay.tracking import wandb
 from selfplay.config import load
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.run import Run
 from selfplay.storage.ledger import Store
 config, folder, rounds, killed_after = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 if not killed_after:
-    trackers.SECONDS = 1.0
+    wandb.SECONDS = 1.0
 run = Run(load(config, ["track=wandb"]), folder, Display())
 run.store = Store(folder)
 for index in range(1, rounds + 1):
@@ -165,7 +166,7 @@ def test_a_killed_wandb_costs_a_round_and_not_those_after(tmp_path):
 
 
 REQUIRE = """
-from selfplay.reporting import trackers
+from selfplay.tracking import trackers
 try:
     trackers.require("wandb")
 except trackers.ConfigError as error:
@@ -194,3 +195,59 @@ def test_a_tracker_that_is_not_installed_is_a_clear_error(monkeypatch):
         trackers.require("trackio")
     trackers.require("none")
     trackers.require("tensorboard")
+
+
+LINES = """
+import json
+import os
+from selfplay.errors import ConfigError
+
+PACKAGE, SECRETS = "json", ("LINES_KEY",)
+
+def require():
+    if not os.environ.get("LINES_KEY"):
+        raise ConfigError("track: lines has no key")
+
+def open_run(config, run_dir, run_id):
+    return Lines((run_dir / f"{run_id}.jsonl").open("w"))
+
+class Lines:
+    def __init__(self, file):
+        self._file = file
+
+    def log(self, axis, values, step):
+        self._file.write(json.dumps([axis, step, dict(values)]) + "\\n")
+
+    def close(self):
+        self._file.close()
+"""
+
+
+def test_a_tracker_is_one_module_and_one_line(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"track: should be 'tensorboard', .* or 'none', not 'lines'"):
+        load(TINY, ["track=lines"])
+    (tmp_path / "lines_tracker.py").write_text(LINES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(kinds.TRACKERS, "lines", "lines_tracker")
+    config = load(TINY, ["track=lines"])
+    assert {"WANDB_API_KEY", "LINES_KEY"} <= set(trackers.secrets())
+    with pytest.raises(ConfigError, match="lines has no key"):
+        trackers.open_tracker(config, tmp_path, "4f2a")
+    monkeypatch.setenv("LINES_KEY", "secret")
+    tracker = trackers.open_tracker(config, tmp_path, "4f2a")
+    trackers.log_round(tracker, 3, {"evaluate/win_rate": 0.625, "train/loss": float("nan")}, HISTORY, first_step=21)
+    tracker.close()
+    assert [json.loads(line) for line in (tmp_path / "4f2a.jsonl").read_text().splitlines()] == [
+        ["round", 3, {"evaluate/win_rate": 0.625}],
+        ["train", 21, {"loss": 0.7, "beta": 0.1}],
+        ["train", 22, {"loss": 0.6}],
+    ]
+
+
+def test_the_configuration_and_the_keys_import_no_package_of_a_tracker(tmp_path):
+    code = (
+        "import sys; from selfplay.config import load; from selfplay.tracking import trackers;"
+        f"load({str(TINY)!r}, ['track=wandb']); trackers.secrets();"
+        "print({'tensorboard', 'wandb', 'trackio'} & sys.modules.keys())"
+    )
+    assert alone(code, home=tmp_path) == "set()\n"

@@ -1,0 +1,35 @@
+"""What can be added to selfplay by one module and one line: the lines are in this file.
+
+Each table maps a name that the configuration may use to the module that does the work. A module is imported only where
+it is used, so that this file costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+TRACKERS = {
+    "tensorboard": "selfplay.tracking.tensorboard",
+    "wandb": "selfplay.tracking.wandb",
+    "trackio": "selfplay.tracking.trackio",
+}
+"""`track`: where metrics go. A module with `PACKAGE`, `SECRETS`, `require()` and `open_run(…)`; see `tracking/trackers`."""
+
+
+def resolve(table: Mapping[str, str], name: str) -> ModuleType:
+    """The module that a table has under a name."""
+    return importlib.import_module(table[name])
+
+
+def one_of(table: Mapping[str, str], *more: str) -> Callable[[str], str]:
+    """A check for a setting that holds a name of `table`, or one of `more`. The check raises ValueError for any other."""
+
+    def check(name: str) -> str:
+        *names, last = [*table, *more]
+        if name not in (*names, last):
+            raise ValueError(f"should be {', '.join(map(repr, names))} or {last!r}, not {name!r}")
+        return name
+
+    return check
