@@ -56,7 +56,7 @@ def main() -> int:
 def make(run_dir: Path, rounds: int, pairs: int) -> None:
     """A ledger of made-up rounds. Written in bulk: through `Store` each stage would be a transaction of its own."""
     from selfplay.storage.ledger import Store
-    from selfplay.web.page.charts import METRICS
+    from selfplay.web.page import charts
 
     run_dir.mkdir(parents=True, exist_ok=True)
     store = Store(run_dir)
@@ -67,7 +67,7 @@ def make(run_dir: Path, rounds: int, pairs: int) -> None:
     ledger = sqlite3.connect(run_dir / "ledger.sqlite")
     ledger.execute("PRAGMA synchronous=OFF")
     now = "2026-01-01T00:00:00.000+00:00"
-    names = sorted({*METRICS, *(f"evaluate/other_{i}" for i in range(40))})
+    names = sorted({*charts.names(charts.charts(["total"])), *(f"evaluate/other_{i}" for i in range(40))})
     for n in range(1, rounds + 1):
         state = "rejected" if n % 7 == 3 else "promoted"
         ledger.execute(

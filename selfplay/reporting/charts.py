@@ -1,58 +1,17 @@
-"""The charts of a report, each drawn by one function for the picture and, as inline SVG, for the page."""
+"""The charts of a report. Each is drawn by one function, for the picture and for the page."""
 
-import io
-import math
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from __future__ import annotations
+
+from itertools import cycle
 from typing import Any
 
-from markupsafe import Markup
+from selfplay.reporting import gold
+from selfplay.reporting.drawing import MANY, C, Chart, beyond, histogram, hollow, line, stacked
+from selfplay.reporting.history import Run
 
-from selfplay.reporting.history import Run, state
-from selfplay.storage import folders
-
-# light, dark: a role has one colour in every chart. Each light one is unique, so the page can swap it for a variable.
-COLOURS = {
-    "ink": ("#1f2328", "#e6e8eb"),
-    "soft": ("#6b7280", "#9aa4b2"),
-    "faint": ("#d5d9e0", "#3a4250"),
-    "ground": ("#fffffe", "#161b22"),
-    "blue": ("#2563c9", "#6ea8fe"),
-    "orange": ("#d9730d", "#ffa657"),
-    "green": ("#1a8f5a", "#56d08f"),
-    "purple": ("#8046c7", "#c297ff"),
-    "red": ("#c9363a", "#ff7b72"),
-    "teal": ("#0e8a9c", "#4fd0e0"),
-    "grey": ("#a3abb8", "#7d8898"),
-}
-C = {name: light for name, (light, _) in COLOURS.items()}
+PART_COLOURS = ("orange", "green", "blue", "purple", "teal", "red")  # of the rubric's parts, total first
+AUDIT: dict[str, Any] = {"marker": "D", "markersize": 3, "linewidth": 1, "linestyle": ":"}
 STAGE_COLOURS = {"generate": "blue", "score": "teal", "train": "orange", "evaluate": "purple", "promote": "green"}
-MANY = 40  # rounds past which markers and bars give way to plain lines and areas
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    title: str
-    caption: str  # what it shows, and the unit
-    draw: Callable[[Any, Run], None]
-
-    @property
-    def counts(self) -> bool:
-        """Whether the vertical axis counts pairs."""
-        return self.draw in (draw_explicit, draw_implicit, draw_pairs)
-
-
-def line(ax: Any, run: Run, name: str, label: str, colour: str, **style: Any) -> None:
-    """One metric by round; an absent one draws nothing. Rounds without it are crossed, since skipped ones are normal."""
-    x, y = run.series(name)
-    if x:
-        style = {"marker": "o", "markersize": 4, "linewidth": 1.6} | style
-        if len(run.rounds) > MANY:  # markers would run into each other
-            style |= {"marker": "", "linewidth": 0.9, "linestyle": style.get("linestyle") or "-"}
-        ax.plot(x, y, color=C[colour], label=label, **style)
 
 
 def draw_reward(ax: Any, run: Run) -> None:
@@ -72,36 +31,28 @@ def draw_sampled(ax: Any, run: Run) -> None:
 
 
 def draw_gold(ax: Any, run: Run) -> None:
-    for part, colour in (("total", "orange"), ("content", "green")):
-        line(ax, run, f"evaluate/gold_{part}", part, colour)
-        hollow(ax, run, f"evaluate/gold_{part}", colour)
-        line(
-            ax,
-            run,
-            f"evaluate/audit_gold_{part}",
-            f"{part}, audit",
-            colour,
-            marker="D",
-            markersize=3,
-            linewidth=1,
-            linestyle=":",
-        )
+    for part, colour in zip(gold.parts(run.figures), cycle(PART_COLOURS)):
+        _, metric = gold.champion_and_candidate(part)
+        line(ax, run, metric, part, colour)
+        hollow(ax, run, metric, colour)
+    _, metric = gold.initial_and_candidate("total")
+    line(ax, run, metric, "total, audit", PART_COLOURS[0], **AUDIT)
     ax.set_ylabel("gold score (mean)")
 
 
 def draw_win_rate(ax: Any, run: Run) -> None:
-    x, rate = run.series("evaluate/win_rate")
-    bounds = {r.index: r for r in run.rounds if "evaluate/win_rate_low" in r.metrics and r.index in x}
-    low = [bounds[i].metrics["evaluate/win_rate_low"] if i in bounds else v for i, v in zip(x, rate, strict=True)]
-    high = [bounds[i].metrics["evaluate/win_rate_high"] if i in bounds else v for i, v in zip(x, rate, strict=True)]
+    low, high = "evaluate/win_rate_low", "evaluate/win_rate_high"
+    known = [r for r in run.spread if low in r.metrics and high in r.metrics]
+    x, lows, highs = [r.index for r in known], [r.metrics[low] for r in known], [r.metrics[high] for r in known]
     ax.axhline(0.5, color=C["soft"], linewidth=0.9)
     if len(x) > MANY:
-        ax.fill_between(x, low, high, color=C["blue"], alpha=0.18, linewidth=0)
+        ax.fill_between(x, lows, highs, color=C["blue"], alpha=0.18, linewidth=0)
     else:
-        ax.vlines(x, low, high, color=C["blue"], linewidth=1.4)
+        ax.vlines(x, lows, highs, color=C["blue"], linewidth=1.4)
     line(ax, run, "evaluate/win_rate", "against champion", "blue", linestyle="")
     hollow(ax, run, "evaluate/win_rate", "blue")
-    limits = [(r.index, r.gate["win_rate_lower"]) for r in run.rounds if r.index in x and "win_rate_lower" in r.gate]
+    judged = [r for r in run.spread if "evaluate/win_rate" in r.metrics]
+    limits = [(r.index, r.gate["win_rate_lower"]) for r in judged if "win_rate_lower" in r.gate]
     if limits:  # the configuration may change between rounds
         edges = [e for i, _ in limits for e in (i - 0.5, i + 0.5)]
         ax.plot(
@@ -112,28 +63,8 @@ def draw_win_rate(ax: Any, run: Run) -> None:
             linestyle="--",
             label="gate's bound",
         )
-    line(
-        ax,
-        run,
-        "evaluate/audit_win_rate",
-        "against initial",
-        "purple",
-        marker="D",
-        markersize=3,
-        linewidth=1,
-        linestyle=":",
-    )
-    line(
-        ax,
-        run,
-        "evaluate/audit_gold_win_rate",
-        "same, by gold",
-        "orange",
-        marker="D",
-        markersize=3,
-        linewidth=1,
-        linestyle=":",
-    )
+    line(ax, run, "evaluate/audit_win_rate", "against initial", "purple", **AUDIT)
+    line(ax, run, "evaluate/audit_gold_win_rate", "same, by gold", "orange", **AUDIT)
     ax.set_ylabel("win rate")
 
 
@@ -145,7 +76,7 @@ def draw_margins(ax: Any, run: Run) -> None:
 
 
 def draw_pairs(ax: Any, run: Run) -> None:
-    counted = [r for r in run.rounds if "pairs/kept" in r.metrics]
+    counted = [r for r in run.spread if "pairs/kept" in r.metrics]
     dropped = {n for r in counted for n, v in r.metrics.items() if n.startswith("pairs/dropped_") and v}
     faults = ["pairs/dropped_noise", "pairs/dropped_nonfinite"]  # last and loud; the selection's own drops are grey
     names = ["pairs/kept", *sorted(dropped - set(faults)), *(n for n in faults if n in dropped)]
@@ -162,13 +93,13 @@ def draw_pairs(ax: Any, run: Run) -> None:
 
 
 def draw_beta(ax: Any, run: Run) -> None:
-    x, end = run.series("train/beta")
-    starts = {r.index: r.metrics["train/beta_start"] for r in run.rounds if "train/beta_start" in r.metrics}
-    start = [starts.get(i, v) for i, v in zip(x, end, strict=True)]
-    ax.vlines(x, end, start, color=C["grey"], linewidth=1.4 if len(x) <= MANY else 0.6)
+    trained = [r for r in run.spread if {"train/beta_start", "train/beta"} <= r.metrics.keys()]
+    start, end = ([r.metrics[name] for r in trained] for name in ("train/beta_start", "train/beta"))
+    ax.vlines([r.index for r in trained], end, start, color=C["grey"], linewidth=1.4 if len(trained) <= MANY else 0.6)
     line(ax, run, "train/beta_start", "start", "grey", linestyle="", markersize=3)
     line(ax, run, "train/beta", "end", "orange", linestyle="")
-    if min(start + end) > 0 and max(start + end) > 10 * min(start + end):
+    values = [v for name in ("train/beta_start", "train/beta") for v in run.series(name)[1]]
+    if min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale("log")
     ax.set_ylabel("β")
 
@@ -213,7 +144,7 @@ def draw_implicit(ax: Any, run: Run) -> None:
 
 
 def draw_time(ax: Any, run: Run) -> None:
-    timed = [r for r in run.rounds if r.seconds]
+    timed = [r for r in run.spread if r.seconds]
     groups = {stage: (colour, {stage}) for stage, colour in STAGE_COLOURS.items()}
     groups["others"] = ("grey", {stage for r in timed for stage in r.seconds} - set(STAGE_COLOURS))
     bars = {
@@ -225,161 +156,52 @@ def draw_time(ax: Any, run: Run) -> None:
     ax.set_ylabel("seconds")
 
 
-def hollow(ax: Any, run: Run, name: str, colour: str) -> None:
-    """Mark rounds that the gate rejected: an empty circle over the point."""
-    points = [(r.index, r.metrics[name]) for r in run.rounds if r.state == "rejected" and name in r.metrics]
-    if points:
-        ax.plot(*zip(*points, strict=True), linestyle="", marker="o", markersize=5 if len(run.rounds) <= MANY else 3, markerfacecolor=C["ground"], markeredgecolor=C[colour], markeredgewidth=1.4 if len(run.rounds) <= MANY else 0.8)  # fmt: skip
-
-
-def beyond(ax: Any, limits: Iterable[float]) -> None:
-    """Draw those limits of the gate that the data come near; a far one would flatten everything else."""
-    low, high = ax.get_ylim()
-    for limit in limits:
-        if low - 0.5 * (high - low) <= limit <= high + 0.5 * (high - low):
-            ax.axhline(limit, color=C["red"], linewidth=1, linestyle="--", label="limit of the gate")
-
-
-def stacked(ax: Any, x: list[int], values: list[list[float]], labels: list[str], colours: list[str]) -> None:
-    if len(x) > MANY:
-        ax.stackplot(x, *values, labels=labels, colors=[C[c] for c in colours], linewidth=0)
-        return
-    base = [0.0] * len(x)
-    for row, label, colour in zip(values, labels, colours, strict=True):
-        ax.bar(x, row, 0.62, bottom=base, label=label, color=C[colour], linewidth=0)
-        base = [b + v for b, v in zip(base, row, strict=True)]
-
-
-def histogram(ax: Any, run: Run, field: str) -> None:
-    """Base pairs by margin, the kept at the bottom of each bar."""
-    groups = [
-        [v for p in run.pairs if bool(p.kept_because) == kept and math.isfinite(v := getattr(p, field))]
-        for kept in (True, False)
-    ]
-    bins = min(30, max(8, round(math.sqrt(len(run.pairs)) * 1.5)))
-    ax.hist(
-        groups,
-        bins=bins,
-        stacked=True,
-        color=[C["blue"], C["grey"]],
-        label=["kept", "dropped"],
-        rwidth=0.92,
-        linewidth=0,
-    )
-    ax.set_ylabel("base pairs")
-
-
 def charts(run: Run) -> list[Chart]:
     """The charts that have something to show, in reading order."""
     last = f"round {run.pairs_round}"
-    judge = "the judge, another reward" if run.independent else "the reward that trains"
+    judge = "the judge, which is another reward," if run.independent else "the reward that trains"
+    parts = [part for part in gold.parts(run.figures) if part != "total"]
+    rubric = f"the gold rubric ({', '.join(['total', *parts])})" if parts else "the gold rubric"
+    sampled = run.has("score/reward_mean") and (run.independent or not run.has("evaluate/reward"))
     table = [
-        (run.has("evaluate/reward"), "Reward", f"Mean reward by {judge}. Champion and candidate answer the same held-out prompts, drawn anew each round; hollow: rejected.", draw_reward),
-        (run.has("evaluate/gold_total"), "Gold", "Mean score by the gold rubric (total, and its content part), which never trains nor gates; candidate on the gate's prompts, and on the fixed audit set.", draw_gold),
-        (run.has("evaluate/win_rate"), "Win rate", "Share of held-out prompts where the candidate's answer has the higher reward (ties half), with bootstrap interval; hollow: rejected.", draw_win_rate),
-        ((run.independent and run.has("score/reward_mean")) or (not run.has("evaluate/reward") and run.has("score/reward_mean")), "Reward of the candidates", "Mean reward of the round's sampled candidates, by the reward that trains.", draw_sampled),
-        (run.has("evaluate/length_ratio"), "Length", "Mean answer length of the candidate policy over the champion's (1: the same); dashed: the gate's limits where near.", draw_length),
-        (run.has("evaluate/kl_current"), "KL", "Estimated KL of the candidate policy, on its own answers: nats an answer.", draw_kl),
-        (run.has("train/beta"), "β", "β of ε-DPO at the start and the end of each round's training (no unit).", draw_beta),
-        (run.has("train/update_relative_norm"), "Update", "Norm of the weight change of a round over the norm of the weights (no unit).", draw_update),
-        (run.has("pairs/explicit_margin"), "Margins by round", "Means over kept and over all base pairs. Explicit: reward units; implicit: nats a token.", draw_margins),
-        (bool(run.pairs), f"Explicit margins, {last}", "Reward of the chosen minus reward of the rejected response, for each base pair.", draw_explicit),
-        (bool(run.pairs), f"Implicit margins, {last}", "Absolute difference of the two mean token log-probabilities under the sampling policy.", draw_implicit),
-        (run.has("pairs/base"), "Pairs", "Base pairs of each round (one a prompt at most): kept for training, or dropped and why.", draw_pairs),
-        (any(r.seconds for r in run.rounds), "Where the time went", "Seconds of each stage of a round; others: prompts, pairs, depth.", draw_time),
+        (run.has("evaluate/reward"), Chart(
+            title="Reward", draw=draw_reward,
+            caption=f"Mean reward by {judge} on the same held-out prompts for champion and candidate. They are drawn anew each "
+            "round. A hollow point was rejected.")),
+        (run.has(*map("evaluate/gold_{}".format, gold.parts(run.figures))), Chart(
+            title="Gold", draw=draw_gold,
+            caption=f"Mean score of the candidate by {rubric}, which never trains nor gates: on the prompts of the gate, and the total "
+            "on the fixed audit set too.")),
+        (run.has("evaluate/win_rate"), Chart(
+            title="Win rate", draw=draw_win_rate,
+            caption="Share of held-out prompts where the candidate's answer has the higher reward. Ties count half. The interval is "
+            "by bootstrap. A hollow point was rejected.")),
+        (sampled, Chart(
+            title="Reward of the candidates", draw=draw_sampled,
+            caption="Mean reward of the round's sampled candidates, by the reward that trains.")),
+        (run.has("evaluate/length_ratio"), Chart(
+            title="Length", draw=draw_length,
+            caption="Mean answer length of the candidate policy over that of the champion. Dashed lines are limits of the gate.")),
+        (run.has("evaluate/kl_current"), Chart(
+            title="KL", draw=draw_kl, caption="KL of the candidate policy, estimated on its own answers, in nats an answer.")),
+        (run.has("train/beta"), Chart(
+            title="β", draw=draw_beta, caption="β of ε-DPO at the start and at the end of each round's training. It has no unit.")),
+        (run.has("train/update_relative_norm"), Chart(
+            title="Update", draw=draw_update,
+            caption="Norm of the weight change of a round over the norm of the weights. It has no unit.")),
+        (run.has("pairs/explicit_margin"), Chart(
+            title="Margins by round", draw=draw_margins,
+            caption="Means over the kept and over all base pairs. Explicit margins are in reward units, implicit ones in nats a token.")),
+        (bool(run.pairs), Chart(
+            title=f"Explicit margins, {last}", draw=draw_explicit, counts=True,
+            caption="Reward of the chosen minus reward of the rejected response, for each base pair.")),
+        (bool(run.pairs), Chart(
+            title=f"Implicit margins, {last}", draw=draw_implicit, counts=True,
+            caption="Absolute difference of the two mean token log-probabilities under the sampling policy.")),
+        (run.has("pairs/base"), Chart(
+            title="Pairs", draw=draw_pairs, counts=True,
+            caption="Base pairs of each round, one a prompt at most. They are kept for training, or dropped for a reason.")),
+        (any(r.seconds for r in run.spread), Chart(
+            title="Where the time went", draw=draw_time, caption="Seconds of the stages of each round.")),
     ]  # fmt: skip
-    return [Chart(title=title, caption=caption, draw=draw) for shown, title, caption, draw in table if shown]
-
-
-STYLE = {
-    "font.size": 8.5, "font.family": "DejaVu Sans", "text.color": C["ink"], "text.parse_math": False, "axes.labelcolor": C["soft"],
-    "axes.edgecolor": C["faint"], "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "axes.grid": True,
-    "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": C["faint"], "grid.linewidth": 0.6, "xtick.color": C["soft"],
-    "ytick.color": C["soft"], "xtick.major.size": 3, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 8,
-    "svg.fonttype": "none", "path.simplify": True,
-}  # fmt: skip
-
-
-def panel(figure: Any, run: Run, chart: Chart, left: float, bottom: float, width: float, height: float) -> float:
-    """Draw a chart into a rectangle (inches) of a figure, with its round axis and its legend; returns its top edge.
-
-    The rectangle leaves room for tick labels and the axis names itself. Fixed places keep the axes of all charts in line.
-    """
-    from matplotlib.ticker import FuncFormatter, MaxNLocator  # takes a second to import: `--help` does without
-
-    ax = figure.add_axes((0, 0, 1, 1))
-    chart.draw(ax, run)
-    if chart.counts:
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-    elif ax.get_yscale() == "linear":
-        largest = max(map(abs, ax.get_ylim()))
-        if 1e-3 <= largest < 1e5:
-            ax.ticklabel_format(axis="y", useOffset=False, style="plain")
-        else:
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    if not ax.get_xlabel():
-        first, last = run.rounds[0].index, run.rounds[-1].index
-        pad = 0.5 if len(run.rounds) <= MANY else 0.01 * (last - first)
-        ax.set_xlim(first - pad, last + pad)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-        ax.set_xlabel("round")
-    rows = 0
-    by_label = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    if len(by_label) > 1:
-        columns = 3 if max(map(len, by_label)) <= 16 else 2
-        rows = math.ceil(len(by_label) / columns)
-        ax.legend(
-            by_label.values(), by_label.keys(), loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=columns, borderaxespad=0.2,
-            handlelength=1.6, handletextpad=0.5, columnspacing=1.1, labelspacing=0.25, borderpad=0.2,
-        )  # fmt: skip
-    x, y = left + 0.62, bottom + 0.42
-    w, h = width - 0.68, height - 0.42 - 0.08 - 0.165 * rows
-    total_width, total_height = figure.get_size_inches()
-    ax.set_position((x / total_width, y / total_height, w / total_width, h / total_height))
-    ax.yaxis.set_label_coords(-0.54 / w, 0.5)
-    return y + h + 0.165 * rows
-
-
-def svg(run: Run, chart: Chart) -> Markup:
-    """One chart as inline SVG: CSS variables for colours, no fixed size, no address of any kind."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    out = io.StringIO()
-    with mpl.rc_context({**STYLE, "svg.hashsalt": chart.title}):
-        figure = Figure(figsize=(4.3, 2.8))
-        panel(figure, run, chart, 0, 0, 4.3, 2.8)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    text = out.getvalue()[out.getvalue().index("<svg") :]
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML needs none
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    for name, (light, _) in COLOURS.items():
-        text = text.replace(light, f"var(--{name})")
-    label = Markup.escape(f"{chart.title}. {chart.caption}")
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
-
-
-def png(run: Run, shown: Sequence[Chart], path: Path) -> None:
-    """All charts in one picture, three a row."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    rows, cell_width, cell_height = math.ceil(len(shown) / 3), 5.0, 3.75  # inches
-    height = 0.55 + (rows * cell_height or 1.5)
-    with mpl.rc_context(STYLE), folders.whole(path) as partial:
-        figure = Figure(figsize=(3 * cell_width, height), facecolor="#ffffff")
-
-        def write(x: float, y: float, text: str, **style: Any) -> None:
-            figure.text(x / (3 * cell_width), y / height, text, **style)
-
-        write(0.25, height - 0.45, f"{run.name}: {state(run)}", fontsize=14, fontweight="bold")
-        for i, chart in enumerate(shown):
-            left, bottom = (i % 3) * cell_width + 0.25, height - 0.55 - (i // 3 + 1) * cell_height
-            top = panel(figure, run, chart, left, bottom + 0.45, cell_width - 0.35, 2.85)
-            write(left, top + 0.1, chart.title, fontsize=11, fontweight="bold")
-            caption = "\n".join(textwrap.wrap(chart.caption, 88))
-            write(left, bottom + 0.42, caption, fontsize=7.5, color=C["soft"], va="top")
-        if not shown:
-            write(0.25, 0.8, "No round has anything to show yet.", fontsize=11, color=C["soft"])
-        figure.savefig(partial, format="png", dpi=110)
+    return [chart for shown, chart in table if shown]

@@ -1,9 +1,15 @@
-"""A run as its report shows it: read from the ledger and the artifacts alone."""
+"""A run as its report shows it: read from the ledger and the artifacts alone.
 
-import json
+A report of 10,000 rounds must stay small. So the tables show the last rounds only. Of a long run, a line of a chart shows the
+lowest and the highest value of each stretch of rounds, so that every peak stays; what is stacked shows some whole rounds.
+"""
+
+from __future__ import annotations
+
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +20,13 @@ from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
 
+TABLE_ROUNDS = 200  # rounds, and policies, that the tables show
+CHART_POINTS = 300  # points of a line, and bars of a chart
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One row of the ledger with its metrics and seconds."""
+    """One round of the ledger with its metrics and seconds."""
 
     index: int
     state: str  # running | promoted | rejected | skipped | cancelled
@@ -33,9 +42,15 @@ class Run:
     """Everything that the report shows, as it is on disk."""
 
     name: str
-    current: int | None
-    rounds: list[Round]  # oldest first
-    policies: list[dict[str, Any]]
+    current: int | None  # the policy that serves
+    stages: tuple[str, ...]  # names of the stages, in their order
+    states: dict[int, str]  # of every round, oldest first
+    rounds: list[Round]  # the last TABLE_ROUNDS, oldest first
+    spread: list[Round]  # at most CHART_POINTS rounds, spread over the run, oldest first
+    figures: dict[str, list[tuple[int, float]]]  # by metric: rounds and finite values, at most CHART_POINTS
+    first_judged: Round | None  # the first round with a reward on held-out prompts
+    last_promoted: Round | None
+    policies: list[dict[str, Any]]  # the last TABLE_ROUNDS, oldest first
     events: list[dict[str, Any]]
     pairs_round: int | None  # the last round that has pairs; what follows is of this round
     pairs: list[Pair]  # its base pairs, kept and dropped
@@ -43,16 +58,34 @@ class Run:
     prompts: dict[str, Prompt]
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Rounds that have the metric, and its values."""
-        having = [r for r in self.rounds if math.isfinite(r.metrics.get(name, math.nan))]
-        return [r.index for r in having], [r.metrics[name] for r in having]
+        """The rounds that have a metric, and its values."""
+        points = self.figures.get(name, [])
+        return [index for index, _ in points], [value for _, value in points]
 
     def has(self, *names: str) -> bool:
-        return any(self.series(name)[0] for name in names)
+        return any(name in self.figures for name in names)
 
     @property
     def independent(self) -> bool:
-        return all(r.metrics.get("evaluate/independent", 1) == 1 for r in self.rounds)
+        """Whether the judge was another reward than the one that trains, in every round."""
+        return all(value == 1 for _, value in self.figures.get("evaluate/independent", []))
+
+    @property
+    def about_charts(self) -> str:
+        """What the charts of a long run leave out; empty where they leave out nothing."""
+        if len(self.states) <= CHART_POINTS:
+            return ""
+        return (
+            f"The run has {len(self.states):,} rounds. A line shows the lowest and the highest value of each "
+            f"{_stretch(self.states)} rounds; bars and areas show {len(self.spread)} rounds, spread over the run."
+        )
+
+    @property
+    def about_tables(self) -> str:
+        """What the tables of a long run leave out; empty where they leave out nothing."""
+        if len(self.states) <= TABLE_ROUNDS:
+            return ""
+        return f"The tables show the last {TABLE_ROUNDS} of {len(self.states):,} rounds, and as many policies."
 
 
 def read(run_dir: Path) -> Run:
@@ -63,18 +96,45 @@ def read(run_dir: Path) -> Run:
         )
     store = Store(run_dir)
     try:
-        rounds, policies, events = _rounds(store), store.policies(), store.events()
-        name = store.config(store.last_round()).get("run", {}).get("name", run_dir.resolve().name)
+        rows = {row["round"]: row for row in store.rounds()}
+        states = {index: row["state"] for index, row in rows.items()}
+
+        @cache
+        def whole(index: int) -> Round:
+            row = rows[index]
+            return Round(
+                index=index, state=row["state"], policy=row["policy"], reasons=row["reasons"],
+                metrics=store.metrics(index), seconds=store.seconds(index),
+                gate=store.config(index).get("evaluate", {}).get("gate", {}),
+            )  # fmt: skip
+
+        every = list(rows)
+        count = min(len(every), CHART_POINTS)
+        spread = [whole(every[i * len(every) // count]) for i in range(count)]
+        rounds = [whole(index) for index in every[-TABLE_ROUNDS:]]
+        figures = _figures(store, states)
+        judged = _first(store, "evaluate/reward")
+        promoted = next((index for index in reversed(every) if states[index] == "promoted"), None)
+        name = (store.config(every[-1]) if every else {}).get("run", {}).get("name", run_dir.resolve().name)
+        first_judged = None if judged is None else whole(judged)
+        last_promoted = None if promoted is None else whole(promoted)
+        policies, events = store.policies()[-TABLE_ROUNDS:], store.events()
     finally:
         store.close()
-    served = [r.policy for r in rounds if r.policy is not None]
+    served = [row["policy"] for row in rows.values() if row["policy"] is not None]
     current = Policies(run_dir).current
     index = next((r.index for r in reversed(rounds) if r.metrics.get("pairs/base")), None)
     folder = run_dir / "rounds" / f"{index or 0:04d}"
     return Run(
         name=name,
         current=current if current is not None else served[-1] if served else None,
+        stages=STAGES,
+        states=states,
         rounds=rounds,
+        spread=spread,
+        figures=figures,
+        first_judged=first_judged,
+        last_promoted=last_promoted,
         policies=policies,
         events=events,
         pairs_round=index,
@@ -84,25 +144,30 @@ def read(run_dir: Path) -> Run:
     )
 
 
-def _rounds(store: Store) -> list[Round]:
-    """All rounds, in four queries however many there are."""
-    metrics: dict[int, dict[str, float]] = {}
-    for row in store.query("SELECT round, name, value FROM metrics ORDER BY round, name"):
-        metrics.setdefault(row["round"], {})[row["name"]] = row["value"]
-    seconds: dict[int, dict[str, float]] = {}
-    for row in store.query("SELECT round, stage, seconds FROM stages ORDER BY rowid"):
-        seconds.setdefault(row["round"], {})[row["stage"]] = row["seconds"]
-    gates = {
-        row["round"]: (json.loads(row["config"]) or {}).get("evaluate", {}).get("gate", {})
-        for row in store.query("SELECT round, config FROM rounds")
-    }
-    return [
-        Round(
-            index=row["round"], state=row["state"], policy=row["policy"], reasons=row["reasons"],
-            metrics=metrics.get(row["round"], {}), seconds=seconds.get(row["round"], {}), gate=gates[row["round"]],
+def _stretch(states: dict[int, str]) -> int:
+    """How many rounds share two points of a line; 1 where each round has its own."""
+    return 1 if len(states) <= CHART_POINTS else math.ceil((max(states) + 1) / (CHART_POINTS // 2))
+
+
+def _figures(store: Store, states: dict[int, str]) -> dict[str, list[tuple[int, float]]]:
+    """All metrics over the run. SQLite gives the round in which a lowest or highest value was there."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in store.query(
+        " UNION ".join(
+            f"SELECT name, round, {end}(value) AS value FROM metrics WHERE abs(value) < 1e999 GROUP BY name, round / :stretch"
+            for end in ("min", "max")
         )
-        for row in store.rounds()
-    ]  # fmt: skip
+        + " ORDER BY name, round",
+        stretch=_stretch(states),
+    ):
+        found.setdefault(row["name"], []).append((row["round"], row["value"]))
+    return found
+
+
+def _first(store: Store, name: str) -> int | None:
+    """The first round that has a metric."""
+    (found,) = store.query("SELECT min(round) AS round FROM metrics WHERE name = :name", name=name)
+    return None if found["round"] is None else int(found["round"])
 
 
 def _rows(path: Path, row_type: Any) -> list[Any]:
@@ -111,14 +176,14 @@ def _rows(path: Path, row_type: Any) -> list[Any]:
 
 def state(run: Run) -> str:
     """Where the run stands, in words."""
-    closed = Counter(r.state for r in run.rounds if r.state != "running")
-    if not run.rounds:
+    closed = Counter(state for state in run.states.values() if state != "running")
+    if not run.states:
         return "no rounds yet"
     parts = [f"{count} {name}" for name in ("promoted", "rejected", "skipped", "cancelled") if (count := closed[name])]
     done = sum(closed.values())
     text = f"{done} {'round' if done == 1 else 'rounds'} finished" + (f" ({', '.join(parts)})" if parts else "")
     running = [r for r in run.rounds if r.state == "running"]
     if running:
-        at = next((s for s in STAGES if s not in running[0].seconds), "promote")
+        at = next((s for s in run.stages if s not in running[0].seconds), run.stages[-1])
         text += f", round {running[0].index} unfinished (at {at})"
     return text

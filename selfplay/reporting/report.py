@@ -1,8 +1,8 @@
 """The report of a run: `python -m selfplay.reporting.report RUN_DIR` writes report.html and report.png into the run folder.
 
-It reads the ledger and the artifacts alone, and runs as a process of its own: the controller has no matplotlib. Each chart
-is drawn by one function for both files. In the page a chart is inline SVG whose colours are CSS variables, so that it
-follows the reader's light or dark setting; the page has no script and loads nothing.
+It reads the ledger and the artifacts alone. It runs as a process of its own, because the controller has no matplotlib. Each
+chart is drawn by one function for both files. In the page a chart is inline SVG whose colours are CSS variables, so that it
+follows the reader's light or dark setting. The page has no script and loads nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,23 @@ import jinja2
 
 from selfplay.errors import SelfplayError
 from selfplay.processes.protocol import die_with_parent
-from selfplay.reporting.charts import COLOURS, Chart, charts, png, svg
+from selfplay.reporting import gold
+from selfplay.reporting.charts import charts
+from selfplay.reporting.drawing import COLOURS, Chart
 from selfplay.reporting.history import Run, read, state
-from selfplay.reporting.terminal import NOT_INDEPENDENT, STAGES, change, interval, join, number, verdict
+from selfplay.reporting.pictures import png, svg
+from selfplay.reporting.words import NOT_INDEPENDENT, change, interval, join, number, verdict
 from selfplay.storage import folders
 from selfplay.types import Pair
 
-SAMPLE_KEPT, SAMPLE_DROPPED, LONGEST_TEXT, LATEST = 6, 3, 4000, 8
+SAMPLE_KEPT, SAMPLE_ADDED, SAMPLE_DROPPED = 6, 2, 3  # pairs to read
+LONGEST_TEXT = 4000  # characters of a response
+LATEST = 8  # warnings of a kind
+TILE_PARTS = 5  # parts of the rubric that have a figure at the top
 NOISE = 0.01  # relative fall of a gold score that a few hundred answers cannot tell from none
+TROUBLES = ("warning", "failed", "error", "alert", "reward_restart", "trainer_restart")  # kinds of events
+
+Names = str | tuple[str, str]  # a metric, or the two of «before → after»
 
 
 def warnings(run: Run) -> list[str]:
@@ -44,16 +53,20 @@ def warnings(run: Run) -> list[str]:
         + (f", round {e['round']}" if e["round"] is not None else "")
         + f": {e['text']}"
         for e in run.events
-        if e["kind"] in ("warning", "failed", "error", "alert", "reward_restart", "trainer_restart")
+        if e["kind"] in TROUBLES
     ]
     guarded = [f"round {e['round']}: {e['text']}" for e in run.events if e["kind"] == "guard"]
-    for texts, where in (
-        (stopped, "rejected or skipped rounds are in the table"),
-        (told, "warnings are in the ledger"),
-        (guarded, "warnings of the guard are in the ledger"),
+    for texts, count, where in (
+        (
+            stopped,
+            sum(ended in ("rejected", "skipped") for ended in run.states.values()),
+            f"rejected or skipped rounds are in the {'ledger' if run.about_tables else 'table'}",
+        ),
+        (told, len(told), "warnings are in the ledger"),
+        (guarded, len(guarded), "warnings of the guard are in the ledger"),
     ):
-        if len(texts) > LATEST:
-            found.append(f"{len(texts) - LATEST} earlier {where}")
+        if count > LATEST:
+            found.append(f"{count - len(texts[-LATEST:])} earlier {where}")
         found += texts[-LATEST:]
     return found
 
@@ -63,8 +76,8 @@ def gold_against_reward(run: Run) -> str:
     audited = [r for r in run.rounds if r.state != "rejected" and "evaluate/audit_reward" in r.metrics]
     for r in audited[-1:]:
         m, fell = r.metrics, []
-        for part in ("total", "content"):
-            before, after = (m.get(f"evaluate/audit_gold_{part}{of}") for of in ("_initial", ""))
+        for part in gold.parts(m):
+            before, after = map(m.get, gold.initial_and_candidate(part))
             if before is not None and after is not None and after < before - NOISE * abs(before):
                 fell.append(f"gold {part} {number(before, '.3f')} → {number(after, '.3f')}")
         if fell and m["evaluate/audit_reward"] > m.get("evaluate/audit_reward_initial", math.inf):
@@ -76,94 +89,81 @@ def gold_against_reward(run: Run) -> str:
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The figures at the top: name, value, what it is."""
+    """The figures at the top: name, value, and what it is."""
     found = [("current policy", number(run.current, "d"), "the one that serves")]
-    judged = [r for r in run.rounds if "evaluate/reward" in r.metrics]
-    won = [r for r in judged if r.state == "promoted"]
-    for name, key in (("held-out reward", "reward"), ("gold total", "gold_total"), ("gold content", "gold_content")):
-        before = judged[0].metrics.get(f"evaluate/{key}_champion") if judged else None
-        after = won[-1].metrics.get(f"evaluate/{key}") if won else before
+    gates = [("held-out reward", ("evaluate/reward_champion", "evaluate/reward"))]
+    gates += [(f"gold {part}", gold.champion_and_candidate(part)) for part in gold.parts(run.figures)[:TILE_PARTS]]
+    for name, (champion, candidate) in gates:
+        before = run.first_judged.metrics.get(champion) if run.first_judged else None
+        after = run.last_promoted.metrics.get(candidate) if run.last_promoted else before
         if before is not None:
-            found.append((name, f"{number(before, '.3f')} → {number(after, '.3f')}", "first champion → last promoted; prompts drawn anew each round"))  # fmt: skip
+            value = f"{number(before, '.3f')} → {number(after, '.3f')}"
+            found.append((name, value, "first champion → last promoted; prompts drawn anew each round"))
     audited = [r for r in run.rounds if r.state != "rejected" and "evaluate/audit_win_rate" in r.metrics]
-    if audited:
-        m = audited[-1].metrics
-        gold = (
-            f"; by gold {number(m['evaluate/audit_gold_win_rate'], '.3f')}"
-            if "evaluate/audit_gold_win_rate" in m
-            else ""
-        )
-        found.append(
-            (
-                "win rate against initial",
-                number(m["evaluate/audit_win_rate"], ".3f"),
-                f"audit set, round {audited[-1].index}{gold}",
-            )
-        )
-    if judged:
-        m = judged[-1].metrics
-        bounds = interval(m).partition(" ")[2]
-        found.append(
-            (
-                "last win rate",
-                number(m.get("evaluate/win_rate"), ".3f"),
-                join([bounds, f"against the champion, round {judged[-1].index}"], " "),
-            )
-        )
-    seconds = [sum(r.seconds.values()) for r in run.rounds if r.state != "running"]
+    for r in audited[-1:]:
+        rate = r.metrics.get("evaluate/audit_gold_win_rate")
+        by_gold = "" if rate is None else f"; by gold {number(rate, '.3f')}"
+        value = number(r.metrics["evaluate/audit_win_rate"], ".3f")
+        found.append(("win rate against initial", value, f"audit set, round {r.index}{by_gold}"))
+    for r in [r for r in run.rounds if "evaluate/reward" in r.metrics][-1:]:
+        bounds = interval(r.metrics).partition(" ")[2]
+        value = number(r.metrics.get("evaluate/win_rate"), ".3f")
+        found.append(("last win rate", value, join([bounds, f"against the champion, round {r.index}"], " ")))
+    seconds = sorted(sum(r.seconds.values()) for r in run.rounds if r.state != "running")
     if seconds:
-        found.append(
-            ("seconds a round", number(sorted(seconds)[len(seconds) // 2], ".1f"), "median of the stages' sum")
-        )
+        found.append(("seconds a round", number(seconds[len(seconds) // 2], ".1f"), "median of the stages' sum"))
     return found
 
 
-# column, metric(s), format
-COLUMNS: list[tuple[str, str | tuple[str, str], str]] = [
-    ("candidates", "generate/candidates", ".0f"),
-    ("sampled reward", "score/reward_mean", ".3f"),
-    ("held-out reward", ("evaluate/reward_champion", "evaluate/reward"), ".3f"),
-    ("win rate", "evaluate/win_rate", ""),
-    ("length-controlled", "evaluate/win_rate_length_controlled", ".3f"),
-    ("gold total", ("evaluate/gold_total_champion", "evaluate/gold_total"), ".3f"),
-    ("gold content", ("evaluate/gold_content_champion", "evaluate/gold_content"), ".3f"),
-    ("base pairs", "pairs/base", ".0f"),
-    ("kept", "pairs/kept", ".0f"),
-    ("trained on", "depth/pairs", ".0f"),
-    ("explicit margin", "pairs/explicit_margin", ".3f"),
-    ("implicit margin", "pairs/implicit_margin", ".3f"),
-    ("alignment potential", "pairs/potential", ".2f"),
-    ("β", ("train/beta_start", "train/beta"), ".4g"),
-    ("update", "train/update_relative_norm", ".2e"),
-    ("changed", "train/share_changed", ".1%"),
-    ("length ratio", "evaluate/length_ratio", ".2f"),
-    ("KL current", "evaluate/kl_current", ".2f"),
-    ("KL initial", "evaluate/kl_initial", ".2f"),
-    ("distinct-2", "evaluate/distinct_2", ".3f"),
-    ("cut off", "evaluate/cut_off", ".1%"),
-    ("audit win rate", "evaluate/audit_win_rate", ""),
-    ("audit gold total", ("evaluate/audit_gold_total_initial", "evaluate/audit_gold_total"), ".3f"),
-    ("audit gold content", ("evaluate/audit_gold_content_initial", "evaluate/audit_gold_content"), ".3f"),
-    ("ties", "guard/ties", ".1%"),
-    ("saturation", "guard/saturation", ".1%"),
-    ("reward × length", "guard/length_correlation", ".2f"),
-    ("shift", "guard/shift", ".2f"),
-    ("disagreement", "guard/disagreement", ".2f"),
-    ("gold fell by", "guard/gold_drop", ".3f"),
-    ("probes changed by", "guard/probe_change", ".1e"),
-    ("probes without a score", "guard/probe_missing", ".1%"),
-    ("swap (s)", "promote/swap_seconds", ".3f"),
-]
+def columns(run: Run) -> list[tuple[str, Names, str]]:
+    """The columns of the table of rounds that have something to show: name, metrics, and the format of a number."""
+    parts = gold.parts(run.figures)
+    found: list[tuple[str, Names, str]] = [
+        ("candidates", "generate/candidates", ".0f"),
+        ("sampled reward", "score/reward_mean", ".3f"),
+        ("held-out reward", ("evaluate/reward_champion", "evaluate/reward"), ".3f"),
+        ("win rate", "evaluate/win_rate", ""),
+        ("length-controlled", "evaluate/win_rate_length_controlled", ".3f"),
+        *((f"gold {part}", gold.champion_and_candidate(part), ".3f") for part in parts),
+        ("base pairs", "pairs/base", ".0f"),
+        ("kept", "pairs/kept", ".0f"),
+        ("trained on", "depth/pairs", ".0f"),
+        ("explicit margin", "pairs/explicit_margin", ".3f"),
+        ("implicit margin", "pairs/implicit_margin", ".3f"),
+        ("alignment potential", "pairs/potential", ".2f"),
+        ("β", ("train/beta_start", "train/beta"), ".4g"),
+        ("update", "train/update_relative_norm", ".2e"),
+        ("changed", "train/share_changed", ".1%"),
+        ("length ratio", "evaluate/length_ratio", ".2f"),
+        ("KL current", "evaluate/kl_current", ".2f"),
+        ("KL initial", "evaluate/kl_initial", ".2f"),
+        ("distinct-2", "evaluate/distinct_2", ".3f"),
+        ("cut off", "evaluate/cut_off", ".1%"),
+        ("audit win rate", "evaluate/audit_win_rate", ""),
+        *((f"audit gold {part}", gold.initial_and_candidate(part), ".3f") for part in parts),
+        ("ties", "guard/ties", ".1%"),
+        ("saturation", "guard/saturation", ".1%"),
+        ("reward × length", "guard/length_correlation", ".2f"),
+        ("shift", "guard/shift", ".2f"),
+        ("disagreement", "guard/disagreement", ".2f"),
+        ("gold fell by", "guard/gold_drop", ".3f"),
+        ("probes changed by", "guard/probe_change", ".1e"),
+        ("probes without a score", "guard/probe_missing", ".1%"),
+        ("swap (s)", "promote/swap_seconds", ".3f"),
+    ]
+    return [column for column in found if run.has(*([column[1]] if isinstance(column[1], str) else column[1]))]
 
 
-def cell(m: dict[str, float], names: str | tuple[str, str], form: str) -> str:
+def cell(m: dict[str, float], names: Names, form: str) -> str:
+    """One cell of that table; without a format the metric is shown with its interval."""
     if isinstance(names, tuple):
         return change(m, *names, form) or "–"
     return (number(m.get(names), form) if form else interval(m, names)) or "–"
 
 
 def sample(run: Run) -> list[dict[str, Any]]:
-    """Pairs of the last round to read: kept ones from the highest alignment potential to the lowest, then added, then dropped."""
+    """Some pairs of the last round to read: kept ones from the highest alignment potential to the lowest, then those that depth
+    added, then dropped ones."""
 
     def spread(pairs: list[Pair], count: int) -> list[Pair]:
         pairs = sorted(pairs, key=lambda p: -(p.potential if p.potential is not None else -math.inf))
@@ -172,7 +172,7 @@ def sample(run: Run) -> list[dict[str, Any]]:
         return [pairs[round(i * (len(pairs) - 1) / (count - 1))] for i in range(count)]
 
     kept, dropped = [p for p in run.pairs if p.kept_because], [p for p in run.pairs if not p.kept_because]
-    chosen = [*spread(kept, SAMPLE_KEPT), *spread(run.added, 2), *spread(dropped, SAMPLE_DROPPED)]
+    chosen = [*spread(kept, SAMPLE_KEPT), *spread(run.added, SAMPLE_ADDED), *spread(dropped, SAMPLE_DROPPED)]
     return [
         {
             "pair": p,
@@ -195,7 +195,7 @@ def _short(text: str) -> str:
 
 
 def html(run: Run, shown: Sequence[Chart]) -> str:
-    """The whole page. Jinja escapes every value; only the charts, which hold our own words, go in as they are."""
+    """The whole page. Jinja escapes every value. Only the charts go in as they are, because matplotlib escapes their words."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("selfplay.reporting", "."),
         autoescape=True,
@@ -204,8 +204,8 @@ def html(run: Run, shown: Sequence[Chart]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    stages = [s for s in STAGES if any(s in r.seconds for r in run.rounds)]
-    stages += sorted({s for r in run.rounds for s in r.seconds} - set(STAGES))
+    stages = [s for s in run.stages if any(s in r.seconds for r in run.rounds)]
+    stages += sorted({s for r in run.rounds for s in r.seconds} - set(run.stages))
     return environment.get_template("report.html.jinja").render(
         run=run,
         state=state(run),
@@ -213,7 +213,7 @@ def html(run: Run, shown: Sequence[Chart]) -> str:
         tiles=tiles(run),
         warnings=warnings(run),
         charts=[(chart, svg(run, chart)) for chart in shown],
-        columns=[c for c in COLUMNS if run.has(*([c[1]] if isinstance(c[1], str) else c[1]))],
+        columns=columns(run),
         cell=cell,
         newest=run.rounds[::-1],
         stages=stages,

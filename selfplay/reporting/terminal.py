@@ -7,12 +7,11 @@ printed as it is, never read as markup, and without the control characters that 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -22,7 +21,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from selfplay import progress
 from selfplay.errors import Interrupted
+from selfplay.reporting import gold
+from selfplay.reporting.round_summary import describe
+from selfplay.reporting.words import change, join, number
 from selfplay.storage import figures, paging
 from selfplay.storage.ledger import Store
 from selfplay.types import RoundReport
@@ -30,13 +33,10 @@ from selfplay.types import RoundReport
 QUIET_SECONDS = 5.0  # least time between two plain lines of a stage
 STAGES = ("prompts", "generate", "score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "promote")
 STYLES = {"promoted": "green", "rejected": "yellow", "skipped": "cyan", "cancelled": "cyan"}
-NOT_INDEPENDENT = "gate not independent: the judge is the reward that trains"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
-Metrics = Mapping[str, float]
 
-
-class Line:
+class Line(progress.Line):
     """The progress of one stage. `Display.stage` yields it."""
 
     def __init__(self, display: Display, round_index: int | None, name: str, total: int | None, unit: str) -> None:
@@ -88,14 +88,7 @@ class _Output:
         return getattr(self._stream, name)
 
 
-RUN_TABLE = (
-    "evaluate/reward", "evaluate/reward_champion", "evaluate/win_rate", "evaluate/win_rate_low", "evaluate/win_rate_high",
-    "evaluate/gold_total", "evaluate/gold_total_champion", "evaluate/gold_content", "evaluate/gold_content_champion",
-)  # fmt: skip
-"""Metrics that the table of the rounds shows."""
-
-
-class Display:
+class Display(progress.Display):
     """Prints for one run. Stages may be shown from several threads, several at a time."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -103,7 +96,7 @@ class Display:
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._progress: Progress | None = None
         self._open = 0
-        self.on_line: Callable[[Line], None] = lambda line: None
+        self.on_line: Callable[[progress.Line], None] = lambda line: None
         """Told of every change of a stage's progress; must return at once."""
         self._lock = threading.RLock()
 
@@ -164,9 +157,14 @@ class Display:
         if not rows:
             self.note("no rounds yet")
             return
-        metrics = figures.metrics(store, RUN_TABLE, rows[0]["round"], rows[-1]["round"])
+        parts = gold.recorded(store)[:2]
+        pairs = [("evaluate/reward_champion", "evaluate/reward"), *map(gold.champion_and_candidate, parts)]
+        rates = ("evaluate/win_rate", "evaluate/win_rate_low", "evaluate/win_rate_high")
+        names = [*rates, *(name for pair in pairs for name in pair)]
+        metrics = figures.metrics(store, names, rows[0]["round"], rows[-1]["round"])
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-        for name in ("round", "verdict", "reward", "win rate", "gold", "content", "s"):
+        shown = ["reward", "win rate", *("gold" if part == "total" else part for part in parts)]
+        for name in ("round", "verdict", *shown, "s"):
             table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
         for row in rows:
             m = metrics.get(row["round"], {})
@@ -174,16 +172,12 @@ class Display:
             rate = number(m.get("evaluate/win_rate"), ".2f")
             if "evaluate/win_rate_low" in m:
                 rate += f" [{m['evaluate/win_rate_low']:.2f},{m['evaluate/win_rate_high']:.2f}]"
-            cells = (
-                change(m, "evaluate/reward_champion", "evaluate/reward", ".2f", "→") or "–",
-                rate,
-                change(m, "evaluate/gold_total_champion", "evaluate/gold_total", ".2f", "→") or "–",
-                change(m, "evaluate/gold_content_champion", "evaluate/gold_content", ".2f", "→") or "–",
-                f"{row['seconds']:.0f}",
-            )
+            reward, *golds = (change(m, before, after, ".2f", "→") or "–" for before, after in pairs)
+            cells = (reward, rate, *golds, f"{row['seconds']:.0f}")
             table.add_row(str(row["round"]), Text(state, STYLES.get(state, "")), *map(self._plain, cells))
         self.console.print(table)
-        self.note("reward, gold, content: held-out, champion → candidate; s: seconds of all stages")
+        of_both = ", ".join(name for name in shown if name != "win rate")
+        self.note(f"{of_both}: on held-out prompts, champion → candidate; s: seconds of all stages")
         if (earlier := sum(store.count_rounds().values()) - len(rows)) > 0:
             self.note(f"{earlier} earlier rounds are not shown (--last N shows the last N)")
 
@@ -277,113 +271,3 @@ class _Elapsed(TextColumn):
 
 def _label(round_index: int | None, name: str) -> str:
     return name if round_index is None else f"round {round_index} {name}"
-
-
-# --- words and numbers, shared with the report ---------------------------------------------------------------------
-
-
-def number(value: float | None, form: str = ".3g") -> str:
-    """A number in the given format; an absent or non-finite one is a dash."""
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
-
-
-def change(m: Metrics, before: str, after: str, form: str = ".3f", arrow: str = " → ") -> str:
-    """«before → after», or the one that is there; empty when neither is."""
-    return arrow.join(number(m[name], form) for name in (before, after) if name in m)
-
-
-def join(parts: Iterable[str], separator: str = " · ") -> str:
-    return separator.join(part for part in parts if part)
-
-
-def interval(m: Metrics, prefix: str = "evaluate/win_rate") -> str:
-    """«0.612 [0.541, 0.680]», the bounds where they are known."""
-    if prefix not in m:
-        return ""
-    low, high = m.get(f"{prefix}_low"), m.get(f"{prefix}_high")
-    return number(m[prefix], ".3f") + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
-
-
-def verdict(outcome: str, policy: int | None, reasons: Iterable[str]) -> str:
-    """The verdict of a round in plain words."""
-    why = "; ".join(reasons)
-    if outcome == "promoted":
-        return f"promoted: policy {policy} serves from here on"
-    if outcome == "rejected":
-        return f"rejected by the gate: {why or 'no reason recorded'}; policy {policy} goes on"
-    if outcome == "cancelled":
-        return f"cancelled: {why or 'given up'}; policy {policy} goes on"
-    if outcome == "skipped":
-        return f"skipped: {why or 'no pairs to train on'}; policy {policy} goes on"
-    return "unfinished: the same command goes on where it was"
-
-
-def describe(report: RoundReport) -> list[tuple[str, str]]:
-    """The rows of a round's table: what, and its numbers in words; what was not measured has no row."""
-    m = report.metrics
-
-    def some(name: str, form: str, words: str) -> str:
-        """`words` with the metric in the place of {}; empty when it was not measured."""
-        return words.format(number(m[name], form)) if name in m else ""
-
-    dropped = [f"{m[name]:.0f} {name.removeprefix('pairs/dropped_')}" for name in sorted(m) if name.startswith("pairs/dropped_") and m[name]]  # fmt: skip
-    rows = [
-        ("candidates", join([
-            some("generate/candidates", ".0f", "{}") + some("prompts/count", ".0f", " for {} prompts"),
-            some("generate/length_mean", ".1f", "{} tokens"),
-            some("generate/cut_off_share", ".1%", "{} cut off"),
-            some("generate/duplicate_share", ".1%", "{} duplicates"),
-        ])),
-        ("reward", join([
-            some("score/reward_mean", ".3f", "sampled {}"),
-            f"held-out {change(m, 'evaluate/reward_champion', 'evaluate/reward')}" if "evaluate/reward" in m else "",
-            some("score/missing", ".0f", "{} not scored") if m.get("score/missing") else "",
-        ])),
-        ("pairs", join([
-            some("pairs/kept", ".0f", "{} kept") + some("pairs/base", ".0f", " of {}"),
-            f"dropped: {', '.join(dropped)}" if dropped else "",
-            some("depth/pairs", ".0f", "trained on {}"),
-        ])),
-        ("margins", join([
-            some("pairs/explicit_margin", ".3f", "mean explicit {}") + some("pairs/base_explicit_margin", ".3f", " (all {})"),
-            some("pairs/implicit_margin", ".3f", "implicit {}") + some("pairs/base_implicit_margin", ".3f", " (all {})"),
-            some("pairs/potential", ".2f", "potential {}"),
-        ])),
-        ("β", join([
-            change(m, "train/beta_start", "train/beta", ".4g"),
-            some("train/loss", ".3f", "loss {}") + some("train/steps", ".0f", " after {} steps"),
-        ])),
-        ("update", join([
-            some("train/update_relative_norm", ".2e", "relative norm {}"),
-            some("train/share_changed", ".1%", "{} of the elements changed"),
-        ])),
-        ("win rate", join([
-            interval(m),
-            some("evaluate/win_rate_length_controlled", ".3f", "length-controlled {}"),
-        ])),
-        ("", NOT_INDEPENDENT if m.get("evaluate/independent") == 0 else ""),
-        ("length, KL", join([
-            some("evaluate/length_ratio", ".2f", "length ratio {}"),
-            some("evaluate/kl_current", ".2f", "KL {} nats to current") + some("evaluate/kl_initial", ".2f", ", {} to initial"),
-        ])),
-        ("gold", join([
-            f"{name} {change(m, f'evaluate/gold_{name}_champion', f'evaluate/gold_{name}')}"
-            for name in ("total", "content") if f"evaluate/gold_{name}" in m
-        ])),
-        ("vs initial", join([
-            some("evaluate/audit_win_rate", ".3f", "win rate {}"),
-            some("evaluate/audit_gold_win_rate", ".3f", "by gold {}"),
-            *(f"gold {name} {change(m, f'evaluate/audit_gold_{name}_initial', f'evaluate/audit_gold_{name}')}"
-              for name in ("total", "content") if f"evaluate/audit_gold_{name}" in m),
-        ])),
-        ("swap", join([
-            some("promote/swap_seconds", ".3f", "{} s") + some("promote/first_token_seconds", ".3f", ", first new token after {} s"),
-            some("promote/engine_start_seconds", ".1f", "engine start {} s"),
-        ])),
-        ("seconds", join([
-            *(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items()),
-            f"total {sum(report.seconds.values()):.1f}" if report.seconds else "",
-        ])),
-        ("verdict", verdict(report.outcome, report.policy, report.reasons)),
-    ]  # fmt: skip
-    return [(name, text) for name, text in rows if text]

@@ -17,7 +17,8 @@ from typing import Any
 
 from selfplay.config import load
 from selfplay.errors import InputError, Interrupted, SelfplayError
-from selfplay.reporting.terminal import Display, Line
+from selfplay.progress import Line
+from selfplay.reporting.terminal import Display
 from selfplay.rounds.round import cancel_round, roll_back, run_round
 from selfplay.rounds.run import Run
 from selfplay.service import failures, orders, starts

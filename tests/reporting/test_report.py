@@ -209,7 +209,31 @@ def test_one_round_without_gold_judged_by_another_reward(run: Path) -> None:
     _, page = render(run)
     assert "1 round finished (1 promoted) · policy 1 serves" in page.text
     assert "gate not independent" not in page.text and "Gold" not in page.text and "gold total" not in page.text
-    assert "by the judge, another reward" in page.text and "Reward of the candidates" in page.text
+    assert "by the judge, which is another reward," in page.text and "Reward of the candidates" in page.text
+
+
+def test_the_parts_of_any_rubric_are_named(run: Path) -> None:
+    store = Store(run)
+    for index in (1, 2):
+        write_round(store, index, gold=False)
+        store.record_metrics(index, "evaluate", {
+            "reward": 1.0, "reward_champion": 0.5, "audit_reward": 1.0, "audit_reward_initial": 0.2, "audit_win_rate": 0.8,
+            "gold_total": 0.6, "gold_total_champion": 0.5, "gold_accuracy": 0.7, "gold_accuracy_champion": 0.65,
+            "gold_<b>politeness": 0.2, "gold_<b>politeness_champion": 0.1,
+            "audit_gold_total": 0.7, "audit_gold_total_initial": 0.6, "audit_gold_accuracy": 0.3, "audit_gold_accuracy_initial": 0.4,
+        })  # fmt: skip
+    store.close()
+    text, page = render(run)
+    for words in (
+        "gold accuracy", "0.650 → 0.700", "audit gold accuracy", "gold <b>politeness", "0.100 → 0.200",
+        "by the gold rubric (total, <b>politeness, accuracy), which never trains nor gates",
+        "the reward rose but gold accuracy 0.400 → 0.300",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert "content" not in page.text and "<b>politeness" not in text
+    drawing = next(str(report.svg(report.read(run), c)) for c in report.charts(report.read(run)) if c.title == "Gold")
+    labels = re.findall(r"<text[^>]*>([^<]+)</text>", drawing)
+    assert {"total", "accuracy", "&lt;b&gt;politeness", "total, audit"} <= set(labels)
 
 
 def test_a_run_whose_only_round_was_skipped_or_is_at_its_start(run: Path) -> None:
@@ -230,6 +254,36 @@ def test_many_rounds(run: Path) -> None:
     assert "7 earlier rejected or skipped rounds are in the table" in page.text
     assert page.text.count("rejected by the gate") == 8 + 15
     assert len(text) < 1_000_000
+
+
+def test_a_long_run_is_shown_in_part_and_the_report_says_so(run: Path) -> None:
+    store = Store(run)
+    for index in range(1, 402):
+        store.open_round(index, index - 1, (0, 0), "f", CONFIG)
+        values = {
+            "reward": 9.0 if index == 77 else 0.5,
+            "reward_champion": 0.25 if index == 1 else 0.4,
+            "gold_total": index / 401,
+        }
+        store.record_stage(index, "evaluate", 1.0, values | {"gold_total_champion": 0.0})
+        store.record_policy(index, "promoted", round=index)
+        store.close_round(index, "rejected" if index % 2 else "promoted", index, [])
+    store.close()
+    loaded = report.read(run)
+    assert len(loaded.rounds) == len(loaded.policies) == 200 and loaded.rounds[-1].index == 401
+    assert len(loaded.spread) == 300 and (loaded.spread[0].index, loaded.spread[-1].index) == (1, 400)
+    points = loaded.figures["evaluate/reward"]
+    assert len(points) <= 300 and (77, 9.0) in points, "a peak stays"
+    indices, values = loaded.series("evaluate/gold_total")
+    assert len(indices) <= 300 and indices == sorted(set(indices)) and values == [index / 401 for index in indices]
+    text, page = render(run)
+    assert "The run has 401 rounds. A line shows the lowest and the highest value of each 3 rounds;" in page.text
+    assert "The tables show the last 200 of 401 rounds" in page.text
+    assert "401 rounds finished (200 promoted, 201 rejected)" in page.text
+    assert "193 earlier rejected or skipped rounds are in the ledger" in page.text
+    assert "0.250 → 0.500" in page.text, "the first champion is beyond the table"
+    assert "<td>202</td>" in text and "<td>201</td>" not in text
+    assert len(text) < 600_000
 
 
 def test_whole_numbers_on_the_round_axis(run: Path) -> None:

@@ -2,7 +2,10 @@ import json
 
 from selfplay.web.api_models import Histogram
 from selfplay.web.page import charts as page_charts
-from selfplay.web.page.charts import CHARTS, METRICS, options, stage_bars, thin
+from selfplay.web.page.charts import charts, names, options, stage_bars, thin
+
+CHARTS = charts(["total", "accuracy", "politeness"])
+METRICS = names(CHARTS)
 
 
 def test_thinning_keeps_peaks_and_ends_and_makes_nothing_up():
@@ -28,6 +31,17 @@ def test_charts_hold_the_ledgers_numbers():
     assert options(CHARTS[0], {}) is None
     reward = options(CHARTS[0], metrics, rejected=[2])
     assert reward["series"][-1] == {**reward["series"][-1], "name": "rejected", "data": [(2, 2.5)]}
+
+
+def test_the_gold_chart_names_the_parts_of_any_rubric():
+    (gold,) = [chart for chart in CHARTS if chart.title == "Gold"]
+    drawn = options(gold, {1: {f"evaluate/gold_{part}": 0.5 for part in ("total", "accuracy", "politeness")}})
+    assert drawn["legend"]["data"] == ["total", "accuracy", "politeness"]
+    assert len({line["itemStyle"]["color"] for line in drawn["series"]}) == 3
+    assert {"evaluate/gold_politeness", "evaluate/audit_gold_total"} <= set(METRICS)
+    assert "Gold" not in [chart.title for chart in charts([])]
+    many = charts([f"part {i}" for i in range(9)])[2]
+    assert len(many.lines) == 10
 
 
 def test_a_band_lies_between_its_bounds():

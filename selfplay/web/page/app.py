@@ -11,7 +11,8 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from nicegui import ui
 
-from selfplay.reporting.terminal import NOT_INDEPENDENT
+from selfplay.reporting import gold
+from selfplay.reporting.words import NOT_INDEPENDENT
 from selfplay.storage import figures
 from selfplay.storage.ledger import LedgerError
 from selfplay.web.api_models import Round, RunSummary
@@ -188,11 +189,11 @@ def charts(view: View) -> None:
         counts = await asyncio.to_thread(view.store.count_rounds)
         if drawn and drawn[-1] == counts:
             return
-        metrics, rejected = await asyncio.to_thread(charted, view)
+        shown, metrics, rejected = await asyncio.to_thread(charted, view)
         drawn.append(counts)
         grid.clear()
         with grid:
-            for chart in page_charts.CHARTS:
+            for chart in shown:
                 options = page_charts.options(chart, metrics, rejected)
                 if options is not None:
                     with card(chart.title, chart.caption):
@@ -201,11 +202,12 @@ def charts(view: View) -> None:
     follow(3.0, draw)
 
 
-def charted(view: View) -> tuple[page_charts.Metrics, list[int]]:
-    """What the charts show: metrics by round, of a long run only some rounds; and which of those were rejected."""
-    bands = [chart.band for chart in page_charts.CHARTS if chart.band is not None]
-    metrics = figures.trends(view.store, page_charts.METRICS, bands)
-    return metrics, figures.rejected(view.store, metrics)
+def charted(view: View) -> tuple[list[page_charts.Chart], page_charts.Metrics, list[int]]:
+    """The charts, the metrics by round that they show (of a long run some rounds only), and which rounds were rejected."""
+    shown = page_charts.charts(gold.recorded(view.store))
+    bands = [chart.band for chart in shown if chart.band is not None]
+    metrics = figures.trends(view.store, page_charts.names(shown), bands)
+    return shown, metrics, figures.rejected(view.store, metrics)
 
 
 def rounds(view: View) -> None:

@@ -1,12 +1,17 @@
-"""The charts of the page as ECharts options: pure functions of the ledger's numbers. No text of others gets in here."""
+"""The charts of the page as ECharts options: pure functions of the numbers in the ledger.
+
+The only words of others in them are the names of the rubric's parts. ECharts draws them, and never reads them as markup.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selfplay.reporting import gold
 from selfplay.web.api_models import Histogram
 
 Metrics = Mapping[int, Mapping[str, float]]  # by round, then by name
@@ -41,6 +46,7 @@ class Chart:
     log: bool = False
 
 
+# The charts that any run has; `charts` adds that of the gold scores.
 CHARTS = (
     Chart("Reward", "mean; champion and candidate on the same held-out prompts", (
         Line("evaluate/reward", "candidate", "blue"), Line("evaluate/reward_champion", "champion", "grey", "dashed"),
@@ -48,9 +54,6 @@ CHARTS = (
     Chart("Win rate", "candidate against champion, ties half, with its interval", (
         Line("evaluate/win_rate", "against champion", "blue"), Line("evaluate/audit_win_rate", "against initial", "purple", "dotted")),
         band=("evaluate/win_rate_low", "evaluate/win_rate_high"), level=0.5),
-    Chart("Gold", "mean by the gold rubric, which never trains nor gates", (
-        Line("evaluate/gold_total", "total", "orange"), Line("evaluate/gold_content", "content", "green"),
-        Line("evaluate/audit_gold_total", "total, audit", "orange", "dotted"))),
     Chart("β", "of ε-DPO, at start and end of the training", (
         Line("train/beta_start", "start", "grey", "dashed"), Line("train/beta", "end", "orange")), log=True),
     Chart("Length", "mean answer length of the candidate over the champion's", (
@@ -68,7 +71,26 @@ CHARTS = (
     Chart("Pairs", "base pairs, those kept, those trained on", (
         Line("pairs/base", "base", "grey", "dashed"), Line("pairs/kept", "kept", "blue"), Line("depth/pairs", "trained on", "orange"))),
 )  # fmt: skip
-METRICS = tuple(sorted({n for c in CHARTS for n in (*(line.metric for line in c.lines), *(c.band or ()))}))
+GOLD_PLACE = 2  # of the chart of gold scores among the others
+PART_COLOURS = ("orange", "green", "blue", "purple", "teal", "red")  # of the rubric's parts, total first
+
+
+def charts(parts: Sequence[str]) -> list[Chart]:
+    """All charts of a run whose rubric has these parts."""
+    if not parts:
+        return [*CHARTS]
+    lines = [
+        Line(gold.champion_and_candidate(part)[1], part, colour)
+        for part, colour in zip(parts, itertools.cycle(PART_COLOURS))
+    ]
+    lines.append(Line(gold.initial_and_candidate("total")[1], "total, audit", PART_COLOURS[0], "dotted"))
+    chart = Chart("Gold", "mean by the gold rubric, which never trains nor gates", tuple(lines))
+    return [*CHARTS[:GOLD_PLACE], chart, *CHARTS[GOLD_PLACE:]]
+
+
+def names(shown: Sequence[Chart]) -> list[str]:
+    """The metrics that some charts show."""
+    return sorted({n for c in shown for n in (*(line.metric for line in c.lines), *(c.band or ()))})
 
 
 def series(metrics: Metrics, name: str) -> Points:

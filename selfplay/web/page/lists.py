@@ -8,7 +8,8 @@ from typing import Any
 
 from nicegui import ui
 
-from selfplay.reporting.terminal import NOT_INDEPENDENT, STAGES, verdict
+from selfplay.reporting.terminal import STAGES
+from selfplay.reporting.words import NOT_INDEPENDENT, verdict
 from selfplay.web.api_models import PolicyRow, RoundDetail
 from selfplay.web.page import charts as page_charts
 from selfplay.web.page import word_diff

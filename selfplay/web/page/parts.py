@@ -14,7 +14,7 @@ from nicegui.element import Element
 from nicegui.elements.mixins.text_element import TextElement
 
 from selfplay.errors import InputError
-from selfplay.reporting.terminal import number
+from selfplay.reporting.words import number
 from selfplay.storage.ledger import LedgerError
 from selfplay.web.page import word_diff
 from selfplay.web.view import View

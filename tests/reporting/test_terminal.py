@@ -11,7 +11,9 @@ from rich.console import Console
 
 from selfplay.errors import EngineError
 from selfplay.reporting import terminal as display_module
-from selfplay.reporting.terminal import Display, change, describe, interval, number, verdict
+from selfplay.reporting.round_summary import describe
+from selfplay.reporting.terminal import Display
+from selfplay.reporting.words import change, interval, number, verdict
 from selfplay.storage.ledger import Store
 from selfplay.types import RoundReport
 
@@ -202,6 +204,21 @@ def test_round_table_leaves_out_what_was_not_measured() -> None:
     display.round_table(report("rejected", ("win rate [0.39, 0.49] too low", "[/x]"), {}))
     assert "rejected by the gate: win rate [0.39, 0.49] too low; [/x]; policy 2 goes on" in " ".join(
         out.getvalue().split()
+    )
+
+
+def test_round_table_names_the_parts_of_any_rubric() -> None:
+    metrics = {
+        f"evaluate/{name}": value for name, value in {
+            "gold_total": 0.5, "gold_total_champion": 0.4, "gold_accuracy": 0.7, "gold_accuracy_champion": 0.6, "gold_politeness": 0.3,
+            "audit_win_rate": 0.8, "audit_gold_win_rate": 0.75, "audit_gold_total": 0.55, "audit_gold_total_initial": 0.35,
+            "audit_gold_politeness": 0.2, "audit_gold_politeness_initial": 0.1,
+        }.items()
+    }  # fmt: skip
+    rows = dict(describe(report(metrics=metrics)))
+    assert rows["gold"] == "total 0.400 → 0.500 · accuracy 0.600 → 0.700 · politeness 0.300"
+    assert rows["vs initial"] == (
+        "win rate 0.800 · by gold 0.750 · gold total 0.350 → 0.550 · gold politeness 0.100 → 0.200"
     )
 
 
