@@ -15,13 +15,12 @@ from typing import Any
 
 from selfplay.errors import InputError
 from selfplay.reporting.terminal import STAGES
-from selfplay.storage import tables
+from selfplay.storage import figures, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
 
 TABLE_ROUNDS = 200  # rounds, and policies, that the tables show
-CHART_POINTS = 300  # points of a line, and bars of a chart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +45,9 @@ class Run:
     stages: tuple[str, ...]  # names of the stages, in their order
     states: dict[int, str]  # of every round, oldest first
     rounds: list[Round]  # the last TABLE_ROUNDS, oldest first
-    spread: list[Round]  # at most CHART_POINTS rounds, spread over the run, oldest first
-    figures: dict[str, list[tuple[int, float]]]  # by metric: rounds and finite values, at most CHART_POINTS
+    spread: list[Round]  # at most MOST_POINTS rounds, spread over the run, oldest first
+    figures: dict[str, list[tuple[int, float]]]  # by metric: rounds and finite values, at most MOST_POINTS
+    stretch: int  # rounds that share two of these points; 1 where each has its own
     first_judged: Round | None  # the first round with a reward on held-out prompts
     last_promoted: Round | None
     policies: list[dict[str, Any]]  # the last TABLE_ROUNDS, oldest first
@@ -73,11 +73,11 @@ class Run:
     @property
     def about_charts(self) -> str:
         """What the charts of a long run leave out; empty where they leave out nothing."""
-        if len(self.states) <= CHART_POINTS:
+        if self.stretch == 1:
             return ""
         return (
             f"The run has {len(self.states):,} rounds. A line shows the lowest and the highest value of each "
-            f"{_stretch(self.states)} rounds; bars and areas show {len(self.spread)} rounds, spread over the run."
+            f"{self.stretch} rounds; bars and areas show {len(self.spread)} rounds, spread over the run."
         )
 
     @property
@@ -109,10 +109,10 @@ def read(run_dir: Path) -> Run:
             )  # fmt: skip
 
         every = list(rows)
-        count = min(len(every), CHART_POINTS)
+        count = min(len(every), figures.MOST_POINTS)
         spread = [whole(every[i * len(every) // count]) for i in range(count)]
         rounds = [whole(index) for index in every[-TABLE_ROUNDS:]]
-        figures = _figures(store, states)
+        drawn, stretch = _figures(store), figures.bucket(store)
         judged = _first(store, "evaluate/reward")
         promoted = next((index for index in reversed(every) if states[index] == "promoted"), None)
         name = (store.config(every[-1]) if every else {}).get("run", {}).get("name", run_dir.resolve().name)
@@ -132,7 +132,8 @@ def read(run_dir: Path) -> Run:
         states=states,
         rounds=rounds,
         spread=spread,
-        figures=figures,
+        figures=drawn,
+        stretch=stretch,
         first_judged=first_judged,
         last_promoted=last_promoted,
         policies=policies,
@@ -144,23 +145,14 @@ def read(run_dir: Path) -> Run:
     )
 
 
-def _stretch(states: dict[int, str]) -> int:
-    """How many rounds share two points of a line; 1 where each round has its own."""
-    return 1 if len(states) <= CHART_POINTS else math.ceil((max(states) + 1) / (CHART_POINTS // 2))
-
-
-def _figures(store: Store, states: dict[int, str]) -> dict[str, list[tuple[int, float]]]:
-    """All metrics over the run. SQLite gives the round in which a lowest or highest value was there."""
+def _figures(store: Store) -> dict[str, list[tuple[int, float]]]:
+    """All metrics over the run, as charts draw them."""
+    names = [row["name"] for row in store.query("SELECT DISTINCT name FROM metrics ORDER BY name")]
     found: dict[str, list[tuple[int, float]]] = {}
-    for row in store.query(
-        " UNION ".join(
-            f"SELECT name, round, {end}(value) AS value FROM metrics WHERE abs(value) < 1e999 GROUP BY name, round / :stretch"
-            for end in ("min", "max")
-        )
-        + " ORDER BY name, round",
-        stretch=_stretch(states),
-    ):
-        found.setdefault(row["name"], []).append((row["round"], row["value"]))
+    for index, values in figures.trends(store, names).items():
+        for name, value in values.items():
+            if math.isfinite(value):
+                found.setdefault(name, []).append((index, value))
     return found
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -88,6 +88,12 @@ class _Output:
         return getattr(self._stream, name)
 
 
+RUN_TABLE = (
+    "evaluate/reward", "evaluate/reward_champion", "evaluate/win_rate", "evaluate/win_rate_low", "evaluate/win_rate_high",
+)  # fmt: skip
+"""Metrics that the table of the rounds shows, beside those of the gold rubric."""
+
+
 class Display(progress.Display):
     """Prints for one run. Stages may be shown from several threads, several at a time."""
 
@@ -152,32 +158,39 @@ class Display(progress.Display):
             self.console.print(table)
 
     def run_table(self, store: Store, last: int = 20) -> None:
-        """One line a round, for the last rounds of a run."""
+        """One line a round, for the last rounds of a run. Of the rubric's parts it has those that fit the width."""
         rows = paging.rounds(store, limit=last)[::-1]
         if not rows:
             self.note("no rounds yet")
             return
-        parts = gold.recorded(store)[:2]
-        pairs = [("evaluate/reward_champion", "evaluate/reward"), *map(gold.champion_and_candidate, parts)]
-        rates = ("evaluate/win_rate", "evaluate/win_rate_low", "evaluate/win_rate_high")
-        names = [*rates, *(name for pair in pairs for name in pair)]
+        parts = gold.recorded(store)
+        names = [*RUN_TABLE, *(name for part in parts for name in gold.champion_and_candidate(part))]
         metrics = figures.metrics(store, names, rows[0]["round"], rows[-1]["round"])
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-        shown = ["reward", "win rate", *("gold" if part == "total" else part for part in parts)]
-        for name in ("round", "verdict", *shown, "s"):
-            table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
+        columns: dict[str, list[str]] = {name: [] for name in ("round", "verdict", "reward", "win rate")}
         for row in rows:
             m = metrics.get(row["round"], {})
-            state = "unfinished" if row["state"] == "running" else row["state"]
             rate = number(m.get("evaluate/win_rate"), ".2f")
             if "evaluate/win_rate_low" in m:
                 rate += f" [{m['evaluate/win_rate_low']:.2f},{m['evaluate/win_rate_high']:.2f}]"
-            reward, *golds = (change(m, before, after, ".2f", "→") or "–" for before, after in pairs)
-            cells = (reward, rate, *golds, f"{row['seconds']:.0f}")
-            table.add_row(str(row["round"]), Text(state, STYLES.get(state, "")), *map(self._plain, cells))
+            columns["round"].append(str(row["round"]))
+            columns["verdict"].append("unfinished" if row["state"] == "running" else row["state"])
+            columns["reward"].append(change(m, "evaluate/reward_champion", "evaluate/reward", ".2f", "→") or "–")
+            columns["win rate"].append(rate)
+        seconds = {"s": [f"{row['seconds']:.0f}" for row in rows]}
+        for part in parts:
+            of = gold.champion_and_candidate(part)
+            cells = [change(metrics.get(row["round"], {}), *of, ".2f", "→") or "–" for row in rows]
+            wider = columns | {"gold" if part == "total" else part: cells}
+            if _width(wider | seconds) <= self.console.width:
+                columns = wider
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        columns |= seconds
+        for name in columns:
+            table.add_column(self._plain(name), justify="left" if name == "verdict" else "right", no_wrap=True)
+        for line in zip(*columns.values(), strict=True):
+            table.add_row(*(Text(self._plain(cell), STYLES.get(cell, "")) for cell in line))
         self.console.print(table)
-        of_both = ", ".join(name for name in shown if name != "win rate")
-        self.note(f"{of_both}: on held-out prompts, champion → candidate; s: seconds of all stages")
+        self.note("reward and gold scores: held-out, champion → candidate; s: seconds of all stages")
         if (earlier := sum(store.count_rounds().values()) - len(rows)) > 0:
             self.note(f"{earlier} earlier rounds are not shown (--last N shows the last N)")
 
@@ -267,6 +280,11 @@ class _Elapsed(TextColumn):
 
     def render(self, task: Any) -> Text:
         return Text(f"{task.elapsed or 0:.0f} s", "progress.elapsed")
+
+
+def _width(columns: Mapping[str, Sequence[str]]) -> int:
+    """Characters of a table with these columns: each is as wide as its widest cell, with two spaces around."""
+    return sum(2 + max(map(len, (name, *cells))) for name, cells in columns.items())
 
 
 def _label(round_index: int | None, name: str) -> str:

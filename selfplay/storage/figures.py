@@ -24,16 +24,23 @@ def metrics(store: Store, names: Sequence[str], first: int = 0, last: int = 2**6
     return found
 
 
+def bucket(store: Store) -> int:
+    """How many rounds share the lowest and the highest point of a chart; 1 where each round has its own."""
+    last = store.last_round()
+    if last <= MOST_POINTS:
+        return 1
+    return int(next((width for width in WIDTHS if last // width < MOST_POINTS // 2), WIDTHS[-1]))
+
+
 def trends(store: Store, names: Sequence[str], together: Iterable[tuple[str, str]] = ()) -> dict[int, dict[str, float]]:
     """Some metrics over all rounds, for charts: by round, then by name; at most MOST_POINTS values of each.
 
     Of a long run, each bucket of rounds gives the lowest and the highest value of a metric. So every peak stays, and no
     value is made up. `together`: pairs of metrics of which the second comes in the rounds of the first.
     """
-    last = store.last_round()
-    if last <= MOST_POINTS:
+    width = bucket(store)
+    if width == 1:
         return metrics(store, names)
-    width = next((w for w in WIDTHS if last // w < MOST_POINTS // 2), WIDTHS[-1])
     rows = store.query(
         "SELECT name, low, low_round, high, high_round FROM trends"
         " WHERE width = :width AND name IN (SELECT value FROM json_each(:names))",

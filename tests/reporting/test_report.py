@@ -277,7 +277,7 @@ def test_a_long_run_is_shown_in_part_and_the_report_says_so(run: Path) -> None:
     indices, values = loaded.series("evaluate/gold_total")
     assert len(indices) <= 300 and indices == sorted(set(indices)) and values == [index / 401 for index in indices]
     text, page = render(run)
-    assert "The run has 401 rounds. A line shows the lowest and the highest value of each 3 rounds;" in page.text
+    assert "The run has 401 rounds. A line shows the lowest and the highest value of each 4 rounds;" in page.text
     assert "The tables show the last 200 of 401 rounds" in page.text
     assert "401 rounds finished (200 promoted, 201 rejected)" in page.text
     assert "193 earlier rejected or skipped rounds are in the ledger" in page.text

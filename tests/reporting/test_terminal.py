@@ -53,6 +53,7 @@ METRICS = {
     "promote/first_token_seconds": 0.111,
     "promote/engine_start_seconds": 21.3,
 }
+METRICS_OF_THE_GATE = {name: METRICS[f"evaluate/{name}"] for name in ("win_rate", "win_rate_low", "win_rate_high")}
 
 
 def plain() -> tuple[Display, io.StringIO]:
@@ -245,6 +246,24 @@ def test_run_table_has_one_line_a_round(tmp_path) -> None:
     ]
     assert lines[0].split()[2:] == ["0.20→0.38", "0.68", "[0.63,0.73]", "0.45→0.51", "0.40→0.44", "31"]
     assert max(map(len, out.getvalue().splitlines())) <= 80
+
+
+def test_run_table_has_the_parts_of_any_rubric_that_fit(tmp_path) -> None:
+    store = Store(tmp_path)
+    store.open_round(1, 0, (0, 0), "f", {})
+    parts = {"total": 0.5, "accuracy": 0.75, "politeness": 0.25, "a part with a very long name": 0.5}
+    values = {f"gold_{part}{of}": value for part, value in parts.items() for of in ("", "_champion")}
+    store.record_stage(1, "evaluate", 31.0, METRICS_OF_THE_GATE | values)
+    shown = {}
+    for width in (60, 80, 160):
+        out = io.StringIO()
+        Display(Console(file=out, width=width)).run_table(store)
+        heads = next(line for line in out.getvalue().splitlines() if "verdict" in line)
+        shown[width] = [part for part in ("gold", *parts) if part in heads]
+        assert len(heads) <= width
+        assert "0.68 [0.63,0.73]" in out.getvalue() and "31" in out.getvalue()
+    store.close()
+    assert shown == {60: ["gold"], 80: ["gold", "accuracy"], 160: ["gold", *[p for p in parts if p != "total"]]}
 
 
 def test_numbers_in_words() -> None:

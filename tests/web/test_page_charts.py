@@ -2,21 +2,10 @@ import json
 
 from selfplay.web.api_models import Histogram
 from selfplay.web.page import charts as page_charts
-from selfplay.web.page.charts import charts, names, options, stage_bars, thin
+from selfplay.web.page.charts import charts, names, options, stage_bars
 
 CHARTS = charts(["total", "accuracy", "politeness"])
 METRICS = names(CHARTS)
-
-
-def test_thinning_keeps_peaks_and_ends_and_makes_nothing_up():
-    points = [(i, float(i % 7)) for i in range(10_000)]
-    points[4321] = (4321, 99.0)
-    kept = thin(points, buckets=100)
-    assert len(kept) <= 200
-    assert (4321, 99.0) in kept
-    assert set(kept) <= set(points)
-    assert kept == sorted(kept)
-    assert thin(points[:200], buckets=100) == points[:200]
 
 
 def test_charts_hold_the_ledgers_numbers():
@@ -51,12 +40,6 @@ def test_a_band_lies_between_its_bounds():
     clear, shaded = drawn["series"][:2]
     assert (clear["data"], [round(v, 9) for _, v in shaded["data"]]) == ([(1, 0.4)], [0.35])
     assert drawn["legend"]["data"] == ["against champion"]
-
-
-def test_a_long_run_is_drawn_with_few_points():
-    metrics = {n: {name: float(n % 13) for name in METRICS} for n in range(1, 5001)}
-    for chart in CHARTS:
-        assert all(len(s["data"]) <= 4 * page_charts.BUCKETS for s in options(chart, metrics)["series"])
 
 
 def test_bars():

@@ -17,7 +17,6 @@ from selfplay.web.api_models import Histogram
 Metrics = Mapping[int, Mapping[str, float]]  # by round, then by name
 Points = list[tuple[int, float]]
 
-BUCKETS = 150  # of rounds in a chart; of each the lowest and the highest point is drawn
 # One tone for light and dark grounds: readable on both.
 COLOURS = {
     "blue": "#3f85dd", "orange": "#dd7f27", "green": "#2e9e67", "purple": "#9467d6", "red": "#d65055", "teal": "#1c9fb0",
@@ -98,24 +97,12 @@ def series(metrics: Metrics, name: str) -> Points:
     return [(index, found[name]) for index, found in metrics.items() if math.isfinite(found.get(name, math.nan))]
 
 
-def thin(points: Points, buckets: int = BUCKETS) -> Points:
-    """At most two points of each bucket of rounds, its lowest and its highest: every peak stays, none is made up."""
-    if len(points) <= 2 * buckets:
-        return points
-    kept: Points = []
-    for i in range(buckets):
-        part = points[i * len(points) // buckets : (i + 1) * len(points) // buckets]
-        low, high = min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])
-        kept += sorted({low, high})
-    return kept
-
-
 def options(chart: Chart, metrics: Metrics, rejected: Sequence[int] = ()) -> dict[str, Any] | None:
     """ECharts options of a chart; None where none of its metrics is there. Rejected rounds are hollow points."""
     drawn: list[dict[str, Any]] = []
     if chart.band is not None:
         drawn += _band(metrics, *chart.band)
-    shown = [(line, points) for line in chart.lines if (points := thin(series(metrics, line.metric)))]
+    shown = [(line, points) for line in chart.lines if (points := series(metrics, line.metric))]
     if not shown:
         return None
     for line, points in shown:
@@ -147,7 +134,7 @@ def options(chart: Chart, metrics: Metrics, rejected: Sequence[int] = ()) -> dic
 def _band(metrics: Metrics, low: str, high: str) -> list[dict[str, Any]]:
     """The area between two metrics: a clear one up to the lower, and on top of it a shaded one."""
     both = {i: (m[low], m[high]) for i, m in metrics.items() if low in m and high in m}
-    rounds = sorted({i for i, _ in thin([(i, v) for i, (v, _) in both.items()])})
+    rounds = sorted(both)
     clear = {
         "type": "line",
         "stack": "band",
