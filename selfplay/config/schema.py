@@ -62,7 +62,7 @@ class Config(Section):
     placement: PlacementConfig = PlacementConfig()
     """Which GPUs do what."""
     retention: RetentionConfig = RetentionConfig()
-    """Which weights stay on disk."""
+    """Which weights, artifacts and rows of the ledger stay on disk."""
     track: Tracker = "tensorboard"
     """Where round and trainer metrics go beside the ledger."""
     schedule: ScheduleConfig = ScheduleConfig()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfplay.errors import InputError
-from selfplay.storage import folders, policies, tables
+from selfplay.storage import folders, policies, retention, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
@@ -40,6 +40,7 @@ def export_pairs(run_dir: Path, out: Path) -> int:
     samplers = {row["round"]: row["sampler"] for row in ledger.rounds() if row["state"] in ("promoted", "rejected")}
     rounds = [(index, path) for index, path in _depth_files(run_dir) if index in samplers and path.is_file()]
     configs = {index: ledger.config(index) for index, _ in rounds}
+    alone = retention.deleted(ledger).get(retention.CANDIDATES, 0)
     ledger.close()
     if not rounds:
         raise InputError(f"no finished round of {run_dir} has pairs", "run one first: selfplay round")
@@ -50,7 +51,7 @@ def export_pairs(run_dir: Path, out: Path) -> int:
             rows = [_row(index, samplers[index], pair, prompt) for pair, prompt in _pairs(path)]
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial / "data" / f"train-{index:05d}.parquet")
             total += len(rows)
-        (partial / "README.md").write_text(_dataset_card(configs, total), encoding="utf-8")
+        (partial / "README.md").write_text(_dataset_card(configs, total, alone), encoding="utf-8")
     return total
 
 
@@ -127,8 +128,8 @@ def _made_by(config: dict[str, Any]) -> str:
     return f"ranked by {_scored_by(config['reward'])}, selected by `{pairs['selection']}` (keep {pairs['keep']:g}), depth `{depth}`"
 
 
-def _dataset_card(configs: dict[int, dict[str, Any]], pairs: int) -> str:
-    """configs: by round, oldest first."""
+def _dataset_card(configs: dict[int, dict[str, Any]], pairs: int, alone: int) -> str:
+    """configs: by round, oldest first; alone: the newest round whose other candidates were deleted."""
     name = next(iter(configs.values()))["run"]["name"]
     alike = [
         (made, [index for index, _ in group])
@@ -147,7 +148,7 @@ def _dataset_card(configs: dict[int, dict[str, Any]], pairs: int) -> str:
 
 {made}
 
-One Parquet file a round, in TRL's conversational preference format (`prompt`, `chosen`, `rejected`).
+{f"Of the rounds up to {alone} only their pairs are left: retention has deleted all other responses to their prompts.{chr(10) * 2}" if alone >= min(configs) else ""}One Parquet file a round, in TRL's conversational preference format (`prompt`, `chosen`, `rejected`).
 
 | column | meaning |
 |---|---|

@@ -31,7 +31,7 @@ from selfplay.reporting.terminal import STAGES, Line
 from selfplay.rewards import guard as watch
 from selfplay.rewards import score
 from selfplay.rounds.run import Run, size
-from selfplay.storage import folders, hashes, policies, tables
+from selfplay.storage import folders, hashes, policies, retention, tables
 from selfplay.storage.ledger import LedgerError
 from selfplay.training import orders as training
 from selfplay.training.jobs import EmbedJob
@@ -143,13 +143,16 @@ class Round:
         for scratch in self.dir.iterdir() if self.dir.is_dir() else ():
             if scratch.name.endswith((".shards", ".work", ".partial")):  # the last where a killed one was given up
                 shutil.rmtree(scratch)
-        rejected = {p["version"] for p in store.policies() if p["state"] in ("rejected", "cancelled")}
-        pinned = {p["version"] for p in store.policies() if p["pinned"]}
         parent = policies.read(run.policies.folder(current.version)).parent
-        needed = {
-            v for v in (current.version, parent, self.sampler, training.reference(self)[0]) if v is not None
-        } | pinned
-        store.weights_deleted(run.policies.prune(self.config.retention, needed, rejected, self.index))
+        needed = {v for v in (current.version, parent, self.sampler, training.reference(self)[0]) if v is not None}
+        retention.apply(
+            run_dir=run.dir,
+            settings=self.config.retention,
+            store=store,
+            closed=self.index,
+            needed_policies=needed,
+            needed_rounds=max(self.config.guard.history, self.config.pairs.history),
+        )
         store.close_round(self.index, outcome, current.version, reasons)
         store.event(outcome, "; ".join(reasons) or f"policy {current.version} is current", self.index)
         ended = report(run.store, self.index)

@@ -60,7 +60,7 @@ def trends(store: Store, names: Sequence[str], together: Iterable[tuple[str, str
             name=second, rounds=json.dumps(there),
         ):  # fmt: skip
             found[row["round"]][second] = row["value"]
-    return found
+    return {index: values for index, values in found.items() if values}
 
 
 def rejected(store: Store, among: Iterable[int]) -> list[int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 
 from selfplay.errors import InputError
 from selfplay.storage.lock import RunLock
+from selfplay.storage.reader import Reader, now
 from selfplay.storage.schema import (
     events,
     metrics,
@@ -29,7 +29,6 @@ from selfplay.storage.schema import (
     runs,
     stages,
     state,
-    totals,
 )
 
 __all__ = ["RESTARTS", "LedgerError", "PairRow", "RunLock", "Store", "now"]
@@ -58,7 +57,7 @@ class PairRow(Protocol):
     def dropped_because(self) -> str | None: ...
 
 
-class Store:
+class Store(Reader):
     """Reads and writes the ledger. All times are UTC, ISO 8601.
 
     Raises LedgerError where it does not answer (locked for long, disk full, damaged); opened, also OSError, and InputError
@@ -66,8 +65,8 @@ class Store:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "ledger.sqlite"
-        self._engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": BUSY})
+        path = run_dir / "ledger.sqlite"
+        super().__init__(path, sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY}))
         sa.event.listen(self._engine, "connect", _prepare)
         # Service, API and command line may open a new ledger at the same moment.
         with (run_dir / ".ledger.lock").open("a") as lock:
@@ -80,11 +79,6 @@ class Store:
             except LedgerError as error:
                 hint = "restore the run folder from a backup"
                 raise InputError(f"{self.path} is damaged: {error.orig}", hint) from error
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-    # writing
 
     def open_run(self, name: str, fixed: dict[str, Any], fresh: bool = False) -> None:
         """Record the run, or check that this folder belongs to it. Raises InputError for another policy, split or seed.
@@ -200,6 +194,33 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(policies.update().where(policies.c.version.in_(versions)).values(weights=False))
 
+    def delete_events(self, keep: int, most: int) -> None:
+        """Delete events but the newest, `most` of them at a time, and orders that were answered before those that stay.
+
+        The sums of events stay as they are.
+        """
+        with self._engine.begin() as connection:
+            newest, oldest = connection.execute(sa.select(sa.func.max(events.c.id), sa.func.min(events.c.id))).one()
+            if newest is None or newest - oldest < keep:
+                return
+            last = min(newest - keep, oldest + most - 1)
+            since = connection.scalar(sa.select(events.c.time).where(events.c.id > last).order_by(events.c.id).limit(1))
+            connection.execute(events.delete().where(events.c.id <= last))
+            connection.execute(orders.delete().where(orders.c.state != "pending", orders.c.ended < since))
+
+    def give_back_pages(self, most: int) -> None:
+        """Shorten the ledger's file by up to `most` free pages, where more than a quarter of all are free.
+
+        A ledger that was made by an earlier version cannot: it only fills its free pages again.
+        """
+        with self._engine.connect() as connection:
+            free, total = (
+                connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("freelist_count", "page_count")
+            )
+            if free and total and free > total / 4:
+                driver: Any = connection.connection.driver_connection
+                driver.executescript(f"PRAGMA incremental_vacuum({most})")  # `execute` would take its first step alone
+
     def event(self, kind: str, text: str, index: int | None = None) -> None:
         with self._engine.begin() as connection:
             connection.execute(events.insert().values(time=now(), round=index, kind=kind, text=text))
@@ -235,134 +256,6 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(policies.update().where(policies.c.version == version).values(pinned=pinned))
 
-    # reading
-
-    def query(self, text: str, **values: Any) -> list[dict[str, Any]]:
-        """Rows of a SELECT with `:name` for values (`paging`); JSON columns come as text."""
-        with self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(sa.text(text), values).mappings()]
-
-    def pending(self, kinds: Iterable[str] = ()) -> list[dict[str, Any]]:
-        """Number, time and kind of the orders that wait, oldest first; only those of some kinds if any are given."""
-        kinds = list(kinds)
-        query = sa.select(orders.c.id, orders.c.time, orders.c.kind).where(orders.c.state == "pending")
-        return self._rows((query.where(orders.c.kind.in_(kinds)) if kinds else query).order_by(orders.c.id))
-
-    def order(self, number: int) -> dict[str, Any]:
-        """One order."""
-        return self._rows(sa.select(orders).where(orders.c.id == number))[0]
-
-    def state(self, name: str, default: Any = None) -> Any:
-        """What was kept under a name."""
-        found = self.states((name,)).get(name)
-        return default if found is None else found
-
-    def states(self, names: Iterable[str]) -> dict[str, Any]:
-        """What was kept under some names, by name."""
-        rows = self._rows(sa.select(state).where(state.c.name.in_(list(names))))
-        return {row["name"]: row["value"] for row in rows}
-
-    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
-        with self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
-
-    def rounds(self) -> list[dict[str, Any]]:
-        """All rounds, oldest first, without their configurations."""
-        return self._rows(sa.select(*_ROUND).order_by(rounds.c.round))
-
-    def last_rounds(self, count: int) -> list[dict[str, Any]]:
-        """The newest rounds, oldest first, without their configurations."""
-        return self._rows(sa.select(*_ROUND).order_by(rounds.c.round.desc()).limit(count))[::-1]
-
-    def rounds_between(self, first: int, last: int) -> list[dict[str, Any]]:
-        """The rounds from `first` to `last`, both included, oldest first, without their configurations."""
-        return self._rows(sa.select(*_ROUND).where(rounds.c.round.between(first, last)).order_by(rounds.c.round))
-
-    def round(self, index: int) -> dict[str, Any]:
-        """One round, without its configuration."""
-        return self._rows(sa.select(*_ROUND).where(rounds.c.round == index))[0]
-
-    def last_round(self) -> int:
-        """Number of the last round that was opened; 0 before there is one."""
-        with self._engine.connect() as connection:
-            return int(connection.scalar(sa.select(sa.func.max(rounds.c.round))) or 0)
-
-    def count_rounds(self) -> dict[str, int]:
-        """How many rounds there are in each state."""
-        return {state: int(count) for state, count in self.totals("rounds").items() if count}
-
-    def cancelled(self, first: int, last: int) -> set[int]:
-        """Numbers of the rounds from `first` to `last`, both included, that were given up."""
-        there = rounds.c.round.between(first, last) & (rounds.c.state == "cancelled")
-        return {row["round"] for row in self._rows(sa.select(rounds.c.round).where(there))}
-
-    def config(self, index: int) -> dict[str, Any]:
-        """The configuration that a round was last run with."""
-        with self._engine.connect() as connection:
-            found = connection.scalar(sa.select(rounds.c.config).where(rounds.c.round == index))
-        return found if isinstance(found, dict) else {}
-
-    def unfinished(self) -> dict[str, Any] | None:
-        """The round that is open, with its configuration."""
-        rows = self._rows(sa.select(rounds).where(rounds.c.state == "running"))
-        return rows[0] if rows else None
-
-    def totals(self, of: str) -> dict[str, float]:
-        """Sums over the whole run by name. Of `rounds` by state and `events` by kind: how many; of `stages`: seconds; of
-        `tokens`: what was sampled, by metric."""
-        return {row["name"]: row["value"] for row in self._rows(sa.select(totals).where(totals.c.of == of))}
-
-    def metrics(self, index: int) -> dict[str, float]:
-        """All metrics of a round, by name."""
-        rows = self._rows(sa.select(metrics).where(metrics.c.round == index).order_by(metrics.c.name))
-        return {row["name"]: row["value"] for row in rows}
-
-    def metric(self, index: int, name: str) -> float | None:
-        """One metric of a round; None where the round has none of that name."""
-        with self._engine.connect() as connection:
-            there = (metrics.c.round == index) & (metrics.c.name == name)
-            found: float | None = connection.scalar(sa.select(metrics.c.value).where(there))
-        return found
-
-    def metrics_by_round(self, names: Iterable[str]) -> dict[int, dict[str, float]]:
-        """Some metrics of all rounds that have them."""
-        found: dict[int, dict[str, float]] = {}
-        for row in self._rows(sa.select(metrics).where(metrics.c.name.in_(list(names))).order_by(metrics.c.round)):
-            found.setdefault(row["round"], {})[row["name"]] = row["value"]
-        return found
-
-    def spent(self) -> float:
-        """Seconds in finished stages, over all rounds."""
-        return sum(self.totals("stages").values())
-
-    def created(self) -> str:
-        """When the run was first opened."""
-        with self._engine.connect() as connection:
-            return str(connection.scalar(sa.select(runs.c.created)) or now())
-
-    def seconds(self, index: int) -> dict[str, float]:
-        """Seconds of each finished stage of a round, in the order they ended."""
-        rows = self._rows(sa.select(stages).where(stages.c.round == index).order_by(sa.text("rowid")))
-        return {row["stage"]: row["seconds"] for row in rows}
-
-    def policy(self, version: int) -> dict[str, Any] | None:
-        """One policy; None where there is none of that number."""
-        if not 0 <= version < 2**63:  # SQLite takes no greater number
-            return None
-        rows = self._rows(sa.select(policies).where(policies.c.version == version))
-        return rows[0] if rows else None
-
-    def policies(self) -> list[dict[str, Any]]:
-        """All policies, oldest first."""
-        return self._rows(sa.select(policies).order_by(policies.c.version))
-
-    def events(self, index: int | None = None) -> list[dict[str, Any]]:
-        query = sa.select(events).order_by(events.c.id)
-        return self._rows(query if index is None else query.where(events.c.round == index))
-
-
-_ROUND = [column for column in rounds.c if column is not rounds.c.config]
-
 
 def _given(order: dict[str, Any]) -> str:
     """«rollback version=3 (from api)»; of prompts to add, which may be many, no word."""
@@ -377,7 +270,3 @@ def _prepare(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute(f"PRAGMA journal_size_limit={LONGEST_WAL}")
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -11,12 +11,10 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfplay.config import RetentionConfig
 from selfplay.errors import CheckpointError
 from selfplay.storage import folders, hashes
 from selfplay.types import Policy
@@ -185,24 +183,3 @@ class Policies:
         exported.rename(self.folder(version))
         folders.sync(self.root)
         folders.sync(exported.parent)
-
-    def prune(self, rule: RetentionConfig, keep: set[int], rejected: set[int], round_index: int) -> list[int]:
-        """Delete weights that nothing needs any more; manifests stay. Returns all versions that have none left.
-
-        `keep`: current, its parent, the reference. Rejected ones go after `rule.rejected_rounds` rounds; a policy has the
-        number of its round.
-        """
-        kept = [v for v in self.versions() if v not in rejected]
-        wanted = keep | {0} | set(rule.pinned) | set(kept[max(0, len(kept) - rule.last) :])
-        wanted |= {v for v in kept if rule.every and v % rule.every == 0}
-        wanted |= {v for v in rejected if v + rule.rejected_rounds > round_index}
-        weights = {version: self._weights(version) for version in self.versions()}
-        for version in weights.keys() - wanted:
-            for path in weights[version]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            weights[version] = []
-        return sorted(version for version, left in weights.items() if version != 0 and not left)
-
-    def _weights(self, version: int) -> list[Path]:
-        """What a policy's folder holds beside its manifest."""
-        return [p for p in self.folder(version).iterdir() if p.name != folders.MANIFEST]

@@ -101,6 +101,8 @@ class RoundDetail(Round):
     """SHA-256 of the configuration it ran with."""
     pairs: dict[str, int]
     """Base pairs by why they were kept or dropped."""
+    deleted: list[str]
+    """What retention has deleted of it, in sentences."""
 
 
 class Histogram(Answer):
@@ -135,6 +137,8 @@ class PairPage(Answer):
     """May be fewer than asked for, even none, before the end."""
     next: str | None
     """Cursor of the next page (`after`); null at the end."""
+    deleted: str
+    """Which pairs retention has deleted from the lists, in a sentence; empty where none of those that were asked for."""
 
 
 class PromptRow(Answer):
@@ -190,7 +194,7 @@ class PairDetail(PairRow):
     added: int
     """Further pairs that the prompt got in the stage `depth`."""
     rank: int | None
-    """By alignment potential in its round; 1 is the highest."""
+    """By alignment potential in its round, where 1 is the highest; null also where retention has deleted the ranking."""
     ranked: int
     """Pairs in that ranking."""
     lowest_kept: float | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -15,7 +16,7 @@ from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.prompts import pool
 from selfplay.service import alerts, orders
-from selfplay.storage import figures, paging, tables
+from selfplay.storage import figures, paging, retention, tables
 from selfplay.storage.ledger import RESTARTS, LedgerError, Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
@@ -95,6 +96,7 @@ class View:
             metrics=self.store.metrics(index),
             stages=[m.Stage(**stage) for stage in stages],
             pairs=paging.reasons(self.store, index),
+            deleted=retention.lost(self.store, index),
         )
 
     def histogram(self, index: int, column: str, bins: int = 30) -> m.Histogram:
@@ -108,13 +110,20 @@ class View:
         limit: int = 50,
     ) -> m.PairPage:  # fmt: skip
         page = paging.pairs(self.store, where, sort, descending, after, limit)
-        return m.PairPage(pairs=[m.PairRow(**row) for row in page.rows], next=page.next)
+        return m.PairPage(
+            pairs=[m.PairRow(**row) for row in page.rows],
+            next=page.next,
+            deleted=retention.lost_pair_rows(self.store, where.round),
+        )
 
     def pair(self, index: int, row: int) -> m.PairDetail | None:
-        """A base pair, whole; None where the ledger or the artifacts do not have it."""
-        found = self.store.query(f"SELECT {paging.PAIR} FROM pairs WHERE round = :i AND row = :row", i=index, row=row)
+        """A base pair, whole; None where the ledger or the artifacts do not have it.
+
+        Where retention has deleted it from the ledger the artifacts are enough, and only its rank is not known.
+        """
+        there = self.store.query("SELECT 1 FROM pairs WHERE round = :i AND row = :row", i=index, row=row)
         path = self._artifact(index, "pairs", "pairs")
-        if not found or not path.is_file():
+        if not path.is_file() or not (there or retention.lost_pair_rows(self.store, index)):
             return None
         try:
             pair = tables.read_row(path, Pair, row)
@@ -127,7 +136,9 @@ class View:
         where = paging.standing(self.store, index, row)
         config = (paging.round_(self.store, index) or {}).get("config") or {}
         return m.PairDetail(
-            **found[0],
+            **{name: _known(getattr(pair, name)) for name in m.PairRow.model_fields if name not in ("round", "row")},
+            round=index,
+            row=row,
             messages=prompt.messages if prompt else [],
             chosen=m.Response(text=pair.chosen, reward=pair.chosen_reward, logp=pair.chosen_logp, tokens=len(pair.chosen_ids)),
             rejected=m.Response(
@@ -137,7 +148,7 @@ class View:
             cluster=base.cluster,
             closeness=base.closeness,
             added=sum(p.kept_because == "depth" for p in deepened),
-            rank=where["rank"] if found[0]["potential"] is not None else None,
+            rank=where["rank"] if there and pair.potential is not None else None,
             ranked=where["of"],
             lowest_kept=where["lowest_kept"],
             settings={**(config.get("pairs") or {}), "noise": (config.get("reward") or {}).get("noise")},
@@ -198,6 +209,11 @@ class View:
 
 class TooManyOrders(InputError):
     """The service does not keep up with its orders."""
+
+
+def _known(value: Any) -> Any:
+    """A value as the ledger has it: None where it is not a number."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _is_time(text: str) -> bool:

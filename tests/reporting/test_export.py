@@ -7,10 +7,11 @@ import pytest
 from mini import TINY
 from served_world import build
 
-from selfplay.config import load
+from selfplay.config import RetentionConfig, load
 from selfplay.errors import InputError
 from selfplay.reporting import export
-from selfplay.storage import tables
+from selfplay.storage import retention, tables
+from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Manifest
 from selfplay.types import Prompt
 
@@ -30,6 +31,19 @@ SOURCES = {
 def test_what_scored_is_named_and_its_address_is_not(said):
     config = load(TINY, ["evaluate.judge=null", *SOURCES[said]]).model_dump(mode="json")
     assert export._made_by(config) == f"ranked by {said}, selected by `potential` (keep 0.8), depth `none`"
+
+
+def test_the_dataset_card_says_of_which_rounds_only_the_pairs_are_left(run_dir, tmp_path):
+    whole = export.export_pairs(run_dir, tmp_path / "whole")
+    assert "retention" not in (tmp_path / "whole" / "README.md").read_text()
+    store = Store(run_dir)
+    retention.apply(
+        run_dir=run_dir, settings=RetentionConfig(candidates_rounds=2, pair_rows_rounds=1), store=store, closed=4,
+        needed_policies={4}, needed_rounds=1,
+    )  # fmt: skip
+    store.close()
+    assert export.export_pairs(run_dir, tmp_path / "pairs") == whole
+    assert "Of the rounds up to 2 only their pairs are left" in (tmp_path / "pairs" / "README.md").read_text()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from selfplay.config import RetentionConfig
 from selfplay.errors import CheckpointError, SwapError
 from selfplay.rounds.round import roll_back
 from selfplay.storage import folders, hashes, policies
@@ -101,28 +100,6 @@ def test_a_policy_of_another_run_as_the_initial_one(run, tmp_path):
     (run.folder(3) / "masters" / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="masters/model.safetensors is not what"):
         policies.verify(other.folder(0))
-
-
-def test_retention_keeps_what_is_needed_and_every_manifest(run):
-    rule = RetentionConfig(last=1, every=0, pinned=[1], rejected_rounds=2)
-    assert run.prune(rule, keep={5, 4}, rejected={2, 4}, round_index=5) == [2, 3]
-    assert run.versions() == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(CheckpointError, match="weights of policy 3 are gone"):
-        run.get(3)
-    assert policies.read(run.folder(3)).beta == 0.1
-    for version in (0, 1, 4, 5):
-        policies.verify(run.folder(version))
-    assert run.prune(rule, {5, 4}, {2, 4}, 5) == [2, 3]  # asked again after a kill it says the same
-
-
-def test_a_rejected_policy_keeps_its_weights_for_some_rounds(run):
-    rule = RetentionConfig(last=0, rejected_rounds=2)
-    assert run.prune(rule, {5}, rejected={4}, round_index=5) == [1, 2, 3]
-    assert run.prune(rule, {5}, rejected={4}, round_index=6) == [1, 2, 3, 4]
-
-
-def test_a_larger_window_than_there_are_policies_keeps_them_all(run):
-    assert run.prune(RetentionConfig(last=20), keep={5}, rejected=set(), round_index=5) == []
 
 
 class Engine:

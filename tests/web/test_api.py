@@ -17,9 +17,10 @@ from daemon_world import waiting
 from served_world import HOSTILE, Progress, build, config
 from starlette.testclient import TestClient
 
+from selfplay.config import RetentionConfig
 from selfplay.errors import ConfigError
 from selfplay.prompts.pool import write_added
-from selfplay.storage import tables
+from selfplay.storage import retention, tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Prompt
 from selfplay.web import view as views
@@ -178,6 +179,28 @@ def test_a_pair_whose_artifacts_are_gone(client, run):
     assert client.get("/api/pairs/2/0").status_code == 404
 
 
+def test_what_retention_deleted_is_said_and_a_pair_is_read_from_its_round(client, run):
+    """Its candidates and the index of its pairs are gone; the pairs themselves are not."""
+    store, before = Store(run[0]), client.get("/api/pairs/1/18").json()
+    retention.apply(
+        run_dir=run[0], settings=RetentionConfig(candidates_rounds=3, pair_rows_rounds=4), store=store, closed=5,
+        needed_policies={5}, needed_rounds=1,
+    )  # fmt: skip
+    store.close()
+    said = [client.get(f"/api/rounds/{index}").json()["deleted"] for index in (1, 2, 3)]
+    assert list(map(len, said)) == [2, 1, 0]
+    assert "deleted the candidates" in said[1][0] and "retention.pair_rows_rounds" in said[0][1]
+    gone = client.get("/api/pairs", params={"round": 1}).json()
+    assert gone["pairs"] == [] and "up to 1 from the lists" in gone["deleted"]
+    assert client.get("/api/pairs", params={"round": 2}).json()["deleted"] == ""
+    assert client.get("/api/pairs", params={"prompt_id": before["prompt_id"]}).json()["deleted"] == gone["deleted"]
+    unranked = {"rank": None, "ranked": 0, "lowest_kept": None}
+    for row in (0, 18):
+        assert client.get(f"/api/pairs/1/{row}").status_code == 200
+    assert client.get("/api/pairs/1/18").json() == {**before, **unranked}  # NaN is null in both
+    assert client.get("/api/pairs/1/999").status_code == client.get("/api/pairs/2/999").status_code == 404
+
+
 def test_prompts_of_the_pool_by_pages(client, run):
     folder = run[0] / "pool"
     assert client.get("/api/prompts").json() == {"prompts": [], "total": 0, "next": None}
@@ -213,6 +236,8 @@ def test_policies_events_and_orders(client):
         (5, "promoted", True),
         (4, "rejected", False),
     ]
+    assert client.get("/api/policies", params={"limit": 2}).json() == policies[:2]
+    assert client.get("/api/policies", params={"before": 4}).json() == policies[2:] != []
     events = client.get("/api/events", params={"limit": 3}).json()
     assert [e["kind"] for e in events] == ["order_done", "order_given", "warning"]
     older = client.get("/api/events", params={"limit": 1, "before": events[-1]["id"]}).json()

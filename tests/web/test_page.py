@@ -12,6 +12,8 @@ import pytest
 from daemon_world import waiting
 from served_world import HOSTILE, ROOT, build
 
+from selfplay.config import RetentionConfig
+from selfplay.storage import retention
 from selfplay.storage.ledger import Store
 from selfplay.web.page.app import LONGEST_TEXT
 
@@ -291,6 +293,27 @@ def test_a_run_that_has_nothing_yet(tmp_path, tab):
         ):
             tab.open(served.url + path)
             tab.wait(shows(text))
+        assert tab.errors == []
+
+
+@needs_chromium
+def test_the_page_says_what_retention_deleted(tmp_path, tab):
+    store = build(tmp_path / "run", rounds=4, pairs=6)
+    settings = RetentionConfig(candidates_rounds=1, pair_rows_rounds=1)
+    retention.apply(
+        run_dir=tmp_path / "run", settings=settings, store=store, closed=4, needed_policies={4}, needed_rounds=2
+    )
+    store.close()
+    with serving(tmp_path / "run") as served:
+        tab.open(f"{served.url}/rounds/2")
+        tab.wait(shows("Retention has deleted the candidates of this round"))
+        tab.open(f"{served.url}/pairs?round=2")
+        tab.wait(shows("from the lists (retention.pair_rows_rounds)"))
+        tab.open(f"{served.url}/pairs/2/1")
+        tab.wait(shows("selected by"))
+        tab.open(f"{served.url}/rounds/3")
+        tab.wait(shows("its pairs"))
+        assert "Retention has deleted" not in tab.read("document.body.innerText")
         assert tab.errors == []
 
 

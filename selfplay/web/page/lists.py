@@ -83,6 +83,8 @@ def round_page(view: View, r: RoundDetail) -> None:
         ui.label(word_diff.plain(verdict(r.state, r.policy, r.reasons))).classes("why")
         if r.metrics.get("evaluate/independent") == 0:
             ui.label(NOT_INDEPENDENT).classes("soft small")
+        for sentence in r.deleted:
+            ui.label(sentence).classes("soft small")
         facts(
             [("began", when(r.started)), ("ended", when(r.ended) or "not yet"), ("in stages", took(r.seconds)),
              ("sampled by", f"policy {r.sampler}"), ("pairs", ", ".join(f"{n} {why}" for why, n in r.pairs.items()) or "–"),

@@ -86,14 +86,17 @@ def browser(view: View, round: int | None, prompt_id: str | None) -> None:
                 )
             else:
                 table(COLUMNS, [pair_row(p, texts.get((p.round, p.prompt_id), "")) for p in rows], "pair")
+            if asked["deleted"] and pages.next is None:
+                ui.label(asked["deleted"]).classes("soft")
             pager(pages, show)
 
     def read() -> list[PairRow]:
         rows: list[PairRow] = []
+        asked["deleted"] = ""
         pages.next = pages.here
         for _ in range(PATIENCE):
             page = view.pairs(asked["where"], asked["sort"], asked["descending"], pages.next, PAGE - len(rows))
-            rows, pages.next = rows + page.pairs, page.next
+            rows, pages.next, asked["deleted"] = rows + page.pairs, page.next, page.deleted
             if pages.next is None or len(rows) == PAGE:
                 break
         return rows

@@ -1,0 +1,171 @@
+"""What can be asked of a ledger. `Store` is a reader that writes too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from selfplay.storage.schema import events, metrics, orders, pairs, policies, rounds, runs, stages, state, totals
+
+_ROUND = [column for column in rounds.c if column is not rounds.c.config]
+
+
+class Reader:
+    """Reads an open ledger. Rows are dicts by the names of their columns; all times are UTC, ISO 8601.
+
+    Raises LedgerError where the ledger does not answer.
+    """
+
+    def __init__(self, path: Path, engine: sa.Engine) -> None:
+        self.path, self._engine = path, engine
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def query(self, text: str, **values: Any) -> list[dict[str, Any]]:
+        """Rows of a SELECT with `:name` for values (`paging`); JSON columns come as text."""
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(sa.text(text), values).mappings()]
+
+    def pending(self, kinds: Iterable[str] = ()) -> list[dict[str, Any]]:
+        """Number, time and kind of the orders that wait, oldest first; only those of some kinds if any are given."""
+        kinds = list(kinds)
+        query = sa.select(orders.c.id, orders.c.time, orders.c.kind).where(orders.c.state == "pending")
+        return self._rows((query.where(orders.c.kind.in_(kinds)) if kinds else query).order_by(orders.c.id))
+
+    def order(self, number: int) -> dict[str, Any]:
+        """One order."""
+        return self._rows(sa.select(orders).where(orders.c.id == number))[0]
+
+    def state(self, name: str, default: Any = None) -> Any:
+        """What was kept under a name."""
+        found = self.states((name,)).get(name)
+        return default if found is None else found
+
+    def states(self, names: Iterable[str]) -> dict[str, Any]:
+        """What was kept under some names, by name."""
+        rows = self._rows(sa.select(state).where(state.c.name.in_(list(names))))
+        return {row["name"]: row["value"] for row in rows}
+
+    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """All rounds, oldest first, without their configurations."""
+        return self._rows(sa.select(*_ROUND).order_by(rounds.c.round))
+
+    def last_rounds(self, count: int) -> list[dict[str, Any]]:
+        """The newest rounds, oldest first, without their configurations."""
+        return self._rows(sa.select(*_ROUND).order_by(rounds.c.round.desc()).limit(count))[::-1]
+
+    def rounds_between(self, first: int, last: int) -> list[dict[str, Any]]:
+        """The rounds from `first` to `last`, both included, oldest first, without their configurations."""
+        return self._rows(sa.select(*_ROUND).where(rounds.c.round.between(first, last)).order_by(rounds.c.round))
+
+    def round(self, index: int) -> dict[str, Any]:
+        """One round, without its configuration."""
+        return self._rows(sa.select(*_ROUND).where(rounds.c.round == index))[0]
+
+    def last_round(self) -> int:
+        """Number of the last round that was opened; 0 before there is one."""
+        with self._engine.connect() as connection:
+            return int(connection.scalar(sa.select(sa.func.max(rounds.c.round))) or 0)
+
+    def count_rounds(self) -> dict[str, int]:
+        """How many rounds there are in each state."""
+        return {state: int(count) for state, count in self.totals("rounds").items() if count}
+
+    def cancelled(self, first: int, last: int) -> set[int]:
+        """Numbers of the rounds from `first` to `last`, both included, that were given up."""
+        there = rounds.c.round.between(first, last) & (rounds.c.state == "cancelled")
+        return {row["round"] for row in self._rows(sa.select(rounds.c.round).where(there))}
+
+    def config(self, index: int) -> dict[str, Any]:
+        """The configuration that a round was last run with."""
+        with self._engine.connect() as connection:
+            found = connection.scalar(sa.select(rounds.c.config).where(rounds.c.round == index))
+        return found if isinstance(found, dict) else {}
+
+    def unfinished(self) -> dict[str, Any] | None:
+        """The round that is open, with its configuration."""
+        rows = self._rows(sa.select(rounds).where(rounds.c.state == "running"))
+        return rows[0] if rows else None
+
+    def totals(self, of: str) -> dict[str, float]:
+        """Sums over the whole run by name. Of `rounds` by state and `events` by kind: how many; of `stages`: seconds; of
+        `tokens`: what was sampled, by metric."""
+        return {row["name"]: row["value"] for row in self._rows(sa.select(totals).where(totals.c.of == of))}
+
+    def metrics(self, index: int) -> dict[str, float]:
+        """All metrics of a round, by name."""
+        rows = self._rows(sa.select(metrics).where(metrics.c.round == index).order_by(metrics.c.name))
+        return {row["name"]: row["value"] for row in rows}
+
+    def metric(self, index: int, name: str) -> float | None:
+        """One metric of a round; None where the round has none of that name."""
+        with self._engine.connect() as connection:
+            there = (metrics.c.round == index) & (metrics.c.name == name)
+            found: float | None = connection.scalar(sa.select(metrics.c.value).where(there))
+        return found
+
+    def metrics_by_round(self, names: Iterable[str]) -> dict[int, dict[str, float]]:
+        """Some metrics of all rounds that have them."""
+        found: dict[int, dict[str, float]] = {}
+        for row in self._rows(sa.select(metrics).where(metrics.c.name.in_(list(names))).order_by(metrics.c.round)):
+            found.setdefault(row["round"], {})[row["name"]] = row["value"]
+        return found
+
+    def spent(self) -> float:
+        """Seconds in finished stages, over all rounds."""
+        return sum(self.totals("stages").values())
+
+    def created(self) -> str:
+        """When the run was first opened."""
+        with self._engine.connect() as connection:
+            return str(connection.scalar(sa.select(runs.c.created)) or now())
+
+    def seconds(self, index: int) -> dict[str, float]:
+        """Seconds of each finished stage of a round, in the order they ended."""
+        rows = self._rows(sa.select(stages).where(stages.c.round == index).order_by(sa.text("rowid")))
+        return {row["stage"]: row["seconds"] for row in rows}
+
+    def policy(self, version: int) -> dict[str, Any] | None:
+        """One policy; None where there is none of that number."""
+        if not 0 <= version < 2**63:  # SQLite takes no greater number
+            return None
+        rows = self._rows(sa.select(policies).where(policies.c.version == version))
+        return rows[0] if rows else None
+
+    def policies_with_weights(self) -> list[dict[str, Any]]:
+        """The policies whose weights were not deleted, oldest first."""
+        return self._rows(sa.select(policies).where(policies.c.weights).order_by(policies.c.version))
+
+    def rounds_with_pairs(self, last: int, most: int) -> list[int]:
+        """Numbers of rounds up to `last` that have rows of pairs: the oldest, `most` of them."""
+        found: list[int] = []
+        with self._engine.connect() as connection:
+            while len(found) < most:
+                after = pairs.c.round > found[-1] if found else sa.true()
+                index = connection.scalar(sa.select(sa.func.min(pairs.c.round)).where(after, pairs.c.round <= last))
+                if index is None:
+                    break
+                found.append(index)
+        return found
+
+    def policies(self) -> list[dict[str, Any]]:
+        """All policies, oldest first."""
+        return self._rows(sa.select(policies).order_by(policies.c.version))
+
+    def events(self, index: int | None = None) -> list[dict[str, Any]]:
+        query = sa.select(events).order_by(events.c.id)
+        return self._rows(query if index is None else query.where(events.c.round == index))
+
+
+def now() -> str:
+    """This moment, as the ledger writes it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
