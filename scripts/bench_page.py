@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import random
-import sqlite3
 import statistics
 import sys
 import tempfile
@@ -23,6 +21,8 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from scale import ledger  # noqa: E402
 
 FILTERS: dict[str, dict[str, object]] = {
     "none": {}, "a round": {"round": 500}, "kept": {"kept": True}, "dropped": {"kept": False}, "rare reason": {"reason": "noise"},
@@ -46,65 +46,11 @@ def main() -> int:
         run_dir = args.run_dir or Path(folder) / "run"
         if not (run_dir / "ledger.sqlite").is_file():
             started = time.perf_counter()
-            make(run_dir, args.rounds, args.pairs)
+            ledger.make(run_dir, args.rounds, args.pairs)
             print(
                 f"made {args.rounds} rounds, {args.rounds * args.pairs} pairs in {time.perf_counter() - started:.0f} s"
             )
         return bench(run_dir, args.loads, not args.no_browser)
-
-
-def make(run_dir: Path, rounds: int, pairs: int) -> None:
-    """A ledger of made-up rounds. Written in bulk: through `Store` each stage would be a transaction of its own."""
-    from selfplay.storage.ledger import Store
-    from selfplay.web.page import charts
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    store = Store(run_dir)
-    store.open_run("bench", {"run.seed": 0})
-    store.record_policy(0, "initial", round=0)
-    store.close()
-    rng = random.Random(0)
-    ledger = sqlite3.connect(run_dir / "ledger.sqlite")
-    ledger.execute("PRAGMA synchronous=OFF")
-    now = "2026-01-01T00:00:00.000+00:00"
-    names = sorted({*charts.names(charts.charts(["total"])), *(f"evaluate/other_{i}" for i in range(40))})
-    for n in range(1, rounds + 1):
-        state = "rejected" if n % 7 == 3 else "promoted"
-        ledger.execute(
-            "INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)",
-            (n, state, now, now, n - 1, n, "[0, 0]", "f" * 64, "{}" + " " * 5000, "[]"),
-        )
-        stages = ("prompts", "generate", "score", "pairs", "depth", "train", "evaluate", "promote")
-        ledger.executemany(
-            "INSERT INTO stages VALUES (?,?,?,?)", [(n, stage, now, rng.random() * 60) for stage in stages]
-        )
-        ledger.executemany("INSERT INTO metrics VALUES (?,?,?)", [(n, name, rng.random()) for name in names])
-        ledger.execute(
-            "INSERT INTO policies VALUES (?,?,?,?,?,?,?,?)", (n, n, n - 1, n - 1, 0.1, state, n > rounds - 5, False)
-        )
-        ledger.executemany(
-            "INSERT INTO events(time, round, kind, text) VALUES (?,?,?,?)",
-            [(now, n, "note", "x" * 80) for _ in range(20)],
-        )
-        ledger.executemany("INSERT INTO pairs VALUES (?,?,?,?,?,?,?,?)", [row(rng, n, i, rounds) for i in range(pairs)])
-    ledger.commit()
-    ledger.close()
-
-
-def row(rng: random.Random, n: int, i: int, rounds: int) -> tuple[object, ...]:
-    potential = rng.gauss(0, 1.4)
-    why = (
-        "noise"
-        if rng.random() < 0.01
-        else "nonfinite"
-        if (n, i) == (rounds // 2, 3)
-        else ""
-        if potential > 0.3
-        else "potential"
-    )
-    value = None if why in ("noise", "nonfinite") else potential
-    prompt = f"{(n * 7919 + i) % 200_000:016x}"
-    return n, i, prompt, rng.gammavariate(2, 0.5), rng.gammavariate(1, 0.1), value, None if why else "base", why or None
 
 
 def bench(run_dir: Path, loads: int, browse: bool) -> int:
