@@ -6,7 +6,7 @@ starts anything heavy or changes anything on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from selfplay.checks import functions, machine, models, prompts, reward, service, webhook
@@ -36,10 +36,10 @@ LOOKS: tuple[tuple[str, Look], ...] = (
 )
 
 
-def check(config: Config, run_dir: Path) -> list[Finding]:
+def check(config: Config, run_dir: Path, looks: Sequence[tuple[str, Look]] = LOOKS) -> list[Finding]:
     """Everything that can be known before a round without loading a model. A look that fails is a finding too."""
     found: list[Finding] = []
-    for name, look in LOOKS:
+    for name, look in looks:
         try:
             found += look(config, run_dir)
         except (SelfplayError, OSError, ValueError) as error:
