@@ -1,7 +1,7 @@
 """What can be added to selfplay by one module and one line: the lines are in this file.
 
 Each table maps a name that the configuration may use to the module that does the work. A module is imported only where
-it is used, so that this file costs nothing.
+it is used, so that this file costs nothing. docs/architecture.md shows an example of each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
+
+SELECTIONS = {
+    "potential": "selfplay.methods.selection.potential",
+    "explicit": "selfplay.methods.selection.explicit",
+    "implicit": "selfplay.methods.selection.implicit",
+    "random": "selfplay.methods.selection.random",
+}
+"""`pairs.selection`: what base pairs are ranked by. A module with `score(margins)`; see `methods/selection`."""
+
+IMPLICIT_REWARDS = {
+    "simpo": "selfplay.methods.implicit.simpo",
+    "dpo": "selfplay.methods.implicit.dpo",
+}
+"""`pairs.implicit`: implicit rewards of a response. A module with `reward(…)`; see `methods/implicit`."""
 
 TRACKERS = {
     "tensorboard": "selfplay.tracking.tensorboard",

@@ -64,10 +64,23 @@ class Candidate:
     n_tokens: int
     finish_reason: str  # stop | length
     policy: int  # version that sampled it
+    digest: int | None = None  # the same for the same token ids, see storage/candidates.py; None in older files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """The reward of a candidate. The candidate itself lies in the artifacts of `generate`, in the same order."""
+
+    prompt_id: str
+    index: int
+    reward: float | None  # None: this item could not be scored
+    reward_parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
+    """An answer to a held-out prompt, with the judge's score and the parts of the gold rubric."""
+
     prompt_id: str
     index: int
     text: str
@@ -78,7 +91,6 @@ class Scored:
     policy: int
     reward: float | None  # None: this item could not be scored
     reward_parts: dict[str, float] = field(default_factory=dict)
-    reference_logp: float | None = None  # nats, summed, under the reference; where implicit rewards are those of DPO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +101,12 @@ class ReferenceLogp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class RankedPair:
+    """A pair without its texts and token ids: all that selection and depth decide by."""
+
     prompt_id: str
-    prompt_ids: list[int]
     chosen_index: int
     rejected_index: int
-    chosen: str
-    rejected: str
-    chosen_ids: list[int]
-    rejected_ids: list[int]
     chosen_reward: float
     rejected_reward: float
     chosen_logp: float  # nats, summed, under the policy that sampled
@@ -110,6 +119,17 @@ class Pair:
     closeness: float | None = None  # cosine to the centre of its gradient cluster
     kept_because: str | None = None  # base | depth
     dropped_because: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair(RankedPair):
+    """A whole pair, as it is on disk: it stays readable when the candidates are gone."""
+
+    prompt_ids: list[int]
+    chosen: str
+    rejected: str
+    chosen_ids: list[int]
+    rejected_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

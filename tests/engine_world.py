@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfplay.config import Config
-from selfplay.storage import folders, policies
-from selfplay.types import Policy
+from selfplay.generation.generator import Generator
+from selfplay.storage import folders, policies, tables
+from selfplay.types import Candidate, Policy, Prompt
 
 EOS, VOCAB = 2, 280
 CANARIES = [[1, *((11 * i + 7 * j) % 250 + 3 for j in range(12 + i))] for i in range(6)]
@@ -79,9 +81,22 @@ def write_manifest(path: Path, version: int, canary_logps: list[float]) -> None:
     folders.write_json(path / folders.MANIFEST, dataclasses.asdict(manifest))
 
 
-def prompts(count: int) -> list[tuple[str, list[int], int]]:
-    """(prompt_id, prompt_ids, seed); seeds use all 64 bits."""
-    return [
-        (f"p{i}", [1, *((7 * i + 3 * j) % 250 + 3 for j in range(10 + i % 50))], (i * 0x9E3779B97F4A7C15) % 2**64)
-        for i in range(count)
-    ]
+def prompts(count: int) -> list[Prompt]:
+    ids = ([1, *((7 * i + 3 * j) % 250 + 3 for j in range(10 + i % 50))] for i in range(count))
+    return [Prompt(prompt_id=f"p{i}", messages=[], prompt_ids=each, split="train") for i, each in enumerate(ids)]
+
+
+def seed(prompt_id: str) -> int:
+    """The sampling seed of a prompt; seeds use all 64 bits."""
+    return (int(prompt_id[1:]) * 0x9E3779B97F4A7C15) % 2**64
+
+
+def sample(generator: Generator, rows: list[Prompt], folder: Path, **settings: Any) -> list[Candidate]:
+    """What the generator answers, read from the file that it writes."""
+    asked, out = folder / "asked.parquet", folder / "answers.parquet"
+    tables.write_rows(asked, rows, Prompt)
+    seeds = [seed(row.prompt_id) for row in rows]
+    sampled = generator.sample(asked, 0, len(rows), seeds, out, **settings)
+    answers = tables.read_rows(out, Candidate)
+    assert (sampled.rows, sampled.tokens) == (len(answers), sum(c.n_tokens for c in answers))
+    return answers

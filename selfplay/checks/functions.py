@@ -15,7 +15,7 @@ from selfplay.config import Config
 from selfplay.evaluation.rubric import grade
 from selfplay.prompts.importer import read_file
 from selfplay.prompts.pool import messages_of
-from selfplay.rounds.run import load_function
+from selfplay.rounds.requirements import load_function
 from selfplay.types import Message
 
 PROMPTS = 4  # with `meta`, and as many without

@@ -19,7 +19,7 @@ from typing import Any
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.processes.protocol import quick_imports
-from selfplay.rounds.run import num_labels
+from selfplay.rounds.requirements import num_labels
 from selfplay.storage import policies
 
 SECONDS = 300.0  # for the imports of the process that loads; a model itself takes a moment

@@ -49,8 +49,9 @@ def plan(config: Config) -> list[tuple[str, str]]:
     if count is not None:
         size = (sampled * TOKEN_BYTES + policy_bytes(config, count)) / GIB
         rows.append(("disk", f"up to {size:.2f} GiB a round, retention aside"))
+    least, confidence = evaluate.gate.win_rate_lower, evaluate.gate.confidence
     chances = " · ".join(
-        f"{p:.2f} → {gate.power(evaluate.prompts, p, evaluate.gate):.0%}" for p in (0.47, 0.5, 0.53, 0.56, 0.6)
+        f"{p:.2f} → {gate.power(evaluate.prompts, p, least, confidence):.0%}" for p in (0.47, 0.5, 0.53, 0.56, 0.6)
     )
     rows.append(("gate", f"chance to pass by true win rate, at {evaluate.prompts} prompts: {chances}"))
     return rows

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from selfplay import kinds
 from selfplay.config.base import Positive, Section
+
+Selection = Annotated[
+    str,
+    AfterValidator(kinds.one_of(kinds.SELECTIONS)),
+    Field(json_schema_extra={"enum": [*kinds.SELECTIONS]}),
+]
+ImplicitReward = Annotated[
+    str,
+    AfterValidator(kinds.one_of(kinds.IMPLICIT_REWARDS)),
+    Field(json_schema_extra={"enum": [*kinds.IMPLICIT_REWARDS]}),
+]
 
 
 class PairsConfig(Section):
-    selection: Literal["potential", "explicit", "implicit", "random"] = "potential"
-    """What pairs are ranked by: alignment potential or one of its baselines."""
+    selection: Selection = "potential"
+    """What pairs are ranked by: alignment potential (`potential`), or one of its baselines `explicit`, `implicit` and
+    `random`. `kinds.SELECTIONS` lists them."""
     keep: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the base pairs that is kept."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """w of the alignment potential: weight of the implicit margin."""
-    implicit: Literal["simpo", "dpo"] = "simpo"
+    implicit: ImplicitReward = "simpo"
     """Implicit reward of a response: its mean log-probability (`simpo`), or β times its log-ratio to a reference that is
     not the policy that sampled it (`dpo`; costs a scoring pass of the reference over all candidates)."""
     signed: bool = False

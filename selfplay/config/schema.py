@@ -87,12 +87,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _implicit_has_a_reference(self) -> Config:
-        if self.pairs.implicit == "dpo" and (
-            self.train.reference == "previous" or self.train.reference == EveryN(every=1)
-        ):
+        compares = kinds.resolve(kinds.IMPLICIT_REWARDS, self.pairs.implicit).NEEDS_REFERENCE
+        if compares and (self.train.reference == "previous" or self.train.reference == EveryN(every=1)):
             raise ValueError(
-                "pairs.implicit = dpo with train.reference = previous: the reference is the policy that samples, so every "
-                "implicit reward is 0; set train.reference to initial or {every: n}, or pairs.implicit to simpo"
+                f"pairs.implicit = {self.pairs.implicit} with train.reference = previous: the reference is the policy that "
+                "samples, so every implicit reward is 0; set train.reference to initial or {every: n}, or pairs.implicit to "
+                "simpo"
             )
         return self
 

@@ -74,6 +74,8 @@ class TrainConfig(Section):
     """Bound on the mean |trainer − engine| log-probability (nats a token); by default 1e-3 in fp32, 5e-2 below."""
     agreement_p99: Annotated[float, Field(gt=0)] | None = None
     """Bound on the 99th percentile of the same; by default 1e-2 in fp32, 2.5e-1 below."""
+    agreement_pairs: Positive = 256
+    """Pairs of the round, drawn by a seed, whose log-probabilities are compared before the first step."""
     accelerate: Path | None = None
     """Configuration file for `accelerate launch` (processes, FSDP); without one the trainer is a single plain process."""
     cpu_threads: Positive = 1

@@ -1,16 +1,21 @@
-"""The generator's child: a vLLM engine that takes orders (`python -m selfplay.generation.engine`). The only module that uses vLLM.
+"""The generator's child: a vLLM engine that takes orders (`python -m selfplay.generation.engine`). No other module imports vLLM.
 
-Orders (JSON lines, see selfplay/processes/protocol.py), each answered by a result or by an error of kind input, shape, oom or internal:
+Orders are JSON lines (see `selfplay.processes.protocol`). Each is answered by a result, or by an error of kind input, shape,
+oom, disk or internal. Prompts come from files and answers go to files, so that no token id passes through the controller.
+`prompts` is a file of `Prompt` rows, `answers` and `out` are files of `Candidate` rows, prompt by prompt.
+
     load             {model, dtype, seed, max_model_len, max_num_seqs, gpu_memory_utilization, tensor_parallel,
                      trust_remote_code, sleep_mode}                         → what runs (version, device, block size, …)
-    generate         {requests: [{prompt_ids, seed}], sampling: {n, temperature, top_p, top_k, max_tokens, stop_token_ids}}
-                     → for each request n candidates [{text, token_ids, logp, finish_reason}]
+    generate         {prompts, start, count, seeds: one a prompt, policy: the version that answers, out,
+                     sampling: {n, temperature, top_p, top_k, max_tokens, stop_token_ids}}
+                     → n answers to each of `count` prompts are in the file `out`: {rows, tokens, seconds}
+    answer_logps     {prompts, answers, start, count, per_prompt}           → summed nats of `count` answers, each
     logps            {sequences: [{token_ids, start}]}                      → summed nats of tokens start … T-1, each
-    reload           {path}                                                 → weights in place
-    reset            {}                                                     → the prefix cache emptied
+    reload           {path}                                                 → the weights are replaced in place
+    reset            {}                                                     → the prefix cache is empty
     canary_generate  {prompt_ids, seed, n}                                  → {token_ids, logps, cached_tokens}
     compare_weights  {path}                                                 → {supported, compared, max_abs_diff, why}
-    forget           {}                                                     → every weight 0, for a reload: {supported}
+    forget           {}                                                     → every weight is 0, before a reload: {supported}
     sleep {level}, wake {tags}                                              → {supported}
 
 On a CPU the engine lives in this very process, since vLLM's three processes start three times slower and decode no faster.
@@ -27,24 +32,25 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from selfplay.generation.orders import OrderError, take_orders
 from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
+from selfplay.storage import answers, folders, tables
+from selfplay.types import Candidate
+
+Kept = TypeVar("Kept")
 
 CPU_BLOCK = 32  # tokens in a block of the KV cache: the smallest that vLLM's CPU attention takes
 CPU_BATCHED_TOKENS = 4096  # vLLM's own budget of a step on a CPU
 SEEDS = 2**62  # seeds are taken modulo this, so that seed + n fits 64 bits with a sign
 HEARTBEAT = 1.0  # seconds between signs of life
-
-
-class OrderError(Exception):
-    """An order that cannot be carried out; `kind` goes over the wire."""
-
-    def __init__(self, kind: str, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.kind, self.hint = kind, hint
 
 
 def prepare(cpu: bool, threads: int, kv_cache_gib: int) -> None:
@@ -108,7 +114,7 @@ class Engine:
             enable_prefix_caching=True,
             logprobs_mode="raw_logprobs",  # temperature 1, the full vocabulary
             generation_config="vllm",  # every sampling parameter is explicit
-            worker_extension_cls="selfplay.generation.engine.WorkerOrders",
+            worker_extension_cls="selfplay.generation.worker.WorkerOrders",
             **settings,
         )
         config = self._llm.llm_engine.vllm_config
@@ -124,13 +130,19 @@ class Engine:
             "seconds": time.monotonic() - began,
         }
 
-    def generate(self, order: Event) -> list[list[dict[str, Any]]]:
+    def generate(self, order: Event) -> dict[str, Any]:
         from vllm import SamplingParams
 
-        sampling, room = order["sampling"], self._model_config.max_model_len
-        stops, params = sampling["stop_token_ids"], []
-        for i, request in enumerate(order["requests"]):
-            self._check(request["prompt_ids"], room - sampling["max_tokens"], f"prompt (number {i})")
+        began = time.monotonic()
+        sampling, start, out = order["sampling"], order["start"], Path(order["out"])
+        names: list[str] = []
+        prompts: list[list[int]] = []
+        params = []
+        asked = answers.each_prompt(Path(order["prompts"]), start, order["count"])
+        for (name, ids), seed in zip(asked, order["seeds"], strict=True):
+            self._check(ids, self._room - sampling["max_tokens"], f"prompt {name} (number {start + len(names)})")
+            names.append(name)
+            prompts.append(ids.tolist())
             params.append(
                 SamplingParams(
                     n=sampling["n"],
@@ -138,26 +150,59 @@ class Engine:
                     top_p=sampling["top_p"],
                     top_k=sampling["top_k"],
                     max_tokens=sampling["max_tokens"],
-                    stop_token_ids=stops,
-                    seed=request["seed"] % SEEDS,
+                    stop_token_ids=sampling["stop_token_ids"],
+                    seed=seed % SEEDS,
                     logprobs=0,
                 )
             )
-        outputs = self._run(order, [r["prompt_ids"] for r in order["requests"]], params)
-        return [[_candidate(completion) for completion in output.outputs] for output in outputs]
+        done = self._run(order, prompts, params, lambda output: [_answer(c) for c in output.outputs])
+        said = [answer for of_prompt in done for answer in of_prompt]
+        rows = answers.table(
+            prompt_ids=names,
+            per_prompt=sampling["n"],
+            texts=[answer.text for answer in said],
+            token_ids=[answer.token_ids for answer in said],
+            logps=[answer.logp for answer in said],
+            finish_reasons=[answer.finish_reason for answer in said],
+            policy=order["policy"],
+        )
+        with folders.disk_errors(out), tables.writing_to(out, Candidate) as file:
+            file.table(rows)
+        tokens = sum(len(answer.token_ids) for answer in said)
+        return {"rows": rows.num_rows, "tokens": tokens, "seconds": time.monotonic() - began}
+
+    def answer_logps(self, order: Event) -> list[float]:
+        found: list[float] = []
+        groups = answers.with_prompts(
+            Path(order["prompts"]),
+            Path(order["answers"]),
+            start=order["start"],
+            count=order["count"],
+            per_prompt=order["per_prompt"],
+        )
+        for sequences in groups:  # a row group at a time: all log-probabilities of a round would not fit into memory
+            for ids, _ in sequences:
+                self._check(ids, self._room - 1, "an answer behind its prompt")
+            found += self._logps(order, [(ids.tolist(), begin) for ids, begin in sequences], len(found), order["count"])
+        return found
 
     def logps(self, order: Event) -> list[float]:
+        sequences = [(sequence["token_ids"], sequence["start"]) for sequence in order["sequences"]]
+        for i, (ids, begin) in enumerate(sequences):
+            self._check(np.array(ids), self._room - 1, f"sequence (number {i})")
+            if not 1 <= begin < len(ids):
+                raise OrderError("input", f"start {begin} leaves no token of {len(ids)}")
+        return self._logps(order, sequences, 0, len(sequences))
+
+    def _logps(self, order: Event, sequences: Sequence[tuple[list[int], int]], before: int, total: int) -> list[float]:
+        """Summed nats of the tokens from `start` on of each (token_ids, start)."""
         from vllm import SamplingParams
 
-        sequences = order["sequences"]
-        for i, sequence in enumerate(sequences):
-            self._check(sequence["token_ids"], self._model_config.max_model_len - 1, f"sequence (number {i})")
-            if not 1 <= sequence["start"] < len(sequence["token_ids"]):
-                raise OrderError("input", f"start {sequence['start']} leaves no token of {len(sequence['token_ids'])}")
         # Such a request never reads the prefix cache.
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = self._run(order, [s["token_ids"] for s in sequences], [params.clone() for _ in sequences])
-        return [math.fsum(_prompt_logps(o, s["start"])) for o, s in zip(outputs, sequences, strict=True)]
+        ids = [ids for ids, _ in sequences]
+        found = self._run(order, ids, [params.clone() for _ in ids], _prompt_logps, before, total)
+        return [_finite(math.fsum(each[begin - 1 :])) for each, (_, begin) in zip(found, sequences, strict=True)]
 
     def reload(self, order: Event) -> dict[str, Any]:
         began = time.monotonic()
@@ -176,9 +221,9 @@ class Engine:
         from vllm import SamplingParams
 
         n, prompt_ids = order["n"], order["prompt_ids"]
-        self._check(prompt_ids, self._model_config.max_model_len - n, "canary prompt")
+        self._check(np.array(prompt_ids), self._room - n, "canary prompt")
         params = SamplingParams(max_tokens=n, seed=order["seed"] % SEEDS, logprobs=0, ignore_eos=True, detokenize=False)
-        (output,) = self._run(order, [prompt_ids], [params])
+        (output,) = self._run(order, [prompt_ids], [params], lambda output: output)
         completion = output.outputs[0]
         token_ids = list(completion.token_ids)
         logps = [_finite(step[t].logprob) for t, step in zip(token_ids, completion.logprobs, strict=True)]
@@ -211,148 +256,77 @@ class Engine:
     def _model_config(self) -> Any:
         return self._engine.llm_engine.vllm_config.model_config
 
-    def _check(self, ids: Sequence[int], most: int, what: str) -> None:
+    @property
+    def _room(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return int(self._model_config.max_model_len)
+
+    def _check(self, ids: NDArray[np.integer], most: int, what: str) -> None:
         if not 1 <= len(ids) <= most:
             raise OrderError("input", f"{what} has {len(ids)} tokens; the engine has room for 1 to {most}")
         vocabulary = self._model_config.get_vocab_size()
-        if min(ids) < 0 or max(ids) >= vocabulary:
+        if ids.min() < 0 or ids.max() >= vocabulary:
             raise OrderError("input", f"{what} has token ids outside 0 … {vocabulary - 1}")
 
-    def _run(self, order: Event, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
-        """Outputs of all prompts, in order; tells now and then how many are done, and how many tokens that took."""
-        llm = self._engine
+    def _run(
+        self,
+        order: Event,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[Any],
+        keep: Callable[[Any], Kept],
+        before: int = 0,
+        total: int | None = None,
+    ) -> list[Kept]:
+        """What `keep` makes of the output of each prompt, in order.
+
+        An output has a Python object for each token; made smaller as soon as it is finished, it never waits for the others.
+        Tells now and then how many are done, with `before` that were done earlier, and how many tokens that took.
+        """
+        llm, total = self._engine, len(prompts) if total is None else total
         ids = llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        done: dict[int, Any] = {}
+        done: dict[int, Kept] = {}
         tokens, told = 0, time.monotonic()
         try:
             while llm.llm_engine.has_unfinished_requests():
                 for output in llm.llm_engine.step():
                     if output.finished:
-                        done[int(output.request_id)] = output
+                        done[int(output.request_id)] = keep(output)
                         tokens += sum(len(completion.token_ids) for completion in output.outputs)
                 if time.monotonic() - told > HEARTBEAT:
                     told = time.monotonic()
-                    self._channel.progress(order, done=len(done), total=len(prompts), tokens=tokens)
+                    self._channel.progress(order, done=before + len(done), total=total, tokens=tokens)
         except BaseException:
             llm.llm_engine.abort_request(ids, internal=True)
             raise
         if len(done) != len(prompts):
             raise OrderError("internal", f"{len(done)} of {len(prompts)} requests came back")
-        self._channel.progress(order, done=len(done), total=len(prompts), tokens=tokens)
+        self._channel.progress(order, done=before + len(done), total=total, tokens=tokens)
         return [done[i] for i in sorted(done)]
 
 
-class WorkerOrders:
-    """What is done inside vLLM's worker (`worker_extension_cls`)."""
-
-    model_runner: Any
-    parallel_config: Any
-
-    def renew_output_layer(self) -> None:
-        """Repack layers whose weight is also another's, after a reload on a CPU.
-
-        The output layer multiplies by a repacked copy. vLLM 0.32 renews it when the checkpoint names the layer; a tied
-        one is not named, and goes on with the old weights.
-        """
-        for module in self.model_runner.get_model().modules():
-            if hasattr(module, "cpu_linear") and module.weight.numel():
-                module.quant_method.process_weights_after_loading(module)
-
-    def forget_weights(self) -> bool:
-        """Set this worker's share of the weights to 0; False, and nothing is done, where kernels keep copies of them."""
-        import torch
-
-        model = self.model_runner.get_model()
-        if any(hasattr(module, "cpu_linear") for module in model.modules()):
-            return False
-        with torch.inference_mode():
-            for parameter in model.parameters():
-                parameter.zero_()
-        return True
-
-    def compare_weights(self, path: str) -> dict[str, Any]:
-        """Largest |engine − checkpoint| over all parameters, in the serving dtype, and how many were compared.
-
-        Where a kernel keeps a repacked copy, the copy is what is read. `supported` is False where parameters cannot be
-        matched one to one with the checkpoint: several GPUs, quantization, a model with renamed tensors.
-        """
-        import torch
-        from safetensors import safe_open
-
-        if self.parallel_config.world_size > 1:
-            return _unsupported("the weights are split over several GPUs")
-        model = self.model_runner.get_model()
-        packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
-        files = [safe_open(file, framework="pt") for file in sorted(Path(path).glob("*.safetensors"))]
-        where = {name: file for file in files for name in file.keys()}
-        left, worst, compared = set(where), 0.0, 0
-        # A tied parameter comes under both of its names: each layer may hold a copy of its own.
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names = _sources(name, packed, where)
-            if not names and name == "lm_head.weight":
-                names = _sources("model.embed_tokens.weight", packed, where)
-            if not names:
-                return _unsupported(f"the checkpoint has nothing under the name of {name}")
-            left.difference_update(names)
-            wanted = torch.cat([where[n].get_tensor(n) for n in names]).to(parameter.dtype)
-            module = model.get_submodule(name.rpartition(".")[0])
-            for held in _held(module, name, parameter):
-                # The vocabulary is padded in the engine.
-                if held.shape[0] < wanted.shape[0] or held.shape[1:] != wanted.shape[1:]:
-                    return _unsupported(f"{name} has shape {tuple(held.shape)}, not {tuple(wanted.shape)}")
-                # In main memory: the accelerator's is full.
-                difference = (held[: wanted.shape[0]].cpu().float() - wanted.float()).abs().max().item()
-                worst = max(worst, difference if math.isfinite(difference) else math.inf)
-            compared += wanted.numel()
-        # A tied output layer may be stored twice; rotary frequencies are computed.
-        left = {n for n in left if n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")}
-        if left:
-            return _unsupported(f"no parameter of the engine takes {min(left)}")
-        if not math.isfinite(worst):
-            return _unsupported("a weight is not finite")
-        return {"supported": True, "compared": compared, "max_abs_diff": worst, "why": ""}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    text: str
+    token_ids: NDArray[np.int32]  # (T,)
+    logp: float  # nats, summed
+    finish_reason: str
 
 
-def _unsupported(why: str) -> dict[str, Any]:
-    return {"supported": False, "compared": 0, "max_abs_diff": None, "why": why}
-
-
-def _sources(name: str, packed: dict[str, list[str]], where: dict[str, Any]) -> list[str]:
-    """Checkpoint tensors that make up the engine's parameter `name`, in order of rows; empty when not all are there."""
-    if name in where:
-        return [name]
-    module, _, leaf = name.rpartition(".")
-    parent, _, last = module.rpartition(".")
-    parts = [f"{parent}.{part}.{leaf}" for part in packed.get(last, [])]
-    return parts if parts and all(part in where for part in parts) else []
-
-
-def _held(module: Any, name: str, parameter: Any) -> Iterator[Any]:
-    """What the engine holds of a parameter, the copy inside a CPU kernel included: a linear layer of 1s gives it back."""
-    import torch
-
-    if parameter.numel():
-        yield parameter
-    if name.endswith(".weight") and hasattr(module, "cpu_linear"):
-        width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
-        eye = torch.eye(width, dtype=parameter.dtype)
-        yield torch.cat([module.cpu_linear(rows, module.weight, None) for rows in eye.split(512)]).T
-
-
-def _candidate(completion: Any) -> dict[str, Any]:
+def _answer(completion: Any) -> Answer:
     if completion.finish_reason not in ("stop", "length"):
         raise OrderError("internal", f"a candidate ended with finish_reason {completion.finish_reason}")
-    return {
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "logp": _finite(completion.cumulative_logprob),
-        "finish_reason": completion.finish_reason,
-    }
+    return Answer(
+        text=completion.text,
+        token_ids=np.array(completion.token_ids, np.int32),
+        logp=_finite(completion.cumulative_logprob),
+        finish_reason=completion.finish_reason,
+    )
 
 
-def _prompt_logps(output: Any, start: int) -> list[float]:
+def _prompt_logps(output: Any) -> NDArray[np.float64]:
+    """Nats (T − 1,) of the tokens 1 … T−1 of a prompt."""
     ids, steps = output.prompt_token_ids, output.prompt_logprobs
-    return [_finite(steps[t][ids[t]].logprob) for t in range(start, len(ids))]
+    return np.array([steps[t][ids[t]].logprob for t in range(1, len(ids))])
 
 
 def _finite(logp: float) -> float:
@@ -371,26 +345,6 @@ def end_tokens(model: Path) -> list[int]:
     return []
 
 
-def describe(error: Exception, order: str) -> OrderError:
-    """An exception of torch or vLLM as an error that goes over the wire."""
-    if isinstance(error, OrderError):
-        return error
-    text = f"{type(error).__name__}: {error}"
-    small = text.lower()
-    if isinstance(error, MemoryError) or any(
-        sign in small
-        for sign in ("out of memory", "outofmemory", "can't allocate memory", "less than requested memory")
-    ):
-        return OrderError(
-            "oom", text, "lower generate.engine.gpu_memory_utilization or max_num_seqs; on a CPU, cpu_kv_cache_gib"
-        )
-    if order == "reload" and ("size" in small or "shape" in small):
-        return OrderError("shape", text)
-    if order == "load" and isinstance(error, ValueError):
-        return OrderError("input", text)
-    return OrderError("internal", text)
-
-
 def main() -> None:
     channel = protocol()
     parser = argparse.ArgumentParser(description="vLLM engine that takes orders as JSON lines on stdin")
@@ -407,11 +361,13 @@ def main() -> None:
         if cpu:
             import vllm.v1.worker.cpu_worker
 
+    tables.leave_pandas_out()
     print(f"vLLM {vllm.__version__} is imported", file=sys.stderr)
     engine = Engine(channel, cpu)
     known: dict[str, Callable[[Event], Any]] = {
         "load": engine.load,
         "generate": engine.generate,
+        "answer_logps": engine.answer_logps,
         "logps": engine.logps,
         "reload": engine.reload,
         "reset": engine.reset,
@@ -421,18 +377,8 @@ def main() -> None:
         "sleep": engine.sleep,
         "wake": engine.wake,
     }
-    channel.ready()
-    for order in channel.orders():
-        try:
-            channel.result(order, known[order["order"]](order))
-        except EngineDeadError:
-            raise  # vLLM's own processes are gone: so is this one, and the controller starts another
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            wire = describe(error, order["order"])
-            channel.error(order, wire.kind, str(wire), wire.hint)
+    # Once vLLM's own processes are gone this one has to go too, and the controller starts another.
+    take_orders(channel, known, fatal=EngineDeadError)
 
 
 if __name__ == "__main__":

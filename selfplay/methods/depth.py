@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from selfplay.config import PairsConfig
-from selfplay.methods import margins
-from selfplay.methods.potential import alignment_potential
-from selfplay.pairs.selection import UNFIT, CutOff, disputed, make_pair, margin_arrays, rewards, usable
-from selfplay.types import Pair, PairGradient, Prompt, Scored
 
 RESTARTS = (
     8  # K-means from so many starts, the best kept: from one start closeness owes more to the start than to the pairs
@@ -155,86 +147,3 @@ def _cosine(unit: NDArray[np.float64], centres: NDArray[np.float64]) -> NDArray[
 def _finite(values: ArrayLike) -> NDArray[np.float64]:
     array = np.asarray(values, np.float64)
     return np.asarray(array[np.isfinite(array)])
-
-
-def pools(
-    kept: Sequence[Pair],
-    prompts: dict[str, Prompt],
-    candidates: dict[str, list[Scored]],
-    noise: float,
-    beta: float,
-    max_disagreement: float | None = None,
-    cut_off: CutOff = "drop",
-) -> list[list[Pair]]:
-    """For each kept base pair all pairs its prompt can give: margin at least a quarter of the widest, above noise.
-
-    As in base pairs, the chosen response is whole, and no response is one that an ensemble disputes.
-    """
-    result = []
-    for base in kept:
-        rows = usable(candidates[base.prompt_id], cut_off)
-        prompt = prompts[base.prompt_id]
-        pool = [
-            make_pair(prompt, rows[i], rows[j], beta)
-            for i, j in margins.ordered_pairs(rewards(rows))
-            if rows[i].finish_reason == "stop" and not disputed(rows[i], rows[j], max_disagreement)
-        ]
-        result.append([p for p in pool if p.explicit_margin > noise] or [base])
-    return result
-
-
-def with_gradients(kept: Sequence[Pair], gradients: Sequence[PairGradient]) -> list[Pair]:
-    """The kept base pairs with the cluster and closeness of their gradients, which come in the same order."""
-    assert [p.prompt_id for p in kept] == [g.prompt_id for g in gradients], "these are the gradients of other pairs"
-    return [
-        dataclasses.replace(pair, cluster=found.cluster, closeness=found.closeness)
-        for pair, found in zip(kept, gradients, strict=True)
-    ]
-
-
-def by_closeness(kept: Sequence[Pair], pools: Sequence[Sequence[Pair]], budget: int) -> NDArray[np.int64]:
-    """Pairs of each kept prompt, (n,), by the closeness of its base pair; 1 where that has none."""
-    closeness = np.array([math.nan if p.closeness is None else p.closeness for p in kept], np.float64)
-    room = [1 if p.closeness is None else len(pool) for p, pool in zip(kept, pools, strict=True)]
-    return allocate(closeness, room, budget, temperature(closeness))
-
-
-def uniformly(pools: Sequence[Sequence[Pair]], budget: int) -> NDArray[np.int64]:
-    """Pairs of each kept prompt, (n,), the same for all as far as their pools go."""
-    return allocate(np.zeros(len(pools)), [len(pool) for pool in pools], budget, 0.0)
-
-
-def deepen(
-    kept: Sequence[Pair],
-    pools: Sequence[Sequence[Pair]],
-    depth: Sequence[int],
-    base: Sequence[Pair],
-    config: PairsConfig,
-) -> list[Pair]:
-    """The kept base pairs, each followed by the pairs added to its prompt, best alignment potential first.
-
-    depth (n,): pairs of each prompt, the base pair included. `base`: the round's base pairs, whose mean and standard
-    deviation the potentials use. Responses that no pair of the prompt uses yet come first.
-    """
-    reference = margin_arrays([p for p in base if p.dropped_because not in UNFIT], config)
-    result: list[Pair] = []
-    for pair, pool, count in zip(kept, pools, depth, strict=True):
-        result.append(pair)
-        rest = [p for p in pool if (p.chosen_index, p.rejected_index) != (pair.chosen_index, pair.rejected_index)]
-        potential = alignment_potential(*margin_arrays(rest, config), config.weight, reference=reference)
-        ranked = [
-            dataclasses.replace(
-                p, potential=float(v), cluster=pair.cluster, closeness=pair.closeness, kept_because="depth"
-            )
-            for p, v in zip(rest, potential, strict=True)
-            if np.isfinite(v)
-        ]
-        used = {pair.chosen_index, pair.rejected_index}
-        for _ in range(count - 1):
-            if not ranked:
-                break
-            best = max(ranked, key=lambda p: (len({p.chosen_index, p.rejected_index} - used), p.potential or 0.0))
-            ranked.remove(best)
-            used |= {best.chosen_index, best.rejected_index}
-            result.append(best)
-    return result

@@ -54,6 +54,9 @@ class Pool:
         """First round that may draw each prompt of a split, by prompt_id; None: it was there from the start."""
         return self._joined.get(split, {})
 
+    def ids(self, split: str) -> list[str]:
+        return list(self.joined(split))
+
     def read(self, prompt_ids: Sequence[str]) -> list[Prompt]:
         """These prompts, in this order."""
         wanted = frozenset(prompt_ids)

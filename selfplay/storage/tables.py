@@ -59,10 +59,17 @@ _ARROW = {
 }
 
 
+_schemas: dict[type[Any], pa.Schema] = {}
+
+
 def schema(row_type: type[Any]) -> pa.Schema:
     """Arrow schema of a record type: one column a field, in order. A dict is stored as JSON text."""
-    hints = typing.get_type_hints(row_type)
-    return pa.schema([(f.name, _ARROW.get(_bare(hints[f.name]), pa.string())) for f in dataclasses.fields(row_type)])
+    if row_type not in _schemas:
+        hints = typing.get_type_hints(row_type)
+        _schemas[row_type] = pa.schema(
+            [(f.name, _ARROW.get(_bare(hints[f.name]), pa.string())) for f in dataclasses.fields(row_type)]
+        )
+    return _schemas[row_type]
 
 
 def _json_fields(row_type: type[Any]) -> frozenset[str]:
@@ -83,17 +90,21 @@ def _bare(hint: Any) -> Any:
 @contextlib.contextmanager
 def writing(path: Path, row_type: type[Any]) -> Iterator[Writer]:
     """Yield a writer of one file of records. The file appears whole or not at all (temporary name, fsync, rename)."""
+    with whole(path) as partial, writing_to(partial, row_type) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def writing_to(path: Path, row_type: type[Any]) -> Iterator[Writer]:
+    """Yield a writer of one file of records, under this very name: for a file that somebody else makes durable."""
     layout = schema(row_type)
     texts = [f.name for f in layout if f.type == pa.string()]
     numbers = [f.name for f in layout if f.type == pa.float64()]
     numbers += [f"{f.name}.list.element" for f in layout if f.type == pa.list_(pa.int32())]
-    with (
-        whole(path) as partial,
-        # Split by bytes, token ids take half the space, and writing and reading them takes half the time.
-        pq.ParquetWriter(
-            partial, layout, compression="zstd", use_dictionary=texts, use_byte_stream_split=numbers
-        ) as file,
-    ):
+    # Split by bytes, token ids take half the space, and writing and reading them takes half the time.
+    with pq.ParquetWriter(
+        path, layout, compression="zstd", use_dictionary=texts, use_byte_stream_split=numbers
+    ) as file:
         yield Writer(file, row_type)
 
 
@@ -127,6 +138,12 @@ def to_table(rows: Sequence[Any], row_type: type[Any]) -> pa.Table:
         for name in layout.names
     }
     return pa.table(columns, schema=layout)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as it is, whole or not at all. For numbers that pass between parts of a stage."""
+    with whole(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
 
 
 def write_rows(path: Path, rows: Sequence[Any], row_type: type[Any]) -> None:
@@ -168,11 +185,12 @@ def read_slice(path: Path, row_type: type[Row], start: int, count: int) -> list[
 def rows_with(path: Path, row_type: type[Row], column: str, values: Container[str]) -> Iterator[Row]:
     """The records whose `column` is one of `values`, in order; of row groups without any, only that column is decoded."""
     with pq.ParquetFile(path) as file:
+        keys, groups = _Groups(file, [column], row_type), _Groups(file, schema(row_type).names, row_type)
         for group in range(file.num_row_groups):
             # Compared in Python: Arrow's own way to a mask imports pandas, which is 40 MB.
-            cells = file.read_row_group(group, columns=[column], use_threads=False)[column].to_pylist()
+            cells = keys.read(group)[column].to_pylist()
             if found := [i for i, cell in enumerate(cells) if cell in values]:
-                table = _group(file, group, schema(row_type).names, row_type)
+                table = groups.read(group)
                 for i in found:
                     yield from records(table.slice(i, 1), row_type)
     release_unused()
@@ -206,12 +224,12 @@ def each_group(
     wanted = list(names if names is not None else schema(row_type).names)  # type: ignore[arg-type]
     before = 0
     with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
+        groups = _Groups(file, wanted, row_type)
+        for group, rows in enumerate(groups.rows):
             low = max(start - before, 0)
             high = rows if count is None else min(start + count - before, rows)
             if low < high:
-                yield _group(file, group, wanted, row_type).slice(low, high - low)
+                yield groups.read(group).slice(low, high - low)
             before += rows
             if count is not None and before >= start + count:
                 break
@@ -221,9 +239,7 @@ def each_group(
 def read_table(path: Path, names: Sequence[str], row_type: type[Any] | None = None) -> pa.Table:
     """Some whole columns of a file. Not for token ids or texts of a whole round."""
     with pq.ParquetFile(path) as file:
-        groups = [_group(file, group, list(names), row_type) for group in range(file.num_row_groups)]
-        empty = file.schema_arrow.empty_table().select([n for n in names if n in file.schema_arrow.names])
-    return pa.concat_tables(groups) if groups else _complete(empty, list(names), row_type)
+        return _Groups(file, names, row_type).whole()
 
 
 def read_array(path: Path, name: str) -> NDArray[Any]:
@@ -251,28 +267,76 @@ def read_columns(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         yield from zip(*(table[n].to_pylist() if n in there else absent for n in names), strict=True)
 
 
+class RowReader:
+    """Rows of a file by their numbers. Rows that are asked for in ascending order cost one pass over their row groups."""
+
+    def __init__(self, path: Path, names: Sequence[str], row_type: type[Any]) -> None:
+        self._empty = schema(row_type).empty_table().select(list(names))
+        self._file = pq.ParquetFile(path)
+        self._groups = _Groups(self._file, names, row_type)
+        self._starts = np.concatenate([[0], np.cumsum(self._groups.rows, dtype=np.int64)])
+        self._last: tuple[int, pa.Table] | None = None  # the group that the next call probably needs again
+
+    def __enter__(self) -> RowReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._last = None
+        release_unused()
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> pa.Table:
+        """The rows with these numbers, in this order."""
+        wanted = np.asarray(rows, np.int64)
+        assert wanted.size == 0 or (wanted.min() >= 0 and wanted.max() < self._starts[-1]), "rows that are not there"
+        groups = np.searchsorted(self._starts, wanted, side="right") - 1
+        needed, place = np.unique(groups, return_inverse=True)
+        parts = [self._decoded(int(group)) for group in needed]
+        before = np.concatenate([[0], np.cumsum([part.num_rows for part in parts], dtype=np.int64)])
+        local = wanted - self._starts[groups] + before[place]
+        if not parts:
+            return self._empty
+        return pa.concat_tables(parts).take(pa.array(local))
+
+    def _decoded(self, group: int) -> pa.Table:
+        if self._last is None or self._last[0] != group:
+            self._last = group, self._groups.read(group)
+        return self._last[1]
+
+
 def count_rows(path: Path) -> int:
     """Records of a file, from its footer alone."""
     return int(pq.read_metadata(path).num_rows)
 
 
-def _group(file: pq.ParquetFile, group: int, names: list[str], row_type: type[Any] | None) -> pa.Table:
-    there = [name for name in names if name in file.schema_arrow.names]
-    return _complete(file.read_row_group(group, columns=there, use_threads=False), names, row_type)
+class _Groups:
+    """The row groups of an open file: some columns of each, with the types that the record type has today."""
 
+    def __init__(self, file: pq.ParquetFile, names: Sequence[str], row_type: type[Any] | None) -> None:
+        self._file, self._names, self._row_type = file, list(names), row_type
+        self._written = file.schema_arrow.empty_table()
+        self._there = [name for name in self._names if name in self._written.column_names]
+        self.rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
-def _complete(table: pa.Table, names: list[str], row_type: type[Any] | None) -> pa.Table:
-    """The table with the types and columns that the record type has today."""
-    if row_type is None:
-        return table
-    layout = schema(row_type)
-    for name in names:
-        field = layout.field(name)
-        if name not in table.column_names:
-            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-        elif table.schema.field(name).type != field.type:
-            table = table.set_column(table.column_names.index(name), field, table[name].cast(field.type))
-    return table.select(names)
+    def read(self, group: int) -> pa.Table:
+        return self._complete(self._file.read_row_group(group, columns=self._there, use_threads=False))
+
+    def whole(self) -> pa.Table:
+        """All groups."""
+        groups = [self.read(group) for group in range(len(self.rows))]
+        return pa.concat_tables(groups) if groups else self._complete(self._written.select(self._there))
+
+    def _complete(self, table: pa.Table) -> pa.Table:
+        if self._row_type is None:
+            return table
+        layout = schema(self._row_type)
+        for name in self._names:
+            field = layout.field(name)
+            if name not in self._there:
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+            elif table.schema.field(name).type != field.type:
+                table = table.set_column(table.column_names.index(name), field, table[name].cast(field.type))
+        return table.select(self._names)
 
 
 # memory

@@ -268,13 +268,16 @@ class EpsilonDPOTrainer(DPOTrainer):
             hidden, _ = self._forward(model, inputs, lambda hidden, _: hidden[:, :-1][mask])
             return hidden, head.read(_bare(self.accelerator.unwrap_model(model)))
 
-    def reference_logps(self, on_batch: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
-        """Reference log-probabilities (nats, summed) of the training pairs in their order: chosen (n,), rejected (n,).
+    def reference_logps(
+        self, pairs: Dataset | None = None, on_batch: Callable[[], None] = lambda: None
+    ) -> tuple[Tensor, Tensor]:
+        """Reference log-probabilities (nats, summed) of pairs in their order: chosen (n,), rejected (n,).
 
+        `pairs`: rows of the training set, by default all of it.
         A collective call: every process gets all of them. `on_batch` is called after each batch.
         """
         parts: list[Tensor] = []
-        for batch in self.get_eval_dataloader(self.train_dataset):
+        for batch in self.get_eval_dataloader(self.train_dataset if pairs is None else pairs):
             batch = self._prepare_inputs(batch)
             mask, targets = _response(batch)
             hidden, (weight, bias, logit_scale, softcap) = self._reference(batch, mask)

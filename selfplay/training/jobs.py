@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+CLUSTERS = "--clusters"  # argument of a trainer that will be asked for clusters
 STOP = "stop"
 """A file of this name in a job's `work` asks the trainer to save its state and end the job."""
 Positive = Annotated[float, Field(gt=0)]
@@ -75,6 +76,8 @@ class TrainJob(BaseModel):
     """Largest mean of |reference logp − generator's logp| / tokens over the responses; None where the reference is not
     the policy that sampled."""
     agreement_p99: Positive | None = None
+    agreement_pairs: Count = 256
+    """Pairs that are compared, drawn by the seed; all where there are no more."""
     min_update: Annotated[float, Field(ge=0)] = 0.0
     """Smallest relative norm of the update that counts as one."""
     canary_ids: list[list[int]] = []

@@ -27,11 +27,9 @@ from pydantic import ValidationError
 
 from selfplay.errors import DiskError, InputError, TrainError
 from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
-from selfplay.training.jobs import CanaryJob, EmbedJob, FeaturesJob, TrainJob
+from selfplay.training.jobs import CLUSTERS, CanaryJob, EmbedJob, FeaturesJob, TrainJob
 
 logger = logging.getLogger(__name__)
-
-CLUSTERS = "--clusters"  # argument of a trainer that will be asked for clusters
 
 
 def failure(error: Exception) -> TrainError:

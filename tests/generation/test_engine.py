@@ -1,5 +1,6 @@
 """The child alone, spoken to by hand."""
 
+import dataclasses
 import math
 import random
 import sys
@@ -7,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from engine_world import EOS, logps, prompts, write_policy
+from engine_world import EOS, logps, prompts, seed, write_policy
 from transformers import AutoModelForCausalLM
 
-from selfplay.generation.engine import WorkerOrders
+from selfplay.generation.worker import WorkerOrders
 from selfplay.processes.child import Child, ChildError
+from selfplay.storage import answers, tables
+from selfplay.types import Candidate, Prompt
 
 SAMPLING = {"n": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 48, "stop_token_ids": [EOS]}
 LONG = [i % 250 + 3 for i in range(100)]  # three blocks of the KV cache and a bit
@@ -48,18 +51,24 @@ def load(child, model):
     )  # fmt: skip
 
 
-def generate(child, some=None, **sampling):
-    requests = [{"prompt_ids": ids, "seed": seed} for _, ids, seed in some or prompts(48)]
-    return child.order("generate", requests=requests, sampling={**SAMPLING, **sampling})
+def generate(child, some=None, on_event=None, start=0, count=None, policy=1, **sampling):
+    """The candidates that the engine wrote for a range of prompts."""
+    some = prompts(48) if some is None else some
+    count = len(some) if count is None else count
+    asked, out = child.log.parent / "asked.parquet", child.log.parent / "answers.parquet"
+    tables.write_rows(asked, some, Prompt)
+    said = child.order(
+        "generate", on_event, prompts=str(asked), start=start, count=count, out=str(out), policy=policy,
+        seeds=[seed(p.prompt_id) for p in some[start : start + count]], sampling={**SAMPLING, **sampling},
+    )  # fmt: skip
+    rows = tables.read_rows(out, Candidate)
+    assert (said["rows"], said["tokens"]) == (len(rows), sum(len(c.token_ids) for c in rows)) and said["seconds"] > 0
+    return rows
 
 
 def reload(child, path):
     child.order("reload", path=path)
     child.order("reset")
-
-
-def flat(answers):
-    return [candidate for of_prompt in answers for candidate in of_prompt]
 
 
 def test_load_says_what_runs(engine):
@@ -73,46 +82,75 @@ def test_load_says_what_runs(engine):
 
 
 def test_candidates_are_what_transformers_says_they_are(engine, models):
-    answers = generate(engine)
-    assert [len(a) for a in answers] == [4] * 48
-    reasons = {c["finish_reason"] for c in flat(answers)}
-    assert reasons == {"stop", "length"}
-    for c in flat(answers):
-        stopped = c["finish_reason"] == "stop"
-        assert (c["token_ids"][-1] == EOS) == stopped and EOS not in c["token_ids"][:-1]
-        assert stopped or len(c["token_ids"]) == 48
-        assert "<eos>" not in c["text"]
+    rows = generate(engine, policy=5)
+    assert [(c.prompt_id, c.index) for c in rows] == [(f"p{i}", k) for i in range(48) for k in range(4)]
+    assert {c.finish_reason for c in rows} == {"stop", "length"}
+    for c in rows:
+        stopped = c.finish_reason == "stop"
+        assert (c.token_ids[-1] == EOS) == stopped and EOS not in c.token_ids[:-1]
+        assert stopped or len(c.token_ids) == 48
+        assert "<eos>" not in c.text
+        assert (c.n_tokens, c.policy) == (len(c.token_ids), 5)
+        assert c.digest == answers.digest(c.token_ids)
     model = AutoModelForCausalLM.from_pretrained(models[0])
-    for (_, ids, _), of_prompt in list(zip(prompts(48), answers, strict=True))[::8]:
-        for c in of_prompt:
-            assert c["logp"] == pytest.approx(logps(model, ids + c["token_ids"], len(ids)), abs=1e-4)
+    for i in range(0, 48, 8):
+        ids = prompts(48)[i].prompt_ids
+        for c in rows[4 * i : 4 * i + 4]:
+            assert c.logp == pytest.approx(logps(model, ids + c.token_ids, len(ids)), abs=1e-4)
 
 
 def test_logp_is_at_temperature_1_over_the_whole_vocabulary(engine):
     some = prompts(4)
-    answers = generate(engine, some, temperature=0.7, top_k=20, top_p=0.9)
+    rows = generate(engine, some, temperature=0.7, top_k=20, top_p=0.9)
     sequences = [
-        {"token_ids": ids + c["token_ids"], "start": len(ids)}
-        for (_, ids, _), of_prompt in zip(some, answers, strict=True)
-        for c in of_prompt
+        {"token_ids": some[i // 4].prompt_ids + c.token_ids, "start": len(some[i // 4].prompt_ids)}
+        for i, c in enumerate(rows)
     ]
     scored = engine.order("logps", sequences=sequences)
-    assert [c["logp"] for c in flat(answers)] == pytest.approx(scored, abs=1e-4)
+    assert [c.logp for c in rows] == pytest.approx(scored, abs=1e-4)
+
+
+def test_answers_are_scored_behind_their_prompts(engine):
+    """In a range that begins and ends within a prompt, over several row groups."""
+    rows = generate(engine, prompts(80))
+    folder, seen = engine.log.parent, []
+
+    def score(start, count, answered=folder / "answers.parquet", **fields):
+        return engine.order(
+            "answer_logps", seen.append, prompts=str(folder / "asked.parquet"), answers=str(answered), start=start,
+            count=count, **{"per_prompt": 4, **fields},
+        )  # fmt: skip
+
+    assert tables.count_rows(folder / "answers.parquet") == 320 > tables.GROUP_ROWS
+    assert score(3, 310) == pytest.approx([c.logp for c in rows[3:313]], abs=1e-4)
+    done = [event["done"] for event in seen]
+    assert done == sorted(done) and done[-1] == seen[-1]["total"] == 310
+    with pytest.raises(ChildError, match="row 3 of .* is no answer to prompt 1 of") as caught:
+        score(0, 8, per_prompt=3)
+    assert caught.value.kind == "input"
+    with pytest.raises(ChildError, match="ends at row 320; 324 were asked for"):
+        score(316, 8)
+    long = [dataclasses.replace(rows[0], token_ids=[5] * 160)]
+    tables.write_rows(folder / "long.parquet", long, Candidate)
+    with pytest.raises(ChildError, match="an answer behind its prompt has 171 tokens"):
+        score(0, 1, folder / "long.parquet")
 
 
 def test_candidates_do_not_depend_on_the_shard(engine):
     whole = generate(engine)
     engine.order("reset")
-    parts = [a for i in range(0, 48, 16) for a in generate(engine, prompts(48)[i : i + 16])]
+    parts = [c for start in range(0, 48, 16) for c in generate(engine, start=start, count=16)]
     if engine.info["device"] == "cpu":
         assert parts == whole  # ids, text and log-probabilities, to the bit
-    seeded = {tuple(c["token_ids"]) for c in flat(whole)}
-    assert len(seeded) > 0.9 * 48 * 4
+    assert len({c.digest for c in whole}) > 0.9 * 48 * 4
 
 
 def test_more_prompt_tokens_than_a_step_takes(engine):
     """vLLM dies on a CPU where a seeded prompt is cut at the budget of a step (4096 tokens)."""
-    many = [("p", [1] + [(i + j) % 250 + 3 for j in range(100)], i) for i in range(60)]
+    many = [
+        dataclasses.replace(p, prompt_ids=[1] + [(i + j) % 250 + 3 for j in range(100)])
+        for i, p in enumerate(prompts(60))
+    ]
     assert len(generate(engine, many, n=1, max_tokens=2)) == 60
 
 
@@ -122,9 +160,9 @@ def test_more_prompt_tokens_than_a_step_takes(engine):
 def test_bad_prompts_are_refused_and_the_engine_lives_on(engine, ids, what):
     good = prompts(1)
     with pytest.raises(ChildError, match=what) as caught:
-        generate(engine, [*good, ("bad", ids, 1)])
-    assert caught.value.kind == "input" and "number 1" in str(caught.value)
-    assert len(generate(engine, good)) == 1
+        generate(engine, [*good, dataclasses.replace(prompts(2)[1], prompt_ids=ids)])
+    assert caught.value.kind == "input" and "prompt p1 (number 1)" in str(caught.value)
+    assert len(generate(engine, good)) == 4
 
 
 def test_bad_sequences_are_refused(engine):
@@ -140,10 +178,20 @@ def test_bad_sequences_are_refused(engine):
 
 def test_progress_reaches_the_end(engine):
     events = []
-    requests = [{"prompt_ids": ids, "seed": seed} for _, ids, seed in prompts(8)]
-    answers = engine.order("generate", events.append, requests=requests, sampling=SAMPLING)
+    rows = generate(engine, prompts(8), events.append)
     assert (events[-1]["done"], events[-1]["total"]) == (8, 8)
-    assert events[-1]["tokens"] == sum(len(c["token_ids"]) for c in flat(answers))
+    assert events[-1]["tokens"] == sum(len(c.token_ids) for c in rows)
+
+
+def test_a_full_disk_is_named_and_the_engine_lives_on(engine, small_disk):
+    asked, out = engine.log.parent / "asked.parquet", small_disk("4k") / "answers.parquet"
+    before = generate(engine, prompts(8))
+    with pytest.raises(ChildError, match="the disk of .* is full") as caught:
+        engine.order(
+            "generate", prompts=str(asked), start=0, count=8, out=str(out), policy=1, seeds=[0] * 8, sampling=SAMPLING
+        )
+    assert caught.value.kind == "disk" and "free some space" in caught.value.hint
+    assert generate(engine, prompts(8)) == before
 
 
 def test_reload_changes_every_weight_the_output_layer_included(engine, models):

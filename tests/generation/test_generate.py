@@ -1,12 +1,26 @@
 """The stage `generate` over a generator that only pretends: shards that are kept, and stops between them."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
+from selfplay.config import GenerateConfig
 from selfplay.errors import Interrupted
 from selfplay.generation import sampling
+from selfplay.generation.generator import Sampled
+from selfplay.storage import answers, tables
 from selfplay.types import Candidate, Prompt
 
 PROMPTS = [Prompt(prompt_id=f"p{i}", messages=[], prompt_ids=[1, i], split="train") for i in range(5)]
+
+
+def candidate(prompt_id="p", index=0, ids=(7, 2), **fields):
+    values = {"text": "a", "logp": -1.0, "finish_reason": "stop", "policy": 3, "digest": answers.digest(np.array(ids))}
+    return Candidate(
+        prompt_id=prompt_id, index=index, token_ids=list(ids), n_tokens=len(ids), **{**values, **fields}
+    )  # fmt: skip
 
 
 class Pretended:
@@ -15,44 +29,45 @@ class Pretended:
     def __init__(self):
         self.asked = []
 
-    def generate(self, prompts, *, candidates, max_tokens, on_progress):
-        self.asked.append([prompt_id for prompt_id, _, _ in prompts])
-        on_progress(len(prompts))
-        return [
-            Candidate(
-                prompt_id=prompt_id, index=k, text=f"{seed}", token_ids=[seed + k, 2], logp=-1.0, n_tokens=2,
-                finish_reason="stop" if k else "length", policy=3,
-            )
-            for prompt_id, _, seed in prompts for k in range(candidates)
-        ]  # fmt: skip
+    def sample(self, prompts, start, count, seeds, out, *, candidates, max_tokens, on_progress):
+        rows = tables.read_slice(prompts, Prompt, start, count)
+        self.asked.append([row.prompt_id for row in rows])
+        on_progress(count)
+        said = [
+            candidate(row.prompt_id, k, (seed + k, 2), text=str(seed), finish_reason="stop" if k else "length")
+            for row, seed in zip(rows, seeds, strict=True)
+            for k in range(candidates)
+        ]
+        with tables.writing_to(out, Candidate) as file:
+            file.records(said)
+        return Sampled(rows=len(said), tokens=2 * len(said), seconds=1.0)
 
 
-def stage(generator, folder, before_shard=lambda: None):
+def seed(prompt_id):
+    return int(prompt_id[1:]) * 100
+
+
+def ask(generator, folder, before_shard=lambda: None):
     done = []
-    rows = sampling.generate(
-        generator,
-        PROMPTS,
-        candidates=2,
-        seed=lambda prompt_id: int(prompt_id[1:]) * 100,
-        shards=folder,
-        shard_prompts=2,
-        on_progress=done.append,
+    rows = sampling.ask(
+        generator, PROMPTS, candidates=2, seed=seed, shards=folder, shard_prompts=2, on_progress=done.append,
         before_shard=before_shard,
-    )
+    )  # fmt: skip
     return rows, done
 
 
 def test_prompts_are_sampled_in_shards_and_in_order(tmp_path):
     generator = Pretended()
-    rows, done = stage(generator, tmp_path / "shards")
+    rows, done = ask(generator, tmp_path / "shards")
     assert generator.asked == [["p0", "p1"], ["p2", "p3"], ["p4"]]
     assert [(r.prompt_id, r.index) for r in rows] == [(f"p{i}", k) for i in range(5) for k in range(2)]
     assert rows[7].token_ids == [301, 2] and rows[7].policy == 3
     assert sorted(done) == done and done[-1] == 5
+    assert sampling.ask(generator, [], candidates=2, seed=seed, shards=tmp_path / "none", shard_prompts=2) == []
 
 
 def test_a_stop_between_shards_loses_none_and_no_shard_is_sampled_twice(tmp_path):
-    whole, _ = stage(Pretended(), tmp_path / "whole")
+    whole, _ = ask(Pretended(), tmp_path / "whole")
     left = [2]
 
     def stop():
@@ -61,24 +76,98 @@ def test_a_stop_between_shards_loses_none_and_no_shard_is_sampled_twice(tmp_path
             raise Interrupted("the service stops")
 
     with pytest.raises(Interrupted):
-        stage(Pretended(), tmp_path / "shards", stop)
+        ask(Pretended(), tmp_path / "shards", stop)
     again = Pretended()
-    rows, _ = stage(again, tmp_path / "shards")
+    rows, _ = ask(again, tmp_path / "shards")
     assert again.asked == [["p4"]]
     assert rows == whole
 
 
+def test_a_shard_that_failed_leaves_no_file(tmp_path):
+    class Failing(Pretended):
+        def sample(self, *args, **settings):
+            super().sample(*args, **settings)
+            raise Interrupted("in mid-shard")
+
+    with pytest.raises(Interrupted):
+        ask(Failing(), tmp_path / "shards")
+    assert not (tmp_path / "shards" / "00000000.parquet").exists()
+
+
+class Shown:
+    def __init__(self):
+        self.said = []
+
+    def update(self, **fields):
+        self.said.append(fields)
+
+
+def test_the_stage_joins_its_shards_and_counts(tmp_path):
+    prompts, line, breaths = tmp_path / "prompts.parquet", Shown(), []
+    tables.write_rows(prompts, PROMPTS, Prompt)
+    metrics = sampling.generate(
+        tmp_path, line, prompts=prompts, generator=Pretended(), seed=seed, shards=tmp_path / "shards",
+        settings=GenerateConfig(candidates=4, shard_prompts=2), breathe=breaths.append,
+    )  # fmt: skip
+    rows = tables.read_rows(tmp_path / sampling.GENERATE.writes[0], Candidate)
+    assert [(r.prompt_id, r.index) for r in rows] == [(f"p{i}", k) for i in range(5) for k in range(4)]
+    assert metrics.pop("tokens_per_second") > 0
+    assert metrics == {
+        "candidates": 20, "tokens": 40, "length_mean": 2.0, "cut_off_share": 0.25, "empty_share": 0.0, "duplicate_share": 0.0,
+    }  # fmt: skip
+    assert breaths == ["shard"] * 3
+    assert line.said[-2] == {"done": 5} and "k tokens/s" in line.said[-1]["text"]
+
+
+def test_shards_of_an_older_version_get_their_digests(tmp_path):
+    prompts, shards = tmp_path / "prompts.parquet", tmp_path / "shards"
+    tables.write_rows(prompts, PROMPTS, Prompt)
+    ask(Pretended(), shards)
+    for file in shards.glob("0*.parquet"):
+        older = tables.read_table(file, [name for name in tables.schema(Candidate).names if name != "digest"])
+        tables.pq.write_table(older, file)
+    sampling.generate(
+        tmp_path, Shown(), prompts=prompts, generator=None, seed=seed, shards=shards,
+        settings=GenerateConfig(candidates=2, shard_prompts=2), breathe=lambda kind: None,
+    )  # fmt: skip
+    rows = tables.read_rows(tmp_path / "candidates.parquet", Candidate)
+    assert len(rows) == 10 and all(r.digest == answers.digest(np.array(r.token_ids)) for r in rows)
+
+
+def tallied(*tables_of_rows):
+    tally = sampling.Tally()
+    for rows in tables_of_rows:
+        tally.add(tables.to_table(rows, Candidate))
+    return tally.metrics(seconds=2.0)
+
+
 def test_metrics_by_hand():
-    """Four answers of the same two tokens to one prompt, the first cut off and without text."""
-    rows = [
-        Candidate(
-            prompt_id="p", index=k, text="a" if k else " ", token_ids=[7, 2], logp=-1.0, n_tokens=2,
-            finish_reason="stop" if k else "length", policy=0,
-        )
-        for k in range(4)
-    ]  # fmt: skip
-    assert sampling.metrics(rows, seconds=2.0) == {
-        "candidates": 4, "tokens": 8, "tokens_per_second": 4.0, "length_mean": 2.0, "cut_off_share": 0.25, "empty_share": 0.25,
+    """Four answers of the same two tokens to one prompt, the first cut off, the others without text."""
+    blanks = ["a", " ", "\u2003\n", ""]
+    rows = [candidate(index=k, text=blanks[k], finish_reason="stop" if k else "length") for k in range(4)]
+    assert tallied(rows) == tallied(rows[:1], rows[1:]) == {
+        "candidates": 4, "tokens": 8, "tokens_per_second": 4.0, "length_mean": 2.0, "cut_off_share": 0.25, "empty_share": 0.75,
         "duplicate_share": 0.75,
     }  # fmt: skip
-    assert sampling.metrics([], seconds=0.0)["tokens_per_second"] == 0.0
+    assert sampling.Tally().metrics(seconds=0.0)["tokens_per_second"] == 0.0
+
+
+def test_equal_answers_to_other_prompts_are_no_duplicates():
+    first = [candidate("p", k, ids) for k, ids in enumerate([(7, 2), (8, 2), (7, 2)])]
+    second = [candidate("q", k, ids) for k, ids in enumerate([(7, 2), (8, 2), (9, 2)])]
+    assert tallied(first, second)["duplicate_share"] == pytest.approx(1 / 6)
+
+
+def test_no_pandas_is_imported(tmp_path):
+    """It would be 55 MB of the controller."""
+    code = f"""
+from pathlib import Path
+from selfplay.storage import tables
+tables.leave_pandas_out()
+from test_generate import test_the_stage_joins_its_shards_and_counts
+test_the_stage_joins_its_shards_and_counts(Path({str(tmp_path)!r}))
+import sys
+assert "pandas" not in sys.modules
+"""
+    env = {"PYTHONPATH": ":".join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)

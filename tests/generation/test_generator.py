@@ -7,15 +7,17 @@ import signal
 from pathlib import Path
 
 import pytest
-from engine_world import EOS, config, logps, prompts, write_manifest, write_policy
+from engine_world import EOS, config, logps, prompts, sample, write_manifest, write_policy
 from transformers import AutoModelForCausalLM
 
 from selfplay.errors import CheckpointError, ConfigError, InputError, SwapError
 from selfplay.generation.generator import Generator
+from selfplay.generation.installing import WarmEngine
 from selfplay.generation.swap import Canaries
-from selfplay.processes.reaping import descendants, marked
-from selfplay.storage import folders
+from selfplay.processes import reaping
+from selfplay.storage import folders, tables
 from selfplay.storage.policies import Policies
+from selfplay.types import Candidate, Prompt
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +52,25 @@ def service(run_dir, policies, events):
     assert info.start_seconds > 0 and info.eos_ids == [EOS]
     yield found
     found.stop()
-    assert marked(run_dir) == []
+    assert reaping.marked(run_dir) == []
 
 
 @pytest.fixture(scope="module")
-def golden(service):
+def ask(service, tmp_path_factory):
+    """Have the generator answer some prompts."""
+    folder = tmp_path_factory.mktemp("answers")
+    return lambda count, **settings: sample(service, prompts(count), folder, **settings)
+
+
+@pytest.fixture(scope="module")
+def golden(ask):
     """What policy 1 answers."""
-    return service.generate(prompts(32))
+    return ask(32)
 
 
 def kill(service):
     """SIGKILL to the process with the engine in it, under its guard."""
-    (pid,) = descendants(service._child.pid)
+    (pid,) = reaping.descendants(service.engine.child.pid)
     os.kill(pid, signal.SIGKILL)
 
 
@@ -80,29 +89,47 @@ def damaged(policy, change):
     return found
 
 
-def test_candidates_come_in_order(service, golden):
+def test_candidates_come_in_order(service, ask, golden):
     assert service.policy == service.verified and service.policy.version == 1
     assert [(c.prompt_id, c.index) for c in golden] == [(f"p{i}", k) for i in range(32) for k in range(4)]
     assert all(c.policy == 1 and c.n_tokens == len(c.token_ids) for c in golden)
     done = []
-    again = service.generate(prompts(4), candidates=2, on_progress=done.append)
+    again = ask(4, candidates=2, on_progress=done.append)
     assert done[-1] == 4
     assert again == [c for c in golden if c.prompt_id in ("p0", "p1", "p2", "p3") and c.index < 2]
-    assert service.generate([]) == []
 
 
-def test_logps(service, policies):
+def test_answers_are_scored_by_the_policy_that_serves(service, golden, tmp_path):
+    asked, answers = tmp_path / "asked.parquet", tmp_path / "answers.parquet"
+    tables.write_rows(asked, prompts(32), Prompt)
+    tables.write_rows(answers, golden, Candidate)
+    done = []
+    logps = service.answer_logps(asked, answers, 8, 100, 4, done.append)
+    assert logps == pytest.approx([c.logp for c in golden[8:108]], abs=1e-4) and done[-1] == 100
+    assert service.answer_logps(asked, answers, 0, 0, 4).shape == (0,)
+    shuffled = tmp_path / "shuffled.parquet"
+    tables.write_rows(shuffled, golden[::-1], Candidate)
+    with pytest.raises(InputError, match="row 0 of .* is no answer to prompt 0"):
+        service.answer_logps(asked, shuffled, 0, 1, 1)
+
+
+def test_logps_of_canaries(service, policies):
     model = AutoModelForCausalLM.from_pretrained(policies[1].path)
     ids = [1, *range(20, 50)]
-    assert service.logps([(ids, 1), (ids, 10)]) == pytest.approx([logps(model, ids), logps(model, ids, 10)], abs=1e-3)
+    expected = [logps(model, ids), logps(model, ids, 10)]
+    assert service.engine.logps([(ids, 1), (ids, 10)]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_prompt_that_does_not_fit_is_bad_input(service):
-    with pytest.raises(InputError, match="number 0"):
-        service.generate([("p", [5] * 500, 0)])
+def test_a_prompt_that_does_not_fit_is_bad_input_and_leaves_no_file(service, tmp_path):
+    asked, out = tmp_path / "asked.parquet", tmp_path / "out.parquet"
+    tables.write_rows(asked, [dataclasses.replace(prompts(1)[0], prompt_ids=[5] * 500)], Prompt)
+    out.write_text("what an engine that died left")
+    with pytest.raises(InputError, match="prompt p0 .number 0. has 500 tokens"):
+        service.sample(asked, 0, 1, [0], out)
+    assert not out.exists()
 
 
-def test_swap_there_and_back(service, policies, golden, events):
+def test_swap_there_and_back(service, ask, policies, golden, events):
     report = service.swap(policies[2], keep_verified=True)
     assert service.policy == policies[2] and service.verified == policies[1]
     service.promote()
@@ -110,10 +137,10 @@ def test_swap_there_and_back(service, policies, golden, events):
     assert report.to_new < 1e-4 < 0.1 < report.to_parent
     assert report.seconds_to_first_token <= report.seconds
     assert service.verified == service.policy == policies[2]
-    other = service.generate(prompts(32))
+    other = ask(32)
     assert {c.policy for c in other} == {2} and [c.token_ids for c in other] != [c.token_ids for c in golden]
     service.swap(policies[1])
-    assert service.generate(prompts(32)) == golden
+    assert ask(32) == golden
     assert events == []
 
 
@@ -123,9 +150,9 @@ def test_weights_are_compared_where_canaries_cannot_tell(service, policies):
     assert service.swap(policies[1]).method == "weights"
 
 
-def test_weights_that_cannot_be_compared_are_reloaded_over_others(service, policies, golden, events, monkeypatch):
+def test_weights_that_cannot_be_compared_are_reloaded_over_others(service, ask, policies, golden, events, monkeypatch):
     """As where several GPUs share them. Other weights stand for the zeros, which are too few on a CPU."""
-    order, asked = Generator._order, []
+    order, asked = WarmEngine.order, []
 
     def of_several_gpus(self, name, /, *args, **fields):
         asked.append(name)
@@ -136,27 +163,27 @@ def test_weights_that_cannot_be_compared_are_reloaded_over_others(service, polic
             return {"supported": True}
         return {} if name == "reload" and "forget" in asked and faulty else order(self, name, *args, **fields)
 
-    monkeypatch.setattr(Generator, "_order", of_several_gpus)
+    monkeypatch.setattr(WarmEngine, "order", of_several_gpus)
     faulty = False
     report = service.swap(policies[3])
     assert (report.method, report.compared, report.restarted) == ("canaries", None, False)
     assert asked[-4:] == ["forget", "reload", "reset", "logps"] and events == []
-    same = [c.token_ids for c in service.generate(prompts(32))]
+    same = [c.token_ids for c in ask(32)]
     assert same == [c.token_ids for c in golden]  # one weight differs, by too little to hear
 
     def give_up(self, policy, manifest, began, why):
         raise SwapError(why)
 
     monkeypatch.setattr(Generator, "_restart_with", give_up)
-    monkeypatch.setattr(Generator, "stop", lambda self: None)
+    monkeypatch.setattr(WarmEngine, "stop", lambda self: None)
     faulty = True
     asked.clear()
     with pytest.raises(SwapError, match="reloaded over zeros the engine is .* from policy 1"):
         service.swap(policies[1])
     monkeypatch.undo()
-    service._loaded = True
+    service.engine.loaded = True
     service.swap(policies[1])
-    assert service.generate(prompts(32)) == golden
+    assert ask(32) == golden
 
 
 def tamper(file):
@@ -175,19 +202,19 @@ def tamper(file):
     ],
     ids=["truncated", "tampered", "missing", "no manifest"],
 )
-def test_a_damaged_checkpoint_is_refused_and_the_old_weights_answer(service, policies, golden, change, message):
+def test_a_damaged_checkpoint_is_refused_and_the_old_weights_answer(service, ask, policies, golden, change, message):
     with pytest.raises(CheckpointError, match=message):
         service.swap(damaged(policies[2], change))
-    assert service.generate(prompts(32)) == golden
+    assert ask(32) == golden
 
 
-def test_another_shape_is_refused(service, policies, golden):
+def test_another_shape_is_refused(service, ask, policies, golden):
     with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight has shape \[64, 96\], not \[64, 128\]"):
         service.swap(policies[4])
-    assert service.generate(prompts(32)) == golden
+    assert ask(32) == golden
 
 
-def test_a_missing_tensor_is_refused(service, policies, golden):
+def test_a_missing_tensor_is_refused(service, ask, policies, golden):
     from safetensors.torch import load_file, save_file
 
     def drop(file):
@@ -199,51 +226,51 @@ def test_a_missing_tensor_is_refused(service, policies, golden):
     write_manifest(Path(policy.path), 9, [-1.0] * 6)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
         service.swap(policy)
-    assert service.generate(prompts(32)) == golden
+    assert ask(32) == golden
 
 
-def test_an_initial_policy_that_is_a_policy_of_another_run(service, policies, run_dir, tmp_path):
+def test_an_initial_policy_that_is_a_policy_of_another_run(service, ask, policies, run_dir, tmp_path):
     """Its source folder has a manifest of its own, about another number."""
     source = write_policy(tmp_path / "policies", 3, seed=2)
     canaries = folders.read_json(Path(policies[2].path) / "manifest.json")["canaries"]
     own = Policies(run_dir)
     own.import_initial(Path(source.path), canaries, "f", {})
     assert service.swap(own.get(0)).method == "canaries"
-    assert service.policy.version == 0 and service.generate(prompts(4))[0].policy == 0
+    assert service.policy.version == 0 and ask(4)[0].policy == 0
     service.swap(policies[1])
 
 
-def test_sleep_is_not_there_on_a_cpu(service, golden):
+def test_sleep_is_not_there_on_a_cpu(service, ask, golden):
     if service.info.device == "cpu":
         assert service.sleep() is False
     service.wake()
-    assert service.generate(prompts(32)) == golden
+    assert ask(32) == golden
 
 
 def without(monkeypatch, name):
-    """Let one order of the generator do nothing."""
-    order = Generator._order
+    """Let one order to the engine do nothing."""
+    order = WarmEngine.order
 
     def faulty(self, asked, /, *args, **fields):
         return {} if asked == name else order(self, asked, *args, **fields)
 
-    monkeypatch.setattr(Generator, "_order", faulty)
+    monkeypatch.setattr(WarmEngine, "order", faulty)
 
 
-def test_a_reload_that_did_nothing_is_caught(service, policies, golden, monkeypatch):
+def test_a_reload_that_did_nothing_is_caught(service, ask, policies, golden, monkeypatch):
     def give_up(self, policy, manifest, began, why):
         raise SwapError(why)
 
     without(monkeypatch, "reload")
     monkeypatch.setattr(Generator, "_restart_with", give_up)
-    monkeypatch.setattr(Generator, "stop", lambda self: None)  # policy 1 is still in it: no need for another one here
+    monkeypatch.setattr(WarmEngine, "stop", lambda self: None)  # policy 1 is still in it: no need for another one here
     with pytest.raises(SwapError, match="after the reload the engine is .* from policy 2, .* from the one before"):
         service.swap(policies[2])
-    service._loaded = True
-    assert service.generate(prompts(32)) == golden
+    service.engine.loaded = True
+    assert ask(32) == golden
 
 
-def test_an_engine_killed_in_mid_evaluation_answers_with_the_candidate(service, policies, golden, events):
+def test_an_engine_killed_in_mid_evaluation_answers_with_the_candidate(service, ask, policies, golden, events):
     # Killed before the swap: the new weights come in a new engine.
     kill(service)
     report = service.swap(policies[2], keep_verified=True)
@@ -252,7 +279,7 @@ def test_an_engine_killed_in_mid_evaluation_answers_with_the_candidate(service, 
     assert kind == "swap_restart" and "was killed by SIGKILL" in text
     assert service.policy == policies[2] and service.verified == policies[1]
     # Killed with the candidate in it: from the policy verified before to the candidate, and the same answers again.
-    whole = service.generate(prompts(200))
+    whole = ask(200)
     killed = []
 
     def on_progress(done):
@@ -260,15 +287,15 @@ def test_an_engine_killed_in_mid_evaluation_answers_with_the_candidate(service, 
             killed.append(done)
             kill(service)
 
-    assert service.generate(prompts(200), on_progress=on_progress) == whole
+    assert ask(200, on_progress=on_progress) == whole
     kind, text = events.pop()
     assert kind == "engine_restart" and "was killed by SIGKILL" in text and events == []
     assert service.policy == policies[2] and service.verified == policies[1]
     assert service.swap(policies[1]).method == "canaries"
-    assert service.generate(prompts(32)) == golden
+    assert ask(32) == golden
 
 
-def test_weights_that_cannot_be_shown_are_never_served(service, policies, golden, events, monkeypatch):
+def test_weights_that_cannot_be_shown_are_never_served(service, ask, policies, golden, events, monkeypatch):
     """A stale prefix cache, and canaries of other weights in the new engine: the old policy goes on."""
     restart = Generator._restart_with
 
@@ -283,15 +310,15 @@ def test_weights_that_cannot_be_shown_are_never_served(service, policies, golden
         service.swap(policies[2])
     monkeypatch.undo()
     assert service.policy == service.verified == policies[1]
-    assert service.generate(prompts(32)) == golden
+    assert ask(32) == golden
 
 
 def test_a_context_too_small_is_bad_configuration(run_dir):
-    tight = Generator(config(run_dir, max_model_len=113), run_dir, run_dir / "tight.log")
+    tight = WarmEngine(config(run_dir, max_model_len=113), run_dir, run_dir / "tight.log")
     canaries = Canaries(token_ids=[[1] * 200], logps=[-1.0])
     with pytest.raises(ConfigError, match="the canaries 201"):
         tight._context({}, canaries)
-    roomy = Generator(config(run_dir), run_dir, run_dir / "tight.log")
+    roomy = WarmEngine(config(run_dir), run_dir, run_dir / "tight.log")
     with pytest.raises(ConfigError, match="context is 100 tokens"):
         roomy._context({"max_position_embeddings": 100}, Canaries(token_ids=[[1, 2]], logps=[-1.0]))
     assert roomy._context({}, Canaries(token_ids=[[1, 2]], logps=[-1.0])) == 136

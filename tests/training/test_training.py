@@ -4,12 +4,12 @@ from typing import Annotated, Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
+from selfplay.training.orders import TRAINER_STARTS, alarms, order
 
 from selfplay.config import TrainConfig
 from selfplay.errors import TrainError
 from selfplay.processes.child import ChildDied, ChildError
 from selfplay.training.jobs import CanaryJob, TrainJob
-from selfplay.training.orders import TRAINER_STARTS, alarms, order
 
 QUIET = {"train/beta": 0.1, "train/beta_at_limit": 0.0, "train/chosen_drop": 49.0}
 

@@ -1,42 +1,18 @@
-"""Signs that the reward goes wrong, as numbers, and what to do about them: say so, or stop before anything is trained.
+"""Signs that the reward goes wrong, as numbers.
 
-Rewards that are NaN (none was given) have no part in any number. A number that cannot be computed is NaN and no alarm.
+A reward that is NaN was not given, and has no part in any number. A number that cannot be computed is NaN.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from selfplay.config import Limits
 from selfplay.methods.ensemble import moments
 from selfplay.methods.shaping import within
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alarm:
-    name: str
-    value: float
-    level: Literal["warn", "stop"]
-    limit: float
-
-
-def alarms(values: Mapping[str, float], limits: Mapping[str, Limits]) -> list[Alarm]:
-    """The numbers whose size is above a limit; «stop» hides «warn»."""
-    found = []
-    for name, value in values.items():
-        allowed = limits[name]
-        level: Literal["warn", "stop"]
-        for level, limit in (("stop", allowed.stop), ("warn", allowed.warn)):
-            if limit is not None and abs(value) > limit:
-                found.append(Alarm(name=name, value=value, level=level, limit=limit))
-                break
-    return found
 
 
 def ties(rewards: ArrayLike, groups: Sequence[Hashable], noise: float) -> float:

@@ -1,0 +1,127 @@
+"""The stage `evaluate`: candidate and champion answer held-out prompts, a judge scores them, the gate decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from selfplay.config import EvaluateConfig
+from selfplay.evaluation.judge import Judge, gold_means, require_scores, rewards
+from selfplay.evaluation.verdict import compare, verdict
+from selfplay.methods import gate
+from selfplay.progress import Line
+from selfplay.stage import Metrics, Stage, samples
+from selfplay.storage import folders, tables
+from selfplay.types import Candidate, Policy, Prompt, Scored
+
+EVALUATE = Stage(
+    name="evaluate",
+    reads=("train/history.json",),
+    writes=("candidate.parquet", "champion.parquet", "judge.json", "verdict.json"),
+    unit="answers",
+    log="generator",
+    space=samples,
+)
+
+
+class Engine(Protocol):
+    """The engine, as far as evaluation asks it. Each call has the policy in it that it names."""
+
+    def answers(
+        self, name: str, prompts: Sequence[Prompt], policy: Policy, on_progress: Callable[[int], None]
+    ) -> list[Candidate]:
+        """One answer to each prompt. Under one name they are sampled once a round, and then read."""
+
+    def logps(self, prompts: Sequence[Prompt], answers: Sequence[Candidate], policy: Policy) -> list[float]:
+        """Log-probability of each answer under the policy (nats, summed)."""
+
+
+def evaluate(
+    out: Path,
+    line: Line,
+    *,
+    champion: Policy,
+    candidate: Policy,
+    initial: Policy,
+    held_out: Sequence[Prompt],
+    audit: Sequence[Prompt],
+    engine: Engine,
+    initial_answers: Callable[[], list[Candidate]],
+    judge: Judge,
+    described: dict[str, object],
+    dependent: str | None,
+    settings: EvaluateConfig,
+    seed: int,
+    breathe: Callable[[str], None],
+) -> Metrics:
+    """Answer, score, compare, decide; write the answers, judge.json and verdict.json. Leaves any policy in the engine.
+
+    held_out: prompts of the gate. audit: prompts that the candidate and the initial policy answer, which never gates; none
+    in most rounds. initial_answers: the initial policy's answers to these. described: who judges, for judge.json.
+    dependent: why the judge is no other reward than the one that trains.
+    """
+    line.update(text="the champion answers")
+    champion_rows = engine.answers("champion", held_out, champion, lambda n: None)
+    line.update(text="the candidate answers", total=len(held_out) + len(audit))
+    rows = engine.answers("candidate", held_out, candidate, lambda n: line.update(done=n))
+    audit_rows = engine.answers("audit", audit, candidate, lambda n: line.update(done=len(held_out) + n))
+    line.update(text="KL to the current and the initial policy")
+    kl_current = _kl(engine, held_out, rows, champion)
+    kl_initial = kl_current if initial.version == champion.version else _kl(engine, held_out, rows, initial)
+    initial_rows = initial_answers() if audit else []
+
+    line.update(text="scoring")
+    folders.write_json(out / "judge.json", described)
+    judged, champion_judged = judge.both(held_out, rows, champion_rows, breathe)
+    scores, champion_scores = rewards(judged), rewards(champion_judged)
+    require_scores(judge.scorer.role, scores, champion_scores)
+    metrics = compare(
+        rows, champion_rows, scores, champion_scores,
+        samples=settings.bootstrap, confidence=settings.gate.confidence, seed=seed,
+    )  # fmt: skip
+    metrics |= {"kl_current": kl_current, "kl_initial": kl_initial}
+    metrics["tokens"] = sum(c.n_tokens for c in [*rows, *champion_rows, *audit_rows])
+    metrics |= gold_means("gold", judged) | gold_means("gold", champion_judged, "_champion")
+    tables.write_rows(out / "candidate.parquet", judged, Scored)
+    tables.write_rows(out / "champion.parquet", champion_judged, Scored)
+    if audit:
+        audited, audited_initial = judge.both(audit, audit_rows, initial_rows, breathe)
+        metrics |= audit_metrics(audited, audited_initial)
+        tables.write_rows(out / "audit.parquet", audited, Scored)
+        tables.write_rows(out / "audit_initial.parquet", audited_initial, Scored)
+    found = verdict(metrics, settings.gate, independent=dependent is None)
+    folders.write_json(out / "verdict.json", dataclasses.asdict(found))
+    low, high = metrics["win_rate_low"], metrics["win_rate_high"]
+    line.update(text=f"win rate {metrics['win_rate']:.3f} [{low:.3f}, {high:.3f}]")
+    return metrics | {"independent": float(found.independent)}
+
+
+def _kl(engine: Engine, prompts: Sequence[Prompt], answers: Sequence[Candidate], other: Policy) -> float:
+    """KL(candidate ‖ other), nats an answer."""
+    return gate.kl_estimate([answer.logp for answer in answers], engine.logps(prompts, answers, other))
+
+
+def audit_metrics(answers: Sequence[Scored], initial: Sequence[Scored]) -> Metrics:
+    """The policy against the initial one on the audit set: reported, never gates."""
+    scores, other = rewards(answers), rewards(initial)
+    both = [i for i, (a, b) in enumerate(zip(scores, other, strict=True)) if math.isfinite(a) and math.isfinite(b)]
+    if not both:
+        return {}
+    metrics = {
+        "audit_win_rate": float(gate.wins([scores[i] for i in both], [other[i] for i in both]).mean()),
+        "audit_reward": sum(scores[i] for i in both) / len(both),
+        "audit_reward_initial": sum(other[i] for i in both) / len(both),
+        **gold_means("audit_gold", answers),
+        **gold_means("audit_gold", initial, "_initial"),
+    }
+    if "audit_gold_total" in metrics:
+        totals = [
+            (a.reward_parts["total"], b.reward_parts["total"])
+            for a, b in zip(answers, initial, strict=True)
+            if a.reward_parts
+        ]
+        metrics["audit_gold_win_rate"] = float(gate.wins([a for a, _ in totals], [b for _, b in totals]).mean())
+    return metrics

@@ -1,0 +1,278 @@
+"""One engine's process, and how weights get into it: what was loaded or reloaded is shown to be there before it answers.
+
+Nothing here starts an engine again or decides which policy is to serve; `generator.py` does.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfplay.config import Config
+from selfplay.errors import ConfigError
+from selfplay.generation.swap import (
+    CANARY_BLOCKS,
+    CANARY_TOKENS,
+    Canaries,
+    SwapReport,
+    default_tolerance,
+    distance,
+    judge,
+    prefix_error,
+    prefix_prompt,
+)
+from selfplay.processes.child import Child
+from selfplay.processes.protocol import Event
+from selfplay.types import Policy
+
+# What Python runs in the child. A measurement puts an engine without a model in its place.
+ENGINE = ("-m", "selfplay.generation.engine")
+USUAL_BLOCK = 32  # tokens in a block of the KV cache, for as long as no engine runs that could tell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    vllm: str
+    dtype: str
+    device: str
+    block_size: int  # tokens
+    max_model_len: int  # tokens
+    eos_ids: list[int]
+    supports_sleep: bool
+    start_seconds: float  # from the start of the process to a loaded model
+
+
+class NotShown(Exception):
+    """The weights in the engine could not be shown to be the wanted ones."""
+
+
+class WarmEngine:
+    """The process of one vLLM engine, with the policy whose weights were shown to be in it.
+
+    Orders raise ChildError where one fails and ChildDied where the process ends. Not for use from several threads at a time.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, log: Path) -> None:
+        self.config = config
+        self.log = log
+        self.child: Child | None = None
+        self.info: EngineInfo | None = None  # of the process that was loaded last, also after its end
+        self.loaded = False  # verified weights are in it (asleep or not)
+        self.asleep: int | None = None  # the level of its sleep
+        self.canaries: Canaries | None = None  # of the policy in it
+        self._run_dir = run_dir
+        self._started = 0.0
+        self._noise = 0.0  # nats a token, of the engine against the policy that it was started with
+
+    @property
+    def tolerance(self) -> float:
+        """The largest distance (nats a token) from the canaries at which the weights count as shown."""
+        return self.config.swap.tolerance or default_tolerance(self.config.policy.dtype)
+
+    # its life
+
+    def start(self) -> None:
+        """Start the process, whose imports take seconds, unless there is one; returns at once."""
+        if self.child is not None:
+            return
+        engine, gpus = self.config.generate.engine, self.config.placement.generator
+        argv = [sys.executable, *ENGINE]
+        argv += ["--cpu-threads", str(engine.cpu_threads), "--cpu-kv-cache-gib", str(engine.cpu_kv_cache_gib)]
+        self.child = Child(
+            "generator",
+            argv,
+            run_dir=self._run_dir,
+            log=self.log,
+            env={} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))},
+            silence=engine.silence,
+        )
+        self._started, self.loaded, self.asleep = time.monotonic(), False, None
+        self.child.start()
+
+    def stop(self) -> None:
+        """End the process. Safe to call at any time."""
+        if self.child is not None:
+            self.child.stop()
+        self.child, self.loaded, self.asleep = None, False, None
+
+    def order(self, order: str, on_event: Callable[[Event], None] | None = None, **fields: Any) -> Any:
+        assert self.child is not None
+        return self.child.order(order, on_event, **fields)
+
+    def sleep(self, level: int) -> bool:
+        """Give the accelerator's memory back; False where the platform has no such thing."""
+        if self.asleep is None:
+            self.asleep = level if self.order("sleep", level=level)["supported"] else None
+        return self.asleep is not None
+
+    def logps(self, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
+        """Summed log-probabilities (nats) of the tokens start … T−1 of each (token_ids, start), for few of them."""
+        wire = [{"token_ids": ids, "start": start} for ids, start in sequences]
+        found: list[float] = self.order("logps", sequences=wire)
+        assert len(found) == len(sequences) and all(map(math.isfinite, found))
+        return found
+
+    # weights
+
+    def load(self, policy: Policy, canaries: Canaries, model: dict[str, Any]) -> None:
+        """Load `policy` into a fresh process and measure the engine's noise against its canaries.
+
+        `model` is the policy's config.json. Raises NotShown, ConfigError, ChildError or ChildDied, and leaves no process then.
+        """
+        config, context = self.config, self._context(model, canaries)
+        self.start()
+        assert self.child is not None
+        try:
+            self.child.wait_for("ready")
+            found = self.order(
+                "load",
+                model=policy.path,
+                dtype=config.policy.dtype,
+                seed=config.run.seed % 2**31,
+                max_model_len=context,
+                max_num_seqs=config.generate.engine.max_num_seqs,
+                gpu_memory_utilization=config.generate.engine.gpu_memory_utilization,
+                tensor_parallel=config.generate.engine.tensor_parallel,
+                trust_remote_code=config.policy.trust_remote_code,
+                sleep_mode=config.placement.colocated,
+            )
+            seconds = time.monotonic() - self._started
+            names = ("vllm", "dtype", "device", "block_size", "max_model_len", "eos_ids", "supports_sleep")
+            self.info = EngineInfo(**{name: found[name] for name in names}, start_seconds=seconds)
+            self._noise = distance(self._score(canaries), canaries.logps, canaries.token_ids)
+            error = self._prefix_error(canaries)
+            if not max(self._noise, error) <= self.tolerance:
+                raise NotShown(
+                    f"a fresh engine is {self._noise:.2g} nats a token from the canaries of policy {policy.version}, and "
+                    f"{error:.2g} from itself with and without its prefix cache; swap.tolerance is {self.tolerance:.2g}"
+                )
+        except BaseException:
+            self.stop()
+            raise
+        self.loaded, self.canaries = True, canaries
+
+    def install(self, policy: Policy, new: Canaries, parent: Canaries | None, began: float) -> SwapReport:
+        """Reload in place and verify. Raises NotShown, ChildError or ChildDied, and leaves no process then.
+
+        `new` are the canaries of the policy. `parent` are those of the policy that was in the engine, None where no other
+        weights can be in it. `began` is when the swap began, by time.monotonic().
+        """
+        self.loaded = False
+        try:
+            if self.asleep is not None:
+                self.order("wake", tags=["weights"])
+            else:  # This fills the prefix cache, so that a stale one shows.
+                self.order("canary_generate", **self._prefix_canary(new))
+            self.order("reload", path=policy.path)
+            if self.asleep is not None:
+                self.order("wake", tags=["kv_cache"])
+            self.order("reset")
+            self.asleep = None
+            error = self._prefix_error(new)
+            first = time.monotonic() - began
+            evidence, to_new, to_parent, gap = judge(self._score(new), new, parent, self._noise, self.tolerance)
+            found = f"{to_new:.2g} nats a token from policy {policy.version}"
+            found += "" if to_parent is None else f", {to_parent:.2g} from the one before"
+            if evidence == "refuted":
+                raise NotShown(f"after the reload the engine is {found}; swap.tolerance is {self.tolerance:.2g}")
+            if not error <= self.tolerance:
+                raise NotShown(f"after the reload the prefix cache is stale: {error:.2g} nats a token")
+            compared = self._compare(policy, new, found) if evidence == "unclear" else None
+        except BaseException:
+            self.stop()
+            raise
+        self.loaded, self.canaries = True, new
+        return SwapReport(
+            policy=policy.version,
+            method="canaries" if compared is None else "weights",
+            seconds=time.monotonic() - began,
+            seconds_to_first_token=first,
+            to_new=to_new,
+            to_parent=to_parent,
+            gap=gap,
+            noise=self._noise,
+            prefix_error=error,
+            compared=compared,
+            restarted=False,
+        )
+
+    def restarted(self, policy: Policy, began: float) -> SwapReport:
+        """The report of a swap for which a fresh engine was loaded."""
+        seconds = time.monotonic() - began
+        return SwapReport(
+            policy=policy.version,
+            method="restart",
+            seconds=seconds,
+            seconds_to_first_token=seconds,
+            to_new=self._noise,
+            to_parent=None,
+            gap=None,
+            noise=self._noise,
+            prefix_error=None,
+            compared=None,
+            restarted=True,
+        )
+
+    def _compare(self, policy: Policy, new: Canaries, found: str) -> int | None:
+        """How many weights of the engine are exactly the checkpoint's; raises NotShown when one is not.
+
+        Where weights cannot be compared, since several GPUs share them, they are reloaded over zeros: then they can be no
+        others. The answer is None there.
+        """
+        result = self.order("compare_weights", path=policy.path)
+        if result["supported"]:
+            if result["max_abs_diff"] > 0:
+                raise NotShown(
+                    f"weights in the engine differ from the checkpoint's by up to {result['max_abs_diff']:.2g}"
+                )
+            compared: int = result["compared"]
+            return compared
+        if not self.order("forget")["supported"]:
+            raise NotShown(f"canaries cannot tell ({found}) and weights cannot be compared: {result['why']}")
+        self.order("reload", path=policy.path)
+        self.order("reset")
+        to_new = distance(self._score(new), new.logps, new.token_ids)
+        if not to_new <= self.tolerance:
+            raise NotShown(
+                f"reloaded over zeros the engine is {to_new:.2g} nats a token from policy {policy.version}; swap.tolerance "
+                f"is {self.tolerance:.2g}"
+            )
+        return None
+
+    def _context(self, model: dict[str, Any], canaries: Canaries) -> int:
+        """Context of the engine (tokens): room for a prompt, its response, one scored token more, and the canaries."""
+        config = self.config
+        needed = config.prompts.max_tokens + config.generate.max_tokens
+        room = 1 + max(len(ids) for ids in canaries.token_ids)
+        limit = model.get("max_position_embeddings")
+        context = config.generate.engine.max_model_len
+        if context is None:
+            context = max(needed + 1, (CANARY_BLOCKS + 1) * USUAL_BLOCK + CANARY_TOKENS, room)
+            context = min(context, limit) if isinstance(limit, int) else context
+        if context < max(needed + 1, room):
+            raise ConfigError(
+                f"the engine's context is {context} tokens; prompts.max_tokens + generate.max_tokens + 1 take {needed + 1}, the "
+                f"canaries {room}",
+                f"the model's own limit is {limit}: lower the first two, or raise generate.engine.max_model_len",
+            )
+        return context
+
+    def _prefix_canary(self, canaries: Canaries) -> dict[str, Any]:
+        assert self.info is not None
+        prompt_ids = prefix_prompt(canaries.token_ids, self.info.block_size, self.info.max_model_len)
+        return {"prompt_ids": prompt_ids, "seed": 0, "n": CANARY_TOKENS}
+
+    def _prefix_error(self, canaries: Canaries) -> float:
+        """Generate across several blocks, score the same tokens without the prefix cache, and compare (nats a token)."""
+        canary = self._prefix_canary(canaries)
+        said = self.order("canary_generate", **canary)
+        (scored,) = self.logps([(canary["prompt_ids"] + said["token_ids"], len(canary["prompt_ids"]))])
+        return prefix_error(said["logps"], scored)
+
+    def _score(self, canaries: Canaries) -> list[float]:
+        return self.logps([(ids, 1) for ids in canaries.token_ids])

@@ -1,0 +1,245 @@
+"""The stage `score`: an external reward for each candidate.
+
+Candidates are scored in shards, whose scores stay on disk as they came. When all are there, an ensemble's scores become one
+reward on the run's scale, and the reward is shaped. A reward that is missing stays missing: it is never a number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from selfplay.config import RewardConfig, ShapingConfig
+from selfplay.errors import GuardError, RewardError
+from selfplay.methods import shaping
+from selfplay.progress import Line
+from selfplay.rewards.scorer import Scorer
+from selfplay.rewards.texts import Texts
+from selfplay.stage import Metrics, Stage
+from selfplay.storage import folders, hashes, tables
+from selfplay.storage.candidates import CandidateColumns, read_candidates
+from selfplay.types import DISAGREEMENT, EXTERNAL, MEMBER, Candidate, Reward
+
+SCORE = Stage(
+    name="score",
+    reads=("prompts/prompts.parquet", "generate/candidates.parquet"),
+    writes=("scored.parquet", "reward.json"),
+    unit="candidates",
+    log="reward",
+    space=lambda config, weights: (4 << 20) + config.prompts.per_round * config.generate.candidates * 256,
+)
+
+Floats = NDArray[np.float64]
+Columns = dict[str, Floats]  # parts of rewards by name, (N,) each, NaN where a candidate has no such part
+
+
+def score(
+    out: Path,
+    line: Line,
+    *,
+    prompts: Path,
+    candidates: Path,
+    scorer: Scorer,
+    settings: RewardConfig,
+    shards: Callable[[object], Path],
+    shard_items: int,
+    probe: Callable[[], Metrics],
+    breathe: Callable[[str], None],
+    record_event: Callable[[str, str], None],
+) -> Metrics:
+    """Score all candidates and write scored.parquet (keys and rewards) and reward.json (who scored).
+
+    shards: the folder for finished shards, by what has to be the same for them to be used again. shard_items: candidates in
+    a shard. probe: asks whether the reward is still the one that this run began with, before and after all are scored;
+    raises GuardError where it is not, and then everything that the other one may have scored meanwhile is forgotten.
+    Raises RewardError when more than a share `reward.max_missing` has no score: they are asked for again by the next call.
+    """
+    identities = scorer.identities
+    who = list(zip(scorer.members or [scorer.role], scorer.names(identities), strict=True))
+    columns = read_candidates(candidates)
+    folder = shards([who, shard_items, hashes.sha256(candidates)])
+
+    def probed() -> Metrics:
+        try:
+            return probe()
+        except GuardError:
+            # A reward that was exchanged in mid-stage may be seen only by the next start.
+            shutil.rmtree(folder, ignore_errors=True)
+            with Texts(prompts, candidates) as texts:
+                for start in range(0, len(columns.index), shard_items):
+                    rows = range(start, min(start + shard_items, len(columns.index)))
+                    scorer.forget(identities, texts.read(rows))
+            raise
+
+    changes = [probed()]
+    given, reasons = _given(
+        scorer, identities, prompts, candidates, len(columns.index), folder, shard_items, line, breathe
+    )
+    changes.append(probed())
+    missing = np.asarray(np.isnan(given).any(axis=0))
+    try:
+        require(missing, settings.max_missing, reasons, scorer.logs)
+    except RewardError:
+        for start in range(0, len(missing), shard_items):
+            if missing[start : start + shard_items].any():
+                _shard(folder, start).unlink()
+        raise
+    reward, parts = _combined(scorer, identities, given)
+    reward, parts = shape(reward, parts, columns, candidates, settings.shaping)
+    _write(out / "scored.parquet", candidates, reward, parts)
+    folders.write_json(
+        out / "reward.json",
+        {"members": scorer.members, "identities": identities, "names": scorer.described(identities)},
+    )
+    if reasons:
+        record_event("score", f"answers without a score: {said(reasons)}")
+    found = metrics(reward, parts, reasons) | {name: max(c[name] for c in changes) for name in changes[0]}
+    line.update(text=f"mean reward {found.get('reward_mean', math.nan):.3f}")
+    return found
+
+
+def _given(
+    scorer: Scorer,
+    identities: tuple[str, ...],
+    prompts: Path,
+    candidates: Path,
+    count: int,
+    folder: Path,
+    shard_items: int,
+    line: Line,
+    breathe: Callable[[str], None],
+) -> tuple[Floats, Counter[str]]:
+    """Every member's scores (M, N) as they came, NaN where there is none, and why. Finished shards are not asked for again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reasons: Counter[str] = Counter()
+    found: list[Floats] = []
+    with Texts(prompts, candidates) as texts:
+        for start in range(0, count, shard_items):
+            path, end = _shard(folder, start), min(start + shard_items, count)
+            if not path.exists():
+                breathe("shard")
+                answer = scorer.ask(texts.read(range(start, end)), lambda done, s=start: line.update(done=s + done))  # type: ignore[misc]
+                if answer.identities != identities:
+                    raise GuardError(
+                        f"the model behind the {scorer.role} changed during the stage: {answer.identities} instead of "
+                        f"{identities}",
+                        "see that one and the same model serves, then run the same command again: finished shards are kept",
+                    )
+                reasons += answer.reasons
+                scores = {f"score_{member}": own for member, own in enumerate(answer.scores)}
+                tables.write_table(path, pa.table(scores))
+            names = [f"score_{member}" for member in range(len(identities))]
+            found.append(np.array([tables.read_array(path, name) for name in names], np.float64))
+            line.update(done=end)
+    return np.concatenate(found, axis=1) if found else np.zeros((len(identities), 0)), reasons
+
+
+def _shard(folder: Path, start: int) -> Path:
+    return folder / f"{start:08d}.parquet"
+
+
+def _combined(scorer: Scorer, identities: tuple[str, ...], given: Floats) -> tuple[Floats, Columns]:
+    """One reward (N,) from the members' scores (M, N), and the parts that are to be recorded: scores and disagreement."""
+    if not scorer.members:
+        return given[0], {}
+    found = scorer.combine(identities, given)
+    assert found.disagreement is not None, "an ensemble tells its disagreement"
+    parts = {MEMBER + name: own for name, own in zip(scorer.members, given, strict=True)}
+    apart = np.where(np.isfinite(found.rewards), found.disagreement, np.nan)
+    return np.where(np.isfinite(found.rewards), found.rewards, np.nan), parts | {DISAGREEMENT: apart}
+
+
+def shape(
+    reward: Floats, parts: Columns, columns: CandidateColumns, candidates: Path, settings: ShapingConfig
+) -> tuple[Floats, Columns]:
+    """The shaped reward (N,), which is the sum of its parts `external` and those that `settings` names, and all parts."""
+    if not settings.active:
+        return reward, parts
+    terms: Columns = {EXTERNAL: reward}
+    if settings.length_control:
+        by_prompt = columns.prompt.tolist()
+        terms["length_control"] = shaping.length_control(reward, columns.n_tokens, by_prompt, settings.length_control)
+    if settings.length_penalty:
+        terms["length_penalty"] = shaping.length_penalty(
+            columns.n_tokens, settings.length_penalty, settings.length_free
+        )
+    if settings.repetition_penalty:
+        terms["repetition_penalty"] = np.concatenate(
+            [
+                shaping.repetition_penalty(
+                    table["token_ids"].to_pylist(), settings.repetition_penalty, settings.repetition_ngram
+                )
+                for table in tables.each_group(candidates, ("token_ids",))
+            ]
+        )
+    if settings.cut_off_penalty:
+        ends = ["stop" if whole else "length" for whole in columns.whole.tolist()]
+        terms["cut_off_penalty"] = shaping.cut_off_penalty(ends, settings.cut_off_penalty)
+    there = np.isfinite(reward)
+    terms = {name: np.where(there, term, np.nan) for name, term in terms.items()}
+    total = np.zeros(len(reward))
+    for term in terms.values():
+        total = total + term
+    return np.where(there, total, np.nan), parts | terms
+
+
+def _write(path: Path, candidates: Path, reward: Floats, parts: Columns) -> None:
+    """Write keys, rewards and parts, a row group of the candidates at a time."""
+    start = 0
+    with tables.writing(path, Reward) as file:
+        for keys in tables.each_group(candidates, ("prompt_id", "index"), row_type=Candidate):
+            end = start + keys.num_rows
+            values = reward[start:end]
+            table = keys.append_column("reward", pa.array(values, mask=np.isnan(values)))
+            file.table(table.append_column("reward_parts", pa.array(_texts(parts, start, end), pa.string())))
+            start = end
+
+
+def _texts(parts: Columns, start: int, end: int) -> list[str]:
+    """The parts of each row start … end − 1 as JSON text."""
+    if not parts:
+        return ["{}"] * (end - start)
+    values = {name: parts[name][start:end].tolist() for name in sorted(parts)}
+    return [
+        json.dumps({name: column[i] for name, column in values.items() if not math.isnan(column[i])})
+        for i in range(end - start)
+    ]
+
+
+def require(missing: NDArray[np.bool_], max_missing: float, reasons: Counter[str], logs: Sequence[Path]) -> None:
+    """Raise RewardError when more than a share `max_missing` is missing. `logs`: of the servers that are ours."""
+    count = int(missing.sum())
+    if count > max_missing * len(missing):
+        why = f": {said(reasons)}" if reasons else ""
+        raise RewardError(
+            f"{count} of {len(missing)} answers have no reward (limit: a share of {max_missing:g}, reward.max_missing){why}",
+            "nothing was trained on" + (f"; see {', '.join(map(str, logs))}" if logs else ""),
+        )
+
+
+def said(reasons: Counter[str]) -> str:
+    """The commonest reasons, in a line; those that differ only behind a colon, such as replies of a judge, as one."""
+    kinds: dict[str, Counter[str]] = {}
+    for reason, count in reasons.items():
+        kinds.setdefault(reason.partition(": ")[0], Counter())[reason] += count
+    most = sorted(kinds.items(), key=lambda kind: -kind[1].total())[:3]
+    return ", ".join(f"{of.total()} × {next(iter(of)) if len(of) == 1 else kind}" for kind, of in most)
+
+
+def metrics(reward: Floats, parts: Columns, reasons: Counter[str]) -> Metrics:
+    """`missing`: candidates without a reward. `unparsable`: scores of members that are missing for want of a verdict."""
+    there = np.isfinite(reward)
+    unparsable = sum(count for reason, count in reasons.items() if "no verdict" in reason)
+    found: Metrics = {"missing": float((~there).sum()), "unparsable": float(unparsable)}
+    if there.any():
+        found |= {"reward_mean": float(reward[there].mean()), "reward_std": float(reward[there].std())}
+        found |= {f"part_{name}": float(np.mean(values[there])) for name, values in parts.items()}
+    return found

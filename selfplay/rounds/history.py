@@ -1,0 +1,85 @@
+"""What a round needs to know of those before it, without reading all of them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from selfplay.storage import folders
+from selfplay.storage.ledger import Store
+
+STATE = "scored_by"  # in the ledger: for which rounds the same reward gave the scores
+MEAN_REWARDS = ("score/part_external", "score/reward_mean")  # the external reward: the first of them that a round has
+GOLD = "evaluate/gold_total_champion"
+
+
+class History:
+    """The rounds of a run before round `index`."""
+
+    def __init__(self, store: Store, rounds: Path, index: int) -> None:
+        self._store, self._rounds, self._index = store, rounds, index
+
+    def artifact(self, index: int, name: str) -> Path:
+        """An artifact of a round, «stage/file»."""
+        return self._rounds / f"{index:04d}" / name
+
+    def cancelled(self) -> set[int]:
+        """Rounds that were given up, perhaps for their rewards: they are no measure for this one."""
+        return {row["round"] for row in self._store.query("SELECT round FROM rounds WHERE state = 'cancelled'")}
+
+    def pairs(self, count: int) -> list[Path]:
+        """Pairs of the last `count` rounds that have any."""
+        first = max(1, self._index - count)
+        wanted = sorted(set(range(first, self._index)) - self.cancelled()) if count else []
+        return [path for i in wanted if (path := self.artifact(i, "pairs/pairs.parquet")).is_file()]
+
+    def scored_alike(self) -> list[int]:
+        """Earlier rounds whose rewards the same reward gave: another one has another range, and likes other things."""
+        ours = self._scored_by(self._index)
+        alike = [
+            index
+            for first, last, names in self._known()
+            if names == ours
+            for index in range(first, min(last, self._index - 1) + 1)
+        ]
+        given_up = self.cancelled()
+        return [index for index in alike if index not in given_up]
+
+    def rewards_and_gold(self, rounds: list[int]) -> list[tuple[float, float]]:
+        """Mean reward and mean gold score of the policy that sampled, for each of these rounds that has both."""
+        metrics = self._store.metrics_by_round([*MEAN_REWARDS, GOLD])
+        return [
+            (next(m[name] for name in MEAN_REWARDS if name in m), m[GOLD])
+            for index in rounds
+            if GOLD in (m := metrics.get(index, {})) and not m.keys().isdisjoint(MEAN_REWARDS)
+        ]
+
+    def _known(self) -> list[list[Any]]:
+        """[first, last, names of what scored] of the rounds before this one; each round's file is opened once."""
+        ranges: list[list[Any]] = self._store.state(STATE, [])
+        ranges = [r for r in ranges if r[0] < self._index]  # after a roll-back of the ledger rounds may come again
+        through = ranges[-1][1] if ranges else 0
+        for index in range(through + 1, self._index):
+            names = self._scored_by(index)
+            if ranges and ranges[-1][2] == names:
+                ranges[-1][1] = index
+            else:
+                ranges.append([index, index, names])
+        if ranges and ranges[-1][1] > through:
+            self._store.set_state(STATE, ranges)
+        return ranges
+
+    def _scored_by(self, index: int) -> list[str] | None:
+        """What gave a round its rewards; None where that is not recorded."""
+        path = self.artifact(index, "score/reward.json")
+        found: list[str] | None = folders.read_json(path).get("names") if path.is_file() else None
+        return found
+
+    def judge_before(self) -> tuple[int, list[str]] | None:
+        """The last round before this one that was judged, and what its judge is known by."""
+        for index in range(self._index - 1, 0, -1):
+            path = self.artifact(index, "evaluate/judge.json")
+            if path.is_file():
+                names: list[str] | None = folders.read_json(path).get("names")
+                return None if names is None else (index, names)
+        return None

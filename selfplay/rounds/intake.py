@@ -1,0 +1,60 @@
+"""Prompts that join the pool of a run later: rewrites of the policy, and those that a person adds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from selfplay.config import PromptsConfig
+from selfplay.prompts import pool
+from selfplay.prompts.pool import Pool, Render
+from selfplay.types import Prompt
+
+
+def admit(
+    rows: Sequence[Mapping[str, Any]],
+    source: str,
+    *,
+    prompts: Pool,
+    render: Render,
+    settings: PromptsConfig,
+    joined: int,
+) -> list[Prompt | str]:
+    """For each row ({"prompt"} or {"messages"}, perhaps "parent" and "source") the prompt that may join, or why not.
+
+    joined: the first round that may draw them. Nothing is written: `Pool.join` does that.
+    """
+    return pool.admit(
+        rows,
+        prompts,
+        render,
+        max_tokens=settings.max_tokens,
+        ngram=settings.leak_ngram,
+        overlap=settings.leak_overlap,
+        source=source,
+        joined=joined,
+    )
+
+
+def add(
+    rows: Sequence[Mapping[str, Any]],
+    source: str,
+    *,
+    prompts: Pool,
+    render: Render,
+    settings: PromptsConfig,
+    joined: int,
+    on_event: Callable[[str, str], None],
+) -> Counter[str]:
+    """Have prompts join the pool; returns how many were «added», and how many were refused for what reason.
+
+    When it returns they are on disk and in the ledger.
+    """
+    fates = admit(rows, source, prompts=prompts, render=render, settings=settings, joined=joined)
+    prompts.join(fate for fate in fates if isinstance(fate, Prompt))
+    counts = Counter("added" if isinstance(fate, Prompt) else fate for fate in fates)
+    refused = ", ".join(f"{n} × {why}" for why, n in sorted(counts.items()) if why != "added")
+    text = f"{counts['added']} of {len(fates)} prompts from {source} join the pool"
+    on_event("prompts", text + (f"; refused: {refused}" if refused else ""))
+    return counts

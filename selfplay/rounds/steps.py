@@ -1,0 +1,357 @@
+"""What each stage of a round is given: paths of artifacts, settings, and the services of the run that it uses.
+
+This is the only place that knows all of them. The stages themselves lie in their packages and know what they are handed.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from selfplay.errors import GuardError
+from selfplay.evaluation.judge import Judge, dependence
+from selfplay.evaluation.stage import evaluate
+from selfplay.generation.reference import reference_logps
+from selfplay.generation.sampling import generate
+from selfplay.pairs.deepening import depth
+from selfplay.pairs.stage import pairs
+from selfplay.progress import Line
+from selfplay.prompts import draw
+from selfplay.rewards.guard import guard
+from selfplay.rewards.probes import Probes, choose_texts
+from selfplay.rewards.scoring import score
+from selfplay.rounds import reference
+from selfplay.rounds.answers import Answers
+from selfplay.rounds.frame import Frame
+from selfplay.rounds.history import History
+from selfplay.rounds.promotion import promote
+from selfplay.rounds.requirements import packages, size
+from selfplay.rounds.run import Run
+from selfplay.rounds.stages import EVOLVE, SCORE, STAGES, TRAIN
+from selfplay.stage import Metrics
+from selfplay.storage import folders, policies, tables
+from selfplay.training.gradients import gradients
+from selfplay.training.stage import train
+from selfplay.types import Policy, Prompt
+
+
+class Steps:
+    """The stages of round `index` of a run, which policy `sampler` samples."""
+
+    def __init__(self, run: Run, index: int, sampler: int) -> None:
+        self.run, self.index, self.sampler, self.config = run, index, sampler, run.config
+        self.frame = Frame(
+            dir=run.dir / "rounds" / f"{index:04d}",
+            index=index,
+            stages=STAGES,
+            config=run.config,
+            store=run.store,
+            display=run.display,
+            breathe=run.breathe,
+            logs=run.dir / "logs",
+            weights=lambda: size(Path(run.policy(0).path)),
+            adopted=lambda: self.adopted,
+        )
+        self.history = History(run.store, run.dir / "rounds", index)
+        self.answers = Answers(
+            frame=self.frame,
+            prompts=run.prompts,
+            serving=run.serving,
+            run_dir=run.dir,
+            champion=lambda: run.policy(sampler),
+        )
+
+    @property
+    def adopted(self) -> bool:
+        """Whether the policy that this round trained has its place among the run's."""
+        return self.run.policies.folder(self.index).is_dir()
+
+    @property
+    def evolves(self) -> bool:
+        """Whether this round rewrites prompts: by the configuration, or because it did before that was changed."""
+        every = self.config.evolve.every
+        return self.frame.done(EVOLVE) or (every > 0 and self.index % every == 0)
+
+    @property
+    def drawn(self) -> int:
+        """How many prompts the round has."""
+        return tables.count_rows(self.frame.path("prompts/prompts.parquet"))
+
+    # the stages, in the order of the round
+
+    def cursor(self):
+        return draw.cursor(self._levels(self.index - 1))
+
+    def _levels(self, last):
+        pool = {i: joined for i, joined in self.run.prompts.joined("train").items() if (joined or 0) <= last}
+        opened = {row["round"]: (row["cursor"][0], row["cursor"][1]) for row in self.run.store.rounds()}
+        return draw.levels(pool, self._before, opened, self.config.run.seed)
+
+    @property
+    def _before(self):
+        return self.run.prompts.draws(self.run.dir / "rounds", self.index)
+
+    def prompts(self, folder, line):
+        settings = self.config.prompts
+        levels = self._levels(self.index)
+        ids = draw.draw(levels, self._before, settings.per_round, self.config.run.seed, settings.at_end)
+        rows = self.run.prompts.read(ids)
+        tables.write_rows(folder / "prompts.parquet", rows, Prompt)
+        epoch, offset = draw.cursor(levels | {i: levels[i] + 1 for i in ids})
+        return {"count": len(rows), "epoch": epoch, "offset": offset, "pool": len(levels)}
+
+    def generate(self, out: Path, line: Line) -> Metrics:
+        self.run.serving.serve(self.run.policy(self.sampler))
+        prompts = self.frame.path("prompts/prompts.parquet")
+        settings = self.config.generate
+        return generate(
+            out,
+            line,
+            prompts=prompts,
+            generator=self.run.generator,
+            settings=settings,
+            seed=functools.partial(self.frame.seed, "generate"),
+            shards=self.answers.shards("generate", self.sampler, tables.read_column(prompts, "prompt_id")),
+            breathe=self.run.breathe,
+        )
+
+    def score(self, out: Path, line: Line) -> Metrics:
+        settings = self.config.generate
+        return score(
+            out,
+            line,
+            prompts=self.frame.path("prompts/prompts.parquet"),
+            candidates=self.frame.path("generate/candidates.parquet"),
+            scorer=self.run.reward,
+            settings=self.config.reward,
+            shards=functools.partial(self.frame.shards, "score"),
+            shard_items=settings.shard_prompts * settings.candidates,
+            probe=self._probe,
+            breathe=self.run.breathe,
+            record_event=lambda kind, text: self.run.store.event(kind, text, self.index),
+        )
+
+    def guard(self, out: Path, line: Line) -> Metrics:
+        settings = self.config.guard
+        alike = self.history.scored_alike()
+        files = [self.history.artifact(i, "score/scored.parquet") for i in alike if i >= self.index - settings.history]
+        return guard(
+            out,
+            line,
+            candidates=self.frame.path("generate/candidates.parquet"),
+            scored=self.frame.path("score/scored.parquet"),
+            earlier=[path for path in files if path.is_file()],
+            past=self.history.rewards_and_gold(alike),
+            probed=self.frame.metrics(SCORE),
+            settings=settings,
+            noise=self.config.reward.noise,
+            cut_off=self.config.pairs.cut_off,
+            warn=functools.partial(self._warn, "guard"),
+            stopped=self._stopped,
+        )
+
+    def pairs(self, out: Path, line: Line) -> Metrics:
+        return pairs(
+            out,
+            line,
+            prompts=self.frame.path("prompts/prompts.parquet"),
+            candidates=self.frame.path("generate/candidates.parquet"),
+            scored=self.frame.path("score/scored.parquet"),
+            recent=self.history.pairs(self.config.pairs.history),
+            score_by_reference=lambda path: self._score_by_reference(path, line),
+            settings=self.config.pairs,
+            noise=self.config.reward.noise,
+            beta=self.config.train.beta,
+            seed=self.frame.seed("pairs"),
+        )
+
+    def depth(self, out: Path, line: Line) -> Metrics:
+        pairs_file = self.frame.path("pairs/pairs.parquet")
+        return depth(
+            out,
+            line,
+            prompts=self.frame.path("prompts/prompts.parquet"),
+            candidates=self.frame.path("generate/candidates.parquet"),
+            scored=self.frame.path("score/scored.parquet"),
+            pairs=pairs_file,
+            gradients=lambda path, kept: gradients(
+                path,
+                kept,
+                line,
+                trainer=self.run.trainer,
+                pairs=pairs_file,
+                policy=self._verified(self.sampler),
+                reference=self._reference(),
+                beta=self._first_beta(),
+                config=self.config,
+                seed=self.frame.seed("depth"),
+                # Where it shares a GPU, the engine sleeps from here to the end of training.
+                meanwhile=self.answers.of_the_champion if self.config.placement.colocated else lambda: None,
+                breathe=self.run.breathe,
+            ),
+            settings=self.config.depth,
+            ranking=self.config.pairs,
+            noise=self.config.reward.noise,
+            beta=self.config.train.beta,
+        )
+
+    def train(self, out: Path, line: Line) -> Metrics:
+        against = self._reference()
+        return train(
+            out,
+            line,
+            trainer=self.run.trainer,
+            pairs=self.frame.path("depth/pairs.parquet"),
+            work=self.frame.path("train.work"),
+            policy=self._verified(self.sampler),
+            reference=against,
+            reference_sha256=policies.weights_sha256(policies.read(self.run.policies.folder(against.version))),
+            initial=self.run.policy(0),
+            version=self.index,
+            beta=self._first_beta(),
+            canary_ids=self.run.canary_ids,
+            packages=packages(),
+            config=self.config,
+            seed=self.frame.seed("train"),
+            meanwhile=self.answers.of_the_champion,
+            breathe=self.run.breathe,
+            warn=lambda text: self.run.event("warning", f"round {self.index}, {text}"),
+        )
+
+    def evaluate(self, out: Path, line: Line) -> Metrics:
+        judges = self.run.judge is self.run.reward
+        if judges:  # no replaced reward decides at the gate
+            self._probe_or_forget()
+        scorer, settings = self.run.judge, self.config.evaluate
+        identities = scorer.identities
+        names = scorer.described(identities)
+        before = self.history.judge_before()
+        if before is not None and before[1] != names:
+            self._warn(
+                "guard",
+                f"another judge decides at this gate than in round {before[0]}: {', '.join(names)} instead of "
+                f"{', '.join(before[1])}",
+            )
+        dependent = dependence(self.frame.path("score/reward.json"), self.run.reward, scorer, identities)
+        if dependent is not None and judges:
+            self.run.store.event("evaluate", dependent, self.index)
+            self.run.display.note(dependent)
+        elif dependent is not None:
+            self._warn("guard", dependent)
+        audit = self.answers.audit_prompts()
+        metrics = evaluate(
+            out,
+            line,
+            champion=self.run.policy(self.sampler),
+            candidate=self.run.policy(self.index),
+            initial=self.run.policy(0),
+            held_out=self.answers.gate_prompts(),
+            audit=audit,
+            engine=self.answers,
+            initial_answers=lambda: self.answers.of_the_initial(audit, self.run.policy(0)),
+            judge=Judge(
+                scorer=scorer,
+                identities=identities,
+                max_missing=self.config.reward.max_missing,
+                gold=self.run.gold,
+                gold_name=settings.gold or "",
+            ),
+            described={"members": scorer.members, "identities": identities, "names": names},
+            dependent=dependent,
+            settings=settings,
+            seed=self.frame.seed("bootstrap"),
+            breathe=self.run.breathe,
+        )
+        if judges:
+            self._probe_or_forget()
+        return metrics
+
+    def promote(self, out: Path, line: Line) -> Metrics:
+        promoted = self.promoted
+        return promote(
+            out,
+            line,
+            winner=self.run.policy(self.index if promoted else self.sampler),
+            promoted=promoted,
+            serving=self.run.serving,
+            set_current=self.run.policies.set_current,
+        )
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the gate lets the candidate through."""
+        return bool(folders.read_json(self.frame.path("evaluate/verdict.json"))["promoted"])
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the gate does not."""
+        found: list[str] = folders.read_json(self.frame.path("evaluate/verdict.json"))["reasons"]
+        return found
+
+    # what they use
+
+    def expect_training(self) -> None:
+        """Have a trainer ready, where the round has still to be trained."""
+        if not self.frame.done(TRAIN):
+            self.run.trainer.start()
+
+    def _verified(self, version: int) -> Policy:
+        """A policy whose files were checked."""
+        policies.verify(self.run.policies.folder(version))
+        return self.run.policy(version)
+
+    def _reference(self) -> Policy:
+        """This round's reference, whose files were checked."""
+        found = reference.policy(self.config.train, self.index, self.run.store, self.run.policies)
+        policies.verify(self.run.policies.folder(found.version))
+        return found
+
+    def _first_beta(self) -> float:
+        return reference.first_beta(self.config.train, self.index, self.run.policy(self.sampler))
+
+    def _score_by_reference(self, path: Path, line: Line) -> None:
+        against = reference.policy(self.config.train, self.index, self.run.store, self.run.policies)
+        if against.version != self.sampler:
+            line.update(text=f"policy {against.version} scores the candidates")
+            self.run.serving.serve(against)
+        reference_logps(
+            path,
+            line,
+            generator=None if against.version == self.sampler else self.run.generator,
+            prompts=self.frame.path("prompts/prompts.parquet"),
+            candidates=self.frame.path("generate/candidates.parquet"),
+            shards=self.frame.shards("pairs", against.version, self.config.generate.shard_prompts),
+            shard_prompts=self.config.generate.shard_prompts,
+            breathe=self.run.breathe,
+        )
+
+    def _probe(self) -> Metrics:
+        """How far the reward is from the one this run began with."""
+        probes = Probes(self.run.dir / "reward" / "probes.json", self.config.guard)
+        prompts, candidates = self.frame.path("prompts/prompts.parquet"), self.frame.path("generate/candidates.parquet")
+        return probes.ask(
+            self.run.reward,
+            self.index,
+            functools.partial(choose_texts, prompts, candidates),
+            scored_before=lambda: bool(self.run.store.metrics_by_round(["score/probe_change"])),
+            record=lambda text: self.run.store.event("guard", text, self.index),
+            warn=functools.partial(self._warn, "guard"),
+        )
+
+    def _probe_or_forget(self) -> None:
+        """Probe a reward that judges; what another one may have scored meanwhile is forgotten."""
+        try:
+            self._probe()
+        except GuardError:
+            self.run.reward.forget_all()
+            raise
+
+    def _warn(self, kind: str, text: str) -> None:
+        self.run.store.event(kind, text, self.index)
+        self.run.display.warn(f"round {self.index}: {text}")
+
+    def _stopped(self, known: Metrics) -> None:
+        """Keep what a stage that stops would have said of the reward."""
+        self.run.store.record_metrics(self.index, "guard", known)
+        signs = ", ".join(f"{name} {value:.3g}" for name, value in known.items())
+        self.run.store.event("guard", f"stopped before training; all signs: {signs}", self.index)

@@ -1,0 +1,119 @@
+"""The layout that docs/architecture.md promises: imports go downwards only, and modules stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from mini import ROOT
+
+LAYERS: list[set[str]] = [
+    {"types", "errors", "kinds", "stage", "progress", "seeds"},
+    {"methods"},
+    {"config"},
+    {"storage", "processes"},
+    {"models", "tracking"},
+    {"prompts", "generation", "rewards", "pairs", "training"},
+    {"evaluation"},
+    {"rounds"},
+    {"service"},
+    {"web", "checks", "reporting", "worlds"},
+    {"cli", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+BESIDE = {
+    # a package may use another one of its layer where this says so
+    ("processes", "storage"): False,
+    ("storage", "processes"): False,
+    ("web", "reporting"): True,  # charts and the terminal's words
+    ("web", "checks"): False,
+}
+MOST_LINES = 400
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "selfplay").rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of selfplay that a module imports when it is used, those for type checkers left out."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "selfplay":
+            if node.module == "selfplay":
+                found.update(f"selfplay.{alias.name}" for alias in node.names)
+            else:
+                found.add(node.module)
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name.startswith("selfplay."))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def package(path: Path) -> str:
+    parts = path.relative_to(ROOT / "selfplay").with_suffix("").parts
+    return parts[0]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_go_downwards(path):
+    own = package(path)
+    assert own in LEVEL, f"{own} is in no layer of docs/architecture.md"
+    for name in imports(path):
+        other = name.split(".")[1]
+        if other == own:
+            continue
+        allowed = LEVEL[other] < LEVEL[own] or BESIDE.get((own, other), False)
+        assert allowed, f"{path.relative_to(ROOT)} imports {name}, which is not below it"
+
+
+def test_no_package_is_part_of_a_circle():
+    graph: dict[str, set[str]] = {}
+    for path in modules():
+        dotted = "selfplay." + ".".join(path.relative_to(ROOT / "selfplay").with_suffix("").parts)
+        graph[dotted.removesuffix(".__init__")] = imports(path)
+    known = graph.keys()
+    edges = {name: {other for other in others if other in known and other != name} for name, others in graph.items()}
+    done: set[str] = set()
+
+    def walk(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " → ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in edges[name]:
+                walk(other, (*way, name))
+            done.add(name)
+
+    for name in edges:
+        walk(name, ())
+
+
+@pytest.mark.parametrize("folder", ["selfplay", "reward", "scripts"])
+def test_modules_stay_small(folder):
+    long = {
+        path.relative_to(ROOT).as_posix(): lines
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES
+    }
+    assert not long, f"modules of more than {MOST_LINES} lines: {long}"
+
+
+def test_reward_knows_nothing_of_selfplay():
+    for path in sorted((ROOT / "reward").rglob("*.py")):
+        assert not imports(path), path
+
+
+def test_heavy_libraries_are_imported_in_one_module_each():
+    where: dict[str, set[str]] = {"vllm": set(), "trl": set(), "apscheduler": set()}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.split(".")[0] in where:
+                    where[name.split(".")[0]].add(path.relative_to(ROOT).as_posix())
+    assert all(len(files) == 1 for files in where.values()), where
