@@ -31,7 +31,7 @@ from selfplay.processes.protocol import Event
 from selfplay.types import Policy
 
 # What Python runs in the child. A measurement puts an engine without a model in its place.
-ENGINE = ("-m", "selfplay.generation.engine")
+ENGINE: tuple[str, ...] = ("-m", "selfplay.generation.engine")
 USUAL_BLOCK = 32  # tokens in a block of the KV cache, for as long as no engine runs that could tell
 
 
