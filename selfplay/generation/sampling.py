@@ -1,6 +1,6 @@
 """The stage `generate`: K candidates for each prompt, in shards that are never sampled twice.
 
-Ids and texts go from file to file. The controller reads rows in Arrow, a row group at a time, and only to join the shards.
+Ids and texts go from file to file. The controller moves the shards' bytes into one file and reads the columns it counts.
 """
 
 from __future__ import annotations
@@ -59,14 +59,9 @@ def generate(
         before_shard=lambda: breathe("shard"),
     )
     seconds = time.monotonic() - began
-    tally = Tally()
-    with tables.writing(out / "candidates.parquet", Candidate) as joined:
-        for file in files:
-            for table in tables.each_group(file, row_type=Candidate):
-                rows = answers.with_digests(table)
-                joined.table(rows)
-                tally.add(rows)
-    metrics = tally.metrics(seconds)
+    candidates = out / "candidates.parquet"
+    answers.join(files, candidates)
+    metrics = measure(candidates, seconds)
     line.update(text=f"{metrics['tokens_per_second'] / 1000:.1f} k tokens/s")
     return metrics
 
@@ -149,41 +144,32 @@ def sample(
     return files
 
 
-class Tally:
-    """Metrics of candidates that come table by table, prompt by prompt."""
+def measure(candidates: Path, seconds: float) -> dict[str, float]:
+    """Metrics of a file of candidates, prompt by prompt; `seconds` is how long sampling them took."""
+    columns = tables.read_table(candidates, ("index", "n_tokens", "finish_reason"), row_type=Candidate)
+    tokens, rows = int(tables.to_array(columns["n_tokens"]).sum()), columns.num_rows
+    n = max(rows, 1)
+    empty = sum(
+        _count(pc.equal(pc.utf8_ltrim_whitespace(t["text"]), "")) for t in tables.each_group(candidates, ["text"])
+    )
+    prompts = np.cumsum(tables.to_array(columns["index"]) == 0)
+    return {
+        "candidates": rows,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        "length_mean": tokens / n,
+        "cut_off_share": _count(pc.not_equal(columns["finish_reason"], "stop")) / n,
+        "empty_share": empty / n,
+        "duplicate_share": 1 - _distinct(prompts, answers.digests(candidates)) / n,
+    }
 
-    def __init__(self) -> None:
-        self._rows = self._tokens = self._cut_off = self._empty = self._prompts = 0
-        self._answers: list[NDArray[np.int64]] = []  # (N, 2): number of the prompt, digest of the answer
 
-    def add(self, table: pa.Table) -> None:
-        """Count the rows of a table with the columns of `Candidate`, the digests included."""
-        first = tables.to_array(table["index"]) == 0
-        prompt = self._prompts + np.cumsum(first)
-        self._prompts += int(first.sum())
-        self._answers.append(np.stack([prompt, tables.to_array(table["digest"])], axis=1))
-        self._rows += table.num_rows
-        self._tokens += int(pc.sum(table["n_tokens"]).as_py() or 0)
-        self._cut_off += int(pc.sum(pc.not_equal(table["finish_reason"], "stop")).as_py() or 0)
-        self._empty += int(pc.sum(pc.equal(pc.utf8_ltrim_whitespace(table["text"]), "")).as_py() or 0)
+def _count(mask: pa.ChunkedArray) -> int:
+    return int(pc.sum(mask).as_py() or 0)
 
-    def metrics(self, seconds: float) -> dict[str, float]:
-        """What was counted; `seconds` is how long sampling took."""
-        n = max(self._rows, 1)
-        return {
-            "candidates": self._rows,
-            "tokens": self._tokens,
-            "tokens_per_second": self._tokens / seconds if seconds > 0 else 0.0,
-            "length_mean": self._tokens / n,
-            "cut_off_share": self._cut_off / n,
-            "empty_share": self._empty / n,
-            "duplicate_share": 1 - self._distinct() / n,
-        }
 
-    def _distinct(self) -> int:
-        """How many answers are left where equal answers to a prompt count once."""
-        if not self._rows:
-            return 0
-        rows = np.concatenate(self._answers)
-        rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
-        return 1 + int((rows[1:] != rows[:-1]).any(axis=1).sum())
+def _distinct(prompts: NDArray[np.int64], digests: NDArray[np.int64]) -> int:
+    """How many answers are left where equal answers to a prompt count once; both arrays are (N,)."""
+    order = np.lexsort((digests, prompts))
+    prompts, digests = prompts[order], digests[order]
+    return min(len(order), 1) + int(((prompts[1:] != prompts[:-1]) | (digests[1:] != digests[:-1])).sum())

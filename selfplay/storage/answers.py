@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from selfplay.errors import InputError
-from selfplay.storage import tables
+from selfplay.storage import joining, tables
 from selfplay.types import Candidate, Prompt
 
 IDS = np.dtype("<i4")  # a token id on disk, and in what a digest is computed from
@@ -33,12 +33,15 @@ def digests(path: Path) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def with_digests(table: pa.Table) -> pa.Table:
-    """The answers of a table with all columns, their digests computed where an older file had none."""
-    if table["digest"].null_count == 0:
-        return table
-    place = table.column_names.index("digest")
-    return table.set_column(place, "digest", pa.array(_digests(table["token_ids"])))
+def join(files: Sequence[Path], out: Path) -> None:
+    """Write the answers of several files, in order, to one. Only where a file is older than the others they are decoded."""
+    try:
+        joining.join(files, out)
+    except joining.OtherLayout:
+        with tables.writing(out, Candidate) as joined:
+            for file in files:
+                for rows in tables.each_group(file, row_type=Candidate):
+                    joined.table(rows)
 
 
 def each_ids(column: pa.ChunkedArray) -> Iterator[NDArray[np.int32]]:

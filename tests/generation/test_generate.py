@@ -1,5 +1,6 @@
 """The stage `generate` over a generator that only pretends: shards that are kept, and stops between them."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -119,43 +120,48 @@ def test_the_stage_joins_its_shards_and_counts(tmp_path):
     assert line.said[-2] == {"done": 5} and "k tokens/s" in line.said[-1]["text"]
 
 
-def test_shards_of_an_older_version_get_their_digests(tmp_path):
-    prompts, shards = tmp_path / "prompts.parquet", tmp_path / "shards"
+def test_shards_of_an_older_version_are_used(tmp_path):
+    """They have no digests. Some of the shards are sampled today, or none."""
+    prompts = tmp_path / "prompts.parquet"
     tables.write_rows(prompts, PROMPTS, Prompt)
-    ask(Pretended(), shards)
-    for file in shards.glob("0*.parquet"):
-        older = tables.read_table(file, [name for name in tables.schema(Candidate).names if name != "digest"])
-        tables.pq.write_table(older, file)
-    sampling.generate(
-        tmp_path, Shown(), prompts=prompts, generator=None, seed=seed, shards=shards,
-        settings=GenerateConfig(candidates=2, shard_prompts=2), breathe=lambda kind: None,
-    )  # fmt: skip
-    rows = tables.read_rows(tmp_path / "candidates.parquet", Candidate)
-    assert len(rows) == 10 and all(r.digest == answers.digest(np.array(r.token_ids)) for r in rows)
+    expected, _ = ask(Pretended(), tmp_path / "new")
+    for kept in (3, 2):
+        folder = tmp_path / str(kept)
+        ask(Pretended(), folder)
+        for file in sorted(folder.glob("0*.parquet"))[:kept]:
+            older = tables.read_table(file, [name for name in tables.schema(Candidate).names if name != "digest"])
+            tables.pq.write_table(older, file)
+        metrics = sampling.generate(
+            folder, Shown(), prompts=prompts, generator=None, seed=seed, shards=folder,
+            settings=GenerateConfig(candidates=2, shard_prompts=2), breathe=lambda kind: None,
+        )  # fmt: skip
+        assert metrics["duplicate_share"] == 0.0 and metrics["candidates"] == 10
+        rows = tables.read_rows(folder / "candidates.parquet", Candidate)
+        without = [dataclasses.replace(row, digest=None) for row in expected]
+        assert [dataclasses.replace(row, digest=None) for row in rows] == without
+        assert answers.digests(folder / "candidates.parquet").tolist() == [row.digest for row in expected]
 
 
-def tallied(*tables_of_rows):
-    tally = sampling.Tally()
-    for rows in tables_of_rows:
-        tally.add(tables.to_table(rows, Candidate))
-    return tally.metrics(seconds=2.0)
+def measured(folder, rows, seconds=2.0):
+    tables.write_rows(folder / "candidates.parquet", rows, Candidate)
+    return sampling.measure(folder / "candidates.parquet", seconds)
 
 
-def test_metrics_by_hand():
+def test_metrics_by_hand(tmp_path):
     """Four answers of the same two tokens to one prompt, the first cut off, the others without text."""
     blanks = ["a", " ", "\u2003\n", ""]
     rows = [candidate(index=k, text=blanks[k], finish_reason="stop" if k else "length") for k in range(4)]
-    assert tallied(rows) == tallied(rows[:1], rows[1:]) == {
+    assert measured(tmp_path, rows) == {
         "candidates": 4, "tokens": 8, "tokens_per_second": 4.0, "length_mean": 2.0, "cut_off_share": 0.25, "empty_share": 0.75,
         "duplicate_share": 0.75,
     }  # fmt: skip
-    assert sampling.Tally().metrics(seconds=0.0)["tokens_per_second"] == 0.0
+    assert measured(tmp_path, [], 0.0)["tokens_per_second"] == 0.0
 
 
-def test_equal_answers_to_other_prompts_are_no_duplicates():
+def test_equal_answers_to_other_prompts_are_no_duplicates(tmp_path):
     first = [candidate("p", k, ids) for k, ids in enumerate([(7, 2), (8, 2), (7, 2)])]
     second = [candidate("q", k, ids) for k, ids in enumerate([(7, 2), (8, 2), (9, 2)])]
-    assert tallied(first, second)["duplicate_share"] == pytest.approx(1 / 6)
+    assert measured(tmp_path, first + second)["duplicate_share"] == pytest.approx(1 / 6)
 
 
 def test_no_pandas_is_imported(tmp_path):
