@@ -98,8 +98,6 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
     for scratch in steps.frame.dir.iterdir() if steps.frame.dir.is_dir() else ():
         if scratch.name.endswith((".shards", ".work", ".partial")):  # the last where a killed one was given up
             shutil.rmtree(scratch)
-    store.close_round(index, outcome, current.version, list(reasons))
-    store.event(outcome, "; ".join(reasons) or f"policy {current.version} is current", index)
     needed = {
         current.version,
         policies.read(run.policies.folder(current.version)).parent,
@@ -114,6 +112,8 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
         needed_policies={version for version in needed if version is not None},
         needed_rounds=max(run.config.guard.history, run.config.pairs.history),
     )
+    store.close_round(index, outcome, current.version, list(reasons))
+    store.event(outcome, "; ".join(reasons) or f"policy {current.version} is current", index)
     ended = report(store, index)
     run.track(ended)
     return ended
