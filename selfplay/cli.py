@@ -326,7 +326,7 @@ def add_prompts(
     from collections import Counter
 
     from selfplay.errors import InputError
-    from selfplay.prompts.importer import read_file
+    from selfplay.prompts.formats import read_file
     from selfplay.service.orders import MAX_PROMPTS, why_not_stored
 
     rows: list[dict[str, Any]] = []

@@ -28,13 +28,11 @@ import numpy as np
 import pyarrow as pa
 
 ROOT = Path(__file__).resolve().parents[2]
-for place in (ROOT, Path(__file__).resolve().parent):
-    if str(place) not in sys.path:
-        sys.path.append(str(place))
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
 
-from generation import CANARIES, FAKE_ENGINE, write_policy  # noqa: E402
-from scoring import WORDS, instant_server  # noqa: E402
-
+from scripts.scale.generation import CANARIES, FAKE_ENGINE, write_policy  # noqa: E402
+from scripts.scale.scoring import WORDS, instant_server  # noqa: E402
 from selfplay.config import Config, load  # noqa: E402
 from selfplay.generation import installing  # noqa: E402
 from selfplay.pairs.writing import read_ranked  # noqa: E402

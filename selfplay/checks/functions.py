@@ -13,8 +13,7 @@ from typing import Any
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.evaluation.rubric import grade
-from selfplay.prompts.importer import read_file
-from selfplay.prompts.pool import messages_of
+from selfplay.prompts.formats import messages_of, read_file
 from selfplay.rounds.requirements import load_function
 from selfplay.types import Message
 

@@ -143,7 +143,7 @@ def _why_not(row: dict[str, Any]) -> str | None:
     """Why the trainer or the reward server could not load this model; None where they can."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from selfplay.prompts import importer
+    from selfplay.models.rendering import load_tokenizer
 
     own_code = {"trust_remote_code": row["trust_remote_code"]}
     kind = AutoModelForCausalLM if row["policy"] else AutoModelForSequenceClassification
@@ -155,7 +155,8 @@ def _why_not(row: dict[str, Any]) -> str | None:
             )
         chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
         if row["policy"]:
-            importer.template(importer.load_tokenizer(Path(row["model"]), row["trust_remote_code"]))(chat[:1])
+            tokenizer = load_tokenizer(Path(row["model"]), row["trust_remote_code"])
+            tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)
         else:
             AutoTokenizer.from_pretrained(row["model"], **own_code).apply_chat_template(chat)
     except Exception as error:  # readers of configs, tokenizers and templates raise errors of any type

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,8 +27,8 @@ def files(config: Config, run_dir: Path) -> Iterator[Finding]:
             yield Finding.ok(key, f"{source} is taken for a Hub dataset, which is loaded when the run starts")
     if not all(Path(source).is_file() for source in (settings.source, settings.heldout) if source is not None):
         return
-    pool, counts = importer.build_pool(config, lambda messages: [])
-    splits = Counter[str](prompt.split for prompt in pool)
+    found = importer.survey(config)
+    splits, counts = found.splits, found.set_aside
     said = f"{splits['train']:,} to train on, {splits['heldout']:,} held out, {splits['audit']:,} in the audit set"
     if counts:
         said += f"; set aside: {', '.join(f'{n} × {why}' for why, n in counts.items())}"

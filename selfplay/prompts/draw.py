@@ -1,64 +1,86 @@
-"""The stage `prompts`: draw a round's prompts from a pool that may grow, every one once an epoch in a seeded order.
+"""The stage `prompts`: the prompts of a round are drawn from a pool that may grow, every one once an epoch in a seeded order.
 
-A draw takes the prompts of the lowest level: those drawn least often. The levels follow from the artifacts of earlier
-rounds alone, so a round that was killed draws the same prompts again. A prompt that joins later takes a random place in
-the order of the epoch that runs, and waits for the next epoch where that is among those drawn already: new prompts are as
-frequent in the next draws as in the pool.
+A draw follows from the ledger and the seed alone, so a round whose folder is gone draws the same prompts again.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from selfplay import seeds
-from selfplay.errors import InputError
+from selfplay.config import BreadthConfig, PromptsConfig
+from selfplay.methods.breadth import evenness
+from selfplay.progress import Line
+from selfplay.prompts.draws import Draws, ids
+from selfplay.prompts.pool import Pool
+from selfplay.stage import Metrics, Stage
+from selfplay.storage import tables
+from selfplay.types import Drawn
 
-Cursor = tuple[int, int]  # epoch: the lowest level of the pool; offset: prompts above it
+PROMPTS = Stage(name="prompts", writes=("prompts.parquet",), unit="prompts", log="trainer")
+
+Embed = Callable[[Path, int], dict[str, Any]]
+"""(file of prompts, how many to keep) → the trainer's answer: kept, clusters, distances, seconds (embed_job.embed)."""
 
 
-def levels(
-    pool: Mapping[str, int | None], drawn: Mapping[str, int], opened: Mapping[int, Cursor], run_seed: int
-) -> dict[str, int]:
-    """Level of every prompt of the pool: how often it was drawn, counted on from the epoch in which it joined.
+def prompts(
+    out: Path,
+    line: Line,
+    *,
+    pool: Pool,
+    draws: Draws,
+    index: int,
+    settings: PromptsConfig,
+    breadth: BreadthConfig,
+    embed: Embed | None,
+) -> Metrics:
+    """Draw the prompts of round `index` and write them to prompts.parquet, in the order in which they were drawn.
 
-    pool: prompt_id → first round that may draw it, or None. drawn: prompt_id → times drawn in earlier rounds. opened: the cursor at the start of each round that prompts joined in.
+    With `embed` more are drawn (drawn.parquet), and those are kept that stand for all (clusters.parquet says how). The
+    ledger hears of the draw from `draws.record`, once the stage has its folder. Raises InputError at the end of the prompts.
     """
-    joined = Counter(first or 0 for first in pool.values())
-    before = {index: sum(n for other, n in joined.items() if other < index) for index in joined}
-    found = {}
-    for prompt_id, first in pool.items():
-        start = 0
-        if first:
-            epoch, offset = opened[first]
-            # Its place in this epoch's order is among those that were drawn already: it waits for the next epoch.
-            passed = _place(run_seed, epoch, prompt_id) * before[first] < offset * 2**63
-            start = epoch + passed
-        found[prompt_id] = start + drawn.get(prompt_id, 0)
-    return found
+    count = math.ceil(settings.per_round * (1 if embed is None else breadth.oversample))
+    levels = draws.levels(index)
+    drawn = levels.next(draws.orders, count, settings.at_end)
+    found, metrics = ids(levels, drawn), dict[str, float]()
+    if embed is not None:
+        pool.write(found, out / "drawn.parquet")
+        line.update(text=f"choosing among {len(found)}")
+        found, metrics = _representatives(out, found, min(settings.per_round, len(found)), embed)
+    pool.write(found, out / "prompts.parquet")
+    line.update(done=len(found), text="")
+    times = np.bincount(drawn, minlength=len(levels.level)).astype(np.int32)
+    epoch, offset = levels.after(times).cursor()
+    return {"count": len(found), "epoch": epoch, "offset": offset, "pool": len(levels.level), **metrics}
 
 
-def cursor(levels: Mapping[str, int]) -> Cursor:
-    """Where the pool stands: its lowest level, and how many prompts are above it."""
-    epoch = min(levels.values(), default=0)
-    return epoch, sum(level > epoch for level in levels.values())
-
-
-def draw(levels: Mapping[str, int], drawn: Mapping[str, int], count: int, run_seed: int, at_end: str) -> list[str]:
-    """The next `count` prompt_ids: the lowest level first, each level in an order of its own.
-
-    Fewer where the pool, or with `at_end` «stop» what was never drawn of it, is smaller. Raises InputError when all
-    prompts were drawn and `at_end` is «stop».
-    """
-    left = [p for p in levels if at_end != "stop" or not drawn.get(p)]
-    if not left:
-        raise InputError("every prompt was drawn once", "add prompts, or set prompts.at_end to reshuffle")
-    return sorted(left, key=lambda p: (levels[p], _place(run_seed, levels[p], p)))[:count]
-
-
-def _place(run_seed: int, epoch: int, prompt_id: str) -> int:
-    """Place in the order of an epoch, uniform in 0 … 2^63 − 1."""
-    return seeds.derive(run_seed, "prompts", epoch, prompt_id)
+def _representatives(out: Path, drawn: Sequence[str], keep: int, embed: Embed) -> tuple[list[str], Metrics]:
+    """Those of the prompts that stand for all; writes clusters.parquet."""
+    found = embed(out / "drawn.parquet", keep)
+    kept = set(found["kept"])
+    clusters = [
+        Drawn(prompt_id=prompt_id, cluster=cluster, distance=distance, kept=i in kept)
+        for i, (prompt_id, cluster, distance) in enumerate(
+            zip(drawn, found["clusters"], found["distances"], strict=True)
+        )
+    ]
+    tables.write_rows(out / "clusters.parquet", clusters, Drawn)
+    sizes = Counter[int](found["clusters"])
+    metrics = {
+        "drawn": len(drawn),
+        "passed_over": len(drawn) - len(kept),
+        "clusters": len(sizes),
+        "cluster_evenness": evenness(found["clusters"]),
+        "largest_cluster_share": max(sizes.values()) / len(drawn),
+        "seconds_embed": found["seconds"],
+    }
+    return [drawn[i] for i in sorted(kept)], metrics
 
 
 def subset(pool: Sequence[str], count: int, *parts: object) -> list[str]:

@@ -9,20 +9,47 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from selfplay.config import EvolveConfig
 from selfplay.errors import InputError
 from selfplay.methods.potential import keep_top
-from selfplay.prompts import pool
-from selfplay.reporting.terminal import Line
+from selfplay.progress import Line
+from selfplay.prompts.formats import prompt_id
+from selfplay.prompts.held_out import words
+from selfplay.prompts.parts import Render
+from selfplay.prompts.pool import Pool
+from selfplay.stage import Metrics, Stage
 from selfplay.storage import tables
-from selfplay.types import Message, Pair, Prompt, Rewrite
+from selfplay.types import Candidate, Message, Prompt, Rewrite
 
-if TYPE_CHECKING:
-    from selfplay.rounds.round import Round
-    from selfplay.rounds.run import Rewriter
+EVOLVE = Stage(
+    name="evolve",
+    reads=("pairs/pairs.parquet",),
+    writes=("prompts.parquet", "rewrites.parquet"),
+    unit="rewrites",
+    log="generator",
+)
+
+Task = tuple[Prompt, str]
+"""A prompt and the strategy by which it is to be rewritten."""
+Rewriting = Callable[[Sequence[Task], Line], list[Rewrite]]
+"""One rewrite for each task: `by_policy` and `by_function` make such a function."""
+Admit = Callable[[Sequence[Mapping[str, Any]]], Sequence[Prompt | str]]
+"""For each row the prompt that may join the pool, or why it may not (`admission.admit`)."""
+Sample = Callable[[Sequence[Prompt], int, Callable[[int], None]], Sequence[Candidate]]
+"""(prompts, max_tokens, on_progress) → one answer for each, by the policy that sampled the round."""
+
+
+class Events(Protocol):
+    """What is asked of the ledger (`storage.ledger.Store`)."""
+
+    def events(self, index: int | None = None) -> list[dict[str, Any]]: ...
+
+    def event(self, kind: str, text: str, index: int | None = None) -> None: ...
+
 
 STRATEGIES = {
     "broaden": "Invent another request from the same field. It asks about something else, in its own words, and is about "
@@ -56,10 +83,10 @@ _BEFORE = """ This was said before it:
 </conversation>"""
 
 
-def best(pairs: Sequence[Pair], share: float) -> list[str]:
+def best(prompt_ids: Sequence[str], potentials: Sequence[float | None], share: float) -> list[str]:
     """prompt_ids of the `share` of the pairs with the highest alignment potential, in the order of the pairs."""
-    potentials = [float("nan") if p.potential is None else p.potential for p in pairs]
-    return [pairs[i].prompt_id for i in keep_top(potentials, share)]
+    found = keep_top([float("nan") if potential is None else potential for potential in potentials], share)
+    return [prompt_ids[i] for i in found]
 
 
 def instruction(messages: Sequence[Message], strategy: str) -> list[Message]:
@@ -81,28 +108,33 @@ def fault(old: str, new: str, max_ratio: float) -> str | None:
     """Why a text is no rewrite of another one; None when it is. Whether it may join the pool is another question."""
     if not new.strip():
         return "empty"
-    if pool.words(new) == pool.words(old):
+    if words(new) == words(old):
         return "unchanged"
     if max(len(old), len(new)) > max_ratio * min(len(old), len(new)):
         return "length ratio"
     return None
 
 
-def evolve(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
-    """Rewrite and filter; writes the prompts that are to join (prompts.parquet) and what became of every rewrite."""
-    settings = r.config.evolve
-    parents = best(r.rows("pairs", "pairs", Pair), settings.top)
-    prompts = {p.prompt_id: p for p in r.run.prompts.read(parents)}
+def evolve(
+    out: Path, line: Line, *, pairs: Path, pool: Pool, settings: EvolveConfig, rewriting: Rewriting, admit: Admit
+) -> Metrics:
+    """Rewrite and filter; writes the prompts that are to join (prompts.parquet) and what became of every rewrite.
+
+    pairs: the round's pairs.parquet, of which prompt_id and potential are read.
+    """
+    columns = tables.read_table(pairs, ["prompt_id", "potential"])
+    parents = best(columns["prompt_id"].to_pylist(), columns["potential"].to_pylist(), settings.top)
+    prompts = {p.prompt_id: p for p in pool.read(parents)}
     tasks = [(prompts[i], strategy) for i in parents for strategy in STRATEGIES]
     line.update(total=len(tasks))
-    rewrites = _by_policy(r, tasks, line) if r.run.rewriter is None else _by_function(r, r.run.rewriter, tasks)
+    rewrites = rewriting(tasks, line)
     for i, (rewrite, (parent, _)) in enumerate(zip(rewrites, tasks, strict=True)):
         if rewrite.rejected_because is None:
             why = fault(parent.messages[-1]["content"], rewrite.text, settings.max_ratio)
             rewrites[i] = dataclasses.replace(rewrite, rejected_because=why)
     sound = [i for i, rewrite in enumerate(rewrites) if rewrite.rejected_because is None]
     line.update(done=len(tasks), text="looking for what is new")
-    fates = r.run.admit([_row(prompts[rewrites[i].parent], rewrites[i]) for i in sound], "evolve")
+    fates = admit([_row(prompts[rewrites[i].parent], rewrites[i]) for i in sound])
     joining = []
     for i, fate in zip(sound, fates, strict=True):
         if isinstance(fate, Prompt):
@@ -110,17 +142,17 @@ def evolve(r: Round, folder: Path, line: Line) -> Mapping[str, float]:
             rewrites[i] = dataclasses.replace(rewrites[i], prompt_id=fate.prompt_id)
         else:
             rewrites[i] = dataclasses.replace(rewrites[i], rejected_because=fate)
-    tables.write_rows(folder / "prompts.parquet", joining, Prompt)
-    tables.write_rows(folder / "rewrites.parquet", rewrites, Rewrite)
+    tables.write_rows(out / "prompts.parquet", joining, Prompt)
+    tables.write_rows(out / "rewrites.parquet", rewrites, Rewrite)
     line.update(text=f"{len(joining)} of {len(rewrites)} rewrites join the pool")
     return metrics(rewrites)
 
 
-def join(r: Round) -> None:
+def join(stage: Path, *, pool: Pool, ledger: Events, index: int) -> None:
     """Let what a finished stage found join the pool, and say in the ledger who made it. Done twice, it is done once."""
-    r.run.join(r.rows("evolve", "prompts", Prompt))
-    if not any(event["kind"] == "evolve" for event in r.run.store.events(r.index)):
-        r.run.store.event("evolve", story(r.rows("evolve", "rewrites", Rewrite)), r.index)
+    pool.join(tables.read_rows(stage / "prompts.parquet", Prompt))
+    if not any(event["kind"] == "evolve" for event in ledger.events(index)):
+        ledger.event("evolve", story(tables.read_rows(stage / "rewrites.parquet", Rewrite)), index)
 
 
 def story(rewrites: Sequence[Rewrite]) -> str:
@@ -158,65 +190,82 @@ def _row(parent: Prompt, rewrite: Rewrite) -> dict[str, Any]:
     }
 
 
-def _by_policy(r: Round, tasks: Sequence[tuple[Prompt, str]], line: Line) -> list[Rewrite]:
-    """One rewrite for each task by the policy that samples this round; shards that were sampled are not sampled again."""
-    policy = r.run.policy(r.sampler)
-    r.serve(policy)
-    info = r.run.generator.info
-    assert info is not None, "the engine serves"
-    # A rewrite that is longer than a prompt may be is of no use, so the rest of the context is left to the instruction.
-    limit = min(r.config.prompts.max_tokens, r.config.generate.max_tokens)
-    conversations = [instruction(parent.messages, strategy) for parent, strategy in tasks]
-    refused: dict[int, str] = {}
-    asks: dict[int, Prompt] = {}
-    for i, (messages, ids) in enumerate(zip(conversations, r.run.render(conversations), strict=True)):
-        if isinstance(ids, str):
-            refused[i] = ids
-        elif len(ids) + limit > info.max_model_len:
-            refused[i] = "no room for the instruction"
-        else:
-            key = pool.prompt_id(messages)
-            asks[i] = Prompt(prompt_id=key, messages=messages, prompt_ids=ids, split="train")
-    answers = r.sample(
-        "evolve", list(asks.values()), 1, r.sampler, lambda n: line.update(done=len(refused) + n), max_tokens=limit
+# who rewrites
+
+
+def by_policy(version: int, context: int, max_tokens: int, render: Render, sample: Sample) -> Rewriting:
+    """Rewriting by the policy that samples the round, which is asked with an instruction.
+
+    context: tokens that the engine has room for. max_tokens: longest rewrite.
+    """
+
+    def rewriting(tasks: Sequence[Task], line: Line) -> list[Rewrite]:
+        conversations = [instruction(parent.messages, strategy) for parent, strategy in tasks]
+        refused: dict[int, str] = {}
+        asks: dict[int, Prompt] = {}
+        for i, (messages, ids) in enumerate(zip(conversations, render(conversations), strict=True)):
+            if isinstance(ids, str):
+                refused[i] = ids
+            elif len(ids) + max_tokens > context:
+                refused[i] = "no room for the instruction"
+            else:
+                key = prompt_id(messages)
+                asks[i] = Prompt(prompt_id=key, messages=messages, prompt_ids=list(map(int, ids)), split="train")
+        answers = sample(list(asks.values()), max_tokens, lambda n: line.update(done=len(refused) + n))
+        said = dict(zip(asks, answers, strict=True))
+        return [
+            _answered(parent, strategy, version, said.get(i), refused.get(i))
+            for i, (parent, strategy) in enumerate(tasks)
+        ]
+
+    return rewriting
+
+
+def _answered(parent: Prompt, strategy: str, version: int, answer: Candidate | None, why: str | None) -> Rewrite:
+    """The rewrite in an answer of the policy. `why` it was not asked, where there is no answer."""
+    text = None
+    if answer is not None:
+        text = marked(answer.text)
+        why = "cut off" if answer.finish_reason != "stop" else "not marked" if text is None else None
+    return Rewrite(
+        parent=parent.prompt_id,
+        strategy=strategy,
+        rewriter=f"policy {version}",
+        text=text if text is not None else answer.text if answer is not None else "",
+        n_tokens=answer.n_tokens if answer is not None else 0,
+        prompt_id=None,
+        rejected_because=why,
     )
-    said = dict(zip(asks, answers, strict=True))
-    rewrites = []
-    for i, (parent, strategy) in enumerate(tasks):
-        why, text, answer = refused.get(i), None, said.get(i)
-        if answer is not None:
-            text = marked(answer.text)
-            why = "cut off" if answer.finish_reason != "stop" else "not marked" if text is None else None
-        rewrites.append(
-            Rewrite(
-                parent=parent.prompt_id,
-                strategy=strategy,
-                rewriter=f"policy {policy.version}",
-                text=text if text is not None else answer.text if answer is not None else "",
-                n_tokens=answer.n_tokens if answer is not None else 0,
-                prompt_id=None,
-                rejected_because=why,
-            )
-        )
-    return rewrites
 
 
-def _by_function(r: Round, rewrite: Rewriter, tasks: Sequence[tuple[Prompt, str]]) -> list[Rewrite]:
-    name = r.config.evolve.rewriter
-    rewrites = []
-    for parent, strategy in tasks:
-        r.run.breathe("shard")
-        try:
-            text = rewrite(parent.messages, strategy, r.seed("evolve", parent.prompt_id, strategy))
-        except Exception as error:  # the function is the user's own code
-            raise InputError(
-                f"evolve.rewriter ({name}) failed on prompt {parent.prompt_id}: {error!r}",
-                "mend the function, then run the same command again",
-            ) from error
-        rewrites.append(
-            Rewrite(
-                parent=parent.prompt_id, strategy=strategy, rewriter=name, text=text.strip(), n_tokens=0,
-                prompt_id=None, rejected_because=None,
-            )
-        )  # fmt: skip
-    return rewrites
+def by_function(
+    name: str,
+    function: Callable[[list[Message], str, int], str],
+    seed: Callable[[str, str], int],
+    breathe: Callable[[], None] = lambda: None,
+) -> Rewriting:
+    """Rewriting by the user's function (messages, strategy, seed) → text, which is called `name`.
+
+    seed: of (prompt_id, strategy). breathe: is called before each prompt, and may end the stage.
+    """
+
+    def rewriting(tasks: Sequence[Task], line: Line) -> list[Rewrite]:
+        rewrites = []
+        for parent, strategy in tasks:
+            breathe()
+            try:
+                text = function(parent.messages, strategy, seed(parent.prompt_id, strategy))
+            except Exception as error:  # the function is the user's own code
+                raise InputError(
+                    f"evolve.rewriter ({name}) failed on prompt {parent.prompt_id}: {error!r}",
+                    "mend the function, then run the same command again",
+                ) from error
+            rewrites.append(
+                Rewrite(
+                    parent=parent.prompt_id, strategy=strategy, rewriter=name, text=text.strip(), n_tokens=0,
+                    prompt_id=None, rejected_because=None,
+                )
+            )  # fmt: skip
+        return rewrites
+
+    return rewriting

@@ -1,274 +1,259 @@
-"""The prompts of a run: those it began with, those that joined later, and what a prompt must be to join.
+"""The prompts of a run: those it began with and those that joined later.
 
-<run>/pool/pool.parquet         written once, by the importer
-<run>/pool/added/0001.parquet   prompts that joined later, a file each time
+<run>/pool/prompts/000000000.arrow   what the importer wrote, in parts; a name is the number of the first prompt in it
+          /facts.arrow               what draws and admissions ask about each of these prompts (parts.FACTS)
+          /added/0001.parquet        prompts that joined later, a file each time
+          /orders/                   the order of an epoch (orders.py)
+          /pool.parquet              in runs that began before there were parts: all that the importer wrote
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
-from selfplay import seeds
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from selfplay.prompts import parts, rows
+from selfplay.prompts.formats import hash_of, names
+from selfplay.prompts.held_out import WORDS, HeldOut, same
 from selfplay.storage import folders, tables
-from selfplay.types import Message, Prompt
+from selfplay.types import Prompt, Split
 
-POOL, ADDED = "pool.parquet", "added"
-LEAST_WORDS = 4  # shorter texts share their words by chance: they are compared whole
+PROMPTS, FACTS, ADDED, ORDERS, OLD = "prompts", "facts.arrow", "added", "orders", "pool.parquet"
+CHUNK = 8192  # prompts that are read at a time
+assert set(parts.SPLITS) == set(get_args(Split))
 
-Render = Callable[[Sequence[list[Message]]], Sequence[list[int] | str]]  # token ids, or why there are none
 
-# A language written without spaces has a word a character.
-_WORD = re.compile(r"[\u2e80-\u9fff\uac00-\ud7ff]|[^\W\u2e80-\u9fff\uac00-\ud7ff]+")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Added(Prompt):
+    """A prompt that joined later, as it is written."""
+
+    same: int | None = None
+    """held_out.same of its messages."""
 
 
 class Pool:
-    """The prompts of a run, in the order they came. Texts and token ids stay on disk until somebody asks for them.
-
-    Iterating reads all of them, a part at a time.
-    """
+    """The prompts of a run, in the order they came. Of each some 20 bytes are in memory; the rest is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._joined: dict[str, dict[str, int | None]] = {}
-        self._draws: Counter[str] = Counter()
-        self._counted = 0  # rounds whose draws are in it
-        for file in _files(folder):
-            for name, split, joined in tables.read_columns(file, ("prompt_id", "split", "joined")):
-                self._joined.setdefault(split, {})[name] = joined
+        self._folder, self._files = folder, _files(folder)
+        self._ends = np.cumsum([rows.count(file) for file in self._files], dtype=np.int64)
+        known = [_imported(folder), *map(_added, _added_files(folder))]
+        self._hashes, self._splits, self._joined = (np.concatenate(columns) for columns in zip(*known, strict=True))
+        self._order: NDArray[np.int64] | None = None  # of the hashes, once somebody looks for one
+
+    def __len__(self) -> int:
+        return len(self._hashes)
 
     def __contains__(self, prompt_id: object) -> bool:
-        return any(prompt_id in split for split in self._joined.values())
+        return isinstance(prompt_id, str) and self._places([prompt_id])[0] >= 0
 
     def __iter__(self) -> Iterator[Prompt]:
-        for file in _files(self._folder):
-            yield from tables.each_row(file, Prompt)
+        """All prompts, of which a few are in memory at a time."""
+        for start in range(0, len(self), CHUNK):
+            yield from self._records(np.arange(start, min(start + CHUNK, len(self))))
 
-    def joined(self, split: str) -> Mapping[str, int | None]:
-        """First round that may draw each prompt of a split, by prompt_id; None: it was there from the start."""
-        return self._joined.get(split, {})
+    def ids(self, split: Split) -> list[str]:
+        """prompt_ids of a split."""
+        return names(self._hashes[self._splits == parts.SPLITS.index(split)])
 
-    def ids(self, split: str) -> list[str]:
-        return list(self.joined(split))
+    def training(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """(hashes, first rounds) of the prompts to train on, (n,) each; first round 0: it was there from the start."""
+        train = self._splits == parts.SPLITS.index("train")
+        return self._hashes[train], self._joined[train]
 
     def read(self, prompt_ids: Sequence[str]) -> list[Prompt]:
-        """These prompts, in this order."""
-        wanted = frozenset(prompt_ids)
-        files = _files(self._folder) if wanted else []
-        found = {p.prompt_id: p for file in files for p in tables.rows_with(file, Prompt, "prompt_id", wanted)}
-        return [found[i] for i in prompt_ids]
+        """These prompts, in this order. For a few: all of them are in memory. Raises KeyError."""
+        return self._records(self._found(prompt_ids))
+
+    def write(self, prompt_ids: Sequence[str], path: Path) -> None:
+        """Write these prompts, in this order, to a file of `Prompt` rows; some thousand are in memory at a time. Raises KeyError."""
+        places = self._found(prompt_ids)
+        with tables.writing(path, Prompt) as file:
+            for start in range(0, len(places), CHUNK):
+                file.table(self._table(places[start : start + CHUNK]))
 
     def join(self, prompts: Iterable[Prompt]) -> int:
         """Let prompts join for good, those that are new; returns how many. Only the runner of the run folder may."""
-        new = {p.prompt_id: p for p in prompts if p.prompt_id not in self}
+        new = list({p.prompt_id: p for p in prompts if p.prompt_id not in self}.values())
         if new:
-            write_added(self._folder, list(new.values()))
-        for p in new.values():
-            self._joined.setdefault(p.split, {})[p.prompt_id] = p.joined
+            file = write_added(self._folder, new)
+            self._files.append(file)
+            self._ends = np.append(self._ends, len(self) + len(new))
+            hashes, splits, joined = _added(file)
+            self._hashes = np.append(self._hashes, hashes)
+            self._splits, self._joined = np.append(self._splits, splits), np.append(self._joined, joined)
+            self._order = None
         return len(new)
 
-    def draws(self, rounds: Path, before: int) -> Mapping[str, int]:
-        """How often each prompt was drawn in the rounds before that number, whether it was passed over then or not.
+    # what an admission asks
 
-        What they drew does not change any more, so each is read once.
-        """
-        for index in range(self._counted + 1, before):
-            folder = rounds / f"{index:04d}" / "prompts"
-            path = next((p for name in ("drawn", "prompts") if (p := folder / f"{name}.parquet").is_file()), None)
-            if path is not None:
-                self._draws.update(tables.read_column(path, "prompt_id"))
-            self._counted = index
-        return self._draws
+    def has_same(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """For each number whether a prompt of the pool says the same: held_out.same of its messages."""
+        ours = np.unique(numbers)
+        found = np.zeros(len(ours), bool)
+        for there in self._same():
+            at = np.minimum(np.searchsorted(ours, there), len(ours) - 1)
+            found[at[ours[at] == there]] = True
+        return found[np.searchsorted(ours, numbers)]
+
+    def ancestors(self, prompt_ids: Iterable[str]) -> dict[str, str]:
+        """The oldest ancestor of each of these prompts that is in the pool."""
+        there = [prompt_id for prompt_id in sorted(set(prompt_ids)) if prompt_id in self]
+        return {p.prompt_id: p.ancestor for p in self.read(there)}
+
+    def held_out(self) -> HeldOut:
+        """What the held-out prompts say. The audit set is among them."""
+        ancestors: list[str] = []
+        words: list[pa.Array] = [pa.array([], WORDS)]
+        for batch in rows.columns(self._facts(), ["ancestor", "words"]):
+            there = batch["ancestor"].is_valid()
+            ancestors += batch["ancestor"].filter(there).to_pylist()
+            words.append(batch["words"].filter(there))
+        return HeldOut(ancestors, pa.concat_arrays(words))
+
+    def _same(self) -> Iterator[NDArray[np.int64]]:
+        for batch in rows.columns(self._facts(), ["same"]):
+            yield batch["same"].to_numpy()
+        for file in _added_files(self._folder):
+            yield _added_same(file)
+
+    def _facts(self) -> Path:
+        """The file of facts. An old pool has none before the first admission; it takes one reading of the whole pool."""
+        path = self._folder / FACTS
+        if not path.is_file():
+            with rows.writing(path, parts.FACTS) as file:
+                for table in tables.each_group(self._folder / OLD, row_type=Prompt):
+                    file.write_table(parts.facts_of(tables.records(table, Prompt)))
+        return path
+
+    # places in the pool
+
+    def _places(self, prompt_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Where each of these prompts is in the pool; −1: it is not."""
+        if not len(self) or not prompt_ids:
+            return np.full(len(prompt_ids), -1)
+        if self._order is None:
+            self._order = np.argsort(self._hashes, kind="stable")
+        wanted = np.array([hash_of(prompt_id) for prompt_id in prompt_ids], np.int64)
+        at = np.searchsorted(self._hashes, wanted, sorter=self._order)
+        places = self._order[np.minimum(at, len(self) - 1)]
+        return np.where((self._hashes[places] == wanted) & (wanted >= 0), places, -1)
+
+    def _found(self, prompt_ids: Sequence[str]) -> NDArray[np.int64]:
+        places = self._places(prompt_ids)
+        if len(missing := np.flatnonzero(places < 0)):
+            raise KeyError(prompt_ids[int(missing[0])])
+        return places
+
+    def _records(self, places: NDArray[np.int64]) -> list[Prompt]:
+        return tables.records(self._table(places), Prompt)
+
+    def _table(self, places: NDArray[np.int64]) -> pa.Table:
+        """These rows, in this order. They are read in the order of the files."""
+        order = np.argsort(places, kind="stable")
+        ordered = places[order]
+        files = np.searchsorted(self._ends, ordered, side="right")
+        found = [tables.schema(Prompt).empty_table()]
+        for file in np.unique(files).tolist():
+            start = int(self._ends[file - 1]) if file else 0
+            found.append(rows.take(self._files[file], ordered[files == file] - start))
+        back = np.empty(len(places), np.int64)
+        back[order] = np.arange(len(places))
+        return pa.concat_tables(found).combine_chunks().take(pa.array(back))
 
 
 def page(folder: Path, start: int, count: int) -> tuple[list[Prompt], int]:
     """Up to `count` prompts from number `start` on in the order they came, and how many there are; none before the import."""
     found: list[Prompt] = []
     total = 0
-    for file in _files(folder) if (folder / POOL).is_file() else []:
-        rows = tables.count_rows(file)
+    for file in _files(folder):
+        there = rows.count(file)
         low = max(start - total, 0)
-        if low < rows and len(found) < count:
-            found += tables.read_slice(file, Prompt, low, count - len(found))
-        total += rows
+        if low < there and len(found) < count:
+            numbers = np.arange(low, min(low + count - len(found), there))
+            found += tables.records(rows.take(file, numbers), Prompt)
+        total += there
     return found, total
 
 
-def _files(folder: Path) -> list[Path]:
-    return [folder / POOL, *sorted((folder / ADDED).glob("*.parquet"))]
+def assemble(folder: Path, made: Sequence[parts.Made]) -> None:
+    """Make the folder of a pool from finished parts, which stay where they are as well: as the same files, where that can be."""
+    (folder / PROMPTS).mkdir()
+    start = 0
+    with rows.writing(folder / FACTS, parts.FACTS) as facts:
+        for part in made:
+            for batch in rows.columns(part.facts, parts.FACTS.names):
+                facts.write_batch(batch)
+            if count := part.counts.total():
+                _link(part.prompts, folder / PROMPTS / f"{start:09d}{rows.ARROW}")
+            start += count
 
 
-def write_added(folder: Path, prompts: Sequence[Prompt]) -> None:
-    """Let prompts join, whole or not at all. Only the runner of the run folder may."""
+def _link(path: Path, new: Path) -> None:
+    try:
+        os.link(path, new)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, new)
+
+
+def write_added(folder: Path, prompts: Sequence[Prompt]) -> Path:
+    """Let prompts join, whole or not at all; returns their file. Only the runner of the run folder may."""
     added = folder / ADDED
     added.mkdir(exist_ok=True)
     number = max((int(file.stem) for file in added.glob("*.parquet")), default=0) + 1
-    tables.write_rows(added / f"{number:04d}.parquet", prompts, Prompt)
+    fields = [field.name for field in dataclasses.fields(Prompt)]
+    records = [Added(**{name: getattr(p, name) for name in fields}, same=same(p.messages)) for p in prompts]
+    path = added / f"{number:04d}.parquet"
+    tables.write_rows(path, records, Added)
     folders.sync(folder)
+    return path
 
 
-def messages_of(row: Mapping[str, Any]) -> list[Message] | str:
-    """The conversation of a row, {"prompt": str} or {"messages": […]}, or why it has none."""
-    if isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return "neither prompt nor messages"
-    if not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        return "a message without role and content"
-    if not all(re.fullmatch(r"[A-Za-z_-]{1,32}", m["role"]) for m in messages):
-        return "a role that is no word"
-    clean = [{"role": m["role"], "content": m["content"]} for m in messages]
-    return clean if clean[-1]["role"] == "user" else "the last message is not the user's"
+def _files(folder: Path) -> list[Path]:
+    """The files of a pool in the order of their prompts."""
+    old = [folder / OLD] if (folder / OLD).is_file() else []
+    return [*old, *sorted((folder / PROMPTS).glob(f"*{rows.ARROW}")), *_added_files(folder)]
 
 
-def prompt_id(messages: list[Message]) -> str:
-    return f"{seeds.derive(json.dumps(messages, sort_keys=True)):016x}"
+def _added_files(folder: Path) -> list[Path]:
+    return sorted((folder / ADDED).glob("*.parquet"), key=lambda file: int(file.stem))
 
 
-def words(text: str) -> list[str]:
-    """The words of a text without case, punctuation and typographic variants; a text without any is its own word."""
-    return _WORD.findall(_folded(text)) or [text.strip()]
+Known = tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int32]]
+"""Hashes, numbers of the splits and first rounds (0: from the start) of some prompts."""
 
 
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
+def _imported(folder: Path) -> Known:
+    if not (folder / FACTS).is_file():
+        return _added(folder / OLD)  # which has the same columns
+    found = [(np.empty(0, np.int64), np.empty(0, np.int8))]
+    for batch in rows.columns(folder / FACTS, ["prompt_id", "split"]):
+        found.append((batch["prompt_id"].to_numpy(), batch["split"].to_numpy()))
+    hashes, splits = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    return hashes, splits, np.zeros(len(hashes), np.int32)
 
 
-def same(messages: Sequence[Message]) -> int:
-    """A number that is the same for conversations that differ in case, white space and typographic variants alone."""
-    return seeds.derive(*(f"{m['role']}\x1f{' '.join(_folded(m['content']).split())}" for m in messages))
+def _added(file: Path) -> Known:
+    found = list(tables.read_columns(file, ("prompt_id", "split", "joined")))
+    return (
+        np.array([hash_of(prompt_id) for prompt_id, _, _ in found], np.int64),
+        np.array([parts.SPLITS.index(split) for _, split, _ in found], np.int8),
+        np.array([joined or 0 for _, _, joined in found], np.int32),
+    )
 
 
-def asked(messages: Sequence[Message]) -> list[str]:
-    """The words of all that the user says."""
-    return [word for m in messages if m["role"] == "user" for word in words(m["content"])]
-
-
-class HeldOut:
-    """Says whether a prompt meets a held-out one: the same ancestor, the same words, or too many n-grams in common.
-
-    The overlap of two texts is the share of the n-grams of the one that has fewer which the other has too; so a held-out
-    prompt inside a longer text, and a part of a held-out prompt, are found as well. A text of fewer than n words is one
-    n-gram of its own length.
-    """
-
-    def __init__(self, prompts: Iterable[Prompt], ngram: int, overlap: float) -> None:
-        self._ancestors, self._texts = set[str](), list[list[str]]()
-        for prompt in prompts:
-            self._ancestors.add(prompt.ancestor)
-            self._texts.append(asked(prompt.messages))
-        self._whole = {tuple(text) for text in self._texts}
-        self._ngram, self._overlap = ngram, overlap
-        self._by_size: dict[int, tuple[dict[tuple[str, ...], list[int]], list[int]]] = {}
-
-    def meets(self, prompt: Prompt) -> bool:
-        text = asked(prompt.messages)
-        if prompt.ancestor in self._ancestors or tuple(text) in self._whole:
-            return True
-        longest = min(self._ngram, len(text))
-        for n in range(min(LEAST_WORDS, self._ngram), longest + 1):
-            where, counts = self._index(n)
-            ours = _grams(text, n)
-            shared = Counter(i for gram in ours for i in where.get(gram, ()))
-            for i, count in shared.items():
-                # Below the full size only held-out texts that are no longer than this.
-                if n < longest and len(self._texts[i]) > n:
-                    continue
-                if count >= self._overlap * min(len(ours), counts[i]):
-                    return True
-        return False
-
-    def _index(self, n: int) -> tuple[dict[tuple[str, ...], list[int]], list[int]]:
-        """n-gram → held-out texts that have it, and how many different ones each text has."""
-        if n not in self._by_size:
-            where: dict[tuple[str, ...], list[int]] = {}
-            counts = []
-            for i, text in enumerate(self._texts):
-                grams = _grams(text, n)
-                counts.append(len(grams))
-                for gram in grams:
-                    where.setdefault(gram, []).append(i)
-            self._by_size[n] = (where, counts)
-        return self._by_size[n]
-
-
-def _grams(text: Sequence[str], n: int) -> set[tuple[str, ...]]:
-    return {tuple(text[i : i + n]) for i in range(len(text) - n + 1)}
-
-
-def admit(
-    rows: Sequence[Mapping[str, Any]],
-    pool: Iterable[Prompt],
-    render: Render,
-    *,
-    max_tokens: int,
-    ngram: int,
-    overlap: float,
-    source: str,
-    joined: int,
-) -> list[Prompt | str]:
-    """For each row the prompt that may join the pool, or why it may not.
-
-    rows: {"prompt"} or {"messages"}, with "parent" (a prompt_id) and "source" where they have them; `source` is for the
-    others. max_tokens: longest rendered prompt. ngram, overlap: see HeldOut. joined: first round that may draw them.
-    Refused are rows without a conversation, what the pool has already (the same words), what meets a held-out prompt or
-    has its ancestor, what the chat template refuses, and what is too long. Nothing is written.
-    """
-    parents = {str(row["parent"]) for row in rows if row.get("parent") is not None}
-    known, roots = set[int](), dict[str, str]()
-
-    def kept_apart() -> Iterator[Prompt]:
-        """The held-out prompts; on the way to them, what else has to be known of a pool that is read once."""
-        for prompt in pool if rows else ():
-            known.add(same(prompt.messages))
-            if prompt.prompt_id in parents:
-                roots[prompt.prompt_id] = prompt.ancestor
-            if prompt.split != "train":
-                yield prompt
-
-    held_out = HeldOut(kept_apart(), ngram, overlap)
-    found: list[Prompt | str] = []
-    drafts: dict[int, Prompt] = {}
-    for row in rows:
-        messages = messages_of(row)
-        if isinstance(messages, str):
-            found.append(messages)
-            continue
-        parent = None if row.get("parent") is None else str(row["parent"])
-        origin = str(row.get("source") or source)
-        try:
-            json.dumps([messages, parent, origin], ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            found.append("half a surrogate pair")
-            continue
-        root = roots.get(parent, parent) if parent is not None else None
-        draft = Prompt(
-            prompt_id=prompt_id(messages), messages=messages, prompt_ids=[], split="train", parent=parent,
-            source=origin, root=None if root == parent else root, joined=joined,
-        )  # fmt: skip
-        if held_out.meets(draft):
-            found.append("held out")
-        elif (sameness := same(messages)) in known:
-            found.append("duplicate")
-        else:
-            known.add(sameness)
-            drafts[len(found)] = draft
-            found.append("")
-    rendered = render([draft.messages for draft in drafts.values()]) if drafts else []
-    for (place, draft), ids in zip(drafts.items(), rendered, strict=True):
-        if isinstance(ids, str):
-            found[place] = ids
-        elif len(ids) > max_tokens:
-            found[place] = "too long"
-        else:
-            found[place] = dataclasses.replace(draft, prompt_ids=ids)
-    return found
+def _added_same(file: Path) -> NDArray[np.int64]:
+    """Those of a file of prompts that joined; a file that was written before they were kept in it is read whole."""
+    kept = [number for (number,) in tables.read_columns(file, ("same",))]
+    if None in kept:
+        kept = [same(p.messages) for p in tables.each_row(file, Prompt)]
+    return np.array(kept, np.int64)

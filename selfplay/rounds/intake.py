@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from selfplay.config import PromptsConfig
-from selfplay.prompts import pool
-from selfplay.prompts.pool import Pool, Render
+from selfplay.prompts import admission
+from selfplay.prompts.parts import Render
+from selfplay.prompts.pool import Pool
 from selfplay.types import Prompt
 
 
@@ -25,7 +26,7 @@ def admit(
 
     joined: the first round that may draw them. Nothing is written: `Pool.join` does that.
     """
-    return pool.admit(
+    return admission.admit(
         rows,
         prompts,
         render,

@@ -50,6 +50,7 @@ def run_round(run: Run) -> RoundReport:
     steps.expect_training()  # the trainer pays for its imports while the engine samples
     try:
         do(PROMPTS, steps.prompts, total=config.prompts.per_round)
+        run.draws.record(steps.index)
         steps.expect_training()  # anew where it shares a GPU with the engine, and so ended with an order of that stage
         do(GENERATE, steps.generate, total=steps.drawn)
         do(SCORE, steps.score, total=steps.drawn * config.generate.candidates)
@@ -79,7 +80,7 @@ def begin(run: Run) -> Steps:
     row = run.store.unfinished()
     if row is None:
         steps = Steps(run, run.next_round, run.current.version)
-        run.store.open_round(steps.index, steps.sampler, steps.cursor(), fingerprint, config)
+        run.store.open_round(steps.index, steps.sampler, run.draws.cursor(steps.index), fingerprint, config)
         return steps
     run.display.note(f"round {row['round']} is unfinished: going on with it")
     if row["fingerprint"] != fingerprint:

@@ -19,11 +19,11 @@ from selfplay.processes import children
 from selfplay.processes.child import Child, ChildDied
 from selfplay.processes.logs import last_line
 from selfplay.processes.reaping import reap
-from selfplay.progress import Display
-
-Rewriter = Any
+from selfplay.progress import Display, Line
+from selfplay.prompts.draws import Draws
 from selfplay.prompts.importer import INITIAL
-from selfplay.prompts.pool import Pool
+from selfplay.prompts.orders import Orders
+from selfplay.prompts.pool import ORDERS, Pool
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.scorer import Scorer
 from selfplay.rounds import intake
@@ -35,6 +35,8 @@ from selfplay.storage.policies import Policies
 from selfplay.tracking import trackers
 from selfplay.training.service import Trainer
 from selfplay.types import Message, Policy, Prompt, RoundReport
+
+Rewriter = Callable[[list[Message], str, int], str]  # messages, strategy, seed → the new last message
 
 
 class Run:
@@ -107,8 +109,10 @@ class Run:
             with self.display.stage(None, "import") as line:
                 line.update(text="prompts and initial policy")
                 with folders.folder(folder) as partial:
-                    self._import(partial)
+                    self._import(partial, line)
         self.prompts = Pool(folder)
+        orders = Orders(config.run.seed, folder / ORDERS)
+        self.draws = Draws(self.prompts, self.store, self.dir / "rounds", orders)
         initial = folders.read_json(folder / INITIAL)
         if not self.policies.folder(0).is_dir():
             self.policies.import_initial(Path(initial["source"]), initial["canaries"], config.fingerprint(), packages())
@@ -140,14 +144,16 @@ class Run:
         self.reward = scorer("reward", config.reward_sources(), config.reward.ensemble)
         self.judge = scorer("judge", config.judge_sources(), judge.ensemble) if judge else self.reward
 
-    def _import(self, out: Path) -> None:
+    def _import(self, out: Path, line: Line) -> None:
         found = ask_importer(
             self.dir,
             "import",
             self.event,
             meanwhile=self.warm_up,
+            on_progress=lambda event: line.update(text=event["text"], done=event["done"], total=event["total"]),
             config=self.config.model_dump(mode="json"),
             out=str(out),
+            work=str(self.dir / "pool.parts"),
         )
         if found["set_aside"]:
             self.event(

@@ -4,14 +4,13 @@ from selfplay.evaluation.stage import EVALUATE
 from selfplay.generation.sampling import GENERATE
 from selfplay.pairs.deepening import DEPTH
 from selfplay.pairs.stage import PAIRS
+from selfplay.prompts.draw import PROMPTS
+from selfplay.prompts.evolve import EVOLVE
 from selfplay.rewards.guard import GUARD
 from selfplay.rewards.scoring import SCORE
 from selfplay.rounds.promotion import PROMOTE
-from selfplay.stage import Stage
 from selfplay.training.stage import TRAIN
 
-PROMPTS = Stage(name="prompts", writes=("prompts.parquet",), unit="prompts", log="trainer")
-EVOLVE = Stage(name="evolve", reads=("pairs/pairs.parquet",), unit="rewrites", log="generator")
 __all__ = [
     "DEPTH",
     "EVALUATE",

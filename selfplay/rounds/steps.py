@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from selfplay.errors import GuardError
 from selfplay.evaluation.judge import Judge, dependence
@@ -16,7 +17,8 @@ from selfplay.generation.sampling import generate
 from selfplay.pairs.deepening import depth
 from selfplay.pairs.stage import pairs
 from selfplay.progress import Line
-from selfplay.prompts import draw
+from selfplay.prompts.draw import prompts
+from selfplay.prompts.evolve import Rewriting, by_function, by_policy, evolve, join
 from selfplay.rewards.guard import guard
 from selfplay.rewards.probes import Probes, choose_texts
 from selfplay.rewards.scoring import score
@@ -31,8 +33,9 @@ from selfplay.rounds.stages import EVOLVE, SCORE, STAGES, TRAIN
 from selfplay.stage import Metrics
 from selfplay.storage import folders, policies, tables
 from selfplay.training.gradients import gradients
+from selfplay.training.jobs import EmbedJob
 from selfplay.training.stage import train
-from selfplay.types import Policy, Prompt
+from selfplay.types import Policy
 
 
 class Steps:
@@ -79,26 +82,17 @@ class Steps:
 
     # the stages, in the order of the round
 
-    def cursor(self):
-        return draw.cursor(self._levels(self.index - 1))
-
-    def _levels(self, last):
-        pool = {i: joined for i, joined in self.run.prompts.joined("train").items() if (joined or 0) <= last}
-        opened = {row["round"]: (row["cursor"][0], row["cursor"][1]) for row in self.run.store.rounds()}
-        return draw.levels(pool, self._before, opened, self.config.run.seed)
-
-    @property
-    def _before(self):
-        return self.run.prompts.draws(self.run.dir / "rounds", self.index)
-
-    def prompts(self, folder, line):
-        settings = self.config.prompts
-        levels = self._levels(self.index)
-        ids = draw.draw(levels, self._before, settings.per_round, self.config.run.seed, settings.at_end)
-        rows = self.run.prompts.read(ids)
-        tables.write_rows(folder / "prompts.parquet", rows, Prompt)
-        epoch, offset = draw.cursor(levels | {i: levels[i] + 1 for i in ids})
-        return {"count": len(rows), "epoch": epoch, "offset": offset, "pool": len(levels)}
+    def prompts(self, out: Path, line: Line) -> Metrics:
+        return prompts(
+            out,
+            line,
+            pool=self.run.prompts,
+            draws=self.run.draws,
+            index=self.index,
+            settings=self.config.prompts,
+            breadth=self.config.breadth,
+            embed=self._embed if self.config.breadth.method == "clusters" else None,
+        )
 
     def generate(self, out: Path, line: Line) -> Metrics:
         self.run.serving.serve(self.run.policy(self.sampler))
@@ -163,6 +157,17 @@ class Steps:
             noise=self.config.reward.noise,
             beta=self.config.train.beta,
             seed=self.frame.seed("pairs"),
+        )
+
+    def evolve(self, out: Path, line: Line) -> Metrics:
+        return evolve(
+            out,
+            line,
+            pairs=self.frame.path("pairs/pairs.parquet"),
+            pool=self.run.prompts,
+            settings=self.config.evolve,
+            rewriting=self._rewriting(),
+            admit=lambda rows: self.run.admit(rows, "evolve"),
         )
 
     def depth(self, out: Path, line: Line) -> Metrics:
@@ -294,6 +299,49 @@ class Steps:
         """Have a trainer ready, where the round has still to be trained."""
         if not self.frame.done(TRAIN):
             self.run.trainer.start()
+
+    def join_rewrites(self) -> None:
+        """Let the rewrites of the round join the pool."""
+        join(self.frame.path(EVOLVE.name), pool=self.run.prompts, ledger=self.run.store, index=self.index)
+
+    def _rewriting(self) -> Rewriting:
+        """Who rewrites prompts: the policy that samples the round, or the user's function."""
+        rewriter = self.run.rewriter
+        if rewriter is not None:
+            return by_function(
+                self.config.evolve.rewriter,
+                rewriter,
+                functools.partial(self.frame.seed, "evolve"),
+                lambda: self.run.breathe("shard"),
+            )
+        policy = self.run.policy(self.sampler)
+        self.run.serving.serve(policy)
+        assert self.run.generator.info is not None, "the engine serves"
+        return by_policy(
+            self.sampler,
+            self.run.generator.info.max_model_len,
+            # A rewrite that is longer than a prompt may be is of no use: the rest is left to the instruction.
+            min(self.config.prompts.max_tokens, self.config.generate.max_tokens),
+            self.run.render,
+            lambda rows, most, progress: self.answers.answers("evolve", rows, policy, progress, max_tokens=most),
+        )
+
+    def _embed(self, drawn: Path, keep: int) -> dict[str, Any]:
+        """Which of the prompts in a file stand for all, as the trainer finds it."""
+        settings = self.config.breadth
+        job = EmbedJob(
+            prompts=drawn,
+            embedding=settings.embedding,
+            pooling=settings.pooling,
+            policy=Path(self._verified(self.sampler).path),
+            dtype=self.config.policy.dtype,
+            keep=keep,
+            clusters=settings.clusters,
+            seed=self.frame.seed("breadth"),
+            threads=self.config.train.cpu_threads,
+            trust_remote_code=self.config.policy.trust_remote_code,
+        )
+        return self.run.trainer.order("embed", job, lambda event: self.run.breathe("shard"))
 
     def _verified(self, version: int) -> Policy:
         """A policy whose files were checked."""

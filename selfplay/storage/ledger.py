@@ -19,6 +19,7 @@ from selfplay.errors import InputError
 from selfplay.storage.lock import RunLock
 from selfplay.storage.reader import Reader, now
 from selfplay.storage.schema import (
+    draws,
     events,
     metrics,
     migrate,
@@ -143,6 +144,12 @@ class Store(Reader):
             connection.execute(stages.delete().where(this))
             connection.execute(stages.insert().values(round=index, stage=stage, ended=now(), seconds=seconds))
             self._replace_metrics(connection, index, stage, values)
+
+    def record_draw(self, index: int, epoch: int, size: int, levels: bytes) -> None:
+        """Keep how often each prompt was drawn by the end of a round; what was kept of that round before is replaced."""
+        with self._engine.begin() as connection:
+            connection.execute(draws.delete().where(draws.c.round == index))
+            connection.execute(draws.insert().values(round=index, epoch=epoch, size=size, levels=levels))
 
     def record_metrics(self, index: int, stage: str, values: dict[str, float]) -> None:
         """Record the metrics of a stage that did not finish, but whose numbers say why."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from selfplay.storage.schema import events, metrics, orders, pairs, policies, rounds, runs, stages, state, totals
+from selfplay.storage.schema import draws, events, metrics, orders, pairs, policies, rounds, runs, stages, state, totals
 
 _ROUND = [column for column in rounds.c if column is not rounds.c.config]
 
@@ -70,6 +70,11 @@ class Reader:
     def round(self, index: int) -> dict[str, Any]:
         """One round, without its configuration."""
         return self._rows(sa.select(*_ROUND).where(rounds.c.round == index))[0]
+
+    def draw_before(self, index: int) -> dict[str, Any] | None:
+        """What was kept last of the draws of earlier rounds."""
+        query = sa.select(draws).where(draws.c.round < index).order_by(draws.c.round.desc()).limit(1)
+        return next(iter(self._rows(query)), None)
 
     def last_round(self) -> int:
         """Number of the last round that was opened; 0 before there is one."""

@@ -132,6 +132,14 @@ trends = sa.Table(
     sa.Column("high_round", sa.Integer, nullable=False),
     sqlite_with_rowid=False,
 )
+draws = sa.Table(
+    "draws",
+    metadata,
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("epoch", sa.Integer, nullable=False),  # the lowest level of the pool after this round
+    sa.Column("size", sa.Integer, nullable=False),  # training prompts that have a level
+    sa.Column("levels", sa.LargeBinary, nullable=False),  # see prompts/draws.py
+)
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, nullable=False))
 
 TOKENS = ("generate/tokens", "evolve/tokens", "evaluate/tokens")
@@ -191,11 +199,16 @@ def _totals_and_trends(connection: sa.Connection) -> None:
         connection.exec_driver_sql(statement)
 
 
+def _draws(connection: sa.Connection) -> None:
+    draws.create(connection, checkfirst=True)
+
+
 MIGRATIONS: list[Callable[[sa.Connection], None]] = [
     metadata.create_all,  # 1: everything above
     _orders_and_pins,  # 2: orders, state, policies.pinned
     _pairs_by_value,  # 3: pairs in the order of each of their values
     _totals_and_trends,  # 4: sums and charts that need no walk over all rounds; indexes by state, name, kind and round
+    _draws,  # 5: what was drawn of the pool
 ]
 
 

@@ -289,14 +289,17 @@ class RowReader:
         """The rows with these numbers, in this order."""
         wanted = np.asarray(rows, np.int64)
         assert wanted.size == 0 or (wanted.min() >= 0 and wanted.max() < self._starts[-1]), "rows that are not there"
-        groups = np.searchsorted(self._starts, wanted, side="right") - 1
-        needed, place = np.unique(groups, return_inverse=True)
-        parts = [self._decoded(int(group)) for group in needed]
-        before = np.concatenate([[0], np.cumsum([part.num_rows for part in parts], dtype=np.int64)])
-        local = wanted - self._starts[groups] + before[place]
-        if not parts:
+        order = np.argsort(wanted, kind="stable")
+        groups = np.searchsorted(self._starts, wanted[order], side="right") - 1
+        found = []
+        for group in np.unique(groups):
+            local = wanted[order][groups == group] - self._starts[group]
+            found.append(self._decoded(int(group)).take(pa.array(local)))
+        if not found:
             return self._empty
-        return pa.concat_tables(parts).take(pa.array(local))
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return pa.concat_tables(found).take(pa.array(back))
 
     def _decoded(self, group: int) -> pa.Table:
         if self._last is None or self._last[0] != group:

@@ -5,7 +5,7 @@ one comes. Orders, each answered with one result or one error (see `selfplay/pro
 
     {"order": "train", "job": TrainJob}        pairs → checks → ε-DPO → an exported policy and what is known of it
     {"order": "embed", "job": EmbedJob}        embeddings of prompts, and which of them stand for all
-    {"order": "render", …}                     conversations to token ids, as the importer does (see importer.py)
+    {"order": "render", …}                     conversations to token ids, as the importer does (see models/rendering.py)
     {"order": "features", "job": FeaturesJob}  projected gradients of pairs, their clusters, and closeness to these
     {"order": "canaries", "job": CanaryJob}    log-probabilities of fixed sequences under a checkpoint
     {"order": "exit"}
@@ -56,7 +56,7 @@ def failure(error: Exception) -> TrainError:
 
 def obey(order: Event, channel: Channel, rank: int) -> bool:
     """Carry out one order and answer it; False after an error."""
-    from selfplay.prompts import importer
+    from selfplay.models import rendering
     from selfplay.training import depth_job, embed_job, train_job
 
     def report(step: int, steps: int, metrics: dict[str, float | None]) -> None:
@@ -72,7 +72,7 @@ def obey(order: Event, channel: Channel, rank: int) -> bool:
         elif order["order"] == "canaries":
             result = train_job.canaries(CanaryJob.model_validate(order["job"])) if rank == 0 else None
         elif order["order"] == "render":
-            result = importer.run_render(order) if rank == 0 else None
+            result = rendering.run_render(order) if rank == 0 else None
         elif order["order"] == "embed":
             job = EmbedJob.model_validate(order["job"])
             result = embed_job.embed(job, lambda done: channel.progress(order, done=done)) if rank == 0 else None

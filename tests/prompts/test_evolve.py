@@ -1,62 +1,53 @@
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from test_pool import prompt
+from test_pool import opened, prompt
 from test_report import pair
 
 from selfplay import config, seeds
 from selfplay.errors import InputError
-from selfplay.prompts import evolve, pool
-from selfplay.rounds.run import Run
+from selfplay.prompts import admission, evolve
 from selfplay.storage import tables
 from selfplay.storage.ledger import Store
-from selfplay.types import Candidate, Prompt, Rewrite
-from selfplay.worlds.tiny import rewriter
+from selfplay.types import Candidate, Pair, Prompt, Rewrite
+from selfplay.worlds import tiny_rewriter
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 FIVE = list(evolve.STRATEGIES)
 
 
-class FakePool(list):
-    def read(self, prompt_ids):
-        return [next(p for p in self if p.prompt_id == i) for i in prompt_ids]
+def render(conversations):
+    """A template that makes a token of each character."""
+    return [list(m[-1]["content"].encode()) for m in conversations]
 
 
-class FakeRound:
-    """A round whose policy answers what `says` tells, and whose template makes a token of each character."""
+class World:
+    """A round whose policy answers what `says` tells, or where a function rewrites."""
 
-    def __init__(self, prompts, potentials, says=None, rewriter_function=None, context=20_000, **overrides):
-        self.config = config.load(TINY, [f"evolve.{name}={value}" for name, value in overrides.items()])
-        self.sampler, self.index, self._says, self.asked = 3, 2, says, []
-        self._pairs = [pair(0, prompt_id=p.prompt_id, potential=v) for p, v in zip(prompts, potentials, strict=False)]
-        self.run = SimpleNamespace(
-            prompts=FakePool(prompts),
-            rewriter=rewriter_function,
-            policy=lambda version: SimpleNamespace(version=version),
-            breathe=lambda where: None,
-            generator=SimpleNamespace(info=SimpleNamespace(max_model_len=context)),
-            render=lambda conversations: [list(m[-1]["content"].encode()) for m in conversations],
-        )
-        self.run.admit = lambda rows, source: pool.admit(
-            rows, self.run.prompts, self.run.render, max_tokens=200, ngram=8, overlap=0.5, source=source, joined=3
-        )
-        self.serve = lambda policy: None
+    def __init__(self, folder, prompts, potentials, says=None, function=None, context=20_000, **overrides):
+        self.folder, self.settings = folder, config.load(TINY, [f"evolve.{n}={v}" for n, v in overrides.items()]).evolve
+        self.pool = opened(folder / "pool", prompts)
+        ids = [p.prompt_id for p in prompts]
+        pairs = [pair(0, prompt_id=i, potential=v) for i, v in zip(ids, potentials, strict=False)]
+        tables.write_rows(folder / "pairs.parquet", pairs, Pair)
+        self._says, self.asked = says, []
+        if function is None:
+            self.rewriting = evolve.by_policy(3, context, 48, render, self.sample)
+        else:
+            self.rewriting = evolve.by_function(self.settings.rewriter, function, lambda *parts: seeds.derive(*parts))
 
-    def rows(self, stage, name, row_type):
-        return self._pairs
+    def admit(self, rows):
+        return admission.admit(rows, self.pool, render, max_tokens=200, ngram=8, overlap=0.5, source="evolve", joined=3)
 
-    def seed(self, *parts):
-        return seeds.derive(*parts)
-
-    def sample(self, name, rows, candidates, version, on_progress, max_tokens):
-        assert (candidates, version, max_tokens) == (1, 3, 48)
+    def sample(self, rows, max_tokens, on_progress):
+        assert max_tokens == 48
         self.asked = [p.messages[-1]["content"] for p in rows]
+        on_progress(len(rows))
         return [
             Candidate(
                 prompt_id=p.prompt_id, index=0, text=text, token_ids=[1, 2], logp=-1.0, n_tokens=2,
-                finish_reason=finish, policy=version,
+                finish_reason=finish, policy=3,
             )
             for p in rows
             for text, finish in [self._says(p.messages[-1]["content"])]
@@ -68,10 +59,13 @@ class Line:
         self.text = fields.get("text")
 
 
-def run(r, folder):
-    folder.mkdir()
+def run(world, name="evolve"):
+    (folder := world.folder / name).mkdir()
     line = Line()
-    metrics = evolve.evolve(r, folder, line)
+    metrics = evolve.evolve(
+        folder, line, pairs=world.folder / "pairs.parquet", pool=world.pool, settings=world.settings,
+        rewriting=world.rewriting, admit=world.admit,
+    )  # fmt: skip
     return (
         metrics,
         tables.read_rows(folder / "prompts.parquet", Prompt),
@@ -81,10 +75,11 @@ def run(r, folder):
 
 
 def test_the_best_quarter_by_potential():
-    pairs = [pair(i, potential=v) for i, v in enumerate([0.1, 2.0, None, -1.0, 0.5, 0.4, 0.3, 0.2, 0.0])]
-    assert evolve.best(pairs, 0.25) == ["p1", "p4"]  # of eight that have one
-    assert evolve.best(pairs[:1], 0.25) == ["p0"]
-    assert evolve.best(pairs[2:3], 0.25) == []
+    potentials = [0.1, 2.0, None, -1.0, 0.5, 0.4, 0.3, 0.2, 0.0]
+    names = [f"p{i}" for i in range(9)]
+    assert evolve.best(names, potentials, 0.25) == ["p1", "p4"]  # of eight that have one
+    assert evolve.best(names[:1], potentials[:1], 0.25) == ["p0"]
+    assert evolve.best(names[2:3], potentials[2:3], 0.25) == []
 
 
 def test_an_instruction_shows_the_last_message_and_what_came_before():
@@ -134,11 +129,11 @@ def test_the_policy_rewrites_and_everything_has_a_reason(tmp_path):
         "concretize": ("<rewrite>Who was Ada Lovelace, and what was she known for?!</rewrite>", "stop"),
         "reason": ("<rewrite>name a FRUIT.</rewrite>", "stop"),
     }
-    r = FakeRound(
-        [parent, *others], [1.0],
+    world = World(
+        tmp_path, [parent, *others], [1.0],
         says=lambda text: next(answers[s] for s in FIVE if evolve.STRATEGIES[s] in text),
     )  # fmt: skip
-    metrics, joining, rewrites, text = run(r, tmp_path / "evolve")
+    metrics, joining, rewrites, text = run(world)
     assert [(w.strategy, w.rejected_because) for w in rewrites] == [
         ("broaden", None),
         ("deepen", "cut off"),
@@ -166,9 +161,9 @@ def test_an_instruction_that_does_not_fit_is_not_sampled(tmp_path):
     """The context has room for the short prompt's instruction and a rewrite of 48 tokens, not for the long one's."""
     short, long = prompt("Why?"), prompt("Why is it so? " * 30)
     room = max(len(evolve.instruction(short.messages, s)[0]["content"].encode()) for s in FIVE) + 48
-    r = FakeRound([short, long], [1.0, 2.0], says=lambda text: ("", "stop"), context=room, top=1.0)
-    metrics, joining, rewrites, _ = run(r, tmp_path / "evolve")
-    assert len(r.asked) == 5 and joining == []
+    world = World(tmp_path, [short, long], [1.0, 2.0], says=lambda text: ("", "stop"), context=room, top=1.0)
+    metrics, joining, rewrites, _ = run(world)
+    assert len(world.asked) == 5 and joining == []
     assert metrics["rejected_no_room_for_the_instruction"] == metrics["rejected_not_marked"] == 5
     assert [w.n_tokens for w in rewrites] == [2] * 5 + [0] * 5
 
@@ -176,8 +171,8 @@ def test_an_instruction_that_does_not_fit_is_not_sampled(tmp_path):
 def test_a_conversation_keeps_what_came_before(tmp_path):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name a fruit."}]
     parent = dataclasses.replace(prompt("x"), messages=messages)
-    r = FakeRound([parent], [1.0], rewriter_function=lambda messages, strategy, seed: f" {strategy} it ")
-    _, joining, _, _ = run(r, tmp_path / "evolve")
+    world = World(tmp_path, [parent], [1.0], function=lambda messages, strategy, seed: f" {strategy} it ")
+    _, joining, _, _ = run(world)
     assert [p.messages for p in joining] == [
         [messages[0], {"role": "user", "content": f"{strategy} it"}] for strategy in FIVE
     ]
@@ -185,13 +180,13 @@ def test_a_conversation_keeps_what_came_before(tmp_path):
 
 def test_rules_rewrite_and_the_ledger_says_so(tmp_path):
     parents = [prompt("Hey, What is the capital of Peru?"), prompt("Name two fruits. Be brief.")]
-    name = "selfplay.worlds.tiny.rewriter:rewrite"
-    r = FakeRound(parents, [1.0, 0.5], rewriter_function=rewriter.rewrite, rewriter=name, top=1.0)
-    metrics, joining, rewrites, _ = run(r, tmp_path / "evolve")
+    name = "selfplay.worlds.tiny_rewriter:rewrite"
+    world = World(tmp_path, parents, [1.0, 0.5], function=tiny_rewriter.rewrite, rewriter=name, top=1.0)
+    metrics, joining, rewrites, _ = run(world)
     assert metrics["by_rules"] == 1.0 and metrics["tokens"] == 0 and len(joining) >= 8
     assert {p.source for p in joining} >= {f"reason by {name}"}
     assert evolve.story(rewrites).endswith(f"rewritten by {name}, a function with rules: no model was asked")
-    again = run(r, tmp_path / "again")
+    again = run(world, "again")
     assert (tmp_path / "again" / "rewrites.parquet").read_bytes() == (
         tmp_path / "evolve" / "rewrites.parquet"
     ).read_bytes()
@@ -199,7 +194,7 @@ def test_rules_rewrite_and_the_ledger_says_so(tmp_path):
 
 
 def test_nothing_to_rewrite(tmp_path):
-    metrics, joining, rewrites, _ = run(FakeRound([prompt("x")], [None]), tmp_path / "evolve")
+    metrics, joining, rewrites, _ = run(World(tmp_path, [prompt("x")], [None], says=None))
     assert metrics["rewrites"] == metrics["joined"] == 0 and joining == rewrites == []
     assert evolve.story([]) == "no prompt was there to rewrite"
 
@@ -209,26 +204,24 @@ def test_a_function_that_fails_is_named(tmp_path):
         raise KeyError("x")
 
     with pytest.raises(InputError, match=r"evolve.rewriter \(policy\) failed on prompt .*KeyError"):
-        run(FakeRound([prompt("x")], [1.0], rewriter_function=broken), tmp_path / "evolve")
+        run(World(tmp_path, [prompt("x")], [1.0], function=broken))
 
 
 def test_joining_twice_is_joining_once(tmp_path):
     """A controller that is killed between the stage and the pool, or between the pool and the ledger, makes good for it."""
-    service = Run(config.load(TINY), tmp_path, None)
-    service.store = Store(tmp_path)
-    (tmp_path / "pool").mkdir()
-    tables.write_rows(tmp_path / "pool" / pool.POOL, [], Prompt)
-    service.prompts = pool.Pool(tmp_path / "pool")
+    pool, store, stage = opened(tmp_path / "pool", []), Store(tmp_path), tmp_path / "evolve"
     new = [prompt("one", joined=2), prompt("two", joined=2)]
     rewrite = Rewrite(
         parent="p", strategy="deepen", rewriter="policy 1", text="one", n_tokens=3, prompt_id="1", rejected_because=None
     )
-    r = SimpleNamespace(run=service, index=1, rows=lambda stage, name, kind: new if kind is Prompt else [rewrite])
-    service.join(new[:1])
+    stage.mkdir()
+    tables.write_rows(stage / "prompts.parquet", new, Prompt)
+    tables.write_rows(stage / "rewrites.parquet", [rewrite], Rewrite)
+    pool.join(new[:1])
     for _ in range(2):
-        evolve.join(r)
+        evolve.join(stage, pool=pool, ledger=store, index=1)
     assert [p.name for p in sorted((tmp_path / "pool" / "added").iterdir())] == ["0001.parquet", "0002.parquet"]
     assert tables.read_rows(tmp_path / "pool" / "added" / "0002.parquet", Prompt) == new[1:]
-    (event,) = service.store.events(1)
-    service.store.close()
+    (event,) = store.events(1)
+    store.close()
     assert event["kind"] == "evolve" and event["text"].startswith("1 of 1 rewrites join the pool (broaden 0, deepen 1,")

@@ -4,7 +4,6 @@ import pytest
 from mini import RULES, rows
 
 from selfplay.prompts import pool
-from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Drawn, Prompt, Rewrite
 
@@ -37,8 +36,8 @@ def test_a_draw_is_compressed_and_what_was_passed_over_counts_as_drawn(calm):
 
 def test_rewrites_join_the_next_round_with_their_lineage(calm):
     run_dir, _ = calm
-    began = {p.prompt_id: p for p in tables.read_rows(run_dir / "pool" / pool.POOL, Prompt)}
     everything = {p.prompt_id: p for p in pool.Pool(run_dir / "pool")}
+    began = {prompt_id: p for prompt_id, p in everything.items() if p.joined is None}
     added = [p for p in everything.values() if p.prompt_id not in began]
     store = Store(run_dir)
     events = [e for e in store.events() if e["kind"] == "evolve"]

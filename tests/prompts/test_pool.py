@@ -1,12 +1,12 @@
 import dataclasses
 import gc
-import shutil
 import tracemalloc
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from selfplay.prompts import pool
+from selfplay.prompts import formats, parts, pool, rows
 from selfplay.storage import tables
 from selfplay.types import Prompt
 
@@ -18,172 +18,105 @@ def conversation(*texts):
 
 def prompt(text, split="train", **fields):
     messages = conversation(text)
-    return Prompt(prompt_id=pool.prompt_id(messages), messages=messages, prompt_ids=[1], split=split, **fields)
+    return Prompt(prompt_id=formats.prompt_id(messages), messages=messages, prompt_ids=[1], split=split, **fields)
 
 
-def render(conversations):
-    """One token a character; a template that knows no system role."""
-    return [
-        "cannot be rendered (TemplateError)" if m[0]["role"] == "system" else list(m[-1]["content"].encode())
-        for m in conversations
-    ]
-
-
-def admit(rows, known=(), **settings):
-    settings = {"max_tokens": 200, "ngram": 8, "overlap": 0.5, "source": "here", "joined": 4, **settings}
-    return pool.admit(rows, known, render, **settings)
-
-
-def held_out(text, ngram=8, overlap=0.5):
-    return pool.HeldOut([prompt(text, "heldout")], ngram, overlap)
-
-
-def test_what_may_join_and_what_may_not():
-    parent = prompt("How do plants grow?", parent="grandparent", root="adam")
-    known = [parent, prompt("What is the highest mountain of the Andes?", "audit", parent="eve")]
-    found = admit(
-        [
-            {"prompt": "How do mosses grow?", "parent": parent.prompt_id, "source": "deepen by policy 3"},
-            {"prompt": "how do  PLANTS grow?"},
-            {"prompt": "how do mosses grow?"},
-            {"prompt": "What is the highest mountain of the Andes??"},
-            {"prompt": "Something else.", "parent": "eve"},
-            {"prompt": "Something else.", "parent": "someone"},
-            {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]},
-            {"prompt": "z" * 201},
-            {"prompt": " "},
-            {"prompt": "a lone surrogate \ud800"},
-            {"prompt": "Why?", "parent": "\ud800"},
-            {"prompt": ["Why?"], "messages": "Why?", "parent": {"a": 1}, "source": 3},
-        ],
-        known,
-    )
-    assert found == [
-        Prompt(
-            prompt_id=pool.prompt_id(conversation("How do mosses grow?")), messages=conversation("How do mosses grow?"),
-            prompt_ids=list(b"How do mosses grow?"), split="train", parent=parent.prompt_id, root="adam", joined=4,
-            source="deepen by policy 3",
-        ),
-        "duplicate",
-        "duplicate",
-        "held out",
-        "held out",
-        Prompt(
-            prompt_id=pool.prompt_id(conversation("Something else.")), messages=conversation("Something else."),
-            prompt_ids=list(b"Something else."), split="train", parent="someone", root=None, joined=4, source="here",
-        ),
-        "cannot be rendered (TemplateError)",
-        "too long",
-        "neither prompt nor messages",
-        "half a surrogate pair",
-        "half a surrogate pair",
-        "neither prompt nor messages",
-    ]  # fmt: skip
-    assert isinstance(found[0], Prompt) and found[0].ancestor == "adam"
-
-
-def test_nothing_to_render_asks_nobody():
-    def never(conversations):
-        raise AssertionError
-
-    assert pool.admit([], [], never, max_tokens=1, ngram=8, overlap=1, source="", joined=1) == []
-
-
-def test_n_grams_in_common_by_hand():
-    """Trigrams of «a b c d e f» : abc bcd cde def. «x b c d e y» has xbc bcd cde dey: 2 of 4."""
-    meeting = prompt("x b c d e y")
-    assert held_out("a b c d e f", 3, 0.5).meets(meeting)
-    assert not held_out("a b c d e f", 3, 0.51).meets(meeting)
-    # Of the shorter text's two trigrams one is shared, however long the other is.
-    assert held_out("a b c d e f g h i j k l m n", 3, 0.5).meets(prompt("z j k l"))
-    assert not held_out("a b c d e f g h i j k l m n", 3, 0.6).meets(prompt("z j k l"))
-    # A repeated n-gram counts once.
-    assert not held_out("a b c a b c a b c d e f g h", 3, 0.5).meets(prompt("a b c x y z x y"))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "meets"),
-    [
-        ("Hello!", "hello", True),  # the same words
-        ("Hello!", "Say hello.", False),  # too short to say anything
-        ("What is the capital of Norway?", "Please tell me: WHAT is the capital of norway – be brief.", True),
-        ("Please tell me: What is the capital of Norway? Be brief.", "What is the capital of Norway?", True),
-        ("What is the capital of Norway?", "Please tell me: What is the capital of Peru? Be brief.", False),
-        ("Name three fruits.", "Name three fruits. Be brief.", False),  # three words are chance
-        ("ＮＡＭＥ four　fruits now", "Please name four fruits now", True),
-        ("挪威的首都是哪里?", "请告诉我,挪威的首都是哪里?", True),
-        ("挪威的首都是哪里?", "秘鲁的首都是哪里?", False),
-        ("???", "???", True),
-        ("???", "!!!", False),
-    ],
-)
-def test_what_meets_a_held_out_prompt(old, new, meets):
-    assert held_out(old).meets(prompt(new)) is meets
-
-
-def test_a_held_out_conversation_is_met_by_what_its_user_says():
-    messages = conversation("Tell me a story about a dog.", "Once …", "Now one about the cat next door.")
-    found = pool.HeldOut([Prompt(prompt_id="h", messages=messages, prompt_ids=[], split="heldout")], 8, 0.5)
-    other = [
-        {"role": "system", "content": "Be kind."},
-        *conversation("tell me a story about a dog", "No.", "now one about the cat next door"),
-    ]
-    assert found.meets(Prompt(prompt_id="x", messages=other, prompt_ids=[], split="train"))
-    assert not found.meets(prompt("Tell me about your day."))
+def opened(folder, prompts=None, kind="new"):
+    """The pool of a folder; with prompts it is written first, as the importer writes it now, or as it did before."""
+    if prompts is not None and kind == "old":
+        tables.write_rows(folder / pool.OLD, prompts, Prompt)
+    elif prompts is not None:
+        (folder / pool.PROMPTS).mkdir(parents=True)
+        rows.write(folder / pool.FACTS, parts.facts_of(prompts))
+        for start in range(0, len(prompts), 700):
+            table = tables.to_table(prompts[start : start + 700], Prompt)
+            rows.write(folder / pool.PROMPTS / f"{start:09d}.arrow", table)
+    return pool.Pool(folder)
 
 
 def test_added_prompts_stay(tmp_path):
-    first, second, third = (prompt(f"number {i}", joined=i) for i in range(3))
-    tables.write_rows(tmp_path / pool.POOL, [first], Prompt)
-    assert list(pool.Pool(tmp_path)) == [first]
+    first, second, third = (prompt(f"number {i}", joined=i or None) for i in range(3))
+    assert list(opened(tmp_path, [first])) == [first]
     pool.write_added(tmp_path, [second])
     pool.write_added(tmp_path, [third])
-    assert list(pool.Pool(tmp_path)) == [first, second, third]
+    found = opened(tmp_path)
+    assert list(found) == [first, second, third] and len(found) == 3
     assert sorted(p.name for p in (tmp_path / "added").iterdir()) == ["0001.parquet", "0002.parquet"]
+    assert found.training()[1].tolist() == [0, 1, 2]
 
 
 def test_a_pool_written_before_prompts_could_join_is_read(tmp_path):
     row = prompt("old", parent="root of old")
     tables.write_rows(tmp_path / "new.parquet", [row], Prompt)
-    pq.write_table(pq.read_table(tmp_path / "new.parquet").drop_columns(["root", "joined"]), tmp_path / pool.POOL)
+    pq.write_table(pq.read_table(tmp_path / "new.parquet").drop_columns(["root", "joined"]), tmp_path / pool.OLD)
     assert list(pool.Pool(tmp_path)) == [row]
     assert row.ancestor == "root of old"
 
 
-def test_a_pool_is_read_where_it_is_asked_for(tmp_path):
+@pytest.mark.parametrize("kind", ["old", "new"])
+def test_a_pool_is_read_where_it_is_asked_for(tmp_path, kind):
     """Of 2,000 prompts of 500 tokens, 8 MB of ids alone, next to nothing is held."""
-    rows = [dataclasses.replace(prompt(f"number {i}"), prompt_ids=[i] * 500) for i in range(2000)]
-    tables.write_rows(tmp_path / pool.POOL, rows, Prompt)
+    splits = {3: "heldout", 5: "audit", 1999: "heldout"}
+    prompts = [
+        dataclasses.replace(
+            prompt(f"number {i}", splits.get(i, "train")), prompt_ids=[i] * (500 - i % 3), meta={"i": i}
+        )
+        for i in range(2000)
+    ]
+    opened(tmp_path, prompts, kind)
     gc.collect()
     tracemalloc.start()
     found = pool.Pool(tmp_path)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < 500_000
-    wanted = [rows[i].prompt_id for i in (1999, 3, 3, 700)]
-    assert found.read(wanted) == [rows[i] for i in (1999, 3, 3, 700)]
-    assert rows[5].prompt_id in found and "another" not in found
-    assert found.join([rows[5], prompt("new", joined=2), prompt("new", joined=2)]) == 1
-    assert found.joined("train")[prompt("new").prompt_id] == 2 and len(found.joined("train")) == 2001
+    wanted = [1999, 3, 3, 700, 699, 1400, 0]
+    assert found.read([prompts[i].prompt_id for i in wanted]) == [prompts[i] for i in wanted]
+    found.write([prompts[i].prompt_id for i in wanted], tmp_path / "some.parquet")
+    assert tables.read_rows(tmp_path / "some.parquet", Prompt) == [prompts[i] for i in wanted]
+    assert found.read([]) == []
+    found.write([], tmp_path / "none.parquet")
+    assert tables.read_rows(tmp_path / "none.parquet", Prompt) == []
+    assert found.ids("heldout") == [prompts[i].prompt_id for i in (3, 1999)]
+    assert found.ids("audit") == [prompts[5].prompt_id]
+    hashes, first = found.training()
+    assert formats.names(hashes) == [p.prompt_id for p in prompts if p.split == "train"] and not first.any()
+    assert prompts[5].prompt_id in found and "another" not in found and prompt("another").prompt_id not in found
+    for absent in ("another", prompt("another").prompt_id):
+        with pytest.raises(KeyError, match=absent):
+            found.read([prompts[0].prompt_id, absent])
+    new = [prompt("new", joined=2), prompt("newer", joined=2)]
+    assert found.join([prompts[5], new[0], new[0]]) == 1 and found.join(new) == 1
+    assert found.training()[1][-2:].tolist() == [2, 2]
+    assert found.read([new[1].prompt_id, prompts[9].prompt_id]) == [new[1], prompts[9]]
+    assert list(found) == list(pool.Pool(tmp_path)) == [*prompts, *new]
+    assert pool.page(tmp_path, 698, 4) == (prompts[698:702], 2002)
+    assert pool.page(tmp_path, 1999, 9) == ([prompts[1999], *new], 2002)
+    assert pool.page(tmp_path, 2002, 9) == ([], 2002)
 
 
-def test_what_finished_rounds_drew_is_read_once(tmp_path):
-    tables.write_rows(tmp_path / pool.POOL, [], Prompt)
-    found = pool.Pool(tmp_path)
+def test_a_folder_without_a_pool_has_no_page(tmp_path):
+    assert pool.page(tmp_path / "none", 0, 5) == ([], 0)
 
-    def drew(index, name, *texts):
-        folder = tmp_path / "rounds" / f"{index:04d}" / "prompts"
-        folder.mkdir(parents=True, exist_ok=True)
-        tables.write_rows(folder / f"{name}.parquet", [prompt(text) for text in texts], Prompt)
-        return folder
 
-    rounds = tmp_path / "rounds"
-    first = drew(1, "prompts", "a", "b")
-    drew(2, "prompts", "a")
-    drew(2, "drawn", "a", "c")  # of which «c» was passed over
-    drew(4, "prompts", "b")  # the third was given up before it drew
-    a, b, c = (prompt(text).prompt_id for text in "abc")
-    assert found.draws(rounds, 3) == {a: 2, b: 1, c: 1}
-    shutil.rmtree(first)
-    assert found.draws(rounds, 3) == {a: 2, b: 1, c: 1}
-    assert found.draws(rounds, 5) == {a: 2, b: 2, c: 1}
+def test_many_prompts_are_written_some_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "CHUNK", 100)
+    prompts = [prompt(f"number {i}") for i in range(1500)]
+    found = opened(tmp_path, prompts)
+    order = np.random.default_rng(0).permutation(1500)[:950]
+    found.write([prompts[i].prompt_id for i in order], tmp_path / "some.parquet")
+    assert tables.read_rows(tmp_path / "some.parquet", Prompt) == [prompts[i] for i in order]
+
+
+def test_the_facts_of_an_old_pool_are_made_once(tmp_path):
+    found = opened(tmp_path, [prompt("How do plants grow?"), prompt("Why?", "heldout")], "old")
+    assert not (tmp_path / pool.FACTS).exists()
+    known = np.array(
+        [parts.facts_of([prompt(text)])["same"][0].as_py() for text in ("WHY?", "Who?", "how do plants  grow?")]
+    )
+    assert found.has_same(known).tolist() == [True, False, True]
+    made = (tmp_path / pool.FACTS).stat().st_mtime_ns
+    again = pool.Pool(tmp_path)
+    assert again.has_same(known).tolist() == [True, False, True]
+    assert (tmp_path / pool.FACTS).stat().st_mtime_ns == made
+    assert list(again) == list(found) and again.ids("heldout") == [prompt("Why?").prompt_id]

@@ -1,88 +1,157 @@
+import random
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
+import plain_draws
 import pytest
 
+from selfplay.config import BreadthConfig, PromptsConfig
 from selfplay.errors import InputError
-from selfplay.prompts import draw as prompts
-from selfplay.types import Prompt
+from selfplay.prompts import draw, draws, formats, pool
+from selfplay.prompts import orders as orders_module
+from selfplay.prompts.orders import Orders
+from selfplay.storage import tables
+from selfplay.storage.ledger import Store
+from selfplay.types import Drawn, Prompt
 
 POOL = [f"p{i}" for i in range(10)]
 
 
-def prompt(name, joined=None):
-    return Prompt(prompt_id=name, messages=[], prompt_ids=[], split="train", joined=joined)
+def conversation(name):
+    return [{"role": "user", "content": name}]
+
+
+def prompt(name, joined=None, split="train"):
+    messages = conversation(name)
+    return Prompt(
+        prompt_id=formats.prompt_id(messages), messages=messages, prompt_ids=[1, 2], split=split, joined=joined
+    )
+
+
+class Line:
+    def update(self, **fields):
+        return
 
 
 class History:
-    """Rounds that draw from a pool, as the ledger and the artifacts would tell it."""
+    """Rounds that draw from a real pool with a real ledger; prompts go by their names."""
 
-    def __init__(self, pool, seed=7, at_end="reshuffle"):
-        self.pool, self.seed, self.at_end = [prompt(p) for p in pool], seed, at_end
-        self.rounds, self.opened = [], {}
+    def __init__(self, folder, names, seed=7, at_end="reshuffle"):
+        (folder / "pool").mkdir(parents=True)
+        self.folder, self.seed, self.at_end = folder, seed, at_end
+        tables.write_rows(folder / "pool" / pool.OLD, [prompt(name) for name in names], Prompt)
+        self.store, self.rounds, self.opened = Store(folder), [], {}
+        self.names = {prompt(name).prompt_id: name for name in names}
+        self.start()
+
+    def start(self):
+        """A new process opens the folder."""
+        self.pool = pool.Pool(self.folder / "pool")
+        orders = Orders(self.seed, self.folder / "pool" / pool.ORDERS)
+        self.draws = draws.Draws(self.pool, self.store, self.folder / "rounds", orders)
 
     @property
     def drawn(self):
         return Counter(p for round_ in self.rounds for p in round_)
 
     def open(self):
-        """Open the next round, as of the prompts that were there before."""
-        known = {p.prompt_id: p.joined for p in self.pool if (p.joined or 0) <= len(self.rounds)}
-        levels = prompts.levels(known, self.drawn, self.opened, self.seed)
-        self.opened[len(self.rounds) + 1] = prompts.cursor(levels)
+        index = len(self.rounds) + 1
+        if index not in self.opened:
+            self.opened[index] = self.draws.cursor(index)
+            self.store.open_round(index, 0, self.opened[index], "", {})
+        return index
 
     def levels(self):
-        self.open()
-        return prompts.levels({p.prompt_id: p.joined for p in self.pool}, self.drawn, self.opened, self.seed)
+        found = self.draws.levels(self.open())
+        return {
+            self.names[i]: level for i, level in zip(formats.names(found.hashes), found.level.tolist(), strict=True)
+        }
 
-    def draw(self, count):
-        got = prompts.draw(self.levels(), self.drawn, count, self.seed, self.at_end)
+    def stage(self, count, **more):
+        """The stage `prompts` of the open round; returns its metrics."""
+        out = self.folder / "rounds" / f"{self.open():04d}" / "prompts"
+        out.mkdir(parents=True)
+        settings = PromptsConfig(source="x", per_round=count, at_end=self.at_end)
+        fields = {"breadth": BreadthConfig(), "embed": None, **more}
+        return draw.prompts(
+            out, Line(), pool=self.pool, draws=self.draws, index=len(self.rounds) + 1, settings=settings, **fields
+        )
+
+    def said(self, file):
+        path = self.folder / "rounds" / f"{len(self.rounds) + 1:04d}" / "prompts" / f"{file}.parquet"
+        return [self.names[i] for i in tables.read_column(path, "prompt_id")]
+
+    def draw(self, count, record=True):
+        self.stage(count)
+        got = self.said("prompts")
+        if record:
+            self.draws.record(len(self.rounds) + 1)
         self.rounds.append(got)
         return got
 
     def join(self, names):
-        self.pool += [prompt(name, len(self.rounds) + 1) for name in names]
+        self.names |= {prompt(name).prompt_id: name for name in names}
+        self.pool.join([prompt(name, len(self.rounds) + 1) for name in names])
 
 
-def test_every_prompt_once_an_epoch_in_another_order_each_time():
-    history, epochs = History(POOL), []
+@pytest.fixture
+def history(tmp_path):
+    made = []
+
+    def make(names=POOL, **more):
+        made.append(History(tmp_path / str(len(made)), names, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.store.close()
+
+
+def test_every_prompt_once_an_epoch_in_another_order_each_time(history):
+    one, epochs = history(), []
     for _ in range(2):
-        drawn = [p for _ in range(5) for p in history.draw(2)]
+        drawn = [p for _ in range(5) for p in one.draw(2)]
         assert sorted(drawn) == POOL
         epochs.append(drawn)
     assert epochs[0] != epochs[1]
-    assert History(POOL).draw(10) == epochs[0] != History(POOL, seed=8).draw(10)
+    assert history().draw(10) == epochs[0] != history(seed=8).draw(10)
 
 
-def test_a_draw_over_the_end_of_an_epoch_has_no_prompt_twice_and_forgets_none():
-    history = History(POOL)
+def test_a_draw_over_the_end_of_an_epoch_has_no_prompt_twice_and_forgets_none(history):
+    one = history()
     for count in (7, 8, 8, 7):
-        assert len(set(history.draw(count))) == count
-    assert set(history.drawn.values()) == {3}
-    assert len(history.draw(99)) == 10
+        assert len(set(one.draw(count))) == count
+    assert set(one.drawn.values()) == {3}
+    assert len(one.draw(99)) == 10
 
 
-def test_the_end_of_the_prompts_can_be_the_end():
-    history = History(POOL, at_end="stop")
-    assert [len(history.draw(count)) for count in (7, 8)] == [7, 3]
+def test_the_end_of_the_prompts_can_be_the_end(history):
+    one = history(at_end="stop")
+    assert [len(one.draw(count)) for count in (7, 8)] == [7, 3]
     with pytest.raises(InputError, match="drawn once"):
-        history.draw(8)
-    history.join(["new", "newer"])
-    assert sorted(history.draw(8)) == ["new", "newer"]
+        one.stage(8)
+    (one.folder / "rounds" / "0003" / "prompts").rmdir()
+    one.join(["new", "newer"])
+    assert one.levels().keys() >= {"new", "newer"}
+    assert sorted(one.draw(8)) == ["new", "newer"]
 
 
-def test_the_cursor_is_the_epoch_and_what_was_drawn_of_it():
+def test_the_cursor_is_the_epoch_and_what_was_drawn_of_it(history):
     """Three of ten, then eight: the other seven and one of the next epoch."""
-    history = History(POOL)
-    assert prompts.cursor(history.levels()) == (0, 0)
-    history.draw(3)
-    assert prompts.cursor(history.levels()) == (0, 3)
-    history.draw(8)
-    assert prompts.cursor(history.levels()) == (1, 1)
+    one = history()
+    assert one.draws.cursor(1) == (0, 0)
+    assert one.stage(3) == {"count": 3, "epoch": 0, "offset": 3, "pool": 10}
+    one.draws.record(1)
+    one.rounds.append(one.said("prompts"))
+    assert one.draws.cursor(2) == (0, 3)
+    one.draw(8)
+    assert one.draws.cursor(3) == (1, 1)
 
 
-def test_prompts_that_join_take_nobodys_place():
+def test_prompts_that_join_take_nobodys_place(history):
     """What was there keeps its order among itself, and still comes once an epoch."""
-    alone, grown = History(POOL), History(POOL)
+    alone, grown = history(), history()
     alone.draw(3), grown.draw(3)
     grown.join(["a", "b", "c"])
     rest = [p for _ in range(4) for p in alone.draw(2)][:7]
@@ -96,25 +165,164 @@ def test_prompts_that_join_take_nobodys_place():
     assert all(counts["p0"] - 2 <= counts[p] <= counts["p0"] + 1 for p in "abc")
 
 
-def test_new_prompts_are_as_frequent_in_the_next_draws_as_in_the_pool():
+def test_new_prompts_are_as_frequent_in_the_next_draws_as_in_the_pool(history):
     """900 of 1000 are drawn when 1000 join: of the rest of the epoch half is new, not ten elevenths."""
-    history = History([f"p{i}" for i in range(1000)])
-    history.draw(900)
-    history.join([f"n{i}" for i in range(1000)])
-    levels = history.levels()
+    one = history([f"p{i}" for i in range(1000)])
+    one.draw(900)
+    one.join([f"n{i}" for i in range(1000)])
+    levels = one.levels()
     in_this_epoch = sum(level == 0 for p, level in levels.items() if p.startswith("n"))
     assert 70 < in_this_epoch < 130  # binomial: 100 ± 9.5
     assert set(levels.values()) == {0, 1}
-    got = history.draw(100)
+    got = one.draw(100)
     assert 30 < sum(p.startswith("n") for p in got) < 70
 
 
-def test_a_prompt_that_joins_an_untouched_pool_is_like_the_others():
-    history = History(POOL)
-    history.join(["a"])
-    assert sorted(history.draw(11)) == sorted([*POOL, "a"])
+def test_a_prompt_that_joins_an_untouched_pool_is_like_the_others(history):
+    one = history()
+    one.join(["a"])
+    assert sorted(one.draw(11)) == sorted([*POOL, "a"])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_draws_are_those_that_a_dictionary_and_a_sort_would_make(history, seed):
+    """Rounds of any size over several epochs, prompts that join, restarts, rounds that are given up, and both ends."""
+    chance = random.Random(seed)
+    one = history([f"p{i}" for i in range(chance.randint(3, 40))], seed=seed)
+    pool_, opened, joins = dict.fromkeys(one.names), {}, 0
+    for index in range(1, 25):
+        one.at_end = chance.choice(["reshuffle", "reshuffle", "stop"])
+        ids = {p: first for p, first in pool_.items() if (first or 0) < index}
+        drawn = Counter(p for round_ in one.rounds for p in [prompt(name).prompt_id for name in round_])
+        opened[index] = plain_draws.cursor(plain_draws.levels(ids, drawn, opened, seed))
+        if chance.random() < 0.3:
+            names = [f"n{joins + i}" for i in range(chance.randint(1, 15))]
+            joins += len(names)
+            one.join(names)
+            pool_ |= {prompt(name).prompt_id: index for name in names}
+        levels = plain_draws.levels(pool_, drawn, opened, seed)
+        count = chance.randint(1, len(pool_) + 3)
+        expected = [one.names[p] for p in plain_draws.draw(levels, drawn, count, seed, one.at_end)]
+        assert one.levels() == {one.names[p]: level for p, level in levels.items()}
+        assert one.opened[index] == opened[index]
+        if not expected or chance.random() < 0.15:  # it is given up before it draws
+            one.rounds.append([])
+        else:
+            assert one.draw(count, record=chance.random() < 0.8) == expected
+        if chance.random() < 0.3:
+            one.start()
+
+
+def test_a_round_that_is_killed_anywhere_draws_the_same(history):
+    one, calm = history(), history()
+    expected = [calm.draw(4) for _ in range(4)]
+    one.draw(4), one.draw(4, record=False)  # killed between the end of the stage and its record
+    one.start()
+    got = one.draw(4, record=False)
+    one.start()
+    one.rounds.pop()
+    one.draws.record(3), one.draws.record(3)
+    out = one.folder / "rounds" / "0003" / "prompts"
+    for file in out.iterdir():  # its folder was damaged, and is deleted to have it done again
+        file.unlink()
+    out.rmdir()
+    assert one.draw(4) == got == expected[2]
+    assert one.draw(4) == expected[3]
+
+
+def test_folders_are_not_asked_once_the_ledger_knows(history):
+    """What rounds have drawn may be deleted; a run that began without draws in the ledger is read from its folders once."""
+    one, calm = history(), history()
+    expected = [calm.draw(3) for _ in range(6)]
+    for i in range(4):
+        one.draw(3, record=i == 5)
+    assert one.store.draw_before(99)["round"] == 3  # as of the last round that opened
+    one.start()
+    assert one.levels()
+    for index in range(1, 5):
+        for file in (one.folder / "rounds" / f"{index:04d}" / "prompts").iterdir():
+            file.unlink()
+    one.start()
+    assert [one.draw(3) for _ in range(2)] == expected[4:]
+
+
+def test_the_ledger_keeps_little(history):
+    """Of a pool of 20,000 a round keeps some hundred bytes, whatever was drawn."""
+    one = history([f"p{i}" for i in range(20_000)])
+    for count in (3000, 8192, 8192, 8192):
+        one.draw(count)
+    rows = [one.store.draw_before(index + 1) for index in range(1, 5)]
+    assert [(row["epoch"], row["size"]) for row in rows] == [(0, 20_000)] * 2 + [(0, 20_000), (1, 20_000)]
+    assert max(len(row["levels"]) for row in rows) < 2000
+
+
+def test_a_draw_is_compressed_to_representatives(history):
+    one = history()
+    asked = []
+
+    def embed(path, keep):
+        asked.append((tables.read_column(path, "prompt_id"), keep))
+        return {"kept": [1, 3, 4], "clusters": [0, 1, 1, 2, 0, 0], "distances": [0.5] * 6, "seconds": 1.5}
+
+    metrics = one.stage(3, breadth=BreadthConfig(method="clusters", oversample=2.0), embed=embed)
+    drawn = one.said("drawn")
+    assert [[one.names[i] for i in ids] for ids, _ in asked] == [drawn] and asked[0][1] == 3
+    assert one.said("prompts") == [drawn[1], drawn[3], drawn[4]]
+    rows = tables.read_rows(one.folder / "rounds" / "0001" / "prompts" / "clusters.parquet", Drawn)
+    assert [(row.cluster, row.kept) for row in rows] == [(0, False), (1, True), (1, False), (2, True), (0, True), (0, False)]  # fmt: skip
+    assert metrics | {"cluster_evenness": 0} == {
+        "count": 3, "epoch": 0, "offset": 6, "pool": 10, "drawn": 6, "passed_over": 3, "clusters": 3,
+        "cluster_evenness": 0, "largest_cluster_share": 0.5, "seconds_embed": 1.5,
+    }  # fmt: skip
+    one.draws.record(1)
+    one.rounds.append([])
+    assert sum(one.levels().values()) == 6  # what was passed over counts as drawn
+
+
+def test_places_are_those_of_the_seeds(tmp_path):
+    hashes = np.array([0, 1, 2**63 - 1, 12345678901], np.int64)
+    expected = [plain_draws.place(7, 3, name) for name in formats.names(hashes)]
+    assert orders_module.places(7, 3, hashes).tolist() == expected
+    assert Orders(7, None).order(3, hashes).tolist() == sorted(range(4), key=expected.__getitem__)
+    assert orders_module.places(7, 3, hashes[:0]).tolist() == []
+
+
+def test_an_order_is_kept_and_one_of_another_run_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(orders_module, "WORTH_KEEPING", 100)
+    made = []
+    real = orders_module.places
+    monkeypatch.setattr(orders_module, "places", lambda *args: made.append(len(args[2])) or real(*args))
+    hashes = np.random.default_rng(0).integers(0, 2**63 - 1, 1000)
+    order = Orders(7, tmp_path / "orders").order(2, hashes[:900])
+    assert made == [900] and [file.name for file in (tmp_path / "orders").iterdir()] == ["00000002-900.npz"]
+    made.clear()
+    assert (Orders(7, tmp_path / "orders").order(2, hashes[:900]) == order).all()
+    assert (Orders(7, tmp_path / "orders").order(2, hashes[:500]) == order[order < 500]).all()
+    grown = Orders(7, tmp_path / "orders").order(2, hashes)
+    assert (grown[grown < 900] == order).all() and max(made) == 100
+    assert [file.name for file in (tmp_path / "orders").iterdir()] == ["00000002-1000.npz"]
+    made.clear()
+    assert (Orders(8, tmp_path / "orders").order(2, hashes) != grown).any() and max(made) == 1000
+    (damaged,) = (tmp_path / "orders").iterdir()
+    content = bytearray(damaged.read_bytes())
+    content[2000] ^= 1
+    damaged.write_bytes(content)
+    made.clear()
+    Orders(8, tmp_path / "orders").order(2, hashes)
+    assert max(made) == 1000
+    Orders(7, tmp_path / "orders").order(4, hashes)
+    assert [file.name for file in (tmp_path / "orders").iterdir()] == ["00000004-1000.npz"]
+
+
+def test_levels_are_asked_of_a_pool_of_nobody():
+    nobody = SimpleNamespace(training=lambda: (np.empty(0, np.int64), np.empty(0, np.int32)))
+    ledger = SimpleNamespace(draw_before=lambda index: None)
+    found = draws.Draws(nobody, ledger, None, Orders(1, None))
+    assert found.cursor(1) == (0, 0)
+    with pytest.raises(InputError, match="drawn once"):
+        found.levels(1).next(found.orders, 3, "reshuffle")
 
 
 def test_a_subset_is_seeded():
-    assert prompts.subset(POOL, 3, 1, "gate") == prompts.subset(POOL[::-1], 3, 1, "gate")
-    assert prompts.subset(POOL, 3, 1, "gate") != prompts.subset(POOL, 3, 2, "gate")
+    assert draw.subset(POOL, 3, 1, "gate") == draw.subset(POOL[::-1], 3, 1, "gate")
+    assert draw.subset(POOL, 3, 1, "gate") != draw.subset(POOL, 3, 2, "gate")

@@ -1,0 +1,88 @@
+"""Conversations as a policy reads them: its chat template and its tokenizer. This is the only way that prompts are rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfplay.errors import InputError
+from selfplay.types import Message
+
+
+def load_tokenizer(policy: Path, trust_remote_code: bool) -> Any:
+    """The policy's tokenizer; raises InputError for one that cannot be loaded or has no chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the tokenizer of {policy} cannot be loaded: {error}") from None
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of {policy} has no chat template", "use an instruct model, or add chat_template.jinja"
+        )
+    return tokenizer
+
+
+class Renderer:
+    """Conversations → token ids, the beginning of the answer included.
+
+    The ids are those of `tokenizer.apply_chat_template(…, add_generation_prompt=True, tokenize=True)`. A batch is rendered
+    as texts first and then encoded at once, which takes about two thirds of the time.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = _plain_backend(tokenizer)
+
+    def __call__(self, conversations: Sequence[list[Message]]) -> list[NDArray[np.int32] | str]:
+        """The token ids (T,) of each conversation, or why it has none."""
+        try:
+            found = self._together(conversations)
+        except Exception:  # a template refuses in its own way; which of the conversations it was, is not said
+            return [self._alone(messages) for messages in conversations]
+        return [np.array(ids, np.int32) for ids in found]
+
+    def _together(self, conversations: Sequence[list[Message]]) -> list[list[int]]:
+        if not conversations:
+            return []
+        texts = self._tokenizer.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False)
+        if self._backend is not None:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return found
+
+    def _alone(self, messages: list[Message]) -> NDArray[np.int32] | str:
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return np.array(ids, np.int32)
+        except Exception as error:  # roles that do not alternate, a role that the template does not know, …
+            return f"cannot be rendered ({type(error).__name__})"
+
+
+def _plain_backend(tokenizer: Any) -> Any | None:
+    """The Rust tokenizer, where the Python object around it adds nothing to its ids.
+
+    Asked directly, it leaves out the offsets, masks and copies that nobody here reads.
+    """
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    own, usual = type(tokenizer), PreTrainedTokenizerFast
+    if not issubclass(own, usual) or not hasattr(tokenizer.backend_tokenizer, "encode_batch_fast"):
+        return None
+    if own.__call__ is not PreTrainedTokenizerBase.__call__ or own._encode_plus is not usual._encode_plus:
+        return None
+    tokenizer("", add_special_tokens=False)  # it leaves the backend set up: no padding, no truncation
+    return tokenizer.backend_tokenizer
+
+
+def run_render(order: dict[str, Any]) -> list[list[int] | str]:
+    """The order «render» of a child: token ids of each conversation, or why it has none."""
+    render = Renderer(load_tokenizer(Path(order["policy"]), order["trust_remote_code"]))
+    return [ids if isinstance(ids, str) else ids.tolist() for ids in render(order["conversations"])]

@@ -1,0 +1,34 @@
+"""Processes that share the work of an import: copies of the importer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def each(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """The result of each item in order; with several workers they are processes, copies of this one.
+
+    A fork has all that this process has loaded, a tokenizer as well, without loading it again.
+    """
+    items = list(items)
+    if min(workers, len(items)) < 2:
+        yield from map(work, items)
+        return
+    with ProcessPoolExecutor(min(workers, len(items)), get_context("fork")) as processes:
+        try:
+            yield from processes.map(work, items)
+        except BaseException:
+            processes.shutdown(cancel_futures=True)
+            raise
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,89 @@
+import pyarrow.parquet as pq
+import pytest
+from test_pool import conversation, opened, prompt
+
+from selfplay.prompts.admission import admit as admitted
+from selfplay.prompts.formats import prompt_id
+from selfplay.types import Prompt
+
+
+def render(conversations):
+    """One token a character; a template that knows no system role."""
+    return [
+        "cannot be rendered (TemplateError)" if m[0]["role"] == "system" else list(m[-1]["content"].encode())
+        for m in conversations
+    ]
+
+
+def admit(rows, known, **settings):
+    settings = {"max_tokens": 200, "ngram": 8, "overlap": 0.5, "source": "here", "joined": 4, **settings}
+    return admitted(rows, known, render, **settings)
+
+
+@pytest.mark.parametrize("kind", ["old", "new"])
+def test_what_may_join_and_what_may_not(tmp_path, kind):
+    parent = prompt("How do plants grow?", parent="grandparent", root="adam")
+    known = [parent, prompt("What is the highest mountain of the Andes?", "audit", parent="eve")]
+    found = admit(
+        [
+            {"prompt": "How do mosses grow?", "parent": parent.prompt_id, "source": "deepen by policy 3"},
+            {"prompt": "how do  PLANTS grow?"},
+            {"prompt": "how do mosses grow?"},
+            {"prompt": "What is the highest mountain of the Andes??"},
+            {"prompt": "Something else.", "parent": "eve"},
+            {"prompt": "Something else.", "parent": "someone"},
+            {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]},
+            {"prompt": "z" * 201},
+            {"prompt": " "},
+            {"prompt": "a lone surrogate \ud800"},
+            {"prompt": "Why?", "parent": "\ud800"},
+            {"prompt": ["Why?"], "messages": "Why?", "parent": {"a": 1}, "source": 3},
+        ],
+        opened(tmp_path, known, kind),
+    )
+    assert found == [
+        Prompt(
+            prompt_id=prompt_id(conversation("How do mosses grow?")), messages=conversation("How do mosses grow?"),
+            prompt_ids=list(b"How do mosses grow?"), split="train", parent=parent.prompt_id, root="adam", joined=4,
+            source="deepen by policy 3",
+        ),
+        "duplicate",
+        "duplicate",
+        "held out",
+        "held out",
+        Prompt(
+            prompt_id=prompt_id(conversation("Something else.")), messages=conversation("Something else."),
+            prompt_ids=list(b"Something else."), split="train", parent="someone", root=None, joined=4, source="here",
+        ),
+        "cannot be rendered (TemplateError)",
+        "too long",
+        "neither prompt nor messages",
+        "half a surrogate pair",
+        "half a surrogate pair",
+        "neither prompt nor messages",
+    ]  # fmt: skip
+    assert isinstance(found[0], Prompt) and found[0].ancestor == "adam"
+
+
+def test_what_joined_counts_too(tmp_path):
+    """A prompt that joined is there, and its ancestor is known; one that was written before the file kept that as well."""
+    known = opened(tmp_path, [prompt("How do plants grow?")], "new")
+    first = admit([{"prompt": "How do ferns grow?", "parent": "adam"}], known)
+    assert known.join(first) == 1
+    again = admit(
+        [{"prompt": "how do FERNS grow?"}, {"prompt": "How do trees grow?", "parent": first[0].prompt_id}], known
+    )
+    assert again[0] == "duplicate" and again[1].ancestor == "adam"
+    (file,) = (tmp_path / "added").iterdir()
+    pq.write_table(pq.read_table(file).drop_columns(["same"]), file)
+    assert admit([{"prompt": "how do FERNS grow?"}], opened(tmp_path)) == ["duplicate"]
+
+
+def test_nothing_to_render_asks_nobody(tmp_path):
+    def never(conversations):
+        raise AssertionError
+
+    known = opened(tmp_path, [prompt("How do plants grow?")], "new")
+    settings = {"max_tokens": 1, "ngram": 8, "overlap": 1, "source": "", "joined": 1}
+    assert admitted([], known, never, **settings) == []
+    assert admitted([{"prompt": "how do plants grow?"}], known, never, **settings) == ["duplicate"]
