@@ -95,6 +95,10 @@ def measure(prompts: int, candidates: int, shard_prompts: int = 64) -> dict[str,
 class Watch:
     """A line of progress that remembers the processor time at which a number of finished prompts was last told."""
 
+    round_index: int | None = None
+    name, unit, text, seconds = "generate", "prompts", "", 0.0
+    done = 0
+    total: int | None = None
     last = 0.0
 
     def update(self, *, done: int | None = None, text: str | None = None, total: int | None = None) -> None:

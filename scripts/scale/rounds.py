@@ -28,11 +28,12 @@ import numpy as np
 import pyarrow as pa
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+for place in (ROOT, ROOT / "scripts"):
+    if str(place) not in sys.path:
+        sys.path.append(str(place))
 
-from scripts.scale.generation import CANARIES, FAKE_ENGINE, write_policy  # noqa: E402
-from scripts.scale.scoring import WORDS, instant_server  # noqa: E402
+from scale.generation import CANARIES, FAKE_ENGINE, write_policy  # noqa: E402
+from scale.scoring import WORDS, instant_server  # noqa: E402
 from selfplay.config import Config, load  # noqa: E402
 from selfplay.generation import installing  # noqa: E402
 from selfplay.pairs.writing import read_ranked  # noqa: E402
