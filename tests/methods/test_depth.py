@@ -1,12 +1,7 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
-from selfplay.config import PairsConfig
 from selfplay.methods import depth
-from selfplay.pairs.selection import base_pairs, select
-from selfplay.types import PairGradient, Prompt, Scored
 
 
 def test_allocation_by_hand():
@@ -148,75 +143,3 @@ def test_rank_correlation_by_hand():
     assert depth.rank_correlation([1, 2, 9, 9, nan], [8, 7, 6, 1, 3]) == pytest.approx(-4.5 / np.sqrt(4.5 * 5))
     assert depth.rank_correlation([1, 2, 3], [1, 4, 9]) == pytest.approx(1.0)
     assert np.isnan(depth.rank_correlation([1, 1], [1, 2])) and np.isnan(depth.rank_correlation([1, nan], [1, 2]))
-
-
-# --- added pairs ------------------------------------------------------------------------------------------------------
-
-
-def test_added_pairs_use_fresh_responses_first_and_the_potentials_of_the_round():
-    prompt = Prompt(prompt_id="p", messages=[], prompt_ids=[1], split="train")
-    rewards = [4.0, 3.0, 1.0, 0.0]
-    rows = [
-        Scored(
-            prompt_id="p", index=i, text="", token_ids=[i + 3, 2], logp=-2.0 - i, n_tokens=2, finish_reason="stop",
-            policy=0, reward=r,
-        )
-        for i, r in enumerate(rewards)
-    ]  # fmt: skip
-    config = PairsConfig(keep=1.0)
-    base = select(base_pairs([prompt], {"p": rows}, 0.0, 0.1)[0], config, [], 0)
-    pools = depth.pools(base, {"p": prompt}, {"p": rows}, 0.0, 0.1)
-    # margins of at least 4/4: all six ordered pairs
-    assert sorted((p.chosen_index, p.rejected_index) for p in pools[0]) == [
-        (0, 1),
-        (0, 2),
-        (0, 3),
-        (1, 2),
-        (1, 3),
-        (2, 3),
-    ]
-    deeper = depth.deepen(base, pools, [3], base, config)
-    assert [(p.chosen_index, p.rejected_index) for p in deeper[:2]] == [(0, 3), (1, 2)]
-    assert [p.kept_because for p in deeper] == ["base", "depth", "depth"]
-    # response 1 is disputed, response 0 was cut off: neither is chosen, and the disputed one is in no pair at all
-    rows[1] = dataclasses.replace(rows[1], reward_parts={"disagreement": 0.9})
-    rows[0] = dataclasses.replace(rows[0], finish_reason="length")
-    fewer = depth.pools(base, {"p": prompt}, {"p": rows}, 0.0, 0.1, max_disagreement=0.8, cut_off="reject")
-    assert [(p.chosen_index, p.rejected_index) for p in fewer[0]] == [(2, 3)]
-    assert len(depth.deepen(base, pools, [9], base, config)) == 6
-
-
-def test_closeness_decides_how_deep_a_prompt_goes_and_stays_with_its_pairs():
-    """Three prompts of four responses, six pairs each; the second has no gradient and so keeps its base pair alone."""
-    rewards = [4.0, 3.0, 1.0, 0.0]
-    prompts = {p: Prompt(prompt_id=p, messages=[], prompt_ids=[1], split="train") for p in "abc"}
-    rows = {
-        p: [
-            Scored(
-                prompt_id=p, index=i, text="", token_ids=[i + 3, 2], logp=-2.0 - i, n_tokens=2, finish_reason="stop",
-                policy=0, reward=r,
-            )
-            for i, r in enumerate(rewards)
-        ]
-        for p in "abc"
-    }  # fmt: skip
-    config = PairsConfig(keep=1.0)
-    base = select(base_pairs(list(prompts.values()), rows, 0.0, 0.1)[0], config, [], 0)
-    found = [
-        PairGradient(prompt_id="a", cluster=1, closeness=0.2, norm=1.0),
-        PairGradient(prompt_id="b", cluster=None, closeness=None, norm=0.0),
-        PairGradient(prompt_id="c", cluster=0, closeness=0.6, norm=1.0),
-    ]
-    kept = depth.with_gradients(base, found)
-    pools = depth.pools(kept, prompts, rows, 0.0, 0.1)
-    counts = depth.by_closeness(kept, pools, 6)
-    # 3 further pairs over softmax(∓1): e^1 / (e^1 + e^-1) = .88 of them go to c: 2.64 and .36
-    assert counts.tolist() == [1, 1, 4]
-    assert depth.uniformly(pools, 6).tolist() == [2, 2, 2]
-    assert depth.by_closeness(kept, pools, 18).tolist() == [6, 1, 6]
-    deeper = depth.deepen(kept, pools, list(counts), base, config)
-    assert [(p.prompt_id, p.cluster, p.closeness) for p in deeper] == [
-        ("a", 1, 0.2), ("b", None, None), *[("c", 0, 0.6)] * 4
-    ]  # fmt: skip
-    with pytest.raises(AssertionError, match="other pairs"):
-        depth.with_gradients(base, found[::-1])
