@@ -6,17 +6,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from selfplay.errors import InputError, RewardError
+from selfplay.evaluation.rubric import Rubric, grade
 from selfplay.rewards.scorer import Scorer
 from selfplay.rewards.scoring import require
 from selfplay.storage import folders
-from selfplay.types import Candidate, Message, Prompt, Scored
-
-Gold = Callable[[list[Message], str, dict[str, Any]], dict[str, float]]  # conversation, response, meta → parts
+from selfplay.types import Candidate, Prompt, Scored
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +26,7 @@ class Judge:
     """The models that have to score all answers of a round."""
     max_missing: float
     """Share of the answers that may have no score (`reward.max_missing`)."""
-    gold: Gold | None
+    gold: Rubric | None
     """The rubric, which is reported and never decides."""
     gold_name: str = ""
     """Its name in the configuration (`evaluate.gold`)."""
@@ -62,10 +60,7 @@ class Judge:
         if self.gold is None:
             return {}
         try:
-            parts = {name: float(value) for name, value in self.gold(prompt.messages, text, prompt.meta).items()}
-            if not math.isfinite(parts["total"]):
-                raise ValueError(f"its total is {parts['total']}")
-            return parts
+            return grade(self.gold, prompt.messages, text, prompt.meta)
         except Exception as error:  # the rubric is the user's own code
             raise InputError(
                 f"evaluate.gold ({self.gold_name}) failed on prompt {prompt.prompt_id}: {error!r}",

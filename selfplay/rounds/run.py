@@ -12,7 +12,7 @@ from typing import Any
 
 from selfplay.config import Config, EnsembleConfig, RewardSource
 from selfplay.errors import InputError, RewardError, SelfplayError
-from selfplay.evaluation.judge import Gold
+from selfplay.evaluation.rubric import Rubric
 from selfplay.generation.generator import Generator
 from selfplay.generation.serving import Serving
 from selfplay.processes import children
@@ -51,7 +51,7 @@ class Run:
         self._given_lock = lock
         children.withhold(config.service.token_env, config.service.webhook_env, *trackers.secrets())
         self.policies = Policies(run_dir)
-        self.gold: Gold | None = None
+        self.gold: Rubric | None = None
         self.rewriter: Rewriter | None = None  # None: the policy
         self.breathe: Callable[[str], None] = lambda where: None
         """Called between stages («stage»), shards («shard») and optimizer steps («step»); may raise Interrupted."""
