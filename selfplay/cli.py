@@ -158,7 +158,7 @@ def round_(
 def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """Run rounds on a schedule, with a page and an API."""
     from selfplay.rounds.command import leave
-    from selfplay.service.serve import serve
+    from selfplay.web.serve import serve
 
     leave(serve(config, set_, run_dir))
 

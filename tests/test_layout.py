@@ -7,26 +7,21 @@ import pytest
 from mini import ROOT
 
 LAYERS: list[set[str]] = [
-    {"types", "errors", "kinds", "stage", "progress", "seeds"},
+    {"types", "errors", "kinds", "seeds"},
+    {"stage", "progress"},
     {"methods"},
     {"config"},
     {"storage", "processes"},
-    {"models", "tracking"},
+    {"models", "tracking", "reporting"},
     {"prompts", "generation", "rewards", "pairs", "training"},
     {"evaluation"},
     {"rounds"},
     {"service"},
-    {"web", "checks", "reporting", "worlds"},
+    {"web"},
+    {"checks", "worlds"},
     {"cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-BESIDE = {
-    # a package may use another one of its layer where this says so
-    ("processes", "storage"): False,
-    ("storage", "processes"): False,
-    ("web", "reporting"): True,  # charts and the terminal's words
-    ("web", "checks"): False,
-}
 MOST_LINES = 400
 
 
@@ -68,8 +63,7 @@ def test_imports_go_downwards(path):
         other = name.split(".")[1]
         if other == own:
             continue
-        allowed = LEVEL[other] < LEVEL[own] or BESIDE.get((own, other), False)
-        assert allowed, f"{path.relative_to(ROOT)} imports {name}, which is not below it"
+        assert LEVEL[other] < LEVEL[own], f"{path.relative_to(ROOT)} imports {name}, which is not below it"
 
 
 def test_no_package_is_part_of_a_circle():

@@ -167,14 +167,14 @@ class PairGradients(AbstractContextManager["PairGradients"]):
 
         def difference(values: Tensor) -> Tensor:
             """Chosen minus rejected, (B,), of values of the tokens, (N,)."""
-            chosen, rejected = _per_response(values, mask).chunk(2)
+            chosen, rejected = per_response(values, mask).chunk(2)
             return chosen - rejected
 
         q_plus, q_minus = difference(plus), difference(minus)  # less q
         betas = pair_betas(beta, epsilon_steps(torch.zeros_like(q_plus), q_plus, q_minus), epsilon)
         losses = pair_losses(difference(logp - ref_logp), betas, label_smoothing)
         if nll_weight > 0:
-            losses = losses - nll_weight * (_per_response(logp, mask) / mask.sum(dim=1)).chunk(2)[0]
+            losses = losses - nll_weight * (per_response(logp, mask) / mask.sum(dim=1)).chunk(2)[0]
         return losses
 
     def _keep(self, name: str, given: Tensor, out: Tensor) -> None:
@@ -244,6 +244,6 @@ def _block(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _per_response(values: Tensor, mask: Tensor) -> Tensor:
+def per_response(values: Tensor, mask: Tensor) -> Tensor:
     """Sum per-token values (N,), given in the order of `mask` (2B, R), over each response: (2B,)."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(dim=1)

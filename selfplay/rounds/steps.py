@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from selfplay.errors import GuardError
 from selfplay.evaluation.judge import Judge, dependence
@@ -17,7 +16,7 @@ from selfplay.generation.sampling import generate
 from selfplay.pairs.deepening import depth
 from selfplay.pairs.stage import pairs
 from selfplay.progress import Line
-from selfplay.prompts.draw import prompts
+from selfplay.prompts.draw import Embed, prompts
 from selfplay.prompts.evolve import Rewriting, by_function, by_policy, evolve, join
 from selfplay.rewards.guard import guard
 from selfplay.rewards.probes import Probes, choose_texts
@@ -32,8 +31,8 @@ from selfplay.rounds.run import Run
 from selfplay.rounds.stages import EVOLVE, SCORE, STAGES, TRAIN
 from selfplay.stage import Metrics
 from selfplay.storage import folders, policies, tables
+from selfplay.training.embedding import representatives
 from selfplay.training.gradients import gradients
-from selfplay.training.jobs import EmbedJob
 from selfplay.training.stage import train
 from selfplay.types import Policy
 
@@ -91,7 +90,7 @@ class Steps:
             index=self.index,
             settings=self.config.prompts,
             breadth=self.config.breadth,
-            embed=self._embed if self.config.breadth.method == "clusters" else None,
+            embed=self._embed() if self.config.breadth.method == "clusters" else None,
         )
 
     def generate(self, out: Path, line: Line) -> Metrics:
@@ -326,22 +325,16 @@ class Steps:
             lambda rows, most, progress: self.answers.answers("evolve", rows, policy, progress, max_tokens=most),
         )
 
-    def _embed(self, drawn: Path, keep: int) -> dict[str, Any]:
-        """Which of the prompts in a file stand for all, as the trainer finds it."""
-        settings = self.config.breadth
-        job = EmbedJob(
-            prompts=drawn,
-            embedding=settings.embedding,
-            pooling=settings.pooling,
-            policy=Path(self._verified(self.sampler).path),
-            dtype=self.config.policy.dtype,
-            keep=keep,
-            clusters=settings.clusters,
+    def _embed(self) -> Embed:
+        """How the prompts are found that stand for all."""
+        return functools.partial(
+            representatives,
+            trainer=self.run.trainer,
+            policy=self._verified(self.sampler),
+            config=self.config,
             seed=self.frame.seed("breadth"),
-            threads=self.config.train.cpu_threads,
-            trust_remote_code=self.config.policy.trust_remote_code,
+            breathe=self.run.breathe,
         )
-        return self.run.trainer.order("embed", job, lambda event: self.run.breathe("shard"))
 
     def _verified(self, version: int) -> Policy:
         """A policy whose files were checked."""

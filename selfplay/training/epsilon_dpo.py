@@ -43,7 +43,9 @@ from selfplay.methods.epsilon_dpo import (
     pair_losses,
 )
 from selfplay.storage import folders
+from selfplay.training.batches import pair_difference, per_response, response
 from selfplay.training.data import check_pairs, largest_id
+from selfplay.training.refusals import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -84,31 +86,6 @@ class EpsilonDPOConfig(DPOConfig):
             raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}: 0 leaves the term out")
 
 
-def refuse(args: DPOConfig) -> None:
-    """Raise ValueError for what TRL would take silently and ε-DPO does not do."""
-    wrong = [
-        (not isinstance(args, EpsilonDPOConfig), "args must be an EpsilonDPOConfig"),
-        (len(args.loss_type) != 1, "several losses at once are not supported: set loss_type='sigmoid'"),
-        (args.loss_type[0] != "sigmoid", f"loss_type {args.loss_type[0]!r} has no instance β: set loss_type='sigmoid'"),
-        (args.loss_weights not in (None, [1.0]), "loss_weights is not supported: leave it None, scale learning_rate"),
-        (args.f_divergence_type != "reverse_kl", "f-divergences are not supported: set f_divergence_type='reverse_kl'"),
-        (args.ld_alpha is not None, "ld_alpha re-weights tokens, which ε-DPO does not define: set ld_alpha=None"),
-        (args.use_weighting, "WPO weighting is not supported: set use_weighting=False"),
-        (args.sync_ref_model, "the reference must stay fixed while β moves: set sync_ref_model=False"),
-        (args.precompute_ref_log_probs, "the reference's hidden states are needed: set precompute_ref_log_probs=False"),
-        (
-            args.use_liger_kernel,
-            "Liger kernels replace the forward that stops before the head: set use_liger_kernel=False",
-        ),
-        (args.padding_free, "padding_free is not supported: set padding_free=False"),
-        (not args.disable_dropout, "with dropout the steps would be noise: set disable_dropout=True"),
-        (args.logging_nan_inf_filter, "NaN losses must not be hidden: set logging_nan_inf_filter=False"),
-    ]
-    for is_wrong, what in wrong:
-        if is_wrong:
-            raise ValueError(what)
-
-
 class EpsilonDPOTrainer(DPOTrainer):
     """DPOTrainer with the ε-DPO loss and schedule of β.
 
@@ -138,6 +115,8 @@ class EpsilonDPOTrainer(DPOTrainer):
     ) -> None:  # fmt: skip
         if args is None:
             raise ValueError("args is required: EpsilonDPOConfig(output_dir, …)")
+        if not isinstance(args, EpsilonDPOConfig):
+            raise ValueError("args must be an EpsilonDPOConfig")
         refuse(args)
         check_pairs(train_dataset, args.max_length)
         if kwargs.get("compute_metrics") is not None:
@@ -197,7 +176,7 @@ class EpsilonDPOTrainer(DPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Tensor:
         """ε-DPO loss of one micro-batch: the mean over its pairs. Rows of `inputs` are [chosen; rejected]."""
         assert not return_outputs, "only compute_metrics asks for outputs, and that is refused"
-        mask, targets = _response(inputs)
+        mask, targets = response(inputs)
         ref_hidden, ref_head = self._reference(inputs, mask)
 
         def at_head(hidden: Tensor, own: head.Head) -> Any:
@@ -209,18 +188,18 @@ class EpsilonDPOTrainer(DPOTrainer):
         self._check_head(model, self.model, inputs)
         (logp, ref_logp, plus, minus), aux_loss = self._forward(model, inputs, at_head, self.aux_loss_enabled)
 
-        ratio = _per_response(logp - ref_logp, mask)
-        q_plus, q_minus = (_pair_difference(_per_response(shift, mask)) for shift in (plus, minus))  # less q
+        ratio = per_response(logp - ref_logp, mask)
+        q_plus, q_minus = (pair_difference(per_response(shift, mask)) for shift in (plus, minus))  # less q
         steps = epsilon_steps(torch.zeros_like(q_plus), q_plus, q_minus)
         betas = pair_betas(self.beta, steps, self.args.epsilon)
-        losses = pair_losses(_pair_difference(ratio), betas, self.args.label_smoothing)
-        summed = _per_response(logp, mask)
+        losses = pair_losses(pair_difference(ratio), betas, self.args.label_smoothing)
+        summed = per_response(logp, mask)
         nll = -(summed / mask.sum(dim=1)).chunk(2)[0]
         if self.args.nll_weight > 0:
             losses = losses + self.args.nll_weight * nll
 
         log_r = (logp - ref_logp).detach().clamp(max=20.0)
-        kl = _per_response(log_r.exp() * (log_r - 1) + 1, mask)
+        kl = per_response(log_r.exp() * (log_r - 1) + 1, mask)
         self._count(steps, losses.detach(), summed.detach(), ratio.detach(), nll.detach(), kl)
         loss = losses.mean()
         if self.aux_loss_enabled:
@@ -279,11 +258,11 @@ class EpsilonDPOTrainer(DPOTrainer):
         parts: list[Tensor] = []
         for batch in self.get_eval_dataloader(self.train_dataset if pairs is None else pairs):
             batch = self._prepare_inputs(batch)
-            mask, targets = _response(batch)
+            mask, targets = response(batch)
             hidden, (weight, bias, logit_scale, softcap) = self._reference(batch, mask)
             with torch.no_grad(), self.accelerator.autocast():
                 logp = lean_logps(hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap)
-            logps = _per_response(logp, mask)
+            logps = per_response(logp, mask)
             parts.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).cpu())
             on_batch()
         logps = torch.cat(parts)
@@ -405,20 +384,3 @@ class _BetaUpdate(TrainerCallback):
 def _bare(model: Any) -> Any:
     """The model itself, without an adapter's wrapper."""
     return model.get_base_model() if is_peft_model(model) else model
-
-
-def _response(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mask (2B, T−1) of the positions whose next token is of a response, and those N tokens, (N,)."""
-    mask = inputs["completion_mask"][:, 1:].bool()
-    return mask, inputs["input_ids"][:, 1:][mask]
-
-
-def _per_response(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum per-token values (N,), given in the order of `mask` (2B, R), over each response: (2B,)."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(dim=1)
-
-
-def _pair_difference(values: Tensor) -> Tensor:
-    """Chosen minus rejected, (B,), of values in rows [chosen; rejected], (2B,)."""
-    chosen, rejected = values.chunk(2)
-    return chosen - rejected
