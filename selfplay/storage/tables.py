@@ -101,9 +101,15 @@ def writing_to(path: Path, row_type: type[Any]) -> Iterator[Writer]:
     texts = [f.name for f in layout if f.type == pa.string()]
     numbers = [f.name for f in layout if f.type == pa.float64()]
     numbers += [f"{f.name}.list.element" for f in layout if f.type == pa.list_(pa.int32())]
-    # Split by bytes, token ids take half the space, and writing and reading them takes half the time.
+    # Split by bytes, token ids take half the space, and writing and reading them takes half the time. Statistics would put
+    # whole texts into the footer, which every reader decodes; nothing asks for them.
     with pq.ParquetWriter(
-        path, layout, compression="zstd", use_dictionary=texts, use_byte_stream_split=numbers
+        path,
+        layout,
+        compression="zstd",
+        use_dictionary=texts,
+        use_byte_stream_split=numbers,
+        write_statistics=False,
     ) as file:
         yield Writer(file, row_type)
 
