@@ -31,6 +31,7 @@ if str(ROOT) not in sys.path:
 from selfplay.config import Config  # noqa: E402
 from selfplay.generation import installing, sampling  # noqa: E402
 from selfplay.generation.generator import Generator  # noqa: E402
+from selfplay.progress import Line  # noqa: E402
 from selfplay.seeds import derive  # noqa: E402
 from selfplay.storage import answers, folders, policies, tables  # noqa: E402
 from selfplay.types import Policy, Prompt  # noqa: E402
@@ -92,7 +93,7 @@ def measure(prompts: int, candidates: int, shard_prompts: int = 64) -> dict[str,
         }
 
 
-class Watch:
+class Watch(Line):
     """A line of progress that remembers the processor time at which a number of finished prompts was last told."""
 
     round_index: int | None = None
