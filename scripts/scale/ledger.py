@@ -128,7 +128,7 @@ def waiting_service(run_dir: Path) -> tuple[Callable[[], object], Callable[[], N
     from selfplay.service import daemon as service
 
     service.POLL_SECONDS = 0.0  # between two turns; only the work in them is measured
-    daemon = service.Daemon(TINY, [SCHEDULE], run_dir, _silent())
+    daemon = service.Daemon(TINY, [SCHEDULE], run_dir, silent())
     daemon._open_ledger()
     daemon.run = Run(daemon.config, run_dir, daemon.display, daemon._lock)
 
@@ -149,7 +149,7 @@ def rounds_table(run_dir: Path) -> float:
     """`selfplay rounds` with its usual number of rounds."""
     store = Store(run_dir)
     try:
-        return cpu_ms(lambda: _silent().run_table(store))
+        return cpu_ms(lambda: silent().run_table(store))
     finally:
         store.close()
 
@@ -205,7 +205,8 @@ def cpu_ms(work: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def _silent() -> Display:
+def silent() -> Display:
+    """A display that nobody sees."""
     from rich.console import Console
 
     return Display(Console(file=io.StringIO(), width=120))

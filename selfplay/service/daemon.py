@@ -26,15 +26,17 @@ from selfplay.service.alerts import Alerts
 from selfplay.service.due import trigger
 from selfplay.service.failures import Failures
 from selfplay.service.reload import read_anew
-from selfplay.service.stalls import Stalls
+from selfplay.service.stalls import Stalls, longest_quiet
 from selfplay.service.starts import Starts
 from selfplay.service.stop import Stop
 from selfplay.storage import tables
 from selfplay.storage.ledger import LedgerError, Store
 from selfplay.storage.lock import RunLock
+from selfplay.storage.reader import Standing
 
 POLL_SECONDS = 1.0  # between two looks at the ledger for orders
 STATE = "service"
+ASKED = ("pause", "resumed", "run_now")  # what orders left in the ledger that decides on the next round
 
 
 class Daemon:
@@ -64,7 +66,7 @@ class Daemon:
         self._in_round = False
         self._polled = 0.0
         self._stalls = Stalls(
-            limit=self._longest_quiet, what=self._at_work, tell=self._warn, alert=self._alert,
+            limit=lambda: longest_quiet(self.config), what=self._at_work, tell=self._warn, alert=self._alert,
             elsewhere=f"{self.run_dir}, or what the configuration names,",
         )  # fmt: skip
         self._failures = Failures()
@@ -195,10 +197,10 @@ class Daemon:
             return "retrying", f"next try at {due.isoformat(timespec='seconds')}"
         return None
 
-    def _why_not_now(self, is_open: bool) -> tuple[str, str] | None:
+    def _why_not_now(self, standing: Standing) -> tuple[str, str] | None:
         """State and reason for not starting (or going on with) a round at this moment."""
         store, now = self.store, self._clock()
-        said = store.states(("pause", "resumed", "run_now"))
+        is_open, said = standing.open is not None, standing.states
         pause = said.get("pause")
         if pause and not (pause.get("after") == "round" and is_open):  # that one is finished first
             self._starts.up_since = now
@@ -237,11 +239,6 @@ class Daemon:
             with contextlib.suppress(LedgerError):
                 self._write_down()
 
-    def _longest_quiet(self) -> float:
-        """Seconds without a word after which something hangs."""
-        config = self.config
-        return max(config.service.stall_hours * 3600, config.train.silence, config.generate.engine.silence)
-
     def _at_work(self) -> str:
         return f"stage {self.progress.get('stage')}" if self._in_round else "the service"
 
@@ -277,15 +274,16 @@ class Daemon:
 
     # --- orders ------------------------------------------------------------------------------------------------------
 
-    def _between_rounds(self) -> bool:
-        """Obey the orders that wait. Returns whether a round is open then."""
-        is_open = self.store.unfinished() is not None
-        given = self.store.pending(() if self.run is not None else ("pause", "resume", "reload"))
-        for row in given:
-            if row["kind"] == "rollback" and is_open:
+    def _between_rounds(self) -> Standing:
+        """Obey the orders that wait. Returns where the run stands then."""
+        standing = self.store.standing(ASKED)
+        if not standing.ordered:
+            return standing
+        for row in self.store.pending(() if self.run is not None else ("pause", "resume", "reload")):
+            if row["kind"] == "rollback" and standing.open is not None:
                 continue  # until the round that is open has ended
             self._obey(row["id"])
-        return self.store.unfinished() is not None if given else is_open
+        return self.store.standing(ASKED)
 
     def _obey(self, number: int) -> None:
         """Carry an order out and record what came of it."""

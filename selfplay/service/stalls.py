@@ -6,10 +6,16 @@ import threading
 import time
 from collections.abc import Callable
 
+from selfplay.config import Config
 from selfplay.processes import children
 
 LOOK_SECONDS = 10.0  # between two looks for a stage that hangs
 TELL_SECONDS = 10.0  # for terminal and ledger to take that one does: a disk that hangs takes nothing
+
+
+def longest_quiet(config: Config) -> float:
+    """Seconds without a word after which something hangs."""
+    return max(config.service.stall_hours * 3600, config.train.silence, config.generate.engine.silence)
 
 
 class Stalls:

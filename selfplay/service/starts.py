@@ -47,12 +47,12 @@ class Starts:
         end = config.schedule.end
         if all(value is None for value in end.model_dump().values()):
             return None
-        current = Policies(run_dir).current or 0
+        current, totals = Policies(run_dir).current or 0, store.all_totals()
         so_far = schedule.SoFar(
-            rounds=sum(count for state, count in store.count_rounds().items() if state != "cancelled"),
+            rounds=int(sum(count for state, count in totals.get("rounds", {}).items() if state != "cancelled")),
             reward=None if end.reward is None else store.metric(current, "evaluate/reward"),
-            tokens=sum(store.totals("tokens").values()),
-            device_seconds=store.spent() * devices(config.placement),
+            tokens=sum(totals.get("tokens", {}).values()),
+            device_seconds=sum(totals.get("stages", {}).values()) * devices(config.placement),
         )
         return schedule.ended(end, so_far, now)
 

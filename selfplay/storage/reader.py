@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-from selfplay.storage.schema import draws, events, metrics, orders, pairs, policies, rounds, runs, stages, state, totals
+from selfplay.storage.schema import draws, events, metrics, orders, pairs, policies, rounds, runs, stages, state
 
 _ROUND = [column for column in rounds.c if column is not rounds.c.config]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a run stands, as far as a service asks once a second."""
+
+    open: int | None  # number of the round that is open
+    ordered: bool  # whether orders wait
+    states: dict[str, Any]  # what was kept under some names, by name
 
 
 class Reader:
@@ -43,17 +54,23 @@ class Reader:
 
     def state(self, name: str, default: Any = None) -> Any:
         """What was kept under a name."""
-        found = self.states((name,)).get(name)
+        with self._engine.connect() as connection:
+            found = connection.scalar(sa.select(state.c.value).where(state.c.name == name))
         return default if found is None else found
-
-    def states(self, names: Iterable[str]) -> dict[str, Any]:
-        """What was kept under some names, by name."""
-        rows = self._rows(sa.select(state).where(state.c.name.in_(list(names))))
-        return {row["name"]: row["value"] for row in rows}
 
     def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
+
+    def standing(self, names: Sequence[str]) -> Standing:
+        """Where the run stands, with what was kept under `names`; in one query, for it is asked all the time."""
+        (row,) = self.query(
+            "SELECT (SELECT min(round) FROM rounds WHERE state = 'running') AS open,"
+            " EXISTS (SELECT 1 FROM orders WHERE state = 'pending') AS ordered, (SELECT json_group_object(name, json(value))"
+            " FROM state WHERE name IN (SELECT value FROM json_each(:names))) AS states",
+            names=json.dumps(names),
+        )
+        return Standing(open=row["open"], ordered=bool(row["ordered"]), states=json.loads(row["states"]))
 
     def rounds(self) -> list[dict[str, Any]]:
         """All rounds, oldest first, without their configurations."""
@@ -83,7 +100,7 @@ class Reader:
 
     def count_rounds(self) -> dict[str, int]:
         """How many rounds there are in each state."""
-        return {state: int(count) for state, count in self.totals("rounds").items() if count}
+        return {name: int(count) for name, count in self.totals("rounds").items() if count}
 
     def cancelled(self, first: int, last: int) -> set[int]:
         """Numbers of the rounds from `first` to `last`, both included, that were given up."""
@@ -104,7 +121,14 @@ class Reader:
     def totals(self, of: str) -> dict[str, float]:
         """Sums over the whole run by name. Of `rounds` by state and `events` by kind: how many; of `stages`: seconds; of
         `tokens`: what was sampled, by metric."""
-        return {row["name"]: row["value"] for row in self._rows(sa.select(totals).where(totals.c.of == of))}
+        return self.all_totals().get(of, {})
+
+    def all_totals(self) -> dict[str, dict[str, float]]:
+        """All these sums, by what they are of and by name."""
+        found: dict[str, dict[str, float]] = {}
+        for row in self.query("SELECT * FROM totals"):
+            found.setdefault(row["of"], {})[row["name"]] = row["value"]
+        return found
 
     def metrics(self, index: int) -> dict[str, float]:
         """All metrics of a round, by name."""
@@ -124,10 +148,6 @@ class Reader:
         for row in self._rows(sa.select(metrics).where(metrics.c.name.in_(list(names))).order_by(metrics.c.round)):
             found.setdefault(row["round"], {})[row["name"]] = row["value"]
         return found
-
-    def spent(self) -> float:
-        """Seconds in finished stages, over all rounds."""
-        return sum(self.totals("stages").values())
 
     def created(self) -> str:
         """When the run was first opened."""

@@ -236,7 +236,6 @@ def test_run_table_has_one_line_a_round(tmp_path) -> None:
         if state != "running":
             store.close_round(index, state, 1, [])
     display.run_table(store)
-    store.close()
     lines = [line for line in out.getvalue().splitlines() if re.match(r" *\d ", line)]
     assert [line.split()[:2] for line in lines] == [
         ["1", "promoted"],
@@ -246,6 +245,12 @@ def test_run_table_has_one_line_a_round(tmp_path) -> None:
     ]
     assert lines[0].split()[2:] == ["0.20→0.38", "0.68", "[0.63,0.73]", "0.45→0.51", "0.40→0.44", "31"]
     assert max(map(len, out.getvalue().splitlines())) <= 80
+    assert "not shown" not in out.getvalue()
+    display.run_table(store, last=2)
+    store.close()
+    *shown, last = [line for line in out.getvalue().splitlines() if re.match(r" *\d ", line)]
+    assert [line.split()[0] for line in shown] == ["1", "2", "3", "4", "3", "4"]
+    assert last == "2 earlier rounds are not shown (--last N shows the last N)"
 
 
 def test_run_table_has_the_parts_of_any_rubric_that_fit(tmp_path) -> None:
