@@ -1,88 +1,124 @@
-"""The parts of the stage that need no engine: gold scores, and the comparison with the initial policy, by hand."""
-
-from types import SimpleNamespace
+"""The stage `evaluate`: an engine that answers as told, a real judge behind HTTP, and the comparison by hand."""
 
 import pytest
+from pairs_world import Told
+from test_judge import answer, judging, prompt, scored
+from test_reward_client import fake
+from test_reward_judge import saying
 
-from selfplay.errors import InputError
-from selfplay.evaluation import evaluate
-from selfplay.types import Prompt, Scored
-
-
-def scored(reward, **parts):
-    return Scored(
-        prompt_id="p", index=0, text="x", token_ids=[5, 2], logp=-1.0, n_tokens=2, finish_reason="stop", policy=1, reward=reward,
-        reward_parts=parts,
-    )  # fmt: skip
-
-
-def prompt(**meta):
-    return Prompt(
-        prompt_id="p", messages=[{"role": "user", "content": "?"}], prompt_ids=[1], split="heldout", meta=meta
-    )
-
-
-def test_means_of_a_rubric_are_over_the_answers_that_it_grades():
-    """Totals .5 and 1.0; a part that not every answer has is left out."""
-    answers = [scored(1.0, total=0.5, content=0.25), scored(2.0, total=1.0, content=0.75, tone=1.0), scored(3.0)]
-    assert evaluate._gold("gold", answers) == {"gold_total": 0.75, "gold_content": 0.5}
-    assert evaluate._gold("gold", answers[:1], "_champion") == {
-        "gold_total_champion": 0.5,
-        "gold_content_champion": 0.25,
-    }
-    assert evaluate._gold("gold", [scored(1.0)]) == {}
+from selfplay.config import EvaluateConfig
+from selfplay.errors import RewardError
+from selfplay.evaluation.stage import EVALUATE, audit_metrics, evaluate
+from selfplay.storage import folders, tables
+from selfplay.types import Policy, Scored
 
 
 def test_the_audit_counts_ties_half_and_leaves_out_what_has_no_score():
     """Rewards 2 > 1, 1 = 1, none: win rate (1 + ½) / 2, means over the two. Gold totals .9 > .5, .5 = .5, .2 < .8."""
     ours = [scored(2.0, total=0.9), scored(1.0, total=0.5), scored(None, total=0.2)]
     initial = [scored(1.0, total=0.5), scored(1.0, total=0.5), scored(9.0, total=0.8)]
-    found = evaluate._audit(ours, initial)
+    found = audit_metrics(ours, initial)
     assert found["audit_win_rate"] == 0.75
     assert (found["audit_reward"], found["audit_reward_initial"]) == (1.5, 1.0)
     assert found["audit_gold_win_rate"] == pytest.approx(0.5)
-    assert found["audit_gold_total"] == pytest.approx(1.6 / 3) and found["audit_gold_total_initial"] == pytest.approx(
-        0.6
-    )
-    assert evaluate._audit([scored(None)], [scored(1.0)]) == {}
-    assert "audit_gold_win_rate" not in evaluate._audit([scored(1.0)], [scored(0.0)])
+    assert found["audit_gold_total"] == pytest.approx(1.6 / 3)
+    assert found["audit_gold_total_initial"] == pytest.approx(0.6)
+    assert audit_metrics([scored(None)], [scored(1.0)]) == {}
+    assert "audit_gold_win_rate" not in audit_metrics([scored(1.0)], [scored(0.0)])
 
 
-def test_a_rubric_is_asked_where_there_are_gold_answers_and_its_faults_are_named():
-    asked = []
-
-    def gold(messages, text, meta):
-        asked.append((messages[-1]["content"], text, meta))
-        return {"total": 1, "content": 0.5}
-
-    r = SimpleNamespace(
-        run=SimpleNamespace(gold=gold), config=SimpleNamespace(evaluate=SimpleNamespace(gold="mine:grade"))
-    )
-    assert evaluate._grade(r, prompt(answer=4), "four") == {"total": 1.0, "content": 0.5}
-    assert asked == [("?", "four", {"answer": 4})]
-    assert evaluate._grade(r, prompt(), "four") == {} and len(asked) == 1
-    for broken in (lambda *_: {"content": 1.0}, lambda *_: 1 / 0, lambda *_: {"total": "much"}):
-        r.run.gold = broken
-        with pytest.raises(InputError, match=r"evaluate\.gold \(mine:grade\) failed on prompt p") as error:
-            evaluate._grade(r, prompt(answer=4), "four")
-        assert "mend the rubric" in error.value.hint
-    r.run.gold = None
-    assert evaluate._grade(r, prompt(answer=4), "four") == {}
+def policy(version):
+    return Policy(version=version, path=f"/p/{version}", parent=None, round=version, beta=None, reference=None)
 
 
-def test_the_audit_set_comes_every_so_many_rounds_and_is_always_the_same():
-    settings = SimpleNamespace(audit_every=3, audit_prompts=4, prompts=6)
-    pool = {f"p{i}": i for i in range(20)}
+class Engine:
+    """Stands in for the engine: each policy says its own word so often as its version, and finds others' words unlikely."""
 
-    def r(index):
-        prompts = SimpleNamespace(read=lambda ids: [pool[i] for i in ids])
-        run = SimpleNamespace(ids=lambda split: list(pool), prompts=prompts)
-        config = SimpleNamespace(evaluate=settings, run=SimpleNamespace(seed=1))
-        return SimpleNamespace(index=index, run=run, config=config, seed=lambda *parts: f"{index} {parts}")
+    def __init__(self):
+        self.asked = []
 
-    assert evaluate.audit_prompts(r(1)) == evaluate.audit_prompts(r(2)) == []
-    assert evaluate.audit_prompts(r(3)) == evaluate.audit_prompts(r(6)) and len(evaluate.audit_prompts(r(3))) == 4
-    assert evaluate.gate_prompts(r(3)) == evaluate.gate_prompts(r(3)) != evaluate.gate_prompts(r(4))
-    assert len(evaluate.gate_prompts(r(4))) == 6
-    settings.audit_every = 0
-    assert evaluate.audit_prompts(r(3)) == []
+    def answers(self, name, prompts, policy, on_progress):
+        self.asked.append((name, policy.version, [p.prompt_id for p in prompts]))
+        on_progress(len(prompts))
+        return [answer(p, "word " * (1 + policy.version)) for p in prompts]
+
+    def logps(self, prompts, answers, policy):
+        self.asked.append(("logps", policy.version, [p.prompt_id for p in prompts]))
+        return [-1.0 - (2 - policy.version) for _ in answers]
+
+
+def longer(shown):
+    return "VERDICT: A" if len(shown["answer A"]) > len(shown["answer B"]) else "VERDICT: B"
+
+
+def run(out, *, champion, audit=(), judge_says=longer, dependent=None, **gate):
+    out.mkdir()
+    engine, line = Engine(), Told()
+    gate = {"max_length_ratio": 9, **gate}
+
+    def initial_answers():
+        return [answer(p, "word") for p in audit]
+
+    with (
+        fake(default=saying(judge_says)) as chat,
+        judging(
+            out.parent, {"chat_judge": {"url": [chat.url], "model": "m", "mode": "pairwise", "deadline": 1.5}},
+            lambda messages, text, meta: {"total": len(text.split()) / 10}, max_missing=1.0,
+        ) as judge,
+    ):  # fmt: skip
+        metrics = evaluate(
+            out, line, champion=policy(champion), candidate=policy(2), initial=policy(0),
+            held_out=[prompt(p) for p in "xyz"], audit=audit, engine=engine, initial_answers=initial_answers, judge=judge,
+            described={"names": ["n"]}, dependent=dependent, settings=EvaluateConfig(gate=gate), seed=0,
+            breathe=lambda where: None,
+        )  # fmt: skip
+    assert all((out / name).is_file() for name in EVALUATE.writes)
+    return metrics, engine.asked, folders.read_json(out / "verdict.json"), line.text
+
+
+def test_the_candidate_is_judged_beside_the_champion_and_the_gate_decides(tmp_path):
+    """Its answers have three words, the champion's two: it wins all three. KL: −1 against −2 and −3, so 1 and 2 nats."""
+    metrics, asked, verdict, said = run(tmp_path / "out", champion=1)
+    assert asked == [
+        ("champion", 1, ["x", "y", "z"]), ("candidate", 2, ["x", "y", "z"]), ("audit", 2, []),
+        ("logps", 1, ["x", "y", "z"]), ("logps", 0, ["x", "y", "z"]),
+    ]  # fmt: skip
+    assert (metrics["win_rate"], metrics["kl_current"], metrics["kl_initial"]) == (1.0, 1.0, 2.0)
+    assert (metrics["gold_total"], metrics["gold_total_champion"]) == (pytest.approx(0.3), pytest.approx(0.2))
+    assert (metrics["tokens"], metrics["independent"], metrics["unscored"]) == (12, 1.0, 0)
+    assert verdict == {"promoted": True, "reasons": [], "independent": True}
+    assert folders.read_json(tmp_path / "out" / "judge.json") == {"names": ["n"]}
+    assert said == "win rate 1.000 [1.000, 1.000]"
+    ours, theirs = (tables.read_rows(tmp_path / "out" / f"{n}.parquet", Scored) for n in ("candidate", "champion"))
+    assert [a.reward for a in ours] == [1.0] * 3 and [a.reward for a in theirs] == [0.0] * 3
+    assert {a.text for a in ours} == {"word " * 3} and {a.reward_parts["total"] for a in theirs} == {0.2}
+    assert not (tmp_path / "out" / "audit.parquet").exists()
+
+
+def test_in_the_first_round_champion_and_initial_policy_are_one(tmp_path):
+    metrics, asked, _, _ = run(tmp_path / "out", champion=0)
+    assert [name for name, *_ in asked].count("logps") == 1
+    assert metrics["kl_current"] == metrics["kl_initial"] == 2.0
+
+
+def test_a_candidate_that_breaks_a_limit_is_not_promoted_and_a_dependent_judge_is_recorded(tmp_path):
+    metrics, _, verdict, _ = run(tmp_path / "out", champion=1, max_kl=0.5, dependent="the same weights")
+    assert not verdict["promoted"] and "KL to the current policy 1.00 nats" in verdict["reasons"][0]
+    assert (verdict["independent"], metrics["independent"]) == (False, 0.0)
+
+
+def test_the_audit_is_judged_against_the_initial_policys_answers(tmp_path):
+    """One word against three: all are won, and the rubric gives .1 and .3."""
+    metrics, asked, _, _ = run(tmp_path / "out", champion=1, audit=[prompt(p) for p in "uv"])
+    assert ("audit", 2, ["u", "v"]) in asked
+    assert (metrics["audit_win_rate"], metrics["tokens"]) == (1.0, 16)
+    assert metrics["audit_gold_total"] == pytest.approx(0.3)
+    assert metrics["audit_gold_total_initial"] == pytest.approx(0.1)
+    for name, text in (("audit", "word " * 3), ("audit_initial", "word")):
+        rows = tables.read_rows(tmp_path / "out" / f"{name}.parquet", Scored)
+        assert [r.text for r in rows] == [text] * 2
+
+
+def test_where_nothing_can_be_compared_the_stage_fails(tmp_path):
+    with pytest.raises(RewardError, match="scored no prompt of the gate for both policies"):
+        run(tmp_path / "out", champion=1, judge_says=lambda shown: "I cannot say.")

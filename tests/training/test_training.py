@@ -1,88 +1,353 @@
+"""The stage `train` and the trainer's service, over a child that only answers as told."""
+
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
+from mini import TINY
+from pairs_world import Told
 from pydantic import TypeAdapter, ValidationError
-from selfplay.training.orders import TRAINER_STARTS, alarms, order
 
-from selfplay.config import TrainConfig
-from selfplay.errors import TrainError
+from selfplay.config import TrainConfig, load
+from selfplay.errors import InputError, Interrupted, TrainError
 from selfplay.processes.child import ChildDied, ChildError
-from selfplay.training.jobs import CanaryJob, TrainJob
+from selfplay.storage import folders, hashes, policies
+from selfplay.training import service
+from selfplay.training.gradients import gradients
+from selfplay.training.jobs import CLUSTERS, STOP, CanaryJob, FeaturesJob, TrainJob
+from selfplay.training.service import STARTS, Trainer
+from selfplay.training.stage import TRAIN, train, warnings
+from selfplay.types import Policy
 
 QUIET = {"train/beta": 0.1, "train/beta_at_limit": 0.0, "train/chosen_drop": 49.0}
 
 
-def test_a_quiet_step_alarms_nobody() -> None:
-    assert alarms(QUIET, TrainConfig()) == {}
-    assert alarms({}, TrainConfig()) == {}
+def test_a_quiet_step_warns_nobody() -> None:
+    assert warnings(QUIET, TrainConfig()) == {}
+    assert warnings({}, TrainConfig()) == {}
 
 
 @pytest.mark.parametrize("limit", [50.0, 20.0, None])
-def test_a_drop_of_the_chosen_alarms_past_its_limit(limit: float | None) -> None:
-    found = alarms(QUIET | {"train/chosen_drop": 50.5}, TrainConfig(max_chosen_drop=limit))
+def test_a_drop_of_the_chosen_is_a_warning_past_its_limit(limit: float | None) -> None:
+    found = warnings(QUIET | {"train/chosen_drop": 50.5}, TrainConfig(max_chosen_drop=limit))
     assert set(found) == (set() if limit is None else {"chosen_drop"})
     if limit is not None:
         assert "lost 50.5 nats" in found["chosen_drop"] and f"is {limit:g}" in found["chosen_drop"]
 
 
-def test_a_beta_at_its_limit_alarms() -> None:
-    found = alarms(QUIET | {"train/beta": 1e-4, "train/beta_at_limit": 1.0}, TrainConfig())
+def test_a_beta_at_its_limit_is_a_warning() -> None:
+    found = warnings(QUIET | {"train/beta": 1e-4, "train/beta_at_limit": 1.0}, TrainConfig())
     assert set(found) == {"beta_at_limit"} and "0.0001" in found["beta_at_limit"]
 
 
-class Trainer:
-    """Stands in for a run whose trainer ends as told: a result, or an exception, for each order."""
+# --- the child ------------------------------------------------------------------------------------------------------
 
-    def __init__(self, *ends: object) -> None:
-        self.ends, self.events, self.living = list(ends), [], False
-        self.config = SimpleNamespace(placement=SimpleNamespace(colocated=False))
-        self.run = self
 
-    def trainer(self) -> "Trainer":
-        if self.living:
-            self.event("trainer_restart", "died while it waited")
-        self.living = True
-        return self
+class FakeChild:
+    """Stands in for the trainer process. `ends`: how it ends each order, a result, an exception, or what gives one."""
 
-    def stop_trainer(self) -> None:
-        self.living = False
+    ends: list[Any]
+    log: list[str]
+    """What the controller did with trainer and engine, in order."""
+    argv: list[list[str]]
+    env: list[dict[str, str]]
 
-    def event(self, kind: str, text: str) -> None:
-        self.events.append((kind, text))
+    def __init__(self, name: str, argv: list[str], *, env: dict[str, str], **settings: Any) -> None:
+        self.alive, self._sent = False, {}
+        self.argv.append(argv)
+        self.env.append(env)
 
-    def send(self, name: str, job: object) -> int:
-        return 1
+    def start(self) -> None:
+        self.log.append("start")
+        self.alive = True
 
-    def result(self, number: int, on_progress: object) -> object:
+    def stop(self, grace: float = 5.0) -> None:
+        self.log.append("stop")
+        self.alive = False
+
+    def send(self, order: str, **fields: Any) -> int:
+        self.log.append(f"send {order}")
+        self._sent[len(self._sent)] = (order, fields)
+        return len(self._sent) - 1
+
+    def result(self, number: int, on_event: Callable[[dict[str, Any]], None]) -> Any:
         end = self.ends.pop(0)
         if isinstance(end, Exception):
             raise end
-        return end
+        order, fields = self._sent[number]
+        return end(order, fields, on_event) if callable(end) else end
+
+    def order(self, order: str, **fields: Any) -> Any:
+        return self.result(self.send(order, **fields), lambda event: None)
+
+
+class Engine:
+    """Stands in for the engine beside the trainer."""
+
+    loaded = True
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def sleep(self) -> None:
+        self._log.append("engine sleeps")
+
+    def wake(self) -> None:
+        self._log.append("engine wakes")
+
+
+class World:
+    """A trainer over fake children that end their orders as told."""
+
+    def __init__(self, folder: Path, *settings: str) -> None:
+        self.log, self.events = [], []  # type: list[str], list[tuple[str, str]]
+        self.config = load(TINY, list(settings))
+        self.engine = Engine(self.log)
+        self.trainer = Trainer(self.config, folder, self.engine, lambda kind, text: self.events.append((kind, text)))
+
+    def ends(self, *ends: Any) -> "World":
+        FakeChild.ends, FakeChild.log, FakeChild.argv, FakeChild.env = list(ends), self.log, [], []
+        self.log.clear()
+        return self
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    monkeypatch.setattr(service, "Child", FakeChild)
+    return lambda *settings: World(tmp_path, *settings)
 
 
 JOB = CanaryJob(policy=Path("p"), canary_ids=[])
+COLOCATED = ("placement.colocated=true",)
 
 
-def test_a_trainer_that_dies_is_started_once_more_and_told_once(tmp_path: Path) -> None:
+def test_a_trainer_that_dies_is_started_once_more_and_told_once(world: Any, tmp_path: Path) -> None:
     log = tmp_path / "trainer.log"
     log.write_text("loading\nout of patience\n")
     died = ChildDied("trainer", "was killed by SIGKILL", log)
-    r = Trainer(died, {"steps": 3})
-    assert order(r, "canaries", JOB) == {"steps": 3}  # type: ignore[arg-type]
-    assert [kind for kind, _ in r.events] == ["trainer_restart"]
-    assert "resumes from its last save" in r.events[0][1]
+    w = world().ends(died, {"steps": 3})
+    assert w.trainer.order("canaries", JOB) == {"steps": 3}
+    assert [kind for kind, _ in w.events] == ["trainer_restart"]
+    assert "resumes from its last save" in w.events[0][1]
+    assert w.log == ["start", "send canaries", "stop", "start", "send canaries"]
+    w = world().ends(*[died] * STARTS)
     with pytest.raises(TrainError, match=r"SIGKILL; the last it said: out of patience") as error:
-        order(Trainer(*[died] * TRAINER_STARTS), "canaries", JOB)  # type: ignore[arg-type]
+        w.trainer.order("canaries", JOB)
     assert error.value.kind == "died" and "same command" in error.value.hint
 
 
-def test_an_order_that_fails_is_no_reason_for_a_second_try(tmp_path: Path) -> None:
-    r = Trainer(ChildError("trainer", "oom", "out of memory: 3 GiB", "lower micro_batch_pairs", tmp_path / "x"), {})
+def test_an_order_that_fails_is_no_reason_for_a_second_try(world: Any, tmp_path: Path) -> None:
+    failed = ChildError("trainer", "oom", "out of memory: 3 GiB", "lower micro_batch_pairs", tmp_path / "x")
+    w = world().ends(failed, {})
     with pytest.raises(TrainError, match="out of memory") as error:
-        order(r, "canaries", JOB)  # type: ignore[arg-type]
-    assert (error.value.kind, error.value.hint, r.events) == ("oom", "lower micro_batch_pairs", [])
+        w.trainer.order("canaries", JOB)
+    assert (error.value.kind, error.value.hint, w.events) == ("oom", "lower micro_batch_pairs", [])
+
+
+def test_a_trainer_that_died_while_it_waited_is_started_and_told(world: Any) -> None:
+    w = world().ends({"steps": 1})
+    waiting = w.trainer.start()
+    assert w.trainer.alive and w.trainer.start() is waiting and w.log == ["start"]
+    waiting.alive = False
+    assert not w.trainer.alive
+    assert w.trainer.order("canaries", JOB) == {"steps": 1}
+    assert [kind for kind, _ in w.events] == ["trainer_restart"] and "while it waited" in w.events[0][1]
+    w.trainer.stop()
+    assert not w.trainer.alive
+    w.trainer.start()
+    assert len(w.events) == 1  # one that was ended on purpose is no news
+
+
+def test_beside_a_trainer_with_gpus_of_its_own_the_engine_works(world: Any) -> None:
+    w = world().ends({})
+    w.trainer.order("canaries", JOB, meanwhile=lambda: w.log.append("engine works"))
+    assert w.log == ["start", "send canaries", "engine works"]
+
+
+def test_where_they_share_a_gpu_the_engine_works_first_and_sleeps_while_the_trainer_lives(world: Any) -> None:
+    w = world(*COLOCATED).ends({}, {}, {})
+
+    def order(**settings: Any) -> list[str]:
+        w.log.clear()
+        w.trainer.order("canaries", JOB, meanwhile=lambda: w.log.append("engine works"), **settings)
+        return list(w.log)
+
+    assert order(last=False) == ["engine works", "engine sleeps", "start", "send canaries"]
+    assert order() == ["engine works", "engine sleeps", "send canaries", "stop", "engine wakes"]
+    w.engine.loaded = False  # without a policy it holds no memory
+    assert order() == ["engine works", "start", "send canaries", "stop"]
+
+
+def test_how_a_trainer_is_started_follows_the_configuration_of_now(world: Any, tmp_path: Path) -> None:
+    w = world("train.cpu_threads=3").ends()
+    w.trainer.start()
+    assert FakeChild.argv[-1][1:] == ["-m", "selfplay.training.trainer"]
+    assert FakeChild.env[-1]["OMP_NUM_THREADS"] == "3" and "CUDA_VISIBLE_DEVICES" not in FakeChild.env[-1]
+    single = tmp_path / "single.yaml"
+    single.write_text("")
+    w.trainer.config = load(TINY, [f"train.accelerate={single}", "breadth.method=clusters", "placement.trainer=[1, 2]"])
+    w.trainer.stop()
+    w.trainer.start()
+    launched = ["-m", "accelerate.commands.launch", "--config_file", str(single), "-m", "selfplay.training.trainer"]
+    assert FakeChild.argv[-1][1:] == [*launched, CLUSTERS]
+    assert FakeChild.env[-1]["CUDA_VISIBLE_DEVICES"] == "1,2"
+    single.unlink()
+    w.trainer.stop()
+    with pytest.raises(InputError, match=r"train\.accelerate: .*single\.yaml: no such file"):
+        w.trainer.start()
+
+
+def test_conversations_are_rendered_by_the_trainer_that_waits(world: Any, tmp_path: Path) -> None:
+    refused = ChildError("trainer", "input", "no chat template", "give the policy one", tmp_path / "x")
+    w = world().ends(lambda order, fields, tell: [fields["policy"], len(fields["conversations"])], refused)
+    w.trainer.start()
+    assert w.trainer.render(Path("/p"), False, [[{"role": "user", "content": "?"}]]) == ["/p", 1]
+    with pytest.raises(InputError, match="no chat template") as error:
+        w.trainer.render(Path("/p"), False, [])
+    assert error.value.hint == "give the policy one"
+
+
+# --- the stage ------------------------------------------------------------------------------------------------------
+
+
+def policy(version: int, beta: float | None = None) -> Policy:
+    return Policy(version=version, path=f"/p/{version}", parent=None, round=version, beta=beta, reference=None)
+
+
+def trained(*steps: dict[str, Any], **changes: Any) -> Any:
+    """An end of the order `train`: it tells its steps, exports a policy and answers."""
+
+    def end(order: str, fields: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        assert order == "train"
+        job = TrainJob(**fields["job"])
+        for number, metrics in enumerate(steps, 1):
+            tell({"step": number, "steps": len(steps), "metrics": metrics})
+            if (job.work / STOP).is_file():
+                return {"stopped": number}
+        job.out.mkdir(parents=True)
+        (job.out / "model.safetensors").write_bytes(b"weights")
+        history = [{"step": i, **m} for i, m in enumerate(steps, 1)]
+        return {
+            "history": history, "steps": len(steps), "beta": 0.07, "agreement": {"mean": 1e-5, "p99": 1e-4, "tokens": 9},
+            "canaries": [-1.5], "update": {"share_changed": 0.9, "relative_norm": 0.01},
+            "seconds": {"load": 1.0, "train": 2.0, "export": 3.0}, **changes,
+        }  # fmt: skip
+
+    return end
+
+
+def stage(w: World, out: Path, **changes: Any) -> tuple[dict[str, float], list[str], str]:
+    out.mkdir(parents=True)
+    warned: list[str] = []
+    line = Told()
+    given: dict[str, Any] = {
+        "trainer": w.trainer, "pairs": out / "none.parquet", "work": out.parent / "train.work", "policy": policy(3),
+        "reference": policy(3), "reference_sha256": "abc", "initial": policy(0), "version": 4, "beta": 0.1,
+        "canary_ids": [[1, 2]], "packages": {"trl": "1"}, "config": w.config, "seed": 11, "meanwhile": lambda: None,
+        "breathe": lambda where: None, "warn": warned.append,
+    }  # fmt: skip
+    metrics = train(out, line, **{**given, **changes})
+    assert all((out / name).is_file() for name in TRAIN.writes)
+    return metrics, warned, line.text
+
+
+STEPS = [
+    {"train/loss": 0.7, "train/beta": 0.09, "train/epsilon_zero": 1.0},
+    {"train/loss": 0.5, "train/beta": 0.07, "train/epsilon_zero": None, "train/chosen_drop": 2.0},
+]
+
+
+def test_a_trained_policy_lies_in_the_folder_with_its_manifest_and_its_history(world: Any, tmp_path: Path) -> None:
+    w = world().ends(trained(*STEPS))
+    out = tmp_path / "train"
+    metrics, warned, said = stage(w, out)
+    manifest = policies.read(out / "policy")
+    assert (manifest.version, manifest.parent, manifest.round, manifest.reference) == (4, 3, 4, 3)
+    assert (manifest.beta, manifest.reference_sha256, manifest.packages) == (0.07, "abc", {"trl": "1"})
+    assert manifest.files == {"model.safetensors": hashes.sha256(out / "policy" / "model.safetensors")}
+    assert manifest.canaries == {"token_ids": [[1, 2]], "logps": [-1.5]}
+    assert [step["train/loss"] for step in folders.read_json(out / "history.json")] == [0.7, 0.5]
+    # the mean of a metric is over the steps that have it
+    assert (metrics["loss"], metrics["last_loss"], metrics["epsilon_zero"]) == (pytest.approx(0.6), 0.5, 1.0)
+    assert (metrics["beta_start"], metrics["beta"], metrics["steps"], metrics["chosen_drop"]) == (0.1, 0.07, 2, 2.0)
+    assert (metrics["agreement_mean"], metrics["seconds_train"], "agreement_tokens" in metrics) == (1e-5, 2.0, False)
+    assert warned == [] and said == "β 0.1 → 0.07, update 1.00e-02"
+
+
+def test_the_job_follows_the_configuration_and_is_checked_only_against_a_reference_that_sampled(
+    world: Any, tmp_path: Path
+) -> None:
+    jobs: list[dict[str, Any]] = []
+
+    def end(order: str, fields: dict[str, Any], tell: Any) -> Any:
+        jobs.append(fields["job"])
+        return trained(*STEPS)(order, fields, tell)
+
+    w = world("train.agreement_pairs=7", "policy.dtype=bfloat16", "train.epsilon=0.02").ends(end, end)
+    stage(w, tmp_path / "one")
+    stage(w, tmp_path / "two", reference=policy(1))
+    assert [job["agreement_pairs"] for job in jobs] == [7, 7]
+    assert (jobs[0]["agreement_mean"], jobs[0]["agreement_p99"]) == (5e-2, 2.5e-1)
+    assert (jobs[1]["agreement_mean"], jobs[1]["agreement_p99"]) == (None, None)
+    assert (jobs[0]["policy"], jobs[1]["reference"], jobs[1]["initial"]) == ("/p/3", "/p/1", "/p/0")
+    assert (jobs[0]["seed"], jobs[0]["beta"], jobs[0]["epsilon"]) == (11, 0.1, 0.02)
+
+
+def test_what_a_person_should_know_of_a_step_is_told_once_a_round(world: Any, tmp_path: Path) -> None:
+    limit = {"train/beta": 1e-4, "train/beta_at_limit": 1.0}
+    w = world().ends(trained(QUIET, limit, limit | {"train/chosen_drop": 99.0}, limit))
+    _, warned, _ = stage(w, tmp_path / "train")
+    assert [text.split(":")[0] for text in warned] == ["training step 2", "training step 3"]
+
+
+def test_a_stop_waits_for_the_trainers_save(world: Any, tmp_path: Path) -> None:
+    """Asked at a step, or by what the engine does meanwhile: the trainer is told by a file, and the stop goes on after it."""
+    for name in ("breathe", "meanwhile"):
+        stop = Interrupted("stop after this step")
+
+        def interrupt(*where: str, stop: Interrupted = stop) -> None:
+            raise stop
+
+        w = world().ends(trained(*STEPS))
+        with pytest.raises(Interrupted) as found:
+            stage(w, tmp_path / name / "train", **{name: interrupt})
+        assert found.value is stop
+        assert (tmp_path / name / "train.work" / STOP).is_file()
+        assert not (tmp_path / name / "train" / "policy").exists()
+
+
+def test_a_stop_at_once_waits_for_nothing(world: Any, tmp_path: Path) -> None:
+    w = world().ends(trained(*STEPS))
+
+    def interrupt(where: str) -> None:
+        raise Interrupted("now", now=True)
+
+    with pytest.raises(Interrupted):
+        stage(w, tmp_path / "train", breathe=interrupt)
+    assert not (tmp_path / "train.work" / STOP).exists()
+
+
+def test_gradients_of_the_kept_pairs_leave_the_trainer_to_the_training(world: Any, tmp_path: Path) -> None:
+    """25 kept pairs are put into 5 clusters; a number that is none is NaN."""
+    jobs: list[FeaturesJob] = []
+    line = Told()
+
+    def end(order: str, fields: dict[str, Any], tell: Any) -> Any:
+        jobs.append(FeaturesJob(**fields["job"]))
+        tell({"done": 10})
+        return {"clusters": 5, "closeness": None}
+
+    w = world(*COLOCATED, "depth.method=gradient").ends(end)
+    found = gradients(
+        tmp_path / "out.parquet", 25, line, trainer=w.trainer, pairs=tmp_path / "pairs.parquet", policy=policy(2),
+        reference=policy(1), beta=0.2, config=w.config, seed=3, meanwhile=lambda: w.log.append("engine works"),
+        breathe=lambda where: None,
+    )  # fmt: skip
+    assert found["clusters"] == 5 and found["closeness"] != found["closeness"]
+    assert (jobs[0].clusters, jobs[0].policy, jobs[0].reference, jobs[0].beta) == (5, Path("/p/2"), Path("/p/1"), 0.2)
+    assert w.log == ["engine works", "engine sleeps", "start", "send features"]  # it goes on with the training
+    assert line.text == "gradients of 10 of 25 base pairs"
 
 
 def test_what_the_configuration_takes_the_trainers_job_takes() -> None:
@@ -97,7 +362,7 @@ def test_what_the_configuration_takes_the_trainers_job_takes() -> None:
         return True
 
     numbers = [n for n, f in TrainConfig.model_fields.items() if n in TrainJob.model_fields and n != "lora"]
-    assert "warmup_ratio" in numbers and "beta" in numbers
+    assert "warmup_ratio" in numbers and "beta" in numbers and "agreement_pairs" in numbers
     for name in numbers:
         for value in (-1, 0, 1e-6, 0.4, 0.5, 0.99, 1, 2, 1_000_000, None):
             assert not takes(TrainConfig, name, value) or takes(TrainJob, name, value), (name, value)
