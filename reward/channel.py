@@ -1,10 +1,11 @@
-"""Requests to one service at one address or several: kept connections, one retry policy, deadlines, a breaker for each.
+"""Requests to one service that has one address or several. Connections are kept, and each address has a breaker.
 
-What may succeed at another attempt is retried until the deadline and then raised as RewardUnavailable; what asking again
-cannot help is raised at once.
+There is one retry policy. What may succeed at another attempt is tried again until the deadline, and then raised as
+RewardUnavailable. What another attempt cannot mend is raised at once.
 """
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,15 +22,18 @@ T = TypeVar("T")
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 MAX_ANSWER = 64 * 2**20  # bytes; a score is about 20
 PATIENCE = 10.0  # seconds for an address that others can stand in for
+_url = functools.lru_cache(httpx.URL)  # httpx takes as long to read an address as to send a short request
 LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 class Channel:
-    """For several threads. `what` names the service in messages, `advice` says what to do when it is down.
+    """Several threads may use one channel. `what` names the service in messages, and `advice` says what to do when it is
+    down.
 
-    `timeout`: seconds of one attempt; `deadline`: of all of them; `first_wait`, `longest_wait`: between two, doubled each
-    time, plus up to `first_wait` at random. `connections`: kept open. `too_large`: HTTP statuses that are TooLarge.
-    Raises ValueError for an address that is none.
+    `timeout` is the seconds of one attempt, and `deadline` those of all attempts. `first_wait` and `longest_wait` are the
+    seconds between two attempts. The wait doubles each time, and up to `first_wait` is added at random. `connections` are
+    kept open. `too_large` are the HTTP statuses that raise TooLarge.
+    Raises ValueError for what is no address.
     """
 
     def __init__(
@@ -56,13 +60,13 @@ class Channel:
             raise ValueError("timeout and deadline must be positive, waits not negative")
         self._what, self._advice, self._too_large = what, advice, too_large
         self._timeout, self._deadline = timeout, deadline
-        # apart: clients that wait for longest must not return together either
+        # Clients that have waited equally long must not all return at once.
         exponential = tenacity.wait_exponential(multiplier=first_wait, max=longest_wait)
         self._jitter = exponential + tenacity.wait_random(0, first_wait)
         self._endpoints = Endpoints(self.urls, first_rest=first_wait, longest_rest=longest_wait)
         self._http = httpx.Client(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            # a proxy from the environment is for the world, not for a server on this machine
+            # A proxy of the environment leads to the world outside, and not to a server on this machine.
             mounts=dict.fromkeys(LOOPBACK),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections, keepalive_expiry=30.0),
         )
@@ -73,14 +77,15 @@ class Channel:
     def ask(
         self, method: str, path: str, body: bytes | None, read: Callable[[bytes, str], T], stop: threading.Event
     ) -> T:
-        """What `read(content, url)` makes of the answer of any address; it raises Fault for one that cannot be used.
+        """What `read(content, url)` makes of the answer of any address. `read` raises Fault for an answer of no use.
 
         Raises RewardUnavailable, RewardRefused and TooLarge.
         """
         return self._retry(self._endpoints.all, lambda u, t: read(self._exchange(method, u + path, t, body), u), stop)
 
     def ask_each(self, path: str, read: Callable[[bytes, str], T], absent: T, stop: threading.Event) -> dict[str, T]:
-        """`GET path` of each address that answers now, by address; while none does, as `ask`. `absent`: of a 404."""
+        """What each address answers to `GET path`, by address, if it answers now; as in `ask` while none does. `absent` stands
+        for a 404."""
         found: dict[str, T] = {}
 
         def attempt(url: str, seconds: float) -> T:
@@ -95,7 +100,7 @@ class Channel:
         for endpoint in self._endpoints.all:
             if self._endpoints.pause([endpoint]) == 0:
                 until = time.monotonic() + min(self._timeout, PATIENCE)
-                with contextlib.suppress(Fault):  # its work is done by the others, while there are any
+                with contextlib.suppress(Fault):  # the others do its work as long as there are any
                     self._once([endpoint], attempt, until, stop, closes=False)
         if not found:
             self._retry(self._endpoints.all, attempt, stop, closes=False)
@@ -109,7 +114,8 @@ class Channel:
         stop: threading.Event,
         closes: bool,
     ) -> T:
-        """One attempt at the best of these. Raises Fault, which is noted. `closes`: whether a success closes its breaker."""
+        """One attempt at the best of these addresses. Raises Fault, which is counted. `closes` says whether a success closes
+        the breaker."""
         with self._endpoints.use(among, until=until, stop=stop, closes=closes) as endpoint:
             began = time.monotonic()
             try:
@@ -124,7 +130,7 @@ class Channel:
     def _retry(
         self, among: list[Endpoint], attempt: Callable[[str, float], T], stop: threading.Event, closes: bool = True
     ) -> T:
-        """The one retry policy: `attempt(url, seconds)` until it succeeds or the deadline leaves no time for another."""
+        """The one retry policy: `attempt(url, seconds)` is repeated until it succeeds or no time is left."""
         began = time.monotonic()
         tried = 0
 
@@ -160,10 +166,10 @@ class Channel:
         headers = {"content-type": "application/json"} if body is not None else {}
         content = bytearray()
         try:
-            with self._http.stream(method, address, content=body, headers=headers, timeout=timeout) as response:
+            with self._http.stream(method, _url(address), content=body, headers=headers, timeout=timeout) as response:
                 for part in response.iter_bytes():
                     content += part
-                    # httpx bounds the wait for each part, not for all of them
+                    # httpx bounds the wait for each part, and not the wait for all of them
                     if time.monotonic() > end:
                         raise Fault(f"no whole answer within {seconds:.1f} s")
                     if len(content) > MAX_ANSWER:
@@ -191,5 +197,5 @@ def _is_address(url: str) -> bool:
 
 
 def _seconds(retry_after: str) -> float:
-    """Retry-After as seconds; a date, or nonsense, is no wish."""
+    """Retry-After in seconds. A date or nonsense counts as no wish."""
     return min(float(retry_after), 60.0) if retry_after.isascii() and retry_after.isdigit() else 0.0

@@ -1,26 +1,24 @@
 """The client of a reward service: `RewardClient(url).score([(messages, response), …])`.
 
-A result is a finite number, or None where an item is bad (no finite score, too long, not valid text). Whatever is wrong
-with the server rather than an item is retried by one policy and then raised: an outage is never a score.
+A result is a finite number, or None for a bad item: one that is too long, is no valid text, or has no finite score. What is
+wrong with the server instead of an item is tried again and then raised. An outage is never a score.
 """
 
-import itertools
+import contextlib
 import logging
 import queue
-import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
-
-from pydantic import ValidationError
 
 from reward.channel import Channel
 from reward.dialects import Entry, Name, Scored
 from reward.dialects import dialect as _dialect
 from reward.faults import RewardRefused, RewardUnavailable, TooLarge
-from reward.schema import Health, Item
+from reward.requests import Requests, check
+from reward.schema import Health
 
 __all__ = ["RewardClient", "RewardRefused", "RewardUnavailable"]
 
@@ -46,18 +44,20 @@ UNNAMED = Health(
 
 
 class RewardClient:
-    """Scores conversations. May be used by several threads; ends with `close()` or `with`.
+    """Scores conversations. Several threads may use one client. It ends with `close()` or with its `with` block.
 
-    `url`          base address of a reward service, or of several with the same model: the least busy one is asked, and
-                   one that fails again and again rests (reward/endpoints.py)
-    `dialect`      what the service speaks (reward/dialects.py); `tokenizer`: folder of the reward model's tokenizer, for
-                   the dialects that send rendered text; `model`: its name there, where a service has several
-    `api_key`      sent as a bearer token
-    `batch_size`   most items in a request; `batch_bytes` bounds it too
-    `concurrency`  most requests in flight for one call of `score`
-    `timeout`      seconds that one request may take
-    `deadline`     seconds that a request may take with all its repetitions; then it is an outage
-    `first_wait`, `longest_wait`  seconds before a repetition: doubled each time, plus up to `first_wait` at random
+    `url`          is the base address of a reward service, or of several with the same model. The least busy one is
+                   asked, and one that fails again and again rests (reward/endpoints.py).
+    `dialect`      is what the service speaks (reward/dialects.py).
+    `tokenizer`    is the folder of the reward model's tokenizer, for the dialects that send rendered text.
+    `model`        is the model's name at a service that has several.
+    `api_key`      is sent as a bearer token.
+    `batch_size`   is the most items in a request, and `batch_bytes` the most bytes.
+    `concurrency`  is the most requests in flight for one call of `score`.
+    `timeout`      is the most seconds that one request may take.
+    `deadline`     is the most seconds that a request may take with all its repetitions. After that it is an outage.
+    `first_wait`, `longest_wait` are the seconds before a repetition. The wait doubles each time, and up to `first_wait` is
+                   added at random.
     """
 
     def __init__(
@@ -108,74 +108,95 @@ class RewardClient:
         on_scored: Callable[[Sequence[Scored]], None] | None = None,
         known: Container[int] = (),
     ) -> list[float | None]:
-        """One finite score for each (messages, response), in order, or None where that item is bad.
+        """One finite score for each (messages, response), in order, or None for a bad item.
 
-        `references`: an answer that is known to be right for each item, for rules and judges that compare with one.
-        `known`: places of items whose scores the caller has; they get None and are left out of the requests, each of
-        which is otherwise what it would be: a score's last bits depend on what is in its request.
-        `on_progress` is called in this thread with the number of items done so far, `on_scored` before it with what a
-        request was answered with.
-        Raises RewardUnavailable (an outage), RewardRefused (what was asked, or what answers, is wrong), and ValueError
+        `references` are answers that are known to be right, for rules and judges that compare with one.
+        `known` are the places of items whose scores the caller has. They get None, and no request holds them. The requests
+        are otherwise what they would be, because the last bits of a score depend on what else is in its request.
+        `on_scored` is called in this thread with the answer to each request, then `on_progress` with the number of items
+        that are done so far. Requests are made while others are under way, so memory does not grow with the items.
+        Raises RewardUnavailable for an outage, RewardRefused when what was asked or what answers is wrong, and ValueError
         for items that are no conversations.
         """
-        entries, bad = self._entries(items, references or [None] * len(items))
-        whole = self._chunks(entries)
-        chunks = [chunk for all_of_it in whole if (chunk := [e for e in all_of_it if e.place not in known])]
-        todo: queue.SimpleQueue[list[Entry]] = queue.SimpleQueue()
-        answers: queue.SimpleQueue[list[Scored] | Exception] = queue.SimpleQueue()
-        stop = threading.Event()
-        for chunk in chunks:
-            todo.put(chunk)
-
-        def work() -> None:
-            while not stop.is_set():
-                try:
-                    part = todo.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    answers.put(self._ask(part, stop))
-                except Exception as error:  # raised again below, in the caller's thread
-                    answers.put(error)
-
-        done = [d for d in bad if d.place not in known]  # and those that follow
-        try:
-            for _ in range(min(self._concurrency, len(chunks))):
-                # daemons: an interrupt or an outage does not wait for requests that nobody wants any more
-                threading.Thread(target=work, name="reward-client", daemon=True).start()
-            for _ in chunks:
-                answer = answers.get()
-                if isinstance(answer, Exception):
-                    raise answer
-                done += answer
+        references = references or [None] * len(items)
+        check(items, references)
+        self.weights, self.reasons = frozenset(), Counter()
+        scores: list[float | None] = [None] * len(items)
+        wanted = sum(place not in known for place in range(len(items)))
+        if not wanted:
+            return scores
+        requests = Requests(
+            items,
+            references,
+            known,
+            dialect=self._dialect,
+            tokenizer=self._tokenizer,
+            batch_size=self._batch_size,
+            batch_bytes=self._batch_bytes,
+        )
+        weights: set[str] = set()
+        reasons: Counter[str] = Counter()
+        done = 0
+        with contextlib.closing(self._answers(requests, min(self._concurrency, wanted))) as answers:
+            for answer in answers:
+                for scored in answer:
+                    scores[scored.place] = scored.score
+                    if scored.weights:
+                        weights.add(scored.weights)
+                    if scored.reason:
+                        reasons[scored.reason] += 1
+                done += len(answer)
                 if on_scored:
                     on_scored(answer)
                 if on_progress:
-                    on_progress(len(done))
-        finally:
-            stop.set()
-        self.weights = frozenset(d.weights for d in done if d.weights)
-        if len(self.weights) > 1:
+                    on_progress(done + len(requests.bad))
+        reasons.update(bad.reason for bad in requests.bad if bad.reason)
+        self.weights, self.reasons = frozenset(weights), reasons
+        if len(weights) > 1:
             raise RewardRefused(
-                f"these scores come from {len(self.weights)} different models ({', '.join(sorted(self.weights))}): serve one model "
+                f"these scores come from {len(weights)} different models ({', '.join(sorted(weights))}): serve one model "
                 f"at {', '.join(self.urls)} and score again"
             )
-        self.reasons = Counter(d.reason for d in done if d.reason)
-        if self.reasons:
-            log.warning(
-                "%d of %d items got no score: %s", self.reasons.total(), len(items), dict(self.reasons.most_common(5))
-            )
-        scores = {d.place: d.score for d in done}
-        return [scores.get(place) for place in range(len(items))]
+        if reasons:
+            log.warning("%d of %d items got no score: %s", reasons.total(), len(items), dict(reasons.most_common(5)))
+        return scores
+
+    def _answers(self, requests: Requests, at_once: int) -> Generator[list[Scored], None, None]:
+        """What the requests are answered with, `at_once` of them at a time, in the order in which they are done."""
+        answers: queue.SimpleQueue[list[Scored] | Exception | None] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work() -> None:
+            try:
+                while not stop.is_set() and (part := requests.take()) is not None:
+                    answers.put(self._ask(part, stop))
+                answers.put(None)
+            except Exception as error:  # raised again below, in the caller's thread
+                answers.put(error)
+
+        try:
+            for _ in range(at_once):
+                # daemons: an interrupt or an outage does not wait for requests that nobody wants any more
+                threading.Thread(target=work, name="reward-client", daemon=True).start()
+            while at_once:
+                answer = answers.get()
+                if isinstance(answer, Exception):
+                    raise answer
+                if answer is None:
+                    at_once -= 1
+                else:
+                    yield answer
+        finally:
+            stop.set()
 
     def health(self) -> Health:
-        """What serves, as the addresses say that answer now. Raises RewardUnavailable where none does, and RewardRefused
-        where they have different models."""
+        """What serves, as those addresses say that answer now. Raises RewardUnavailable when none answers, and
+        RewardRefused when they have different models."""
         stop = threading.Event()
         path = self._dialect.health_path
         if path is None:
             return self._dialect.health(b"", ", ".join(self.urls))
-        # One without the path is a service of somebody's own, which only scores.
+        # An address without that path is a service of somebody's own, which only scores.
         found = self._channel.ask_each(path, self._dialect.health, UNNAMED, stop)
         first = next(iter(found))
         for url, health in found.items():
@@ -195,46 +216,6 @@ class RewardClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _entries(
-        self, items: Sequence[tuple[Sequence[Mapping[str, str]], str]], references: Sequence[str | None]
-    ) -> tuple[list[Entry], list[Scored]]:
-        """The items as JSON, and those that cannot be written as such."""
-        call = secrets.token_hex(4)  # an answer to another call is noticed
-        checked: list[Item] = []
-        groups: list[int] = []
-        for place, ((messages, response), reference) in enumerate(zip(items, references, strict=True)):
-            turns = [dict(m) for m in messages]
-            item = {"messages": turns, "response": response, "id": f"{call}.{place}", "reference": reference}
-            try:
-                checked.append(Item.model_validate(item))
-            except ValidationError as error:
-                raise ValueError(f"item {place} is no conversation with a response: {error}") from error
-            same = place > 0 and checked[-1].messages == checked[-2].messages
-            groups.append(groups[-1] if same else place)
-        entries: list[Entry] = []
-        bad: list[Scored] = []
-        with self._tokenizer:
-            parts_of_all = self._dialect.parts(checked)
-        for place, parts in enumerate(parts_of_all):
-            if isinstance(parts, str):
-                bad.append(Scored(place=place, score=None, reason=parts))
-            else:
-                entries.append(Entry(place=place, id=f"{call}.{place}", parts=parts, group=groups[place]))
-        return entries, bad
-
-    def _chunks(self, entries: list[Entry]) -> list[list[Entry]]:
-        """Requests within the limits. Answers to the same prompt stay together where they fit: a judge compares them."""
-        chunks: list[list[Entry]] = []
-        for group in _groups(entries):
-            whole = len(group) <= self._batch_size and sum(e.size for e in group) <= self._batch_bytes
-            for part in [group] if whole else [[entry] for entry in group]:
-                last = chunks[-1] if chunks else []
-                size = sum(e.size for e in last) + sum(e.size for e in part)
-                if not chunks or len(last) + len(part) > self._batch_size or size > self._batch_bytes:
-                    chunks.append([])
-                chunks[-1] += part
-        return chunks
-
     def _ask(self, chunk: list[Entry], stop: threading.Event) -> list[Scored]:
         """The scores of one chunk."""
         body = self._dialect.request(chunk)
@@ -250,9 +231,5 @@ class RewardClient:
 
 
 def _served(health: Health) -> tuple[str, ...]:
-    """What decides on a score."""
+    """What a score depends on."""
     return (health.weights_sha256, health.template_sha256, health.dtype)
-
-
-def _groups(entries: list[Entry]) -> list[list[Entry]]:
-    return [list(group) for _, group in itertools.groupby(entries, key=lambda e: e.group)]

@@ -1,11 +1,11 @@
 """The wire formats that the client speaks: how items become a request, and an answer becomes scores.
 
-    selfplay       POST /score       items with ids; the ids are returned, so that an answer in another order is noticed
+    selfplay       POST /score       items with ids, which are returned, so that an answer in another order is noticed
     vllm-classify  POST /classify    token ids to a vLLM pooling server; raw scores, without an activation
     vllm-pooling   POST /pooling     the same by vLLM's other route
     openrlhf       POST /get_reward  texts: prompt, and prompt with response
 
-A dialect has no connection and keeps no state: bytes in, bytes out.
+A dialect has no connection and keeps no state. It turns items into bytes and bytes into scores.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from math import isfinite
 from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 
 from reward.faults import Fault
 from reward.schema import GetRewardResponse, Health, Item, ScoreResponse
@@ -30,7 +31,7 @@ DEFAULT_MAX_TOKENS = 32768
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """An item on its way: its place in the caller's list, its id, and its JSON, in one piece or several."""
+    """An item of a request: its place in the caller's list, its id, and its JSON in one piece or several."""
 
     place: int
     id: str
@@ -45,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """What became of one item; `weights` names what scored it, where the server says so."""
+    """What became of one item. `weights` names what scored it, if the server says so."""
 
     place: int
     score: float | None
@@ -61,11 +62,11 @@ class Dialect(Protocol):
 
     @property
     def too_large(self) -> frozenset[int]:
-        """HTTP statuses after which a request is split; a single item that still gets one is set aside."""
+        """HTTP statuses after which a request is split. A single item that still gets one is set aside."""
 
     @property
     def health_path(self) -> str | None:
-        """None: there is nothing to ask."""
+        """Where the service says what it serves; None if it says nothing."""
 
     def parts(self, items: Sequence[Item]) -> list[tuple[bytes, ...] | str]:
         """Each item's JSON, or why it cannot be asked for."""
@@ -73,7 +74,7 @@ class Dialect(Protocol):
     def request(self, chunk: Sequence[Entry]) -> bytes: ...
 
     def read(self, content: bytes, chunk: Sequence[Entry]) -> list[Scored]:
-        """The scores in an answer to `chunk`. Raises Fault where it is not certain which item has which score."""
+        """The scores in an answer to `chunk`. Raises Fault unless it is certain which item has which score."""
 
     def health(self, content: bytes, url: str) -> Health: ...
 
@@ -88,8 +89,8 @@ class Selfplay:
         found: list[tuple[bytes, ...] | str] = []
         for item in items:
             try:
-                found.append((_json(item.model_dump(exclude_none=True)),))
-            except UnicodeEncodeError:
+                found.append((to_json(item, exclude_none=True),))
+            except PydanticSerializationError:
                 found.append(NOT_UNICODE)
         return found
 
@@ -98,7 +99,7 @@ class Selfplay:
 
     def read(self, content: bytes, chunk: Sequence[Entry]) -> list[Scored]:
         given = _parse(content, ScoreResponse)
-        # a server that does not return ids is trusted to keep the order, as its format says
+        # the format says that a server without ids keeps the order
         if given.ids is not None and given.ids != [entry.id for entry in chunk]:
             raise Fault("the scores belong to other items, or are in another order")
         return _scored(given.scores, given.errors, chunk, given.weights_sha256)
@@ -122,11 +123,11 @@ class _NumbersResponse(BaseModel):
 class Vllm:
     """vLLM's pooling server. Texts are rendered and tokenised here, so that control tokens in them are split.
 
-    `tokenizer`: folder (or Hub name) of the reward model's tokenizer with its chat template; torch is not imported.
-    Raises ValueError where it cannot be used.
+    `tokenizer` is the folder or the Hub name of the reward model's tokenizer, which has a chat template. Nothing imports
+    torch. Raises ValueError for a tokenizer that cannot be used.
     """
 
-    # 400: one conversation is longer than the model takes, and vLLM refuses the request for it
+    # vLLM answers 400 to a whole request when one conversation is longer than the model takes
     too_large, health_path = frozenset({413, 400}), "/v1/models"
 
     def __init__(self, route: Literal["classify", "pooling"], tokenizer: str, model: str | None) -> None:
@@ -141,12 +142,12 @@ class Vllm:
         limit = loaded.model_max_length
         self.path = f"/{route}"
         self._encoder = ChatEncoder(loaded, limit if 0 < limit < UNLIMITED else DEFAULT_MAX_TOKENS)
-        # without the task vLLM would pool token by token; without use_activation it answers a sigmoid
+        # Without the task vLLM would pool token by token. Without use_activation it answers a sigmoid.
         fixed = {"use_activation": False} | ({"task": "classify"} if route == "pooling" else {})
-        self._head = _json(fixed | ({"model": model} if model else {}))[:-1]
+        self._head = to_json(fixed | ({"model": model} if model else {}))[:-1]
 
     def parts(self, items: Sequence[Item]) -> list[tuple[bytes, ...] | str]:
-        return [e if isinstance(e, str) else (_json(e),) for e in self._encoder.encode(items)]
+        return [e if isinstance(e, str) else (to_json(e),) for e in self._encoder.encode(items)]
 
     def request(self, chunk: Sequence[Entry]) -> bytes:
         return self._head + b',"input":[' + b",".join(entry.parts[0] for entry in chunk) + b"]}"
@@ -164,7 +165,7 @@ class Vllm:
         return _scored(scores, None, chunk, None)
 
     def health(self, content: bytes, url: str) -> Health:
-        """vLLM tells the name of its model and no hash: a checkpoint that is changed under its name is not seen here."""
+        """vLLM tells the name of its model and no hash. A checkpoint that changes under its name is not noticed here."""
         try:
             found: dict[str, Any] = json.loads(content)["data"][0]
             name, limit = str(found["id"]), int(found.get("max_model_len") or self._encoder.max_tokens)
@@ -184,10 +185,10 @@ class Vllm:
 
 
 class OpenRLHF:
-    """OpenRLHF's remote reward: `query` is prompt and response in one text, `prompts` the prompt alone.
+    """OpenRLHF's remote reward: `query` is prompt and response in one text, and `prompts` is the prompt alone.
 
-    With a `tokenizer` the prompt is rendered by its chat template, as OpenRLHF itself does; without one it is the texts
-    of the messages, a blank line between them. The format has nothing that says what scores.
+    With a `tokenizer` its chat template renders the prompt, as OpenRLHF itself does. Without one the prompt is the texts of
+    the messages with a blank line between them. The format has no place for what scores.
     """
 
     path, health_path = "/get_reward", None
@@ -209,8 +210,8 @@ class OpenRLHF:
         for item in items:
             try:
                 prompt = self._prompt(item)
-                found.append((_json(prompt + item.response), _json(prompt), _json(item.reference or "")))
-            except UnicodeEncodeError:
+                found.append((to_json(prompt + item.response), to_json(prompt), to_json(item.reference or "")))
+            except PydanticSerializationError:
                 found.append(NOT_UNICODE)
             except Exception as error:  # a template may raise anything
                 found.append(f"the chat template refuses the conversation: {str(error)[:200]}")
@@ -282,10 +283,6 @@ def _parse(content: bytes, form: type[Answer]) -> Answer:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
         raise Fault(f"an answer of another form: {where}") from error
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _sha256(text: str) -> str:

@@ -1,5 +1,7 @@
 """The wire format of `/score` and `/healthz`, shared by server and client."""
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -19,8 +21,11 @@ class Message(_Request):
     content: str
 
 
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
 class Item(_Request):
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     """The conversation up to the response."""
     response: str
     """The assistant's answer that is scored."""

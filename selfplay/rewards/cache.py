@@ -1,6 +1,7 @@
-"""Scores that were paid for once: a bounded SQLite file, least recently used first out, shared by processes.
+"""Scores that were paid for once: a SQLite file of bounded size, which several processes may share.
 
-A key names what scored (weights and template) and what was scored, so that an entry is never wrong, only unneeded.
+A key names what scored (its weights and its template) and what was scored. So an entry is never wrong. It can only be one
+that nobody needs any more, and the entries that were not used for longest go first.
 """
 
 from __future__ import annotations
@@ -14,23 +15,52 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 
+from pydantic_core import to_json
+
 from selfplay.errors import InputError, RewardError
 from selfplay.storage.folders import disk_errors
 
-BUSY = 60.0  # seconds to wait for another process that writes
+BUSY = 60.0  # seconds to wait while another process writes
 PLACE = "see that this user may write there and nobody else holds the file, or give another reward.cache.path, or set reward.cache.entries to 0"
 AT_ONCE = 500  # keys in a query, below SQLite's limit of variables
 
 
-def key(identity: str, messages: Sequence[Mapping[str, str]], response: str) -> bytes:
-    """SHA-256 of what scores and what it reads. `identity` holds the hashes of weights and template."""
-    read = [identity, [[m["role"], m["content"]] for m in messages], response]
-    return hashlib.sha256(json.dumps(read, separators=(",", ":")).encode()).digest()
+def keys(identity: str, items: Sequence[tuple[Sequence[Mapping[str, str]], str]]) -> list[bytes]:
+    """For each (messages, response): SHA-256 of what scores it and of what is read. `identity` holds the hashes of weights
+    and template. Messages that several items in a row share are hashed once."""
+    found: list[bytes] = []
+    last: Sequence[Mapping[str, str]] | None = None
+    begun = hashlib.sha256()
+    for messages, response in items:
+        if last is None or (messages is not last and messages != last):
+            last = messages
+            begun = hashlib.sha256(_json([identity, [[m["role"], m["content"]] for m in messages]])[:-1] + b",")
+        whole = begun.copy()
+        whole.update(_text(response))
+        whole.update(b"]")
+        found.append(whole.digest())
+    return found
+
+
+def _json(value: object) -> bytes:
+    return _encode(value).encode()  # ASCII, so that a lone surrogate has a key too
+
+
+def _text(text: str) -> bytes:
+    """`_json` of a text. Most texts are plain ASCII, for which pydantic's encoder gives the same in a quarter of the time."""
+    return to_json(text) if text.isascii() and "\x7f" not in text else _json(text)
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class ScoreCache:
-    """At most `entries` scores in `path`, and a thousandth more for each process. May be used by several threads, and by
-    several processes at a time.
+    """At most `entries` scores in the file `path`, and a thousandth more for each process that writes. Several threads and
+    several processes may use it at a time.
+
+    `used` in the file is a clock that counts uses: each write sets it forward by the number of entries that it touches. An
+    entry that is found counts as used only once the clock is an eighth of `entries` ahead of it. So an entry goes when at
+    least seven eighths as many others were used since, and a score that is found again and again is seldom written.
 
     Raises RewardError where the file is no cache, DiskError where its disk is full.
     """
@@ -38,7 +68,7 @@ class ScoreCache:
     def __init__(self, path: Path, entries: int) -> None:
         self.path, self._entries = path, entries
         self._lock = threading.Lock()
-        self._uncounted = entries  # scores put since they were all counted, which takes 20 ms for a million
+        self._uncounted = entries  # scores that were put since all were counted; to count a million takes 20 ms
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._disk():
@@ -60,28 +90,32 @@ class ScoreCache:
             raise
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, float]:
-        """The scores that are there; they count as used now."""
+        """The scores that are there."""
         found: dict[bytes, float] = {}
+        old: list[bytes] = []
         with self._lock, self._disk():
+            oldest = self._clock() - self._entries // 8
             for start in range(0, len(keys), AT_ONCE):
                 part = keys[start : start + AT_ONCE]
                 marks = ",".join("?" * len(part))
-                found |= self._connection.execute(
-                    f"SELECT key, score FROM scores WHERE key IN ({marks})", part
-                ).fetchall()
-            if found:
-                self._write("UPDATE scores SET used = ? WHERE key = ?", [(k,) for k in found])
+                rows = self._connection.execute(f"SELECT key, score, used FROM scores WHERE key IN ({marks})", part)
+                for key, score, used in rows:
+                    found[key] = score
+                    if used < oldest:
+                        old.append(key)
+            if old:
+                self._write("UPDATE scores SET used = ? WHERE key = ?", [(key,) for key in old])
         return found
 
     def put(self, scores: Mapping[bytes, float]) -> None:
-        """Keep finite scores, at the cost of those that were not used for longest."""
+        """Keep finite scores. Those that were not used for longest go where there is no room."""
         assert all(isfinite(v) for v in scores.values()), "a missing score is never kept: it is asked for again"
         with self._lock, self._disk():
             self._uncounted += len(scores)
             self._write("INSERT OR REPLACE INTO scores (used, key, score) VALUES (?, ?, ?)", list(scores.items()))
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        """Take scores out that cannot be trusted."""
+        """Remove scores that cannot be trusted."""
         with self._lock, self._disk():
             self._write("DELETE FROM scores WHERE used < ? AND key = ?", [(k,) for k in keys])
 
@@ -96,12 +130,16 @@ class ScoreCache:
         with self._lock:
             self._connection.close()
 
+    def _clock(self) -> int:
+        return int(self._connection.execute("SELECT coalesce(max(used), 0) FROM scores").fetchone()[0])
+
     def _write(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
-        """Execute a statement for rows, each with the time of use before it, and shrink to the bound; one transaction."""
-        # IMMEDIATE: a transaction that first reads and then finds another writer could not wait for it.
+        """Execute a statement for rows, each with the new time of the clock before it, and shrink the file to its bound. All
+        of it is one transaction."""
+        # IMMEDIATE, because a transaction that first reads and then finds another writer cannot wait for it.
         self._connection.execute("BEGIN IMMEDIATE")
         try:
-            now = self._connection.execute("SELECT coalesce(max(used), 0) + 1 FROM scores").fetchone()[0]
+            now = self._clock() + len(rows)
             self._connection.executemany(statement, [(now, *row) for row in rows])
             if is_due := self._uncounted > self._entries // 1000:
                 self._connection.execute(
@@ -117,7 +155,7 @@ class ScoreCache:
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
-        """Turn SQLite's errors into DiskError and RewardError."""
+        """Raise SQLite's errors as DiskError and RewardError."""
         try:
             with disk_errors(self.path):
                 yield

@@ -1,10 +1,12 @@
-"""The reward of a run, or its judge: one source of scores or an ensemble of them, behind a cache, on a scale that is kept."""
+"""The reward of a run, or its judge: one source of scores or an ensemble, behind a cache, on a scale that is kept."""
 
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,36 +20,38 @@ from reward.dialects import Scored as Given
 from selfplay.config import EnsembleConfig, RewardSource
 from selfplay.errors import GuardError, Interrupted, RewardError
 from selfplay.methods import ensemble
-from selfplay.rewards.cache import ScoreCache, key
+from selfplay.rewards.cache import ScoreCache
+from selfplay.rewards.cache import keys as cache_keys
 from selfplay.rewards.service import RewardService
 from selfplay.storage import folders
 from selfplay.types import Message
 
 Item = tuple[list[Message], str]
+LATEST = 1.0  # seconds
 
 
 def name(identity: str, which: Mapping[str, Any]) -> str:
-    """What scores are known by: who gave them, or what the configuration says where nobody tells."""
+    """What scores are known by: what gave them, or what the configuration says if the server does not tell."""
     return identity or json.dumps(which, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The members' own scores, before any scale."""
+    """The scores of the members, before any scale."""
 
-    identities: tuple[str, ...]  # of the members; «» where a server does not say which weights it has
-    scores: NDArray[np.float64]  # (M, N); NaN where a member has none
-    reasons: Counter[str] = field(default_factory=Counter)  # why there is none, of those that were asked for now
+    identities: tuple[str, ...]  # of the members; «» for a server that does not say which weights it has
+    scores: NDArray[np.float64]  # (M, N); NaN for a member without a score
+    reasons: Counter[str] = field(default_factory=Counter)  # why there is none, among the items that were asked for now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combined:
-    rewards: NDArray[np.float64]  # (N,); NaN where any member has no score
-    disagreement: NDArray[np.float64] | None  # (N,), standard deviations; of an ensemble only
+    rewards: NDArray[np.float64]  # (N,); NaN if any member has no score
+    disagreement: NDArray[np.float64] | None  # (N,) in standard deviations; None without an ensemble
 
 
 class Scorer:
-    """Scores items with all members at a time. `role`: «reward» or «judge», in logs, files and messages."""
+    """Scores items with all members at the same time. `role` is «reward» or «judge» in logs, files and messages."""
 
     def __init__(
         self,
@@ -71,11 +75,11 @@ class Scorer:
 
     @property
     def logs(self) -> list[Path]:
-        """Of the servers that are ours; others keep theirs."""
+        """The logs of the servers that are ours."""
         return [service.log for service in self._services if service.log.is_file()]
 
     def start(self) -> None:
-        """Start the servers that are ours; returns at once."""
+        """Start the servers that are ours. It returns at once."""
         for service in self._services:
             service.start()
 
@@ -85,15 +89,15 @@ class Scorer:
 
     @property
     def identities(self) -> tuple[str, ...]:
-        """What scores, member by member: hashes of weights and template, as the servers say; «» where one does not."""
+        """What scores, for each member: hashes of weights and template, as its server says, or «» if it does not say."""
         return tuple(service.identity for service in self._services)
 
     def names(self, identities: Sequence[str]) -> list[str]:
-        """What each member's scores are known by."""
+        """What the scores of each member are known by."""
         return [name(identity, s.which()) for identity, s in zip(identities, self.sources, strict=True)]
 
     def described(self, identities: Sequence[str]) -> list[str]:
-        """What its rewards depend on: what the members' scores are known by, and how they are combined."""
+        """What its rewards depend on: what the scores of the members are known by, and how they are combined."""
         how = [] if self._ensemble is None else [f"{self._ensemble.combine} {self._ensemble.std_weight:g}"]
         return self.names(identities) + how
 
@@ -103,7 +107,7 @@ class Scorer:
         on_progress: Callable[[int], None] = lambda done: None,
         identities: tuple[str, ...] | None = None,
     ) -> tuple[list[float | None], Counter[str]]:
-        """One finite number for each item, or None where a member cannot score it, and why not. Raises as `ask`, and
+        """One finite number for each item, or None if a member cannot score it, and the reasons. Raises as `ask`, and
         GuardError when others than `identities` answer."""
         answer = self.ask(items, on_progress)
         if identities is not None and answer.identities != identities:
@@ -117,9 +121,10 @@ class Scorer:
     def ask(
         self, items: Sequence[Item], on_progress: Callable[[int], None] = lambda done: None, fresh: bool = False
     ) -> Answer:
-        """Every member's scores of the items. `fresh`: ask the servers whatever the cache says.
+        """The scores of every member. With `fresh` the servers are asked for all items, whatever the cache holds.
 
-        Raises RewardError when a server stays down, InputError when it refuses, GuardError when its model changed meanwhile.
+        Raises RewardError when a server stays down, InputError when it refuses, and GuardError when its model changed
+        meanwhile.
         """
         if len(self._services) == 1:
             answers = [self._ask(self._services[0], items, on_progress, fresh)]
@@ -133,7 +138,7 @@ class Scorer:
     def _ask_all(
         self, items: Sequence[Item], on_progress: Callable[[int], None], fresh: bool
     ) -> list[tuple[str, list[float]]]:
-        """`_ask` of all members at a time. `on_progress` is called in this thread; what it raises ends them all."""
+        """`_ask` of all members at the same time. `on_progress` is called in this thread, and what it raises ends them all."""
         told: queue.SimpleQueue[tuple[int, int | tuple[str, list[float]] | Exception]] = queue.SimpleQueue()
         unwanted = threading.Event()
 
@@ -145,7 +150,7 @@ class Scorer:
 
             try:
                 told.put((member, self._ask(self._services[member], items, progress, fresh)))
-            except Exception as error:  # raised again below, in the caller's thread
+            except Exception as error:  # it is raised again below, in the caller's thread
                 told.put((member, error))
 
         everyone = range(len(self._services))
@@ -155,7 +160,7 @@ class Scorer:
         answers: dict[int, tuple[str, list[float]]] = {}
         failure: Exception | None = None
         ended = 0
-        while ended < len(everyone):  # all of them: a service is for one thread at a time
+        while ended < len(everyone):  # wait for all, because a service is for one thread at a time
             member, what = told.get()
             ended += not isinstance(what, int)
             try:
@@ -176,53 +181,54 @@ class Scorer:
     def _ask(
         self, service: RewardService, items: Sequence[Item], on_progress: Callable[[int], None], fresh: bool
     ) -> tuple[str, list[float]]:
-        """Who scored, and the scores (NaN: none). Equal items are asked once, known ones not at all.
+        """Who scored, and a score for each item (NaN where it has none).
 
-        Where a score may depend on what else is in the request, all are asked.
+        Equal items are asked once and those in the cache not at all, unless a score may depend on what else is in the
+        request: then all are asked.
         """
         identity = service.identity
-        keys = [key(identity, messages, response) for messages, response in items]
-        # without a name of the weights an old score may be another model's
+        keys = cache_keys(identity, items)
+        # A source that does not name its weights may have others by now, so its old scores say nothing.
         cache = self._cache if identity and not fresh and not self._cache_fails else None
         known = self._known(cache, list(dict.fromkeys(keys)))
         unique = list(range(len(keys)))
         if not fresh and (identity or not service.compares):
-            first = {k: i for i, k in reversed(list(enumerate(keys)))}
+            first = {key: i for i, key in reversed(list(enumerate(keys)))}
             unique = sorted(first.values())
         have = frozenset(place for place, i in enumerate(unique) if keys[i] in known)
         weights = identity.partition("/")[0]
-        kept: set[bytes] = set()
+        writer = _Writer(lambda scores: self._keep(cache, scores))
 
         def keep(given: Sequence[Given]) -> None:
-            """Request by request: a round that is killed in mid-shard asks for none of these again."""
-            found = {
-                keys[unique[g.place]]: g.score for g in given if g.score is not None and (g.weights or "") == weights
-            }
-            self._keep(cache, found)
-            kept.update(found)
+            writer.put(
+                {keys[unique[g.place]]: g.score for g in given if g.score is not None and (g.weights or "") == weights}
+            )
 
         left = len(unique) - len(have)
-        values = service.score(
-            [items[i] for i in unique], lambda n: on_progress(len(items) - left + n), keep if cache else None, have
-        )
+        try:
+            values = service.score(
+                [items[i] for i in unique], lambda n: on_progress(len(items) - left + n), keep if cache else None, have
+            )
+        finally:
+            writer.flush()
         now = service.identity
         if now != identity or (weights and service.weights - {weights}):
             if cache:
-                cache.remove(list(kept))
+                cache.remove(list(writer.written))
             raise GuardError(
                 f"the model behind the {service.name} changed while it scored: {identity or '?'} before, {now or '?'} after"
                 + (f", scores by {', '.join(sorted(service.weights))}" if now == identity else ""),
                 "see that one and the same model serves, then run the same command again: these scores are not kept",
             )
         asked = {i: v for place, (i, v) in enumerate(zip(unique, values, strict=True)) if place not in have}
-        given = {i: np.nan if v is None else v for i, v in asked.items()}
-        # of servers that name themselves only when they are asked for it
-        self._keep(cache, {keys[i]: v for i, v in given.items() if np.isfinite(v) and keys[i] not in kept})
+        # What `keep` left out: scores of servers that name their weights only when they are asked for them.
+        self._keep(cache, {keys[i]: v for i, v in asked.items() if v is not None and keys[i] not in writer.written})
+        given = {i: math.nan if v is None else v for i, v in asked.items()}
         if len(given) == len(items):  # equal items may have different scores where they are compared
             return identity, list(given.values())
         known |= {keys[i]: v for i, v in given.items()}
         on_progress(len(items))
-        return identity, [known[k] for k in keys]
+        return identity, [known[key] for key in keys]
 
     def _known(self, cache: ScoreCache | None, keys: Sequence[bytes]) -> dict[bytes, float]:
         try:
@@ -239,15 +245,16 @@ class Scorer:
             self._do_without_cache(error)
 
     def _do_without_cache(self, error: RewardError) -> None:
-        """It only saves time. What must be forgotten still has to be, or another process would find it."""
+        """Go on without the cache, which only saves time. Scores that must go are still removed from it, or another process
+        would find them."""
         self._cache_fails = True
         self._on_event("warning", f"{error}; scores are asked for again and not kept. {error.hint}")
 
     def combine(self, identities: tuple[str, ...], scores: NDArray[np.float64]) -> Combined:
-        """One reward for each item, from the members' own scores (M, N).
+        """One reward for each item, from the scores (M, N) of the members.
 
-        The members' scale is that of the first items that were combined in this run folder.
-        Raises RewardError where a member without a scale scored nothing.
+        The scale of a member is that of the first items that were combined in this run folder.
+        Raises RewardError when a member without a scale scored nothing.
         """
         if self._ensemble is None:
             return Combined(rewards=scores[0], disagreement=None)
@@ -257,10 +264,10 @@ class Scorer:
         return Combined(rewards=rewards, disagreement=ensemble.disagreement(z))
 
     def forget(self, identities: Sequence[str], items: Sequence[Item]) -> None:
-        """Take the scores of these items by these models out of the cache."""
+        """Remove the scores of these items by these models from the cache."""
         if self._cache is not None:
             named = [identity for identity in identities if identity]
-            self._cache.remove([key(identity, *item) for identity in named for item in items])
+            self._cache.remove([key for identity in named for key in cache_keys(identity, items)])
 
     def forget_all(self) -> None:
         """Empty the cache."""
@@ -268,7 +275,7 @@ class Scorer:
             self._cache.clear()
 
     def begin_anew(self, identities: Sequence[str]) -> None:
-        """Other models may go by the names of earlier ones now: these have no scale and no scores any more."""
+        """Forget scales and scores, because other models may have the names of earlier ones now."""
         self.forget_all()
         names = set(self.names(identities))
         known = {
@@ -279,7 +286,7 @@ class Scorer:
             folders.write_json(self._scale_file, known)
 
     def rename(self, before: Sequence[str], now: Sequence[str]) -> None:
-        """The same models go by other `names` now: they keep their scales."""
+        """The same models have other `names` now, and keep their scales."""
         known = self._known_scales()
         for member, old, new in zip(self.members, before, now, strict=bool(self.members)):
             if (scale := _scale_of(known, member, old)) is not None:
@@ -288,14 +295,14 @@ class Scorer:
             folders.write_json(self._scale_file, known)
 
     def _known_scales(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Mean and standard deviation by member and by what scores."""
+        """Mean and standard deviation, by member and by what scores."""
         found: dict[str, dict[str, dict[str, float]]] = (
             folders.read_json(self._scale_file) if self._scale_file.is_file() else {}
         )
         return found
 
     def _scale(self, identities: tuple[str, ...], scores: NDArray[np.float64]) -> list[ensemble.Moments]:
-        """Each member's moments, by what scores: a model that comes back finds its own scale again."""
+        """The moments of each member. They are kept by what scores, so a model that comes back finds its own scale again."""
         known, names = self._known_scales(), self.names(identities)
         new: list[str] = []
         for member, known_as, own in zip(self.members, names, scores, strict=True):
@@ -324,6 +331,28 @@ class Scorer:
         return [ensemble.Moments(**known[m][n]) for m, n in zip(self.members, names, strict=True)]
 
 
+class _Writer:
+    """Writes scores into the cache while others are still asked for, so that a round that is killed asks for few again.
+
+    Scores are written at most LATEST seconds after they came. A reward that is slower than that is written request by
+    request, and a fast one does not wait for the disk each time.
+    """
+
+    def __init__(self, write: Callable[[Mapping[bytes, float]], None]) -> None:
+        self.written: set[bytes] = set()
+        self._write, self._waiting, self._at = write, dict[bytes, float](), time.monotonic()
+
+    def put(self, scores: Mapping[bytes, float]) -> None:
+        self._waiting |= scores
+        if time.monotonic() - self._at >= LATEST:
+            self.flush()
+
+    def flush(self) -> None:
+        self._write(self._waiting)
+        self.written |= self._waiting.keys()
+        self._waiting, self._at = {}, time.monotonic()
+
+
 def _scale_of(known: Mapping[str, Mapping[str, dict[str, float]]], member: str, name: str) -> dict[str, float] | None:
-    """The scale that goes by this name, of the member itself before that of another: members may change their places."""
+    """The scale with this name: that of the member itself, or else that of another one, because members may change places."""
     return next((of[name] for of in (known.get(member, {}), *known.values()) if name in of), None)

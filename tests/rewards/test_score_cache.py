@@ -1,7 +1,9 @@
 """The cache of scores: keys, bound, several processes."""
 
 import contextlib
+import hashlib
 import io
+import json
 import multiprocessing
 from pathlib import Path
 
@@ -19,21 +21,37 @@ from selfplay.storage.ledger import Store
 ASK = [{"role": "user", "content": "Name a colour."}]
 
 
+def key(identity: str, messages: list[dict[str, str]], response: str) -> bytes:
+    return score_cache.keys(identity, [(messages, response)])[0]
+
+
 def keys(n: int) -> list[bytes]:
-    return [score_cache.key("model", ASK, f"answer {i}") for i in range(n)]
+    return score_cache.keys("model", [(ASK, f"answer {i}") for i in range(n)])
 
 
 def test_a_key_names_all_that_a_score_depends_on():
     different = {
-        score_cache.key("model", ASK, "red"),
-        score_cache.key("other model", ASK, "red"),
-        score_cache.key("model", [*ASK, {"role": "assistant", "content": ""}], "red"),
-        score_cache.key("model", [{"role": "system", "content": "Name a colour."}], "red"),
-        score_cache.key("model", ASK, "red "),
-        score_cache.key("model", ASK, "red\ud800"),  # no valid Unicode, yet a text
+        key("model", ASK, "red"),
+        key("other model", ASK, "red"),
+        key("model", [*ASK, {"role": "assistant", "content": ""}], "red"),
+        key("model", [{"role": "system", "content": "Name a colour."}], "red"),
+        key("model", ASK, "red "),
+        key("model", ASK, "red\ud800"),  # no valid Unicode, yet a text
     }
     assert len(different) == 6
-    assert score_cache.key("model", ASK, "red") in different
+    assert key("model", ASK, "red") in different
+
+
+def test_a_key_is_that_of_its_item_alone_and_the_same_in_every_version():
+    """The hash of [identity, [[role, content], …], response] as JSON: scores that an earlier version kept are found."""
+    other = [{"role": "user", "content": "Näme a colour.\ud800"}]
+    items = [(ASK, "red"), (list(ASK), "blue"), (other, "ré\ud800d"), (ASK, "red")]
+
+    def by_hand(messages, response):
+        read = ["model", [[m["role"], m["content"]] for m in messages], response]
+        return hashlib.sha256(json.dumps(read, separators=(",", ":")).encode()).digest()
+
+    assert score_cache.keys("model", items) == [by_hand(*item) for item in items]
 
 
 def test_what_was_put_is_there_again_for_the_next_process(tmp_path):
@@ -59,6 +77,22 @@ def test_the_least_recently_used_goes_first(tmp_path):
     assert cache.get([d]) == {d: 2.0}
 
 
+def test_what_was_used_a_short_while_ago_is_not_written_again(tmp_path):
+    """An eighth of 80 entries may come in before it counts as used anew; from then on it is a new one."""
+    cache = ScoreCache(tmp_path / "scores.sqlite", 80)
+    first, *others = keys(91)
+    cache.put({first: 1.0})
+    cache.put(dict.fromkeys(others[:10], 1.0))
+    written = cache._connection.total_changes
+    assert cache.get([first]) == {first: 1.0} and cache._connection.total_changes == written
+    cache.put({others[10]: 1.0})
+    cache.get([first])
+    for other in others[11:]:
+        cache.put({other: 1.0})
+    assert cache.count() == 80
+    assert set(cache.get([first, *others[:12]])) == {first, others[11]}
+
+
 def test_all_are_counted_now_and_then_only(tmp_path, monkeypatch):
     """A thousandth of the bound, five scores here, may be put in between."""
     cache = ScoreCache(tmp_path / "scores.sqlite", 5000)
@@ -80,7 +114,7 @@ def test_a_missing_score_is_not_kept(tmp_path):
 def _fill(path: Path, start: int) -> None:
     cache = ScoreCache(path, 150)
     for i in range(start, start + 100):
-        k = score_cache.key("model", ASK, str(i))
+        k = key("model", ASK, str(i))
         cache.put({k: float(i)})
         assert cache.get([k]) in ({k: float(i)}, {})  # the other process may have crowded it out
 
@@ -96,9 +130,9 @@ def test_two_processes_write_at_a_time(tmp_path):
         assert worker.exitcode == 0
     cache = ScoreCache(path, 150)
     assert cache.count() == 150
-    found = cache.get([score_cache.key("model", ASK, str(i)) for i in range(200)])
+    found = cache.get([key("model", ASK, str(i)) for i in range(200)])
     assert len(found) == 150
-    assert all(found.get(score_cache.key("model", ASK, str(i)), i) == i for i in range(200))
+    assert all(found.get(key("model", ASK, str(i)), i) == i for i in range(200))
 
 
 def test_a_file_that_is_no_cache_is_named(tmp_path):
@@ -126,7 +160,7 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_kept(small_disk):
     cache.put(first)
     with pytest.raises(DiskError, match="disk"):
         for start in range(0, 10**6, 2000):
-            cache.put({score_cache.key("model", ASK, f"other {i}"): 1.0 for i in range(start, start + 2000)})
+            cache.put({key("model", ASK, f"other {i}"): 1.0 for i in range(start, start + 2000)})
     assert cache.get(list(first)) == first
     cache.close()
     filler = disk / "filler"
