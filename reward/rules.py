@@ -1,24 +1,21 @@
-"""Rewards by rule: a weighted sum of Python functions of the response (reward/settings.py has their settings)."""
+"""Rewards by rule: a weighted sum of Python functions of the response. Their settings are in reward/settings.py."""
 
 import hashlib
 import importlib
 import json
 import math
-import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import regex
-from pydantic import TypeAdapter, ValidationError
 
 from reward.dialects import UNLIMITED
 from reward.schema import Health, Item
-from reward.scorer import ModelRefused, Score, Stopped
-from reward.settings import Exact, Format, Function, Json, Length, Numeric, Regex, Rule, read
+from reward.scorer import ModelRefused, OneByOne, Unscorable
+from reward.settings import Exact, Format, Function, Json, Length, Numeric, Regex, Rule
 
-SECONDS = 1.0  # for one pattern in one response: some patterns take exponential time
+SECONDS = 1.0  # for one pattern in one response, because some patterns take exponential time
 NUMBER = regex.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?:[eE][+-]?\d{1,3})?(?:/\d{1,300})?")
 BOXED = regex.compile(r"\\boxed\{([^{}]*)\}")
 FENCE = regex.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?```\s*\Z", regex.DOTALL)
@@ -26,29 +23,10 @@ FENCE = regex.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?```\s*\Z", regex.DOTALL)
 Value = Callable[[Item], float]
 
 
-class Unscorable(Exception):
-    """This rule has no value for this item; the message says why."""
-
-
-def read_rules(source: str) -> list[Rule]:
-    """The rules in a YAML file, or in JSON. Raises ModelRefused."""
-    try:
-        return TypeAdapter(list[Rule]).validate_python(read(source))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        raise ModelRefused(f"rules {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except ValueError as error:
-        raise ModelRefused(f"rules: {error}") from error
-
-
-class Rules:
+class Rules(OneByOne):
     """A Scorer of rules. Raises ModelRefused for rules that cannot be applied."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        if not rules:
-            raise ModelRefused("no rule is given")
-        self.stopping = threading.Event()
-        self.counts: Counter[str] = Counter()
         self._rules: list[tuple[str, float, Value]] = []
         files: dict[str, str] = {}
         for rule in rules:
@@ -59,33 +37,30 @@ class Rules:
             files |= read_files
             self._rules.append((rule.rule, rule.weight, value))
         made_of = json.dumps([[r.model_dump() for r in rules], files], sort_keys=True)
-        self.health = Health(
-            kind="rules",
-            model=" + ".join(f"{r.weight:g} {r.rule}" for r in rules),
-            parameters=0,
-            dtype="none",
-            device="cpu",
-            max_tokens=UNLIMITED,
-            weights_sha256=hashlib.sha256(made_of.encode()).hexdigest(),
-            template_sha256=hashlib.sha256(b"").hexdigest(),
-            files=files,
+        super().__init__(
+            Health(
+                kind="rules",
+                model=" + ".join(f"{r.weight:g} {r.rule}" for r in rules),
+                parameters=0,
+                dtype="none",
+                device="cpu",
+                max_tokens=UNLIMITED,
+                weights_sha256=hashlib.sha256(made_of.encode()).hexdigest(),
+                template_sha256=hashlib.sha256(b"").hexdigest(),
+                files=files,
+            )
         )
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        """Raises Stopped once `stopping` is set."""
-        return [self._score(item) for item in items]
-
-    def _score(self, item: Item) -> Score:
-        if self.stopping.is_set():
-            raise Stopped
+    def value(self, item: Item) -> float:
+        """The sum of weight × value over the rules. Raises Unscorable where a rule has no value for the item."""
         total = 0.0
         for name, weight, value in self._rules:
             try:
                 total += weight * value(item)
             except Unscorable as error:
                 self.counts[f"{name} without a value"] += 1
-                return Score(reason=f"the rule {name}: {error}"[:300])
-        return Score(value=total) if math.isfinite(total) else Score(reason=f"the sum of the rules is {total}")
+                raise Unscorable(f"the rule {name}: {error}") from error
+        return total
 
 
 def _value(rule: Rule) -> tuple[Value, dict[str, str]]:

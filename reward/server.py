@@ -1,9 +1,11 @@
-"""The reward server: `python -m reward.server --model PATH`, or `--rules FILE`, or `--judge FILE`.
+"""The reward server: `python -m reward.server --kind NAME --settings FILE`, with a kind of reward/kinds.py.
+
+`--model PATH`, `--rules FILE` and `--judge FILE` are short for three of them.
 
 Serves `POST /score` and `GET /healthz` as in reward/schema.py, OpenRLHF's `POST /get_reward`, and `GET /metrics`.
 
-When it is ready it prints one line of JSON on stdout, and nothing else ever: everything it has to say goes to stderr.
-Exit codes: 0 ended by SIGTERM, 2 it cannot be started like this, 130 interrupted.
+When it is ready it prints one line of JSON on stdout, and never anything else there. Messages go to stderr.
+The exit code is 0 after SIGTERM, 2 if it cannot be started like this, and 130 after an interrupt.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-if TYPE_CHECKING:  # slow imports: --help needs none of them
+if TYPE_CHECKING:  # these imports are slow, and --help needs none of them
     from reward.scorer import Scorer
 
 log = logging.getLogger("reward.server")
@@ -35,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--model", help="folder of a sequence classification model, or its name on the Hub")
     what.add_argument("--rules", help="YAML file with a list of rules, or the list itself as JSON")
     what.add_argument("--judge", help="YAML file with the settings of a judge, or the settings themselves as JSON")
+    what.add_argument("--kind", help="any kind of reward/kinds.py, or one of your own as module:Class; see --settings")
     add = options.add_argument
+    add("--settings", default="{}", help="of --kind: YAML file, or the settings themselves as JSON (default: none)")
     add(
         "--head",
         action="append",
@@ -84,13 +88,14 @@ def main() -> int:
     die_with_parent()
     options = parser().parse_args()
     keep_memory()
-    # whatever a library prints goes to stderr: stdout carries one line, `ready`
+    # What a library prints goes to stderr, because stdout carries one line only.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, end)
-    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    # torch reads these when a kind imports it
+    os.environ.update(OMP_NUM_THREADS=str(options.threads), MKL_NUM_THREADS=str(options.threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if options.threads == 1 else "true")
     try:
         return serve(options, out)
@@ -99,7 +104,7 @@ def main() -> int:
 
 
 def serve(options: argparse.Namespace, out: TextIO) -> int:
-    """Serve until a signal ends it; the exit code. `out` gets the line of readiness."""
+    """Serve until a signal ends it, and return the exit code. `out` gets the line that says it is ready."""
     try:
         listener = bind(options.host, options.port)
     except (OSError, OverflowError) as error:
@@ -116,7 +121,7 @@ def serve(options: argparse.Namespace, out: TextIO) -> int:
     from reward.openrlhf import Unrender
     from reward.scorer import ModelRefused
 
-    gc.disable()  # imports make no garbage, and the search for it takes a sixth of their time
+    gc.disable()  # imports leave no garbage, and to search for it takes a sixth of their time
     try:
         scorers = load(options)
         app = build_app(
@@ -127,7 +132,7 @@ def serve(options: argparse.Namespace, out: TextIO) -> int:
             unrender=Unrender(options.policy),
         )
     except (ModelRefused, ValueError) as error:
-        log.error("%s", " ".join(str(error).split()))  # one line: a supervisor shows the last one
+        log.error("%s", " ".join(str(error).split()))  # in one line, because a supervisor shows the last line
         listener.close()
         return 2
     finally:
@@ -160,37 +165,22 @@ def serve(options: argparse.Namespace, out: TextIO) -> int:
 
 
 def load(options: argparse.Namespace) -> Sequence["Scorer"]:
-    """What is served; one scorer a device. Raises ModelRefused and ValueError."""
+    """What is served; one scorer for each device. Raises ModelRefused and ValueError."""
+    from reward import kinds
+
+    if options.kind is not None:
+        return kinds.load(options.kind, options.settings).scorers()
     if options.rules is not None:
-        from reward.rules import Rules, read_rules
-
-        return [Rules(read_rules(options.rules))]
+        return kinds.load("rules", options.rules).scorers()
     if options.judge is not None:
-        from reward.judge import Judge, read_judge
-
-        return [Judge(read_judge(options.judge))]
-
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from reward.models import load_all
-
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(options.threads)
-    return load_all(
-        options.model,
-        devices=options.device,
-        dtype=options.dtype,
-        batch_tokens=options.batch_tokens,
-        max_tokens=options.max_tokens,
-        heads=dict(options.head),
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-    )
+        return kinds.load("judge", options.judge).scorers()
+    settings = {name: getattr(options, name) for name in ("model", "dtype", "device", "batch_tokens", "max_tokens")}
+    settings |= {name: getattr(options, name) for name in ("revision", "trust_remote_code")}
+    return kinds.read("model", settings | {"heads": dict(options.head)}).scorers()
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: until the model is there a connection is refused, not kept waiting."""
+    """A bound socket that does not listen yet. Until the model is loaded a connection is refused and does not have to wait."""
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -213,13 +203,13 @@ def is_loopback(host: str) -> bool:
 
 
 def end(_signal: int, _frame: FrameType | None) -> None:
-    """SIGTERM while the model loads; uvicorn has its own handler while it serves and calls this one when it is done."""
+    """What SIGTERM does while the model loads. While it serves, uvicorn has its own handler, which calls this one at the end."""
     raise SystemExit(0)
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory: else every forward pass on a CPU gets its pages from the kernel anew, a fifth of the
-    time of a small model. The process stays as large as its largest batch made it."""
+    """Make glibc keep freed memory. Otherwise every forward pass on a CPU gets its pages from the kernel anew, which takes a
+    fifth of the time of a small model. The process stays as large as its largest batch made it."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
@@ -230,7 +220,7 @@ def keep_memory() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent ends, where a supervisor wants that."""
+    """Ask the kernel for SIGKILL when the parent ends, if a supervisor wants that."""
     if "SELFPLAY_GUARDED" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == 1:

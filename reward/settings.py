@@ -1,11 +1,13 @@
-"""Settings of rules and judges, as they stand in a configuration or in a YAML file given to the server."""
+"""Settings of models, rules and judges, as they stand in a configuration or in a YAML file for the server."""
 
-import json
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from reward.kinds import Kind
+from reward.scorer import Scorer
 
 
 class _Settings(BaseModel):
@@ -14,7 +16,7 @@ class _Settings(BaseModel):
 
 class _Rule(_Settings):
     weight: float = 1.0
-    """Factor of this rule's value in the reward, which is the sum over all rules."""
+    """Factor of the value of this rule. The reward is the sum over all rules."""
 
 
 class _Reference(_Rule):
@@ -94,8 +96,76 @@ class Function(_Rule):
 Rule = Annotated[Length | Format | Regex | Exact | Numeric | Json | Function, Field(discriminator="rule")]
 
 
-class JudgeSettings(_Settings):
-    url: list[str]
+def require_plain(url: str) -> str:
+    """The address, which is shown in messages and stored. Raises ValueError for one that may hold a secret, or is none."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url.rpartition('@')[2]!r} is no address: one is like http://host:8100")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            f"the url of {parts.hostname} holds a user, a password, a query or a fragment: give the bare address, and a key "
+            "in the environment variable that api_key_env names"
+        )
+    return url
+
+
+Address = Annotated[str, AfterValidator(require_plain)]
+
+
+class ModelSettings(Kind):
+    access: ClassVar[frozenset[str]] = frozenset({"device", "batch_tokens"})
+    model: str
+    """Folder of a sequence classification model, or its name on the Hub."""
+    heads: dict[str, float] = {}
+    """Of a model with several labels, those that count, with their weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision; `auto` is the checkpoint's."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda:1`; `cuda:0,cuda:1` or `all` for a copy on each."""
+    batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens in one forward pass; by default 1024 on a CPU and 16384 on a GPU."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Longer conversations get no score; by default the model's own limit."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    def scorers(self) -> Sequence[Scorer]:
+        from transformers.utils import logging
+
+        from reward.models import load_all
+
+        logging.disable_progress_bar()
+        options = self.model_dump(exclude={"model", "device"})
+        return load_all(self.model, devices=self.device, **options)
+
+
+class RulesSettings(Kind):
+    rules: list[Rule]
+    """The reward is the sum of weight × value over them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, given: Any) -> Any:
+        """A list alone is the list of rules."""
+        return {"rules": given} if isinstance(given, list) else given
+
+    @model_validator(mode="after")
+    def _some(self) -> "RulesSettings":
+        if not self.rules:
+            raise ValueError("no rule is given")
+        return self
+
+    def scorers(self) -> Sequence[Scorer]:
+        from reward.rules import Rules
+
+        return [Rules(self.rules)]
+
+
+class JudgeSettings(Kind):
+    access: ClassVar[frozenset[str]] = frozenset({"concurrency", "timeout", "deadline", "api_key_env"})
+    url: list[Address]
     """OpenAI-compatible servers, without `/v1`."""
     model: str
     """Name of the model there."""
@@ -134,12 +204,7 @@ class JudgeSettings(_Settings):
             raise ValueError("a judge needs a url, and lowest below highest")
         return self
 
+    def scorers(self) -> Sequence[Scorer]:
+        from reward.judge import Judge
 
-def read(source: str) -> Any:
-    """What is in the YAML file `source`, or in it as JSON. Raises ValueError."""
-    if source.lstrip().startswith(("[", "{")):
-        return json.loads(source)
-    try:
-        return yaml.safe_load(Path(source).expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{source}: {error}") from error
+        return [Judge(self)]

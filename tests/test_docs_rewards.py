@@ -11,11 +11,10 @@ from fastapi.testclient import TestClient
 from reward_world import conversation, reward_model
 from test_reward_client import QUICK, fake, status
 
+from reward import kinds
 from reward.app import build_app
 from reward.client import RewardClient
-from reward.judge import read_judge
 from reward.openrlhf import Unrender
-from reward.rules import Rules, read_rules
 from reward.schema import Health
 from reward.server import parser
 from selfplay.config import GuardConfig, Limits, RewardConfig, load
@@ -34,7 +33,9 @@ def example(title: str) -> Any:
 def rules(tmp_path: Path) -> TestClient:
     path = tmp_path / "rules.yaml"
     path.write_text(BLOCKS["rules"])
-    app = build_app([Rules(read_rules(str(path)))], max_body=2**20, max_items=9, max_waiting=9, unrender=Unrender(None))
+    app = build_app(
+        kinds.load("rules", str(path)).scorers(), max_body=2**20, max_items=9, max_waiting=9, unrender=Unrender(None)
+    )
     return TestClient(app)
 
 
@@ -47,7 +48,7 @@ def test_our_server_answers_as_written(rules: TestClient, path: str) -> None:
 def test_the_judge_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "judge.yaml"
     path.write_text(BLOCKS["judge"])
-    assert read_judge(str(path)).model == "Qwen/Qwen3-32B"
+    assert kinds.load("judge", str(path)).model_dump()["model"] == "Qwen/Qwen3-32B"
 
 
 def test_a_service_of_ones_own() -> None:

@@ -17,13 +17,14 @@ from selfplay.checks.finding import Finding
 from selfplay.config import Config, RewardSource
 
 SECONDS = 10.0  # for an answer
-MAKE_RULES = "import sys; from reward.rules import Rules, read_rules; Rules(read_rules(sys.argv[1]))"
+MAKE_RULES = "import sys; from reward import kinds; kinds.load('rules', sys.argv[1]).scorers()"
 
 
 def sources(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Findings for each source of the reward and of the judge, and whether the judge is independent."""
     for key, source in (config.reward_sources() | config.judge_sources()).items():
-        for name in (source.api_key_env, source.chat_judge.api_key_env if source.chat_judge else None):
+        own = source.served()
+        for name in (source.api_key_env, getattr(own[1], "api_key_env", None) if own else None):
             if name and not os.environ.get(name):
                 text = f"the environment variable {name} is not set"
                 yield Finding.error(f"{key} api_key_env", text)
@@ -34,6 +35,10 @@ def sources(config: Config, run_dir: Path) -> Iterator[Finding]:
                 yield _judge(key, source.chat_judge, url)
         if source.rules:
             yield _rules(key, source.rules)
+        if source.source is not None:
+            yield Finding.ok(
+                key, f"the settings of {source.source['kind']} are valid; whether it scores, a round will show"
+            )
     if config.evaluate.judge is None:
         yield Finding.warning(
             "gate", "gate not independent: the reward that trains also judges (evaluate.judge names no other)"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from reward import kinds
 from reward.dialects import Name as Dialect
-from reward.settings import JudgeSettings, Rule
+from reward.kinds import Kind
+from reward.settings import Address, JudgeSettings, Rule, RulesSettings
 from selfplay.config.base import Positive, Section, Share
 
 # settings that say which reward, and not how it is asked: never inherited
 WHICH = {
-    "model", "heads", "trust_remote_code", "rules", "chat_judge", "url", "dialect", "tokenizer", "served_model", "api_key_env",
+    "model", "heads", "trust_remote_code", "rules", "chat_judge", "source", "url", "dialect", "tokenizer", "served_model", "api_key_env",
     "identity",
 }  # fmt: skip
 ACCESS = {"api_key_env", "concurrency", "timeout", "deadline"}  # has no part in what a source answers
@@ -31,7 +32,10 @@ class RewardSource(Section):
     """Python functions of the response, instead of `model`, served by a child process (docs/rewards.md)."""
     chat_judge: JudgeSettings | None = None
     """A language model behind a chat endpoint, instead of `model`, asked by a child process (docs/rewards.md)."""
-    url: list[str] = []
+    source: dict[str, Any] | None = None
+    """Any kind of reward, instead of `model`: `{kind: NAME, …}` with the settings of that kind, served by a child process
+    (docs/rewards.md). A kind of your own is named by its place, `module:Class`."""
+    url: list[Address] = []
     """Reward servers that run already, with the same model each; used instead of `model`."""
     dialect: Dialect = "selfplay"
     """What the servers of `url` speak: selfplay (`/score`), vllm-classify, vllm-pooling, openrlhf (`/get_reward`)."""
@@ -59,24 +63,66 @@ class RewardSource(Section):
     deadline: Annotated[float, Field(gt=0)] = 300.0
     """Seconds of retries after which the reward counts as down and the stage fails."""
 
+    def served(self) -> tuple[str, Kind] | None:
+        """The name of the kind that a child process serves, and its settings; None for servers that run already."""
+        if self.model:
+            fields = {"model", "heads", "dtype", "device", "trust_remote_code"}
+            return "model", kinds.read("model", self.model_dump(include=fields))
+        if self.rules:
+            return "rules", RulesSettings(rules=self.rules)
+        if self.chat_judge:
+            return "judge", self.chat_judge
+        return self._kind(self.source) if self.source else None
+
+    def plain(self) -> RewardSource:
+        """The same source without `source`, where the fields beside it can say the same. Elsewhere it is this one."""
+        if self.source is None:
+            return self
+        name, settings = _split(self.source)
+        fields = {"model": settings, "rules": settings, "judge": {"chat_judge": settings}}.get(
+            name, {"source": settings}
+        )
+        if "source" in fields or not fields.keys() <= RewardSource.model_fields.keys():
+            return self
+        own = self.model_dump(include=set(RewardSource.model_fields) - {"source"}, exclude_unset=True)
+        return RewardSource.model_validate(own | fields)
+
     def which(self) -> dict[str, Any]:
         """What decides which reward this is, as far as the configuration says it."""
-        return self.model_dump(
+        plain = self.plain()
+        if plain.source is not None:
+            name, settings = self._kind(plain.source)
+            return {"source": {"kind": name, **settings.which()}}
+        return plain.model_dump(
             mode="json",
             include=(WHICH - ACCESS) | {"dtype"},
             exclude={"chat_judge": ACCESS},
             exclude_defaults=True,
         )
 
+    def _kind(self, source: dict[str, Any]) -> tuple[str, Kind]:
+        """The kind that a `source` names, and its settings. Precision and device are as beside it where it leaves them out."""
+        name, settings = _split(source)
+        beside = {"dtype": self.dtype, "device": self.device}
+        known = kinds.find(name).model_fields
+        return name, kinds.read(name, {k: v for k, v in beside.items() if k in known} | settings)
+
+    @field_validator("source")
+    @classmethod
+    def _kind_reads_it(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given is not None:
+            if not isinstance(given.get("kind"), str):
+                raise ValueError(f"`kind` is required: {', '.join(kinds.KINDS)}, or a kind of your own as module:Class")
+            kinds.read(*_split(given))
+        return given
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        for url in [*self.url, *(self.chat_judge.url if self.chat_judge else [])]:
-            _require_plain(url)
-        given = [name for name in ("model", "rules", "chat_judge", "url", "ensemble") if getattr(self, name, None)]
-        if len(given) != 1:
+        choices = ("model", "rules", "chat_judge", "source", "url", "ensemble")
+        if len([name for name in choices if getattr(self, name, None)]) != 1:
             raise ValueError(
-                "give exactly one of `model`, `rules` or `chat_judge` (served by a child process), `url` (a server that "
-                "runs) and, in reward and evaluate.judge, `ensemble` (several of them)"
+                "give exactly one of `model`, `rules`, `chat_judge` or `source` (served by a child process), `url` (a server "
+                "that runs) and, in reward and evaluate.judge, `ensemble` (several of them)"
             )
         for name, owner in (
             ("heads", "model"),
@@ -97,16 +143,10 @@ class RewardSource(Section):
         return self
 
 
-def _require_plain(url: str) -> None:
-    """Raise ValueError unless this is an address alone: it is shown in messages and kept in the ledger, secrets are not."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url.rpartition('@')[2]!r} is no address: one is like http://host:8100")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(
-            f"the url of {parts.hostname} holds a user, a password, a query or a fragment: give the bare address, and a key "
-            "in the environment variable that api_key_env names"
-        )
+def _split(source: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The kind that a `source` names, and the settings beside it."""
+    settings = dict(source)
+    return settings.pop("kind"), settings
 
 
 class MemberConfig(RewardSource):

@@ -159,10 +159,10 @@ def _sources(key: str, section: RewardConfig | JudgeConfig, defaults: RewardConf
     inherited = defaults.model_dump(include=shared) | section.model_dump(include=shared, exclude_unset=True)
     where = set(RewardSource.model_fields)
     if section.ensemble is None:
-        return {key: RewardSource.model_validate(inherited | section.model_dump(include=WHICH))}
+        return {key: RewardSource.model_validate(inherited | section.model_dump(include=WHICH)).plain()}
     return {
         f"{key}.ensemble.members.{i}": RewardSource.model_validate(
             inherited | member.model_dump(include=where, exclude_unset=True)
-        )
+        ).plain()
         for i, member in enumerate(section.ensemble.members)
     }

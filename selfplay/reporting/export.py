@@ -117,6 +117,8 @@ def _scored_by(section: dict[str, Any]) -> str:
         return "rules (" + ", ".join(rule["rule"] for rule in section["rules"]) + ")"
     if judge := section.get("chat_judge"):
         return f"the {judge['mode']} judge `{judge['model']}`"
+    if source := section.get("source"):
+        return f"the reward `{source['kind']}`"
     if section.get("url"):
         return f"the reward server's `{section['served_model']}`" if section.get("served_model") else "a reward server"
     return f"`{section['model']}`"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from typing import TypeVar
 
 from reward.client import RewardClient, RewardRefused, RewardUnavailable
 from reward.dialects import Scored as Given
+from reward.kinds import Kind
 from selfplay.config import RewardSource
 from selfplay.errors import InputError, Interrupted, RewardError
 from selfplay.processes.child import PATIENT, Child, ChildDied
@@ -25,9 +25,9 @@ RESTARTS = 3  # of a reward server that dies within one call
 
 
 class RewardService:
-    """Rewards for (messages, response) items: from `config.url`, or from a server that runs as a child of ours.
+    """Rewards for (messages, response) items, from the servers at `config.url` or from a server that is a child of ours.
 
-    A child that dies while it is asked is started again at the same address; the client's retries bridge the gap.
+    A child that dies while it is asked is started again at the same address, and the client's retries bridge the gap.
     """
 
     def __init__(
@@ -45,32 +45,28 @@ class RewardService:
         self._env = {"OMP_NUM_THREADS": "1", **gpu_env}
         self.log = run_dir / "logs" / f"{name}.log"
         self._child: Child | None = None
-        self._starting: Child | None = None  # the same while `_watch` waits until it serves
-        self._port = 0  # any free one at first; kept for restarts
+        self._starting: Child | None = None  # the same child while `_watch` waits until it serves
+        self._port = 0  # any free one at first, and then the same at each restart
         self._client: RewardClient | None = None
 
     def start(self) -> None:
-        """Start the server, if it is ours; returns at once."""
+        """Start the server if it is ours. It returns at once."""
         if self._config.url or self._child is not None:
             return
-        argv = [sys.executable, "-m", "reward.server", *self._served(), "--port", str(self._port)]
+        name, settings = self._served()
+        options = ["--kind", name, "--settings", settings.model_dump_json(), "--port", str(self._port)]
+        argv = [sys.executable, "-m", "reward.server", *options]
         child = Child(self.name, argv, run_dir=self._run_dir, log=self.log, env=self._env, silence=PATIENT)
         child.start()
         self._child = child
 
-    def _served(self) -> list[str]:
-        """What the child serves, as options of reward.server."""
-        config = self._config
-        if config.rules:
-            return ["--rules", json.dumps([rule.model_dump(mode="json") for rule in config.rules])]
-        if config.chat_judge:
-            return ["--judge", config.chat_judge.model_dump_json()]
-        assert config.model is not None
-        several = config.device == "auto" and len(self._gpus or ()) > 1
-        argv = ["--model", config.model, "--dtype", config.dtype, "--device", "all" if several else config.device]
-        for name, weight in config.heads.items():
-            argv += ["--head", f"{name}={weight!r}"]
-        return argv + ["--trust-remote-code"] * config.trust_remote_code
+    def _served(self) -> tuple[str, Kind]:
+        """The kind that the child serves, and its settings: with a copy on each GPU where it may choose its device."""
+        served = self._config.served()
+        assert served is not None
+        name, settings = served
+        several = len(self._gpus or ()) > 1 and getattr(settings, "device", None) == "auto"
+        return name, settings.model_copy(update={"device": "all"}) if several else settings
 
     def stop(self) -> None:
         if self._client is not None:
@@ -87,22 +83,22 @@ class RewardService:
         on_scored: Callable[[Sequence[Given]], None] | None = None,
         known: Container[int] = (),
     ) -> list[float | None]:
-        """One finite number for each item, or None where the item itself cannot be scored.
+        """One finite number for each item, or None for an item that cannot be scored.
 
-        `on_scored` gets the answers of each request when they come, with places in `items`. Items at places in `known`
-        are not asked, and get None. Raises RewardError when the reward stays down, InputError when the server refuses the
-        model or the request.
+        `on_scored` gets the answers to each request when they come, with places in `items`. Items at places in `known` are
+        not asked for and get None. Raises RewardError when the reward stays down, and InputError when the server refuses
+        the model or the request.
         """
         return self._ask(lambda client: client.score(items, on_progress=on_progress, on_scored=on_scored, known=known))
 
     @property
     def identity(self) -> str:
-        """What scores: SHA-256 of weights and template, and the precision, as the server says. Where it does not say, the
-        name in the configuration in place of both, behind a «/»; «» without one."""
+        """What scores: the SHA-256 of weights and template, and the precision, as the server says. A server that does not
+        say goes by the name in the configuration, behind a «/», or by «» without such a name."""
         health = self._ask(lambda client: client.health())
         if health.weights_sha256:
             return f"{health.weights_sha256}/{health.template_sha256}/{health.dtype}"
-        if health.kind == "judge":  # one that compares answers: a name makes none of its scores one of an answer alone
+        if health.kind == "judge":  # it compares answers, and with a name its scores would count as those of one answer
             return ""
         return f"/{health.template_sha256}/{self._config.identity}" if self._config.identity else ""
 
@@ -113,16 +109,16 @@ class RewardService:
 
     @property
     def reasons(self) -> Counter[str]:
-        """Why items of the last call have no score."""
+        """Why items of the last call have no score, and how many."""
         return self._client.reasons if self._client is not None else Counter[str]()
 
     @property
     def weights(self) -> frozenset[str]:
-        """The weights that the last scores were said to come from; empty where the server does not say."""
+        """The weights that the last scores came from, as the server says; empty if it does not say."""
         return self._client.weights if self._client is not None else frozenset()
 
     def _ask(self, call: Callable[[RewardClient], Answer]) -> Answer:
-        """Do `call` with a server that is kept alive meanwhile."""
+        """Make `call` with a server that is kept alive meanwhile."""
         client = self._ready()
         done, unavailable = threading.Event(), False
         watch = threading.Thread(target=self._watch, args=(done,), name=f"{self.name}-watch", daemon=True)
@@ -137,15 +133,15 @@ class RewardService:
             raise RewardError(f"the {self.name} is unavailable: {error}", self._hint()) from error
         finally:
             done.set()
-            while watch.is_alive():  # it may wait for a server that takes its time to start, and nobody else does
+            while watch.is_alive():  # it may wait for a server that is slow to start, which nobody needs any more
                 if (starting := self._starting) is not None:
                     starting.cut()
                 watch.join(0.2)
             if unavailable and self._child is not None:
-                self._child.stop(grace=0)  # it may hang: the next call starts another one
+                self._child.stop(grace=0)  # it may hang, and the next call starts another one
 
     def _ready(self) -> RewardClient:
-        """The client of a server that serves; one of ours is started where there is none."""
+        """The client of a server that serves. A server of ours is started if there is none."""
         if self._child is not None and not self._child.alive:
             self._on_event("reward_restart", f"the {self.name} server died; starting it again")
             self._child.stop()
@@ -180,14 +176,15 @@ class RewardService:
             url = str(self._child.wait_for("ready")["url"])
         except ChildDied as error:
             self._child = None
-            message = f"the {self.name} server for {self._config.model or 'rules or a judge'} did not start: {last_line(self.log)}"
+            what = self._config.model or f"the kind {self._served()[0]}"
+            message = f"the {self.name} server for {what} did not start: {last_line(self.log)}"
             failure = InputError if re.search(r"exit code 2\b", str(error)) else RewardError
             raise failure(message, self._hint()) from error
         self._port = int(url.rpartition(":")[2])
         return url
 
     def _watch(self, done: threading.Event) -> None:
-        """Start a dead server again while somebody waits for its answers; gives up after RESTARTS times."""
+        """Start a dead server again while somebody waits for its answers, at most RESTARTS times."""
         for _ in range(RESTARTS):
             while self._child is None or self._child.alive:
                 if done.wait(0.2):

@@ -11,9 +11,10 @@ import pytest
 from reward_world import process_of
 from test_reward_client import Answer, FakeServer, fake, send
 
+from reward import kinds
 from reward.client import RewardClient
 from reward.faults import RewardRefused, RewardUnavailable
-from reward.judge import Judge, read_judge
+from reward.judge import Judge
 from reward.schema import Item
 from reward.scorer import ModelRefused, Score
 
@@ -31,11 +32,17 @@ def saying(reply: Callable[[dict[str, str]], str | None], finish_reason: str = "
     return answer
 
 
+def made(settings: dict[str, Any]) -> Judge:
+    (judge,) = kinds.load("judge", json.dumps(settings)).scorers()
+    assert isinstance(judge, Judge)
+    return judge
+
+
 @contextmanager
 def judging(answer: Answer, **settings: Any) -> Iterator[tuple[Judge, FakeServer]]:
     with fake(default=answer) as server:
         given = {"url": [server.url], "model": "m", "deadline": 1.5, **settings}
-        yield Judge(read_judge(json.dumps(given))), server
+        yield made(given), server
 
 
 def items(*responses: str, question: str = "Which city?", reference: str | None = None) -> list[Item]:
@@ -175,11 +182,11 @@ def test_an_endpoint_that_is_down_is_an_outage_and_one_that_refuses_an_item_is_n
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelRefused, match="lowest below highest"):
-        read_judge('{"url": ["http://a"], "model": "m", "lowest": 5, "highest": 5}')
+        made({"url": ["http://a"], "model": "m", "lowest": 5, "highest": 5})
     with pytest.raises(ModelRefused, match=r"\$JUDGE_KEY"):
-        Judge(read_judge('{"url": ["http://a"], "model": "m", "api_key_env": "JUDGE_KEY"}'))
+        made({"url": ["http://a"], "model": "m", "api_key_env": "JUDGE_KEY"})
     one, same, other = (
-        Judge(read_judge(json.dumps({"url": [u], "model": "m", "rubric": r}))).health.weights_sha256
+        made({"url": [u], "model": "m", "rubric": r}).health.weights_sha256
         for u, r in (("http://a", "x"), ("http://b", "x"), ("http://a", "y"))
     )
     assert one == same != other
@@ -212,7 +219,7 @@ def test_against_a_real_vllm_server(tmp_path: Path) -> None:
     )
     with vllm_server(folder, "--served-model-name", "judge", "--max-model-len", "4096") as url:
         base = {"url": [url], "model": "judge", "max_tokens": 16, "deadline": 120.0}
-        free = Judge(read_judge(json.dumps(base)))
+        free = made(base)
         asked = items("Paris.", "It may be Paris, the capital.", "Rome", "x" * 100_000)
         scores = free.score(asked)
         assert [s.value for s in scores] == [None] * 4
@@ -220,7 +227,7 @@ def test_against_a_real_vllm_server(tmp_path: Path) -> None:
         assert "refuses" in str(scores[3].reason)  # longer than the judge can read
 
         choices = [f"SCORE: {n}" for n in range(1, 11)]
-        held = Judge(read_judge(json.dumps(base | {"extra": {"structured_outputs": {"choice": choices}}})))
+        held = made(base | {"extra": {"structured_outputs": {"choice": choices}}})
         values = [s.value for s in held.score(asked[:3])]
         assert all(v is not None and 1 <= v <= 10 for v in values)
         assert held.score(asked[:3]) == [Score(value=v) for v in values]  # temperature 0
@@ -233,6 +240,6 @@ def test_against_a_real_vllm_server(tmp_path: Path) -> None:
         assert said["choices"][0]["message"]["content"] == f"SCORE: {values[0]:g}"
 
         verdicts = {"structured_outputs": {"choice": ["VERDICT: A", "VERDICT: B", "VERDICT: TIE"]}}
-        pairwise = Judge(read_judge(json.dumps(base | {"mode": "pairwise", "extra": verdicts})))
+        pairwise = made(base | {"mode": "pairwise", "extra": verdicts})
         assert all(s.value in (0.0, 0.25, 0.5, 0.75, 1.0) for s in pairwise.score(asked[:3]))
         assert pairwise.counts["verdicts"] == 6

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from reward_world import serving_rules
 
+from reward import kinds
 from reward.client import RewardClient
-from reward.rules import Rules, read_rules
 from reward.schema import Item
-from reward.scorer import ModelRefused, Score
+from reward.scorer import ModelRefused, Score, Scorer
 
 
 def item(response: str, reference: str | None = None, question: str = "How many?") -> Item:
@@ -19,8 +19,14 @@ def item(response: str, reference: str | None = None, question: str = "How many?
     return Item.model_validate({"messages": messages, "response": response, "reference": reference})
 
 
+def made(rules: str) -> Scorer:
+    """The scorer of rules that are written as JSON, or in a file."""
+    (scorer,) = kinds.load("rules", rules).scorers()
+    return scorer
+
+
 def value(response: str, reference: str | None = None, **rule: Any) -> float | None:
-    (score,) = Rules(read_rules(json.dumps([rule]))).score([item(response, reference)])
+    (score,) = made(json.dumps([rule])).score([item(response, reference)])
     return score.value
 
 
@@ -55,7 +61,7 @@ def test_regex() -> None:
 
 
 def test_a_pattern_that_takes_for_ever_sets_its_item_aside() -> None:
-    rules = Rules(read_rules('[{"rule": "regex", "pattern": "^(a|aa|a?b?)+$"}]'))
+    rules = made('[{"rule": "regex", "pattern": "^(a|aa|a?b?)+$"}]')
     slow, good = rules.score([item("a" * 5000 + "!"), item("aa")])
     assert good == Score(value=1.0)
     assert slow == Score(reason="the rule regex: its pattern took more than 1 s")
@@ -88,7 +94,7 @@ def test_exact_and_where_references_come_from(tmp_path: Path) -> None:
     known.write_text(json.dumps({"prompt": "How many?", "reference": "Paris"}) + "\n")
     assert value("Paris", rule="exact", references=str(known)) == 1.0
     assert value("Rome", "Rome", rule="exact", references=str(known)) == 1.0  # the item's own comes first
-    (score,) = Rules(read_rules('[{"rule": "exact"}]')).score([item("Paris")])
+    (score,) = made('[{"rule": "exact"}]').score([item("Paris")])
     assert score == Score(reason="the rule exact: no reference answer is known for this prompt")
 
 
@@ -116,9 +122,7 @@ def own_rule(messages: list[dict[str, str]], response: str, reference: str | Non
 
 def test_a_function_of_the_user() -> None:
     rule = {"rule": "function", "function": f"{__name__}:own_rule", "options": {"per_character": 0.5}}
-    scores = Rules(read_rules(json.dumps([rule, {"rule": "json", "weight": 10}]))).score(
-        [item("1234"), item("raise"), item("nan")]
-    )
+    scores = made(json.dumps([rule, {"rule": "json", "weight": 10}])).score([item("1234"), item("raise"), item("nan")])
     assert scores[0] == Score(value=12.0)
     assert scores[1].value is None and "raised KeyError" in str(scores[1].reason)
     assert scores[2].value is None and "returned nan" in str(scores[2].reason)
@@ -126,7 +130,7 @@ def test_a_function_of_the_user() -> None:
 
 def test_identity_is_that_of_rules_and_files(tmp_path: Path) -> None:
     def identity(**rule: Any) -> str:
-        return Rules(read_rules(json.dumps([rule]))).health.weights_sha256
+        return made(json.dumps([rule])).health.weights_sha256
 
     assert identity(rule="json") == identity(rule="json", weight=1.0) != identity(rule="json", weight=2.0)
     known = tmp_path / "known.jsonl"
@@ -152,7 +156,7 @@ def test_identity_is_that_of_rules_and_files(tmp_path: Path) -> None:
 )
 def test_rules_that_cannot_be_applied_are_named(rules: str, says: str) -> None:
     with pytest.raises(ModelRefused, match=says):
-        Rules(read_rules(rules))
+        made(rules)
 
 
 def test_rules_are_served_without_torch(tmp_path: Path) -> None:
