@@ -1,4 +1,4 @@
-.PHONY: demo test lint docs mini setup browser clean
+.PHONY: demo quick test lint docs mini setup browser clean
 
 PY := .venv/bin/python
 # Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
@@ -8,6 +8,10 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: setup
 	$(PY) scripts/make_tiny.py
 	$(PY) scripts/round.py --config configs/tiny.yaml --rounds 3 --report
+
+# The tests that need no engine and no service: at most a minute on two cores.
+quick: setup
+	$(PY) -m pytest -n 2 -m "not slow and not service and not gpu"
 
 # Lint, types and all tests, two things at a time: nothing here uses more than one thread for long.
 test: setup

@@ -14,8 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of two workers neither is left alone with one at the end."""
+    """Mark what uses the mini world; put files with slow tests first, so that neither of two workers ends alone with one."""
+    for item in items:
+        if "mini_world" in getattr(item, "fixturenames", ()):
+            item.add_marker("service")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -260,8 +260,9 @@ def test_a_starting_configuration_is_written_and_valid(tmp_path):
         ("http://127.0.0.1:9", (None, ["http://127.0.0.1:9"])),
     ):
         file.unlink(missing_ok=True)
-        code, out, _ = selfplay("init", file, "--model", "org/model", "--reward", reward, "--prompts", "org/prompts")
-        assert code == 0 and "next: selfplay check" in out
+        words = ["init", str(file), "--model", "org/model", "--reward", reward, "--prompts", "org/prompts"]
+        done = CliRunner().invoke(cli.app, words)
+        assert done.exit_code == 0 and "next: selfplay check" in done.output
         made = configuration.load(file)
         assert (made.policy.model, made.run.name, (made.reward.model, made.reward.url)) == ("org/model", "my", expected)
     assert selfplay("init", file, "--model", "m", "--reward", "r", "--prompts", "p")[0] == 2

@@ -16,6 +16,8 @@ from selfplay.processes.child import Child, ChildError
 from selfplay.storage import answers, tables
 from selfplay.types import Candidate, Prompt
 
+pytestmark = pytest.mark.service
+
 SAMPLING = {"n": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 48, "stop_token_ids": [EOS]}
 LONG = [i % 250 + 3 for i in range(100)]  # three blocks of the KV cache and a bit
 

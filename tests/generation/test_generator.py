@@ -19,6 +19,8 @@ from selfplay.storage import folders, tables
 from selfplay.storage.policies import Policies
 from selfplay.types import Candidate, Prompt
 
+pytestmark = pytest.mark.service
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):

@@ -16,6 +16,8 @@ from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Pair, Prompt
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "</div></td><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}&lt;\x00\u202e $x_1$"
 CONFIG = {
     "run": {"name": "demo"},

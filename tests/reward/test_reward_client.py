@@ -304,6 +304,7 @@ def test_the_less_busy_server_gets_the_next_request() -> None:
         assert len(slow_one.asked) <= 3  # of ten: one at a time, a second each
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_again_and_again_rests_and_returns() -> None:
     with fake(default=status(500)) as ill, fake() as well:
         client = RewardClient([ill.url, well.url], **QUICK | {"batch_size": 1, "first_wait": 0.2, "longest_wait": 0.2})

@@ -16,6 +16,8 @@ from reward.client import RewardClient, RewardUnavailable
 from reward.openrlhf import Unrender
 from reward.schema import GetRewardRequest
 
+pytestmark = pytest.mark.service
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

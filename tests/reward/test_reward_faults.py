@@ -15,6 +15,8 @@ import pytest
 
 from reward.client import RewardClient
 
+pytestmark = pytest.mark.service
+
 KINDS = ["refused", "reset", "slow", "500", "429", "half", "nan", "count", "order"]
 
 

@@ -18,6 +18,8 @@ from reward.models import ModelRefused, load
 from reward.schema import Item
 from reward.server import head
 
+pytestmark = pytest.mark.service
+
 NAMES = {0: "helpfulness", 1: "correctness", 2: "verbosity"}
 CONVERSATIONS = [conversation(i, n) for i, n in enumerate([1, 40, 3, 17])]
 ITEMS = [Item.model_validate({"messages": m, "response": r}) for m, r in CONVERSATIONS]

@@ -192,6 +192,7 @@ def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one == same != other
 
 
+@pytest.mark.service
 def test_a_judge_is_served_and_its_counts_are_shown(tmp_path: Path) -> None:
     import httpx
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from reward import onednn
 
+pytestmark = pytest.mark.service
+
 MANY_SHAPES = """
 import resource, sys
 import torch

@@ -159,6 +159,7 @@ def test_rules_that_cannot_be_applied_are_named(rules: str, says: str) -> None:
         made(rules)
 
 
+@pytest.mark.service
 def test_rules_are_served_without_torch(tmp_path: Path) -> None:
     path = tmp_path / "rules.yaml"
     path.write_text("- {rule: length, max: 4}\n- {rule: regex, pattern: Paris, weight: 2}\n")

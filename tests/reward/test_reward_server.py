@@ -18,6 +18,8 @@ from reward.client import RewardClient
 from reward.schema import Health
 from reward.server import bind, is_loopback, parser, serve, url
 
+pytestmark = pytest.mark.service
+
 ITEMS = [conversation(i, n) for i, n in enumerate([1, 40, 3, 17, 60, 2, 25, 8, 33, 12] * 4)]
 
 

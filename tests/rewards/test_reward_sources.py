@@ -17,6 +17,9 @@ from selfplay.errors import ConfigError, InputError
 from selfplay.rewards.service import RewardService
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+pytestmark = pytest.mark.service
+
 ITEMS: list[Any] = [([{"role": "user", "content": "Where?"}], text) for text in ("Paris.", "It is Rome.")]
 
 

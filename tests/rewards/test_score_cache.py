@@ -119,6 +119,7 @@ def _fill(path: Path, start: int) -> None:
         assert cache.get([k]) in ({k: float(i)}, {})  # the other process may have crowded it out
 
 
+@pytest.mark.slow
 def test_two_processes_write_at_a_time(tmp_path):
     path = tmp_path / "scores.sqlite"
     spawn = multiprocessing.get_context("spawn")

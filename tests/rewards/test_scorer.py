@@ -20,6 +20,8 @@ from selfplay.rewards.scorer import Scorer
 from selfplay.rewards.service import RewardService
 from selfplay.storage import folders
 
+pytestmark = pytest.mark.service
+
 ITEMS = [conversation(i, 3 + i % 5) for i in range(12)]
 
 

@@ -15,6 +15,8 @@ from selfplay.errors import InputError, RewardError
 from selfplay.processes.child import Child
 from selfplay.rewards.service import RewardService
 
+pytestmark = pytest.mark.service
+
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
 
 

@@ -15,6 +15,8 @@ from selfplay.rounds.stages import SCORE
 from selfplay.storage import tables
 from selfplay.types import Candidate, Prompt
 
+pytestmark = pytest.mark.service
+
 
 def scoring(score):
     """What a server answers that gives each text what `score` says of it."""

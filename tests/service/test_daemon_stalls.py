@@ -13,6 +13,8 @@ from selfplay.processes.child import PATIENT, Child, ChildDied
 from selfplay.reporting.terminal import Line
 from selfplay.service import stalls
 
+pytestmark = pytest.mark.service
+
 CHILD = """
 import sys, time
 from selfplay.processes.protocol import protocol

@@ -33,6 +33,7 @@ def run(tmp_path_factory):
 NAMES = ("a/low", "a/high", "a/mean", "a/rare")
 
 
+@pytest.mark.slow
 def test_a_chart_of_a_long_run_keeps_every_peak_and_makes_nothing_up(run):
     store, values = run
     found = figures.trends(store, NAMES)

@@ -75,6 +75,7 @@ def expected(rows, where, sort, descending):
     )
 
 
+@pytest.mark.slow
 def test_the_pages_together_are_the_whole_list_in_order_whatever_is_asked(index, monkeypatch):
     store, rows = index
     monkeypatch.setattr(paging, "EXAMINED", 17)

@@ -17,6 +17,8 @@ from selfplay.errors import ConfigError
 from selfplay.storage.ledger import Store
 from selfplay.tracking import trackers
 
+pytestmark = pytest.mark.service
+
 HISTORY = [{"step": 1, "train/loss": 0.7, "train/beta": 0.1}, {"step": 2, "train/loss": 0.6, "train/beta": None}]
 ROUND = """
 import sys

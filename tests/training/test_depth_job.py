@@ -25,6 +25,8 @@ from selfplay.training.depth_job import batches, collate, features, load
 from selfplay.training.jobs import FeaturesJob, LoraJob
 from selfplay.types import PairGradient
 
+pytestmark = pytest.mark.service
+
 LOSS = {"beta": 0.1, "epsilon": 0.1}
 UNCHECKED = {"agreement_mean": None, "agreement_p99": None}
 

@@ -18,6 +18,8 @@ from selfplay.training.embed_job import embed, hidden_states
 from selfplay.training.jobs import EmbedJob
 from selfplay.types import Prompt
 
+pytestmark = pytest.mark.service
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

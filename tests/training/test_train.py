@@ -31,6 +31,8 @@ from selfplay.methods import epsilon_dpo
 from selfplay.methods.tiles import Tile
 from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
 
+pytestmark = pytest.mark.service
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 WORDS = 60
 

@@ -27,6 +27,8 @@ from selfplay.training.epsilon_dpo import STATE_FILE
 from selfplay.training.jobs import CanaryJob, LoraJob, TrainJob
 from selfplay.training.train_job import agreement, canaries, train
 
+pytestmark = pytest.mark.service
+
 WORDS = 60
 CANARIES = [[1, 5, 9, 13, 2], [7, 8, 9]]
 

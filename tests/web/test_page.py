@@ -20,6 +20,8 @@ from selfplay.web.page.app import LONGEST_TEXT
 sys.path.insert(0, str(ROOT / "scripts"))
 import chromium
 
+pytestmark = pytest.mark.service
+
 needs_chromium = pytest.mark.skipif(
     chromium.found() is None, reason="no chromium here (Debian: apt-get install chromium)"
 )
