@@ -22,12 +22,14 @@ _remembered: dict[_Known, str] = {}
 def sha256(path: Path) -> str:
     """SHA-256 of a file. A file that was hashed before and has not changed since is not read again."""
     known = _known(path)
-    if known not in _remembered:
+    found = _remembered.get(known)  # asked once: another thread may forget all of them at any moment
+    if found is None:
         if len(_remembered) >= MOST_REMEMBERED:
             _remembered.clear()
         with path.open("rb") as file:
-            _remembered[known] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _remembered[known]
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        _remembered[known] = found
+    return found
 
 
 def forget() -> None:
@@ -39,10 +41,11 @@ def sha256_of(paths: Iterable[Path]) -> list[str]:
     """SHA-256 of each file, in order. Several files that are not remembered are read at a time."""
     files = list(paths)
     unknown = [path for path in files if _known(path) not in _remembered]
+    found: dict[Path, str] = {}
     if len(unknown) > 1:
         with ThreadPoolExecutor(min(THREADS, len(unknown), os.cpu_count() or 1)) as pool:
-            list(pool.map(sha256, unknown))
-    return [sha256(path) for path in files]
+            found = dict(zip(unknown, pool.map(sha256, unknown), strict=True))
+    return [found.get(path) or sha256(path) for path in files]
 
 
 def hash_files(root: Path, ignore: Iterable[str] = (MANIFEST,)) -> dict[str, str]:
