@@ -56,16 +56,16 @@ class History:
 
     def _known(self) -> list[list[Any]]:
         """[first, last, names of what scored] of the rounds before this one; each round's file is opened once."""
-        ranges: list[list[Any]] = self._store.state(STATE, [])
-        ranges = [r for r in ranges if r[0] < self._index]  # after a roll-back of the ledger rounds may come again
-        through = ranges[-1][1] if ranges else 0
-        for index in range(through + 1, self._index):
+        kept: list[list[Any]] = self._store.state(STATE, [])
+        # Rounds from this one on may come again, under another reward, where the end of a run was cut off.
+        ranges = [[first, min(last, self._index - 1), names] for first, last, names in kept if first < self._index]
+        for index in range(ranges[-1][1] + 1 if ranges else 1, self._index):
             names = self._scored_by(index)
             if ranges and ranges[-1][2] == names:
                 ranges[-1][1] = index
             else:
                 ranges.append([index, index, names])
-        if ranges and ranges[-1][1] > through:
+        if ranges != kept:
             self._store.set_state(STATE, ranges)
         return ranges
 
