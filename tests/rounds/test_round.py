@@ -1,26 +1,19 @@
 """Whole rounds on the miniature that nobody disturbed, and what the command refuses."""
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from mini import CALM, ROOT, TINY, Command, nothing_left, overrides, rows, sets
-from rich.console import Console
 
-from selfplay.config import load
-from selfplay.errors import CheckpointError
 from selfplay.models import weights
 from selfplay.processes.child import Child
-from selfplay.reporting.terminal import Display
 from selfplay.rounds.command import run_rounds
-from selfplay.rounds.round import Round, run_round
-from selfplay.storage import folders, policies
+from selfplay.storage import policies
 from selfplay.storage.ledger import Store
 from selfplay.types import Candidate, Pair
 
@@ -138,47 +131,6 @@ def test_a_folder_in_use_names_its_holder(mini_world, tmp_path):
     holder.communicate()
     assert code == 2
     assert f"in use by process {holder.pid}" in out
-
-
-def begun(run_dir):
-    """A run with an open first round, without children."""
-    store = Store(run_dir)
-    store.open_round(1, 0, (0, 0), "f", {})
-    display = Display(Console(file=io.StringIO()))
-    nothing = dict.fromkeys(("event", "warm_up"), lambda *_: None)
-    found = policies.Policies(run_dir)
-    return SimpleNamespace(config=load(TINY), dir=run_dir, store=store, display=display, policies=found, **nothing)
-
-
-def test_a_damaged_stage_goes_with_those_that_were_made_from_it(tmp_path):
-    run = begun(tmp_path)
-    r = Round(run, 1, 0)
-    for name in ("generate", "score", "pairs"):
-        (r.dir / name).mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="cannot be shown to be whole") as error:
-        r.stage("score", lambda *_: {})
-    assert error.value.hint == f"delete score, pairs in {r.dir} to have that done again"
-    manifest = {"files": {"scored.parquet": "0"}, "seconds": 1.0, "metrics": {}}
-    folders.write_json(r.dir / "score" / "manifest.json", manifest)
-    with pytest.raises(CheckpointError, match="scored.parquet is missing") as error:
-        r.stage("score", lambda *_: {})
-    assert "delete score, pairs" in error.value.hint
-    run.store.close()
-
-
-def test_a_round_is_not_trained_again_once_its_policy_has_its_place(tmp_path):
-    run = begun(tmp_path)
-    r = Round(run, 1, 0)
-    for folder in (r.dir / "pairs", r.dir / "train", tmp_path / "policies" / "0001"):
-        folder.mkdir(parents=True)
-    for name in ("pairs", "train"):
-        with pytest.raises(CheckpointError) as error:
-            r.stage(name, lambda *_: {})
-        assert "give the round up (selfplay cancel)" in error.value.hint
-    (r.dir / "train").rmdir()
-    with pytest.raises(CheckpointError, match="trained again it would be another one"):
-        run_round(run)
-    run.store.close()
 
 
 def test_help_is_quick_to_read():
