@@ -295,3 +295,11 @@ def test_an_output_that_fails_ends_nobody(monkeypatch: pytest.MonkeyPatch, code:
         line.update(done=2)
     display.warn("the disk is full")
     display.error("it is")
+
+
+def test_the_terminal_knows_the_stages_of_a_round():
+    """It lies below the rounds, so it has the names from nowhere else."""
+    from selfplay.reporting import terminal
+    from selfplay.rounds.stages import STAGES
+
+    assert tuple(stage.name for stage in STAGES) == terminal.STAGES
