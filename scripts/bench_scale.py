@@ -49,7 +49,12 @@ def rounds(large: bool, work: Path | None) -> Iterator[Figure]:
     yield "bytes on disk a round, 8,192 × 8", "814 MB", "≤ 420 MB", f"{found['disk_mb']:.0f} MB"
     if large:
         found = run("rounds", "--prompts", str(LARGE), *place)
-        yield "controller's peak over a round, 64k × 8", "51 GB (extrapolated)", "≤ 600 MB", f"{found['peak_mb']:.0f} MB"
+        yield (
+            "controller's peak over a round, 64k × 8",
+            "51 GB (extrapolated)",
+            "≤ 600 MB",
+            f"{found['peak_mb']:.0f} MB",
+        )
         yield "controller's CPU seconds of a round, 64k × 8", "about 600 (extrapolated)", "", f"{found['cpu']:.1f}"
 
 

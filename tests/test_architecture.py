@@ -88,7 +88,9 @@ def test_a_reward_source_is_one_module_and_one_line(tmp_path, monkeypatch):
     assert "KINDS = {\n" in table
     (package / "kinds.py").write_text(table.replace("KINDS = {\n", 'KINDS = {\n    "short": "reward.short:Short",\n'))
     argv = [sys.executable, "-m", "reward.server", "--kind", "short", "--settings", '{"words": 10}', "--port", "0"]
-    server = subprocess.Popen(argv, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE)
+    server = subprocess.Popen(
+        argv, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE
+    )
     try:
         url = json.loads(server.stdout.readline())["url"]
         client = RewardClient([url])

@@ -30,7 +30,8 @@ from selfplay.rounds import intake
 from selfplay.rounds.importing import ask_importer
 from selfplay.rounds.requirements import load_function, packages, require_models
 from selfplay.storage import folders
-from selfplay.storage.ledger import RESTARTS, RunLock, Store
+from selfplay.storage.ledger import RESTARTS, Store
+from selfplay.storage.lock import RunLock
 from selfplay.storage.policies import Policies
 from selfplay.tracking import trackers
 from selfplay.training.service import Trainer

@@ -4,11 +4,13 @@ One service for the whole file, with an ensemble of rewards, shaping and a judge
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +19,23 @@ from outside import served as reward_server
 from safetensors.torch import load_file, save_file
 
 from reward.client import RewardClient
-from selfplay.pairs.selection import usable as usable_of
-from selfplay.rewards import signs as guard
+from selfplay.methods import signs as guard
 from selfplay.storage import ledger as store
 from selfplay.storage import tables
-from selfplay.types import Pair, Prompt, Scored
+from selfplay.types import Candidate, Pair, Prompt, Reward
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def scored(folder: Path) -> list[SimpleNamespace]:
+    """The candidates of a round, each with its reward and the parts of it."""
+    candidates = tables.read_rows(folder / "generate" / "candidates.parquet", Candidate)
+    rewards = tables.read_rows(folder / "score" / "scored.parquet", Reward)
+    assert [(c.prompt_id, c.index) for c in candidates] == [(r.prompt_id, r.index) for r in rewards]
+    return [
+        SimpleNamespace(**dataclasses.asdict(c), reward=r.reward, reward_parts=r.reward_parts)
+        for c, r in zip(candidates, rewards, strict=True)
+    ]
 
 
 def other(reward: Path, folder: Path, noise: float, sign: float = 1.0) -> Path:
@@ -90,7 +102,7 @@ def test_a_reward_server_that_comes_and_goes_costs_no_score(service, relay):
     promoted(service, folder)
     relay.flaps = False
     assert relay.cuts  # in mid-request or between two
-    rows = tables.read_rows(folder / "score" / "scored.parquet", Scored)
+    rows = scored(folder)
     asked = {p.prompt_id: p.messages for p in tables.read_rows(folder / "prompts" / "prompts.parquet", Prompt)}
     with RewardClient(relay.target) as client:
         right = client.score([(asked[row.prompt_id], row.text) for row in rows])
@@ -104,7 +116,7 @@ def test_members_disagree_shaping_adds_up_and_the_guard_looks_on(service):
     said = " ".join(service.said.getvalue().split())
     assert "gate not independent" not in said
     assert "guard: rewards at the end of their range (share)" in said
-    rows = tables.read_rows(folder / "score" / "scored.parquet", Scored)
+    rows = scored(folder)
     for row in rows:
         parts = row.reward_parts
         shaped = parts["external"] + parts["length_control"] + parts["repetition_penalty"]
@@ -123,7 +135,7 @@ def test_members_disagree_shaping_adds_up_and_the_guard_looks_on(service):
     assert {f"guard/{n}" for n in ("ties", "saturation", "length_correlation", "disagreement", "probe_change")} <= set(
         metrics
     )
-    usable = [c for p in {r.prompt_id for r in rows} for c in usable_of([r for r in rows if r.prompt_id == p], "drop")]
+    usable = list({(r.prompt_id, r.digest): r for r in reversed(rows) if r.finish_reason == "stop"}.values())
     lengths, prompts = [c.n_tokens for c in usable], [c.prompt_id for c in usable]
     external = guard.length_correlation([c.reward_parts["external"] for c in usable], lengths, prompts)
     assert metrics["guard/length_correlation"] == pytest.approx(external)

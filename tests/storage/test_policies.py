@@ -127,7 +127,8 @@ def test_a_roll_back_is_shown_by_an_engine_that_runs_or_is_started_for_it(run, w
 
     def service(shows):
         engine = Engine(run.get(5) if warm else None, shows)
-        return SimpleNamespace(store=store, policies=run, policy=run.get, generator=engine)
+        serving = SimpleNamespace(loaded=engine.policy is not None)
+        return SimpleNamespace(store=store, policies=run, policy=run.get, generator=engine, serving=serving)
 
     run.set_current(4)
     (run.folder(4) / "model.safetensors").unlink()  # what is rolled back may be damaged
