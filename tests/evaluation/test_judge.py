@@ -74,6 +74,7 @@ def test_a_gate_is_independent_where_other_weights_judge(tmp_path, configured, r
         assert found.startswith("gate not independent: ") and expected in found
 
 
+@pytest.mark.service
 def test_a_pairwise_judge_compares_candidate_and_champion(tmp_path):
     """It likes the longer answer; at equal texts it is not asked: a tie."""
 
