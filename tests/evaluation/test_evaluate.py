@@ -76,6 +76,7 @@ def run(out, *, champion, audit=(), judge_says=longer, dependent=None, **gate):
     return metrics, engine.asked, folders.read_json(out / "verdict.json"), line.text
 
 
+@pytest.mark.service
 def test_the_candidate_is_judged_beside_the_champion_and_the_gate_decides(tmp_path):
     """Its answers have three words, the champion's two: it wins all three. KL: −1 against −2 and −3, so 1 and 2 nats."""
     metrics, asked, verdict, said = run(tmp_path / "out", champion=1)
@@ -95,18 +96,21 @@ def test_the_candidate_is_judged_beside_the_champion_and_the_gate_decides(tmp_pa
     assert not (tmp_path / "out" / "audit.parquet").exists()
 
 
+@pytest.mark.service
 def test_in_the_first_round_champion_and_initial_policy_are_one(tmp_path):
     metrics, asked, _, _ = run(tmp_path / "out", champion=0)
     assert [name for name, *_ in asked].count("logps") == 1
     assert metrics["kl_current"] == metrics["kl_initial"] == 2.0
 
 
+@pytest.mark.service
 def test_a_candidate_that_breaks_a_limit_is_not_promoted_and_a_dependent_judge_is_recorded(tmp_path):
     metrics, _, verdict, _ = run(tmp_path / "out", champion=1, max_kl=0.5, dependent="the same weights")
     assert not verdict["promoted"] and "KL to the current policy 1.00 nats" in verdict["reasons"][0]
     assert (verdict["independent"], metrics["independent"]) == (False, 0.0)
 
 
+@pytest.mark.service
 def test_the_audit_is_judged_against_the_initial_policys_answers(tmp_path):
     """One word against three: all are won, and the rubric gives .1 and .3."""
     metrics, asked, _, _ = run(tmp_path / "out", champion=1, audit=[prompt(p) for p in "uv"])
@@ -119,6 +123,7 @@ def test_the_audit_is_judged_against_the_initial_policys_answers(tmp_path):
         assert [r.text for r in rows] == [text] * 2
 
 
+@pytest.mark.service
 def test_where_nothing_can_be_compared_the_stage_fails(tmp_path):
     with pytest.raises(RewardError, match="scored no prompt of the gate for both policies"):
         run(tmp_path / "out", champion=1, judge_says=lambda shown: "I cannot say.")

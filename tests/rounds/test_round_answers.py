@@ -9,7 +9,8 @@ from rich.console import Console
 
 from selfplay.config import load
 from selfplay.generation.serving import Serving
-from selfplay.prompts.pool import POOL, Pool
+from selfplay.prompts import formats
+from selfplay.prompts.pool import OLD, Pool
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.answers import Answers
 from selfplay.rounds.frame import Frame
@@ -57,12 +58,13 @@ class World:
     def __init__(self, run_dir):
         self.dir, self.store, self.engine = run_dir, Store(run_dir), Engine()
         (run_dir / "pool").mkdir()
-        rows = [
-            Prompt(prompt_id=f"{split}{i}", messages=[{"role": "user", "content": "?"}], prompt_ids=[1], split=split)
-            for split in ("heldout", "audit")
-            for i in range(20)
-        ]
-        tables.write_rows(run_dir / "pool" / POOL, rows, Prompt)
+        rows = []
+        for split in ("heldout", "audit"):
+            for i in range(20):
+                messages = [{"role": "user", "content": f"{split} question {i}"}]
+                name = formats.prompt_id(messages)
+                rows.append(Prompt(prompt_id=name, messages=messages, prompt_ids=[1], split=split))
+        tables.write_rows(run_dir / "pool" / OLD, rows, Prompt)
         self.display = Display(Console(file=io.StringIO()))
 
     def of(self, index, *settings):
@@ -92,10 +94,10 @@ def world(tmp_path):
 
 def test_the_audit_set_comes_every_so_many_rounds_and_is_always_the_same(world):
     def audit(index, *settings):
-        return [p.prompt_id for p in world.of(index, *settings).audit_prompts()]
+        return [p.messages[0]["content"] for p in world.of(index, *settings).audit_prompts()]
 
     def gate(index):
-        return [p.prompt_id for p in world.of(index).gate_prompts()]
+        return [p.messages[0]["content"] for p in world.of(index).gate_prompts()]
 
     assert audit(1) == audit(2) == []
     assert audit(3) == audit(6) and len(set(audit(3))) == 4 and all(i.startswith("audit") for i in audit(3))

@@ -287,6 +287,16 @@ def test_reference_logps_are_those_of_each_sequence_alone(tmp_path: Path) -> Non
             assert logp.item() == pytest.approx(logps[len(row["prompt_ids"]) - 1 :].sum().item(), rel=1e-5)
 
 
+def test_reference_logps_of_some_pairs_are_theirs_in_their_order_and_each_batch_is_told(tmp_path: Path) -> None:
+    """Six of sixteen pairs, in batches of four."""
+    trainer = make(tmp_path, per_device_eval_batch_size=4)
+    everything, told, rows = trainer.reference_logps(), [], [11, 2, 3, 15, 0, 7]
+    found = trainer.reference_logps(trainer.train_dataset.select(rows), lambda: told.append(1))
+    for some, whole in zip(found, everything, strict=True):
+        torch.testing.assert_close(some, whole[rows], rtol=1e-5, atol=1e-5)
+    assert len(told) == 2
+
+
 def test_a_policy_that_is_its_reference_takes_no_step(tmp_path: Path) -> None:
     trainer = make(tmp_path, reference=model(), num_train_epochs=1)
     trainer.train()

@@ -23,7 +23,7 @@ from selfplay.models import weights
 from selfplay.models.weights import sequence_logps
 from selfplay.processes.child import Child, ChildDied, ChildError
 from selfplay.processes.reaping import descendants, marked
-from selfplay.training.epsilon_dpo import STATE_FILE
+from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOTrainer
 from selfplay.training.jobs import CanaryJob, LoraJob, TrainJob
 from selfplay.training.train_job import agreement, canaries, train
 
@@ -228,6 +228,46 @@ def test_agreement_by_hand() -> None:
     """|Δ| a token: 0.5/1, 1/4, 0/2 → mean 0.25; the 99th percentile lies 98 % of the way from 0.25 to 0.5."""
     found = agreement(np.array([1.0, 2.0, 3.0]), np.array([1.5, 1.0, 3.0]), np.array([1, 4, 2]))
     assert found == {"mean": pytest.approx(0.25), "p99": pytest.approx(0.495), "tokens": 7}
+
+
+def test_a_seeded_sample_of_the_pairs_is_compared_where_there_are_more(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five of twelve pairs in batches of two. The job goes on where it was although another number is compared now."""
+    everything = [row["prompt_ids"] for row in pq.read_table(world / "pairs.parquet").to_pylist()]
+    compared: list[list[list[int]]] = []
+    reference_logps = EpsilonDPOTrainer.reference_logps
+
+    def record(self: EpsilonDPOTrainer, pairs: Any, *rest: Any) -> Any:
+        compared.append(pairs["prompt_ids"][:])
+        return reference_logps(self, pairs, *rest)
+
+    monkeypatch.setattr(EpsilonDPOTrainer, "reference_logps", record)
+
+    def sampled(name: str, **changes: Any) -> tuple[list[int], dict[str, Any], list[tuple[int, int]]]:
+        result, seen = run(job_of(world, tmp_path / name, epochs=1, save_steps=1, **changes))
+        return [everything.index(ids) for ids in compared.pop()], result, seen
+
+    rows, result, seen = sampled("one", agreement_pairs=5)
+    assert len(set(rows)) == 5 and rows == sorted(rows)
+    assert [step for step, _ in seen] == [0] * 3 + [1, 2, 3]
+    of_rows = pq.read_table(world / "pairs.parquet").take(rows).to_pylist()
+    assert result["agreement"]["tokens"] == sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in of_rows)
+    assert result["agreement"]["mean"] < 1e-5
+    assert sampled("again", agreement_pairs=5)[0] == rows
+    assert sampled("other", agreement_pairs=5, seed=6)[0] != rows
+    assert sampled("all", agreement_pairs=99)[0] == list(range(12))
+    shutil.rmtree(tmp_path / "one" / "work" / "checkpoint-3")
+    more = job_of(world, tmp_path / "one", epochs=1, save_steps=1, agreement_pairs=7)
+    again, seen = run(more)
+    assert ([step for step, _ in seen], compared, again["agreement"]) == ([3], [], result["agreement"])
+
+
+def test_pairs_that_disagree_are_found_by_the_sample(world: Path, tmp_path: Path) -> None:
+    off = write_pairs(tmp_path / "off.parquet", world / "policy", off=0.01)
+    fails(
+        job_of(world, tmp_path, pairs=off, agreement_pairs=1), "agreement", "differ from the generator's by 0.01 nats"
+    )
 
 
 def test_training_that_changes_nothing_is_an_error(world: Path, tmp_path: Path) -> None:
