@@ -28,8 +28,8 @@ from selfplay.types import Message
 COLUMNS = ("prompt", "messages", "meta", "parent", "source")
 """What is read of a row. Other columns of a Parquet file stay on the disk."""
 LINES, PARQUET = (".jsonl", ".json"), (".parquet",)
-PART_BYTES = 8 << 20  # of a JSONL file
-PART_ROWS = 8192  # of a Parquet file
+PART_BYTES = 4 << 20  # of a JSONL file
+PART_ROWS = 4096  # of a Parquet file
 
 _DIGITS = frozenset("0123456789abcdef")
 

@@ -20,7 +20,7 @@ from selfplay.types import Message, Prompt
 
 LEAST_WORDS = 4
 """Shorter texts share their words by chance, so they are compared as a whole."""
-MOST_WORDS = 1 << 20  # of held-out prompts that are compared at a time
+MOST_WORDS = 1 << 18  # of held-out prompts that are compared at a time
 
 # A language written without spaces has a word a character.
 _WORD = re.compile(r"[\u2e80-\u9fff\uac00-\ud7ff]|[^\W\u2e80-\u9fff\uac00-\ud7ff]+")

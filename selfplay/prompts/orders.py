@@ -18,6 +18,7 @@ from selfplay.prompts.formats import names
 from selfplay.storage.folders import whole
 
 WORTH_KEEPING = 4096  # places that take some milliseconds to make; fewer are made again by the next process
+AT_A_TIME = 1 << 16  # hashes whose texts are in memory
 KEPT = 3  # orders in memory
 
 
@@ -25,8 +26,12 @@ def places(run_seed: int, epoch: int, hashes: NDArray[np.int64]) -> NDArray[np.i
     """The place (n,) of each prompt in the order of an epoch, uniform in 0 … 2^63 − 1; `hashes`: of the prompts."""
     # The same number as seeds.derive(run_seed, "prompts", epoch, prompt_id), in half the time.
     before = f"{run_seed}\0prompts\0{epoch}\0".encode()
-    digests = [hashlib.blake2b(before + name.encode(), digest_size=8).digest() for name in names(hashes)]
-    return (np.frombuffer(b"".join(digests), ">u8") >> np.uint64(1)).astype(np.int64)
+    found = np.empty(len(hashes), np.int64)
+    for start in range(0, len(hashes), AT_A_TIME):
+        some = names(hashes[start : start + AT_A_TIME])
+        digests = b"".join(hashlib.blake2b(before + name.encode(), digest_size=8).digest() for name in some)
+        found[start : start + AT_A_TIME] = np.frombuffer(digests, ">u8") >> np.uint64(1)
+    return found
 
 
 class Orders:

@@ -28,7 +28,7 @@ from selfplay.prompts.workers import each
 from selfplay.storage import tables
 from selfplay.types import Message, Prompt, Split
 
-BATCH = 256  # conversations that are rendered at a time
+BATCH = 128  # conversations that are rendered at a time
 FACT_ROWS = 8192  # in a record batch of facts
 SPLITS: tuple[Split, ...] = ("train", "heldout", "audit")
 """A fact has the number of its split."""
@@ -93,7 +93,7 @@ def _write(item: tuple[int, survey.Chosen], *, settings: PromptsConfig, run_seed
         prompts, facts = [], []
         for batch in _batches(_conversations(chosen), BATCH):
             kept = list(_rendered(batch, chosen, settings, run_seed, set_aside))
-            prompts.append(_table([prompt for prompt, _ in kept], [ids for _, ids in kept]))
+            prompts.append(table_of([prompt for prompt, _ in kept], [ids for _, ids in kept]))
             facts.append(facts_of([prompt for prompt, _ in kept]))
         table = pa.concat_tables([FACTS.empty_table(), *facts])
         rows.write(facts_path, table.replace_schema_metadata({SET_ASIDE: json.dumps(set_aside)}), FACT_ROWS)
@@ -152,7 +152,7 @@ def _rendered(
             yield prompt, ids
 
 
-def _table(prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32] | list[int]]) -> pa.Table:
+def table_of(prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32] | list[int]]) -> pa.Table:
     """The prompts as a table, with their ids, which never become Python numbers where they are none already."""
     table = tables.to_table(prompts, Prompt)
     lengths = np.array([0, *map(len, ids)], np.int32)

@@ -28,7 +28,7 @@ from selfplay.storage import folders, tables
 from selfplay.types import Prompt, Split
 
 PROMPTS, FACTS, ADDED, ORDERS, OLD = "prompts", "facts.arrow", "added", "orders", "pool.parquet"
-CHUNK = 8192  # prompts that are read at a time
+CHUNK = 4096  # prompts that are read at a time
 assert set(parts.SPLITS) == set(get_args(Split))
 
 

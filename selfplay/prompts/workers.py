@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,12 +22,16 @@ def each(work: Callable[[Item], Result], items: Iterable[Item], workers: int) ->
     if min(workers, len(items)) < 2:
         yield from map(work, items)
         return
+    gc.collect()
+    gc.freeze()  # a collection in a copy would touch, and so copy, every page that it shares with this process
     with ProcessPoolExecutor(min(workers, len(items)), get_context("fork")) as processes:
         try:
             yield from processes.map(work, items)
         except BaseException:
             processes.shutdown(cancel_futures=True)
             raise
+        finally:
+            gc.unfreeze()
 
 
 def cores() -> int:

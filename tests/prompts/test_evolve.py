@@ -11,7 +11,7 @@ from selfplay.prompts import admission, evolve
 from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Candidate, Pair, Prompt, Rewrite
-from selfplay.worlds import tiny_rewriter
+from selfplay.worlds.tiny import rewriter
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 FIVE = list(evolve.STRATEGIES)
@@ -180,8 +180,8 @@ def test_a_conversation_keeps_what_came_before(tmp_path):
 
 def test_rules_rewrite_and_the_ledger_says_so(tmp_path):
     parents = [prompt("Hey, What is the capital of Peru?"), prompt("Name two fruits. Be brief.")]
-    name = "selfplay.worlds.tiny_rewriter:rewrite"
-    world = World(tmp_path, parents, [1.0, 0.5], function=tiny_rewriter.rewrite, rewriter=name, top=1.0)
+    name = "selfplay.worlds.tiny.rewriter:rewrite"
+    world = World(tmp_path, parents, [1.0, 0.5], function=rewriter.rewrite, rewriter=name, top=1.0)
     metrics, joining, rewrites, _ = run(world)
     assert metrics["by_rules"] == 1.0 and metrics["tokens"] == 0 and len(joining) >= 8
     assert {p.source for p in joining} >= {f"reason by {name}"}
