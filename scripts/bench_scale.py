@@ -62,18 +62,18 @@ def figures(part: str, large: bool, work: Path | None) -> Iterator[Figure]:
     if part == "round":
         yield from rounds(large, work)
     elif part == "import":
-        found = run("prompts", "import", "100000")
-        now = f"{found['wall']:.1f} s, +{found['grown_mb']:.0f} MB"
+        found = run("prompts", "--import", "100000", "--draw", "0")
+        now = f"{found['import_wall']:.1f} s, +{found['import_grown_mb']:.0f} MB"
         yield "import of 100k prompts × 434 tokens", "55 s, +2.0 GB", "≤ 20 s on two cores, ≤ +300 MB", now
     elif part == "draw":
-        found = run("prompts", "draw", "1000000")
+        found = run("prompts", "--import", "0", "--draw", "1000000")
         yield "draw and read 8,192 of a pool of 1 M", "about 13 s a round", "≤ 1 s", f"{found['draw_and_write']:.2f} s"
     elif part == "pipe":
         found = run("pipe", "64")
         yield "a 64 MB answer of a child", "7.7 CPU s", "≤ 1 s", f"{found['cpu_seconds']:.2f} CPU s"
     elif part == "ledger":
-        found = run("ledger")
-        yield "waiting daemon at 10,000 rounds", "75 ms a second", "≤ 2 ms", f"{found['waiting_ms']:.2f} ms"
+        found = run("ledger", "--rounds", "10000")
+        yield "waiting daemon at 10,000 rounds", "75 ms a second", "≤ 2 ms", f"{found['waiting_tick']:.2f} ms"
 
 
 def main() -> None:
