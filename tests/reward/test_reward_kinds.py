@@ -46,6 +46,7 @@ def item(response: str) -> Item:
     return Item.model_validate({"messages": MESSAGES, "response": response})
 
 
+@pytest.mark.service
 def test_a_new_kind_is_one_module_and_one_line(tmp_path: Path) -> None:
     """The example of the docs, in a copy of the packages: from the configuration to scores of a server in a child."""
     for package in ("reward", "selfplay"):
@@ -67,6 +68,7 @@ def test_a_new_kind_is_one_module_and_one_line(tmp_path: Path) -> None:
     assert which == {"source": {"kind": "brevity", "words": 10}}
 
 
+@pytest.mark.service
 def test_a_kind_elsewhere_is_served_by_its_place_and_known_by_its_settings_and_code(tmp_path: Path) -> None:
     module = tmp_path / "my_brevity.py"
 

@@ -49,6 +49,7 @@ def folders(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_the_work_of_each_reader_does_not_grow_with_the_rounds(folders, monkeypatch):
     work, found = Work(monkeypatch), {}
     for rounds, run_dir in folders.items():

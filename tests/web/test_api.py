@@ -28,6 +28,8 @@ from selfplay.web.access import read_token
 from selfplay.web.api import create_app
 from selfplay.web.server import serve_in_thread
 
+pytestmark = pytest.mark.service
+
 TOKEN = "correct horse battery staple"
 
 

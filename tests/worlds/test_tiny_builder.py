@@ -15,6 +15,8 @@ from selfplay.worlds.tiny.builder import recipe as recipes
 from selfplay.worlds.tiny.builder.build import Event, build, read_world, sweep
 from selfplay.worlds.tiny.builder.recipe import SIZES, Recipe, recipe_hash
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
