@@ -44,8 +44,9 @@ def settings(tmp_path, policy, *more):
 
 
 def said(config, tmp_path, about):
-    """The first finding about something. Rules are made by a process of half a second, and only where they are asked for."""
-    looks = [look for look in LOOKS if look[0] != "reward" or about.startswith(("reward", "evaluate.judge"))]
+    """The first finding about something. The looks that take half a second are left out where nothing of theirs is asked."""
+    slow = {"reward": ("reward", "evaluate.judge"), "prompts": ("prompts", "evaluate.prompts")}
+    looks = [look for look in LOOKS if look[0] not in slow or about.startswith(slow[look[0]])]
     return next(((f.level, f.text) for f in check(config, tmp_path / "run", looks) if f.about == about), None)
 
 
