@@ -206,7 +206,13 @@ def kill(pid: int) -> str | None:
     return f"guard of {modules[1]}" if len(modules) > 1 else modules[0] if modules else words[0]
 
 
-PATTERNS = ("pool/**/*.parquet", "rounds/*/*/*.parquet", "rounds/*/*/verdict.json", "policies/*/*.safetensors")
+PATTERNS = (
+    "pool/**/*.arrow",
+    "pool/**/*.parquet",
+    "rounds/*/*/*.parquet",
+    "rounds/*/*/verdict.json",
+    "policies/*/*.safetensors",
+)
 
 
 def artifacts_of(run_dir: Path) -> dict[str, bytes]:

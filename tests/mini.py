@@ -163,5 +163,11 @@ def rows(run_dir: Path, index: int, name: str, kind: type) -> list[Any]:
 
 def state(run_dir: Path) -> dict[str, bytes]:
     """Every artifact that two equal runs share to the byte: rows, verdicts, prompts, weights."""
-    patterns = ("rounds/*/*/*.parquet", "rounds/*/*/verdict.json", "pool/**/*.parquet", "policies/*/*.safetensors")
+    patterns = (
+        "rounds/*/*/*.parquet",
+        "rounds/*/*/verdict.json",
+        "pool/**/*.arrow",
+        "pool/**/*.parquet",
+        "policies/*/*.safetensors",
+    )
     return {str(f.relative_to(run_dir)): f.read_bytes() for pattern in patterns for f in run_dir.glob(pattern)}
