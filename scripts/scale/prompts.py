@@ -66,6 +66,7 @@ DIFFERENT = 20_000  # prompts of which a large pool is made; the numbers in fron
 def measure_import(prompts: int) -> dict[str, float]:
     """The figures of the import in the module's docstring, for so many prompts."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tables.leave_pandas_out()
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "prompts.jsonl", Path(folder) / "pool"
         with source.open("w") as file:
@@ -244,11 +245,11 @@ def _peak_so_far() -> float:
 
 @contextmanager
 def _peak() -> Iterator[list[float]]:
-    """Look at the memory ten times a second."""
+    """Look at the memory twice a second, which takes some milliseconds itself."""
     found, ended = [_memory()], threading.Event()
 
     def look() -> None:
-        while not ended.wait(0.1):
+        while not ended.wait(0.5):
             found.append(_memory())
 
     thread = threading.Thread(target=look)

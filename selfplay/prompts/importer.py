@@ -32,7 +32,7 @@ from selfplay.prompts import survey as surveys
 from selfplay.prompts.draw import subset
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.workers import cores
-from selfplay.storage import folders, hashes
+from selfplay.storage import folders, hashes, tables
 
 INITIAL = "initial.json"
 CANARY_TOKENS = 64
@@ -139,6 +139,9 @@ def run_import(config: Config, out: Path, work: Path, on_progress: OnProgress) -
     """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
     source = initial_folder(config.policy.model, config.policy.revision)
     tokenizer = load_tokenizer(source, config.policy.trust_remote_code)
+    given = [source for source in (config.prompts.source, config.prompts.heldout) if source is not None]
+    if all(map(formats.is_file, given)):  # the loader of a Hub dataset may need it
+        tables.leave_pandas_out()
     splits, set_aside = import_pool(
         config, Renderer(tokenizer), out, work, about=_renders(source), on_progress=on_progress
     )
