@@ -118,7 +118,7 @@ class Opened:
 
     def round(self, *settings: str) -> str:
         """Go on with the open round, or do the next one, under these settings; what was printed, on one line."""
-        self.run.config = config(self._world, *self._settings, *settings)
+        self.run.config = self.run.trainer.config = config(self._world, *self._settings, *settings)
         self.run.require()
         self.run.display.round_table(run_round(self.run))
         return self._heard()

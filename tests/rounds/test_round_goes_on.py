@@ -41,7 +41,7 @@ def mended(opened):
 
 def test_prompts_are_added_by_hand(opened):
     run = opened.run
-    run.trainer()  # the next round's: it renders the prompts that are added meanwhile
+    run.trainer.start()  # the next round's: it renders the prompts that are added meanwhile
     known = next(p for p in run.prompts if p.split == "train")
     held_out = next(p for p in run.prompts if p.split != "train")
     rows_to_add = [
