@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from selfplay.errors import InputError
-from selfplay.storage import joining, tables
+from selfplay.storage import tables
 from selfplay.types import Candidate, Prompt
 
 IDS = np.dtype("<i4")  # a token id on disk, and in what a digest is computed from
@@ -34,14 +34,11 @@ def digests(path: Path) -> NDArray[np.int64]:
 
 
 def join(files: Sequence[Path], out: Path) -> None:
-    """Write the answers of several files, in order, to one. Only where a file is older than the others they are decoded."""
-    try:
-        joining.join(files, out)
-    except joining.OtherLayout:
-        with tables.writing(out, Candidate) as joined:
-            for file in files:
-                for rows in tables.each_group(file, row_type=Candidate):
-                    joined.table(rows)
+    """Write the answers of several files, in order, to one: a row group at a time."""
+    with tables.writing(out, Candidate) as joined:
+        for file in files:
+            for rows in tables.each_group(file, row_type=Candidate):
+                joined.table(rows)
 
 
 def each_ids(column: pa.ChunkedArray) -> Iterator[NDArray[np.int32]]:
