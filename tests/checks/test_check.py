@@ -193,6 +193,7 @@ def test_models_against_the_memory_of_the_gpus(tmp_path, monkeypatch):
     assert level == "error" and text == "the policy's weights take 14.9 GiB of each GPU, vLLM may use 8.0"
 
 
+@pytest.mark.slow
 def test_prompt_files_are_read_and_split_as_the_import_does(tmp_path):
     """1,200 held-out prompts, 40 % of them in the audit set; configs/tiny.yaml asks for 384 and 400."""
     config = settings(tmp_path, model(tmp_path / "policy"))
@@ -277,6 +278,7 @@ def test_rules_are_made_and_their_functions_imported(tmp_path):
         assert level == "error" and text.startswith(why)
 
 
+@pytest.mark.slow
 def test_a_judge_behind_a_chat_endpoint_is_asked_for_its_models(tmp_path, monkeypatch):
     class Models(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

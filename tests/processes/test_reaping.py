@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 from child_world import gone
 
 from selfplay.processes.reaping import marked
@@ -51,6 +52,7 @@ child.stop()
 """
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_run_again_the_result_is_the_same(tmp_path):
     def command(run: Path) -> subprocess.Popen:
         code = PIPELINE.format(root=str(Path(__file__).parents[2]), run=str(run))

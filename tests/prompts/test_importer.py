@@ -213,6 +213,7 @@ def test_a_hub_dataset_is_copied_and_read_like_a_file(tmp_path, monkeypatch, sma
         built(settings("some/where"), tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_an_import_that_was_killed_goes_on_where_it_was(tmp_path, small_parts):
     """Killed after some parts, it renders no prompt of them again, and makes the pool that it would have made."""
     source, calm = jsonl(tmp_path / "a.jsonl", messy()), tmp_path / "calm"
@@ -245,6 +246,7 @@ def test_an_import_that_was_killed_goes_on_where_it_was(tmp_path, small_parts):
     assert len(lines) - before == len(expected[0]) - sum(finished)
 
 
+@pytest.mark.slow
 def test_parts_of_other_sources_or_settings_are_not_used(tmp_path, small_parts):
     source = jsonl(tmp_path / "a.jsonl", prompts(150))
     for i, change in enumerate(

@@ -349,6 +349,7 @@ def by_hand(candidates, given, settings):
     return found
 
 
+@pytest.mark.slow
 def test_rewards_of_many_candidates_are_those_that_are_computed_row_by_row(server, tmp_path):
     """5,000 candidates of 625 prompts in shards of 700, and row groups of 256: no boundary is another one's."""
     candidates = synthetic(625, 8)

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "scale" / "generation.py"
 
 
+@pytest.mark.slow
 def test_the_stage_is_measured_with_an_engine_that_takes_swaps():
     argv = [sys.executable, str(SCRIPT), "--prompts", "24", "--candidates", "4", "--shard-prompts", "16"]
     out = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout

@@ -1,5 +1,7 @@
 import time
 
+import pytest
+
 from selfplay.web.page import word_diff
 from selfplay.web.page.word_diff import compare, plain, reveal
 
@@ -30,6 +32,7 @@ def test_characters_that_cannot_be_seen_are_named():
     assert plain("a\u202eb\x1b[31m") == "a�b�[31m"
 
 
+@pytest.mark.slow
 def test_texts_made_to_take_long_or_to_have_many_parts_do_not():
     hostile = [
         "\u202e\u200b" * 50_000,
