@@ -96,6 +96,10 @@ class Scorer:
         """What the scores of each member are known by."""
         return [name(identity, s.which()) for identity, s in zip(identities, self.sources, strict=True)]
 
+    def who(self, identities: Sequence[str]) -> list[tuple[str, str]]:
+        """Each member and what its scores are known by: scores by others are not used in their place."""
+        return list(zip(self.members or [self.role], self.names(identities), strict=True))
+
     def described(self, identities: Sequence[str]) -> list[str]:
         """What its rewards depend on: what the scores of the members are known by, and how they are combined."""
         how = [] if self._ensemble is None else [f"{self._ensemble.combine} {self._ensemble.std_weight:g}"]
