@@ -87,6 +87,11 @@ class Scorer:
         for service in self._services:
             service.stop()
 
+    def interrupt(self) -> None:
+        """Have whoever waits for scores now, in another thread, raise Interrupted instead."""
+        for service in self._services:
+            service.interrupt()
+
     @property
     def identities(self) -> tuple[str, ...]:
         """What scores, for each member: hashes of weights and template, as its server says, or «» if it does not say."""

@@ -85,6 +85,11 @@ class RewardService:
             self._child.stop()
             self._child = None
 
+    def interrupt(self) -> None:
+        """Have whoever waits for scores now, in another thread, raise Interrupted instead."""
+        if (client := self._client) is not None:
+            client.interrupt(Interrupted(f"the scores of the {self.name} are not wanted any more"))
+
     def score(
         self,
         items: Sequence[tuple[list[Message], str]],

@@ -70,6 +70,7 @@ def run_round(run: Run) -> RoundReport:
         do(EVALUATE, steps.evaluate)
         do(PROMOTE, steps.promote)
     finally:
+        run.stop_early()
         run.trainer.stop()
     return close(steps, "promoted" if steps.promoted else "rejected", steps.reasons)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from selfplay.errors import GuardError
 from selfplay.evaluation.judge import Judge, dependence
 from selfplay.evaluation.stage import evaluate
 from selfplay.generation.reference import reference_logps
@@ -18,17 +17,15 @@ from selfplay.pairs.stage import pairs
 from selfplay.progress import Line
 from selfplay.prompts.draw import Embed, prompts
 from selfplay.prompts.evolve import Rewriting, by_function, by_policy, evolve, join
-from selfplay.rewards.guard import guard
-from selfplay.rewards.probes import Probes, choose_texts
-from selfplay.rewards.scoring import score
 from selfplay.rounds import reference
 from selfplay.rounds.answers import Answers
 from selfplay.rounds.frame import Frame
 from selfplay.rounds.history import History
 from selfplay.rounds.promotion import promote
 from selfplay.rounds.requirements import packages, size
+from selfplay.rounds.rewarding import Rewarding
 from selfplay.rounds.run import Run
-from selfplay.rounds.stages import EVOLVE, SCORE, STAGES, TRAIN
+from selfplay.rounds.stages import EVOLVE, STAGES, TRAIN
 from selfplay.stage import Metrics
 from selfplay.storage import folders, policies, tables
 from selfplay.training.embedding import representatives
@@ -55,6 +52,7 @@ class Steps:
             adopted=lambda: self.adopted,
         )
         self.history = History(run.store, run.dir / "rounds", index)
+        self.rewarding = Rewarding(run, self.frame, self.history)
         self.answers = Answers(
             frame=self.frame,
             prompts=run.prompts,
@@ -96,52 +94,33 @@ class Steps:
     def generate(self, out: Path, line: Line) -> Metrics:
         self.run.serving.serve(self.run.policy(self.sampler))
         prompts = self.frame.path("prompts/prompts.parquet")
-        settings = self.config.generate
-        return generate(
+        early = self.rewarding.begin_early()
+
+        def on_shard(start: int, file: Path) -> None:
+            if early is not None:
+                early.add(start, file)
+                line.update(text=f"{early.scored} candidates scored" if early.scored else "")
+
+        metrics = generate(
             out,
             line,
             prompts=prompts,
             generator=self.run.generator,
-            settings=settings,
+            settings=self.config.generate,
             seed=functools.partial(self.frame.seed, "generate"),
             shards=self.answers.shards("generate", self.sampler, tables.read_column(prompts, "prompt_id")),
             breathe=self.run.breathe,
+            on_shard=on_shard,
         )
+        if early is not None:
+            metrics |= {"scored": float(early.scored), "overlap_seconds": early.seconds}
+        return metrics
 
     def score(self, out: Path, line: Line) -> Metrics:
-        settings = self.config.generate
-        return score(
-            out,
-            line,
-            prompts=self.frame.path("prompts/prompts.parquet"),
-            candidates=self.frame.path("generate/candidates.parquet"),
-            scorer=self.run.reward,
-            settings=self.config.reward,
-            shards=functools.partial(self.frame.shards, "score"),
-            shard_items=settings.shard_prompts * settings.candidates,
-            probe=self._probe,
-            breathe=self.run.breathe,
-            record_event=lambda kind, text: self.run.store.event(kind, text, self.index),
-        )
+        return self.rewarding.score(out, line)
 
     def guard(self, out: Path, line: Line) -> Metrics:
-        settings = self.config.guard
-        alike = self.history.scored_alike()
-        files = [self.history.artifact(i, "score/scored.parquet") for i in alike if i >= self.index - settings.history]
-        return guard(
-            out,
-            line,
-            candidates=self.frame.path("generate/candidates.parquet"),
-            scored=self.frame.path("score/scored.parquet"),
-            earlier=[path for path in files if path.is_file()],
-            past=self.history.rewards_and_gold(alike),
-            probed=self.frame.metrics(SCORE),
-            settings=settings,
-            noise=self.config.reward.noise,
-            cut_off=self.config.pairs.cut_off,
-            warn=functools.partial(self._warn, "guard"),
-            stopped=self._stopped,
-        )
+        return self.rewarding.guard(out, line)
 
     def pairs(self, out: Path, line: Line) -> Metrics:
         return pairs(
@@ -225,14 +204,13 @@ class Steps:
     def evaluate(self, out: Path, line: Line) -> Metrics:
         judges = self.run.judge is self.run.reward
         if judges:  # no replaced reward decides at the gate
-            self._probe_or_forget()
+            self.rewarding.probe_or_forget()
         scorer, settings = self.run.judge, self.config.evaluate
         identities = scorer.identities
         names = scorer.described(identities)
         before = self.history.judge_before()
         if before is not None and before[1] != names:
-            self._warn(
-                "guard",
+            self.rewarding.warn(
                 f"another judge decides at this gate than in round {before[0]}: {', '.join(names)} instead of "
                 f"{', '.join(before[1])}",
             )
@@ -241,7 +219,7 @@ class Steps:
             self.run.store.event("evaluate", dependent, self.index)
             self.run.display.note(dependent)
         elif dependent is not None:
-            self._warn("guard", dependent)
+            self.rewarding.warn(dependent)
         audit = self.answers.audit_prompts()
         metrics = evaluate(
             out,
@@ -267,7 +245,7 @@ class Steps:
             breathe=self.run.breathe,
         )
         if judges:
-            self._probe_or_forget()
+            self.rewarding.probe_or_forget()
         return metrics
 
     def promote(self, out: Path, line: Line) -> Metrics:
@@ -365,34 +343,3 @@ class Steps:
             shard_prompts=self.config.generate.shard_prompts,
             breathe=self.run.breathe,
         )
-
-    def _probe(self) -> Metrics:
-        """How far the reward is from the one this run began with."""
-        probes = Probes(self.run.dir / "reward" / "probes.json", self.config.guard)
-        prompts, candidates = self.frame.path("prompts/prompts.parquet"), self.frame.path("generate/candidates.parquet")
-        return probes.ask(
-            self.run.reward,
-            self.index,
-            functools.partial(choose_texts, prompts, candidates),
-            scored_before=lambda: bool(self.run.store.metrics_by_round(["score/probe_change"])),
-            record=lambda text: self.run.store.event("guard", text, self.index),
-            warn=functools.partial(self._warn, "guard"),
-        )
-
-    def _probe_or_forget(self) -> None:
-        """Probe a reward that judges; what another one may have scored meanwhile is forgotten."""
-        try:
-            self._probe()
-        except GuardError:
-            self.run.reward.forget_all()
-            raise
-
-    def _warn(self, kind: str, text: str) -> None:
-        self.run.store.event(kind, text, self.index)
-        self.run.display.warn(f"round {self.index}: {text}")
-
-    def _stopped(self, known: Metrics) -> None:
-        """Keep what a stage that stops would have said of the reward."""
-        self.run.store.record_metrics(self.index, "guard", known)
-        signs = ", ".join(f"{name} {value:.3g}" for name, value in known.items())
-        self.run.store.event("guard", f"stopped before training; all signs: {signs}", self.index)
