@@ -10,7 +10,7 @@ from pathlib import Path
 
 from selfplay.evaluation.judge import Judge, dependence
 from selfplay.evaluation.stage import evaluate
-from selfplay.generation.reference import reference_logps
+from selfplay.generation.reference import reference_logps, score_anew
 from selfplay.generation.sampling import generate
 from selfplay.pairs.deepening import depth
 from selfplay.pairs.stage import pairs
@@ -18,6 +18,7 @@ from selfplay.progress import Line
 from selfplay.prompts.draw import Embed, prompts
 from selfplay.prompts.evolve import Rewriting, by_function, by_policy, evolve, join
 from selfplay.rounds import reference
+from selfplay.rounds.ahead import Ahead
 from selfplay.rounds.answers import Answers
 from selfplay.rounds.frame import Frame
 from selfplay.rounds.history import History
@@ -35,10 +36,10 @@ from selfplay.types import Policy
 
 
 class Steps:
-    """The stages of round `index` of a run, which policy `sampler` samples."""
+    """The stages of round `index` of a run, in which policy `champion` is trained and meets the one that comes of it."""
 
-    def __init__(self, run: Run, index: int, sampler: int) -> None:
-        self.run, self.index, self.sampler, self.config = run, index, sampler, run.config
+    def __init__(self, run: Run, index: int, champion: int) -> None:
+        self.run, self.index, self.champion, self.config = run, index, champion, run.config
         self.frame = Frame(
             dir=run.dir / "rounds" / f"{index:04d}",
             index=index,
@@ -58,7 +59,7 @@ class Steps:
             prompts=run.prompts,
             serving=run.serving,
             run_dir=run.dir,
-            champion=lambda: run.policy(sampler),
+            champion=lambda: run.policy(champion),
         )
 
     @property
@@ -92,14 +93,23 @@ class Steps:
         )
 
     def generate(self, out: Path, line: Line) -> Metrics:
-        self.run.serving.serve(self.run.policy(self.sampler))
         prompts = self.frame.path("prompts/prompts.parquet")
+        prompt_ids = tables.read_column(prompts, "prompt_id")
+        sampler = Ahead(self.run, self.answers).sampler(self.champion, prompt_ids)
+        self.run.store.set_sampler(self.index, sampler)
+        shards = self.answers.shards("generate", sampler, prompt_ids)
+        if sampler == self.champion:
+            self.run.serving.serve(self.run.policy(sampler))
         early = self.rewarding.begin_early()
 
         def on_shard(start: int, file: Path) -> None:
             if early is not None:
                 early.add(start, file)
                 line.update(text=f"{early.scored} candidates scored" if early.scored else "")
+
+        def breathe(where: str) -> None:
+            self.run.breathe(where)
+            self.run.serving.serve(self.run.policy(sampler))  # a swap only where not all was sampled ahead
 
         metrics = generate(
             out,
@@ -108,12 +118,24 @@ class Steps:
             generator=self.run.generator,
             settings=self.config.generate,
             seed=functools.partial(self.frame.seed, "generate"),
-            shards=self.answers.shards("generate", self.sampler, tables.read_column(prompts, "prompt_id")),
-            breathe=self.run.breathe,
+            shards=shards,
+            breathe=breathe,
             on_shard=on_shard,
         )
         if early is not None:
             metrics |= {"scored": float(early.scored), "overlap_seconds": early.seconds}
+        if sampler != self.champion:
+            del metrics["tokens_per_second"]  # most were sampled while the round before trained
+            self.run.serving.serve(self.run.policy(self.champion))
+            score_anew(
+                out / "candidates.parquet",
+                line,
+                generator=self.run.generator,
+                prompts=prompts,
+                shards=self.frame.shards("anew", self.champion, shards.name),
+                shard_prompts=self.config.generate.shard_prompts,
+                breathe=self.run.breathe,
+            )
         return metrics
 
     def score(self, out: Path, line: Line) -> Metrics:
@@ -163,7 +185,7 @@ class Steps:
                 line,
                 trainer=self.run.trainer,
                 pairs=pairs_file,
-                policy=self._verified(self.sampler),
+                policy=self._verified(self.champion),
                 reference=self._reference(),
                 beta=self._first_beta(),
                 config=self.config,
@@ -179,14 +201,21 @@ class Steps:
         )
 
     def train(self, out: Path, line: Line) -> Metrics:
-        against = self._reference()
-        return train(
+        against, sampled_ahead = self._reference(), dict[str, float]()
+
+        def meanwhile() -> None:
+            self.answers.of_the_champion()
+            if self.config.schedule.ahead:
+                following = Steps(self.run, self.index + 1, self.champion).answers
+                sampled_ahead.update(Ahead(self.run, following).sample(self.champion, line, self.run.trainer.hear))
+
+        metrics = train(
             out,
             line,
             trainer=self.run.trainer,
             pairs=self.frame.path("depth/pairs.parquet"),
             work=self.frame.path("train.work"),
-            policy=self._verified(self.sampler),
+            policy=self._verified(self.champion),
             reference=against,
             reference_sha256=policies.weights_sha256(policies.read(self.run.policies.folder(against.version))),
             initial=self.run.policy(0),
@@ -196,10 +225,11 @@ class Steps:
             packages=packages(),
             config=self.config,
             seed=self.frame.seed("train"),
-            meanwhile=self.answers.of_the_champion,
+            meanwhile=meanwhile,
             breathe=self.run.breathe,
             warn=lambda text: self.run.event("warning", f"round {self.index}, {text}"),
         )
+        return metrics | sampled_ahead
 
     def evaluate(self, out: Path, line: Line) -> Metrics:
         judges = self.run.judge is self.run.reward
@@ -224,7 +254,7 @@ class Steps:
         metrics = evaluate(
             out,
             line,
-            champion=self.run.policy(self.sampler),
+            champion=self.run.policy(self.champion),
             candidate=self.run.policy(self.index),
             initial=self.run.policy(0),
             held_out=self.answers.gate_prompts(),
@@ -253,7 +283,7 @@ class Steps:
         return promote(
             out,
             line,
-            winner=self.run.policy(self.index if promoted else self.sampler),
+            winner=self.run.policy(self.index if promoted else self.champion),
             promoted=promoted,
             serving=self.run.serving,
             set_current=self.run.policies.set_current,
@@ -291,11 +321,11 @@ class Steps:
                 functools.partial(self.frame.seed, "evolve"),
                 lambda: self.run.breathe("shard"),
             )
-        policy = self.run.policy(self.sampler)
+        policy = self.run.policy(self.champion)
         self.run.serving.serve(policy)
         assert self.run.generator.info is not None, "the engine serves"
         return by_policy(
-            self.sampler,
+            self.champion,
             self.run.generator.info.max_model_len,
             # A rewrite that is longer than a prompt may be is of no use: the rest is left to the instruction.
             min(self.config.prompts.max_tokens, self.config.generate.max_tokens),
@@ -308,7 +338,7 @@ class Steps:
         return functools.partial(
             representatives,
             trainer=self.run.trainer,
-            policy=self._verified(self.sampler),
+            policy=self._verified(self.champion),
             config=self.config,
             seed=self.frame.seed("breadth"),
             breathe=self.run.breathe,
@@ -326,17 +356,17 @@ class Steps:
         return found
 
     def _first_beta(self) -> float:
-        return reference.first_beta(self.config.train, self.index, self.run.policy(self.sampler))
+        return reference.first_beta(self.config.train, self.index, self.run.policy(self.champion))
 
     def _score_by_reference(self, path: Path, line: Line) -> None:
         against = reference.policy(self.config.train, self.index, self.run.store, self.run.policies)
-        if against.version != self.sampler:
+        if against.version != self.champion:
             line.update(text=f"policy {against.version} scores the candidates")
             self.run.serving.serve(against)
         reference_logps(
             path,
             line,
-            generator=None if against.version == self.sampler else self.run.generator,
+            generator=None if against.version == self.champion else self.run.generator,
             prompts=self.frame.path("prompts/prompts.parquet"),
             candidates=self.frame.path("generate/candidates.parquet"),
             shards=self.frame.shards("pairs", against.version, self.config.generate.shard_prompts),
