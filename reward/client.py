@@ -98,6 +98,7 @@ class RewardClient:
         self.weights: frozenset[str] = frozenset()
         """What scored the items of the last call (`weights_sha256`), where the service says so with its scores."""
         self._batch_size, self._batch_bytes, self._concurrency = batch_size, batch_bytes, concurrency
+        self._waiting: set[queue.SimpleQueue[list[Scored] | Exception | None]] = set()
 
     def score(
         self,
@@ -175,6 +176,7 @@ class RewardClient:
                 answers.put(error)
 
         try:
+            self._waiting.add(answers)
             for _ in range(at_once):
                 # daemons: an interrupt or an outage does not wait for requests that nobody wants any more
                 threading.Thread(target=work, name="reward-client", daemon=True).start()
@@ -187,7 +189,13 @@ class RewardClient:
                 else:
                     yield answer
         finally:
+            self._waiting.discard(answers)
             stop.set()
+
+    def interrupt(self, error: Exception) -> None:
+        """Have every call of `score` that waits now raise `error`. Any thread may call it."""
+        for answers in list(self._waiting):
+            answers.put(error)
 
     def health(self) -> Health:
         """What serves, as those addresses say that answer now. Raises RewardUnavailable when none answers, and

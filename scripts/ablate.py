@@ -10,7 +10,7 @@ with depth draws half the prompts, and samples twice the candidates and keeps tw
 
 **Controls** take what surrounds a method without the method. `deep` has the prompts and candidates of depth, but one pair of
 each prompt. `lower-beta` is DPO with the β that ε-DPO has on average. In `others`, depth follows a closeness that leaves the
-pair itself out.
+pair itself out. In `ahead`, every round but the first is sampled by the policy before the current one (`schedule.ahead`).
 
 **Worlds and seeds.** A world is a base policy with its own reward model, prompts and rubric (`make_tiny.py --seed`). A seed
 decides which prompts are drawn and what is sampled. With `--pool redundant`, seven of eight prompts that a run can draw ask

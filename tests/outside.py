@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,3 +83,11 @@ class Relay:
         while self.flaps and time.monotonic() < until:
             if select.select([self._listener], [], [], 0.02)[0]:
                 self._listener.accept()[0].close()
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait for what another thread or process does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

@@ -8,7 +8,7 @@ from typing import Any
 
 ALL = "potential+epsilon+breadth+gradient"
 ARMS = ["plain", "potential", "epsilon", "breadth+uniform", "breadth+gradient", ALL]
-CONTROLS = ["deep", "uniform", "gradient", "others", "lower-beta"]
+CONTROLS = ["deep", "uniform", "gradient", "others", "lower-beta", "ahead"]
 POOLS = ("redundant", "learnable")
 REDUNDANT = [
     "plain", "deep", "uniform", "breadth+deep", "breadth-last+deep", "breadth-last+uniform", "breadth-last+gradient"
@@ -61,6 +61,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "deep": DEEP | {"pairs.keep": 1.0},
     "others": {"depth.method": "gradient", "depth.pairs_per_prompt": 2, "depth.closeness": "others"} | DEEP,
     "lower-beta": {"train.beta": 0.08},
+    "ahead": {"schedule.ahead": 1},
 }
 BASE = {
     "pairs.selection": "random",

@@ -84,6 +84,7 @@ def unit(args: argparse.Namespace, world: int, seed: int) -> None:
                 "prompts.source": str(pool(args, world)),
                 "prompts.heldout": str(here / "heldout.jsonl"),
                 "reward.model": None,
+                "schedule.end.rounds": args.rounds,  # no round is sampled ahead that will not be
                 "evaluate.judge": None,  # arms are compared by the reward they were trained on, and by gold
                 "reward.url": [url],
             }

@@ -56,8 +56,8 @@ class RewardSource(Section):
     """Run Python code that comes with the reward model."""
     batch: Positive = 64
     """Items in a request."""
-    concurrency: Positive = 2
-    """Requests in flight."""
+    concurrency: Positive | None = None
+    """Requests in flight; by default two for each server of `url`, or for each GPU that our own server has a copy on."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds before one request counts as failed."""
     deadline: Annotated[float, Field(gt=0)] = 300.0

@@ -39,6 +39,10 @@ class ScheduleConfig(Section):
     """Times of day («22:00-06:30») in which no round starts."""
     missed: Literal["skip", "once"] = "once"
     """Rounds that fell due while the service was down or paused: forgotten, or made up for by a single one."""
+    ahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """With 1 the engine samples the next round while this one trains, by the policy that this round began with. Where the gate
+    then lets the new policy through, the answers are one round old: the engine scores them anew under the new policy. Only
+    where the engine has processors of its own; what it costs in learning is in docs/ablations.md."""
     end: EndConfig = EndConfig()
     """When the service stops starting rounds."""
 

@@ -109,6 +109,19 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ahead_is_possible(self) -> Config:
+        if self.schedule.ahead and self.placement.colocated:
+            raise ValueError(
+                "schedule.ahead goes without placement.colocated: there the engine sleeps while the trainer works"
+            )
+        if self.schedule.ahead and self.breadth.method == "clusters":
+            raise ValueError(
+                "schedule.ahead goes without breadth.method = clusters: the trainer, which trains then, would have to embed "
+                "the prompts of the next round"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         return self.run.dir / self.run.name

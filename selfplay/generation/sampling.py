@@ -41,11 +41,12 @@ def generate(
     seed: Callable[[str], int],
     shards: Path,
     breathe: Callable[[str], None],
+    on_shard: Callable[[int, Path], None] = lambda start, file: None,
 ) -> Metrics:
     """Sample candidates for every row of `prompts` into `out`/candidates.parquet, with the policy that is in the engine.
 
     `seed` gives each prompt_id its sampling seed. `breathe("shard")` is called before each shard that is sampled; what it
-    raises ends the stage. Finished shards stay in the folder `shards` for the next try.
+    raises ends the stage. Finished shards stay in the folder `shards` for the next try. `on_shard` as in `sample`.
     """
     began = time.monotonic()
     files = sample(
@@ -57,6 +58,7 @@ def generate(
         shard_prompts=settings.shard_prompts,
         on_progress=lambda done: line.update(done=done),
         before_shard=lambda: breathe("shard"),
+        on_shard=on_shard,
     )
     seconds = time.monotonic() - began
     candidates = out / "candidates.parquet"
@@ -111,6 +113,7 @@ def sample(
     shard_prompts: int,
     on_progress: Callable[[int], None] = lambda done: None,
     before_shard: Callable[[], None] = lambda: None,
+    on_shard: Callable[[int, Path], None] = lambda start, file: None,
     max_tokens: int | None = None,
 ) -> list[Path]:
     """Sample candidates for every row of `prompts`; returns the shards' files, in the order of the prompts.
@@ -118,7 +121,8 @@ def sample(
     A shard has the candidates of `shard_prompts` prompts. Its file appears whole, and one that is there is not sampled again:
     the folder `shards` belongs to these prompts and settings alone. `seed` gives each prompt_id its sampling seed.
     `max_tokens` is the longest candidate, by default what the generator is set to. `on_progress` gets the number of prompts
-    done. `before_shard` is called before each shard that is sampled.
+    done. `before_shard` is called before each shard that is sampled. `on_shard` gets the number of the first prompt and the
+    file of each shard that is whole, those that were there before too.
     """
     folders.make(shards)
     seeds = [seed(prompt_id) for prompt_id in tables.read_column(prompts, "prompt_id")]
@@ -140,6 +144,7 @@ def sample(
                     on_progress=lambda done, start=start: on_progress(start + done),  # type: ignore[misc]
                 )
         files.append(file)
+        on_shard(start, file)
         on_progress(end)
     return files
 

@@ -142,6 +142,11 @@ class Child:
                 on_event(event)
         raise self._died()
 
+    def hear(self) -> None:
+        """Take in what the child has said so far, so that it need not wait for somebody who asks for it later."""
+        if self._pipe is not None:
+            self._pipe.take_in()
+
     def wait_for(self, event_name: str) -> Event:
         """Wait for an event that no order asked for, such as «ready». Raises ChildDied."""
         for event in self._events():

@@ -37,6 +37,11 @@ class Pipe:
                 return None
         return self._lines.popleft()
 
+    def take_in(self) -> None:
+        """Read what the child has written so far and keep it for `read_line`, so that it need not wait to write more."""
+        while select.select([self._source], [], [], 0)[0] and self._read():
+            continue
+
     def write(self, data: bytes, silence: float) -> None:
         """Write all of `data`. Raises TimeoutError, and BrokenPipeError where the child has closed one of the pipes.
 

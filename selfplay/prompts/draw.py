@@ -60,6 +60,15 @@ def prompts(
     return {"count": len(found), "epoch": epoch, "offset": offset, "pool": len(levels.level), **metrics}
 
 
+def drawn_ahead(draws: Draws, index: int, settings: PromptsConfig) -> list[str]:
+    """prompt_ids that the round which opens next will draw, in their order, as long as no other prompts join before.
+
+    Raises InputError at the end of the prompts.
+    """
+    levels = draws.levels_ahead(index)
+    return ids(levels, levels.next(draws.orders, settings.per_round, settings.at_end))
+
+
 def _representatives(out: Path, drawn: Sequence[str], keep: int, embed: Embed) -> tuple[list[str], Metrics]:
     """Those of the prompts that stand for all; writes clusters.parquet."""
     found = embed(out / "drawn.parquet", keep)

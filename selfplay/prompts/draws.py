@@ -12,9 +12,10 @@ nearly all zeros, so packed they take some hundred bytes, and a run of any lengt
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -128,6 +129,11 @@ class Draws:
         """The levels of what a round may draw, before it draws. The round is open: its cursor is in the ledger."""
         return self._joined(self._after(index - 1), index)
 
+    def levels_ahead(self, index: int) -> Levels:
+        """`levels` of the round that opens next, as long as no other prompts join."""
+        before = self._after(index - 1)
+        return self._joined(before, index, {index: before.cursor()})
+
     def record(self, index: int) -> None:
         """Keep in the ledger what a round has drawn, from the folder of its stage. Done twice, it is done once."""
         levels = self.levels(index)
@@ -148,13 +154,17 @@ class Draws:
             self._keep(index, levels)
         return levels
 
-    def _joined(self, levels: Levels, index: int) -> Levels:
+    def _joined(self, levels: Levels, index: int, known: Mapping[int, Cursor] = MappingProxyType({})) -> Levels:
+        """The levels with the prompts that joined up to a round. `known`: cursors that the ledger does not have."""
         hashes, first = self._pool.training()
         assert (np.diff(first) >= 0).all(), "prompts that join later stand behind the others"
         there = int(np.searchsorted(first, index, "right"))
         new = np.unique(first[len(levels.level) : there]).tolist()
         cursors = {
-            i: (int(cursor[0]), int(cursor[1])) for i in new if i for cursor in [self._ledger.round(i)["cursor"]]
+            i: (int(cursor[0]), int(cursor[1]))
+            for i in new
+            if i
+            for cursor in [known[i] if i in known else self._ledger.round(i)["cursor"]]
         }
         return levels.joined_by(hashes[:there], first[:there], cursors, self.orders)
 

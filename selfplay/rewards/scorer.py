@@ -87,6 +87,11 @@ class Scorer:
         for service in self._services:
             service.stop()
 
+    def interrupt(self) -> None:
+        """Have whoever waits for scores now, in another thread, raise Interrupted instead."""
+        for service in self._services:
+            service.interrupt()
+
     @property
     def identities(self) -> tuple[str, ...]:
         """What scores, for each member: hashes of weights and template, as its server says, or «» if it does not say."""
@@ -95,6 +100,10 @@ class Scorer:
     def names(self, identities: Sequence[str]) -> list[str]:
         """What the scores of each member are known by."""
         return [name(identity, s.which()) for identity, s in zip(identities, self.sources, strict=True)]
+
+    def who(self, identities: Sequence[str]) -> list[tuple[str, str]]:
+        """Each member and what its scores are known by: scores by others are not used in their place."""
+        return list(zip(self.members or [self.role], self.names(identities), strict=True))
 
     def described(self, identities: Sequence[str]) -> list[str]:
         """What its rewards depend on: what the scores of the members are known by, and how they are combined."""

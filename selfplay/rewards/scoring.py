@@ -1,7 +1,8 @@
 """The stage `score`: an external reward for each candidate.
 
-Candidates are scored in shards, whose scores stay on disk as they came. When all are there, an ensemble's scores become one
-reward on the run's scale, and the reward is shaped. A reward that is missing stays missing: it is never a number.
+Candidates are scored in shards, whose scores stay on disk as they came (`shards`). Some may be there before the stage begins,
+from while other candidates were sampled (`early`). When all are there, an ensemble's scores become one reward on the run's
+scale, and the reward is shaped. A reward that is missing stays missing: it is never a number.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from selfplay.errors import GuardError, RewardError
 from selfplay.methods import shaping
 from selfplay.progress import Line
 from selfplay.rewards.scorer import Scorer
+from selfplay.rewards.shards import Floats, Shards, contents
 from selfplay.rewards.texts import Texts
 from selfplay.stage import Metrics, Stage
-from selfplay.storage import folders, hashes, tables
+from selfplay.storage import folders, tables
 from selfplay.storage.candidates import CandidateColumns, read_candidates
 from selfplay.types import DISAGREEMENT, EXTERNAL, MEMBER, Candidate, Reward
 
@@ -37,7 +39,6 @@ SCORE = Stage(
     space=lambda config, weights: (4 << 20) + config.prompts.per_round * config.generate.candidates * 256,
 )
 
-Floats = NDArray[np.float64]
 Columns = dict[str, Floats]  # parts of rewards by name, (N,) each, NaN where a candidate has no such part
 
 
@@ -57,40 +58,36 @@ def score(
 ) -> Metrics:
     """Score all candidates and write scored.parquet (keys and rewards) and reward.json (who scored).
 
-    shards: the folder for finished shards, by what has to be the same for them to be used again. shard_items: candidates in
-    a shard. probe: asks whether the reward is still the one that this run began with, before and after all are scored;
+    shards: the folder for scored shards, by who scores. shard_items: candidates in a shard. probe: asks whether the reward is still the one that this run began with, before and after all are scored;
     raises GuardError where it is not, and then everything that the other one may have scored meanwhile is forgotten.
     Raises RewardError when more than a share `reward.max_missing` has no score: they are asked for again by the next call.
     """
     identities = scorer.identities
-    who = list(zip(scorer.members or [scorer.role], scorer.names(identities), strict=True))
+    known = Shards(folder=shards(scorer.who(identities)), scorer=scorer, identities=identities)
     columns = read_candidates(candidates)
-    folder = shards([who, shard_items, hashes.sha256(candidates)])
 
     def probed() -> Metrics:
         try:
             return probe()
         except GuardError:
             # A reward that was exchanged in mid-stage may be seen only by the next start.
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(known.folder, ignore_errors=True)
             with Texts(prompts, candidates) as texts:
-                for start in range(0, len(columns.index), shard_items):
-                    rows = range(start, min(start + shard_items, len(columns.index)))
+                for rows in _ranges(len(columns.index), shard_items):
                     scorer.forget(identities, texts.read(rows))
             raise
 
     changes = [probed()]
-    given, reasons = _given(
-        scorer, identities, prompts, candidates, len(columns.index), folder, shard_items, line, breathe
-    )
+    inside = contents(candidates, shard_items)
+    given, reasons = _given(known, inside, prompts, candidates, shard_items, line, breathe)
     changes.append(probed())
     missing = np.asarray(np.isnan(given).any(axis=0))
     try:
         require(missing, settings.max_missing, reasons, scorer.logs)
     except RewardError:
-        for start in range(0, len(missing), shard_items):
-            if missing[start : start + shard_items].any():
-                _shard(folder, start).unlink()
+        for content, rows in zip(inside, _ranges(len(missing), shard_items), strict=True):
+            if missing[rows.start : rows.stop].any():
+                known.path(content).unlink(missing_ok=True)
         raise
     reward, parts = _combined(scorer, identities, given)
     reward, parts = shape(reward, parts, columns, candidates, settings.shaping)
@@ -107,43 +104,33 @@ def score(
 
 
 def _given(
-    scorer: Scorer,
-    identities: tuple[str, ...],
+    known: Shards,
+    inside: Sequence[str],
     prompts: Path,
     candidates: Path,
-    count: int,
-    folder: Path,
     shard_items: int,
     line: Line,
     breathe: Callable[[str], None],
 ) -> tuple[Floats, Counter[str]]:
-    """Every member's scores (M, N) as they came, NaN where there is none, and why. Finished shards are not asked for again."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Every member's scores (M, N) as they came, NaN where there is none, and why. Shards that are scored are not asked for
+    again; `inside`: the content of each shard."""
     reasons: Counter[str] = Counter()
     found: list[Floats] = []
     with Texts(prompts, candidates) as texts:
-        for start in range(0, count, shard_items):
-            path, end = _shard(folder, start), min(start + shard_items, count)
-            if not path.exists():
+        for content, rows in zip(inside, _ranges(tables.count_rows(candidates), shard_items), strict=True):
+            if not known.path(content).exists():
                 breathe("shard")
-                answer = scorer.ask(texts.read(range(start, end)), lambda done, s=start: line.update(done=s + done))  # type: ignore[misc]
-                if answer.identities != identities:
-                    raise GuardError(
-                        f"the model behind the {scorer.role} changed during the stage: {answer.identities} instead of "
-                        f"{identities}",
-                        "see that one and the same model serves, then run the same command again: finished shards are kept",
-                    )
-                reasons += answer.reasons
-                scores = {f"score_{member}": own for member, own in enumerate(answer.scores)}
-                tables.write_table(path, pa.table(scores))
-            names = [f"score_{member}" for member in range(len(identities))]
-            found.append(np.array([tables.read_array(path, name) for name in names], np.float64))
-            line.update(done=end)
-    return np.concatenate(found, axis=1) if found else np.zeros((len(identities), 0)), reasons
+                known.ask(content, texts.read(rows), lambda done, start=rows.start: line.update(done=start + done))  # type: ignore[misc]
+            scores, why = known.read(content)
+            found.append(scores)
+            reasons += why
+            line.update(done=rows.stop)
+    return np.concatenate(found, axis=1) if found else np.zeros((len(known.identities), 0)), reasons
 
 
-def _shard(folder: Path, start: int) -> Path:
-    return folder / f"{start:08d}.parquet"
+def _ranges(count: int, shard_items: int) -> list[range]:
+    """The rows of each shard of so many candidates."""
+    return [range(start, min(start + shard_items, count)) for start in range(0, count, shard_items)]
 
 
 def _combined(scorer: Scorer, identities: tuple[str, ...], given: Floats) -> tuple[Floats, Columns]:

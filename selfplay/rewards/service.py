@@ -22,6 +22,7 @@ from selfplay.types import Message
 
 Answer = TypeVar("Answer")
 RESTARTS = 3  # of a reward server that dies within one call
+REQUESTS = 2  # in flight for each device: one that it scores and one that waits, so that it never idles in between
 
 
 class RewardService:
@@ -68,6 +69,14 @@ class RewardService:
         several = len(self._gpus or ()) > 1 and getattr(settings, "device", None) == "auto"
         return name, settings.model_copy(update={"device": "all"}) if several else settings
 
+    def _devices(self) -> int:
+        """How many devices score, as far as the configuration says it."""
+        if self._config.url:
+            return len(self._config.url)
+        _, settings = self._served()
+        device = str(getattr(settings, "device", "cpu"))
+        return max(1, len(self._gpus or ())) if device == "all" else len(device.split(","))
+
     def stop(self) -> None:
         if self._client is not None:
             self._client.close()
@@ -75,6 +84,11 @@ class RewardService:
         if self._child is not None:
             self._child.stop()
             self._child = None
+
+    def interrupt(self) -> None:
+        """Have whoever waits for scores now, in another thread, raise Interrupted instead."""
+        if (client := self._client) is not None:
+            client.interrupt(Interrupted(f"the scores of the {self.name} are not wanted any more"))
 
     def score(
         self,
@@ -162,7 +176,7 @@ class RewardService:
                     model=self._config.served_model,
                     api_key=os.environ[key] if key else None,
                     batch_size=self._config.batch,
-                    concurrency=self._config.concurrency,
+                    concurrency=self._config.concurrency or REQUESTS * self._devices(),
                     timeout=self._config.timeout,
                     deadline=self._config.deadline,
                 )

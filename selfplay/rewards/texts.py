@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from selfplay.storage import tables
 from selfplay.types import Candidate, Message, Prompt
@@ -12,31 +13,57 @@ from selfplay.types import Candidate, Message, Prompt
 Item = tuple[list[Message], str]  # a conversation, and a response to it
 
 
-class Texts:
-    """Conversations and responses of a round's candidates, by the candidates' row numbers.
+class Conversations:
+    """The conversations of a round's prompts, by their prompt_ids."""
 
-    Responses to one prompt share one conversation object.
-    """
-
-    def __init__(self, prompts: Path, candidates: Path) -> None:
+    def __init__(self, prompts: Path) -> None:
         self._row_of = {prompt_id: row for row, prompt_id in enumerate(tables.read_column(prompts, "prompt_id"))}
         self._prompts = tables.RowReader(prompts, ("messages",), Prompt)
-        self._candidates = tables.RowReader(candidates, ("prompt_id", "text"), Candidate)
 
-    def __enter__(self) -> Texts:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._prompts.__exit__()
-        self._candidates.__exit__()
 
-    def read(self, rows: Sequence[int] | range) -> list[Item]:
-        """The items of the candidates with these row numbers, in this order."""
-        said = self._candidates.take(list(rows))
+    def with_responses(self, candidates: tables.RowReader, rows: Sequence[int] | range) -> list[Item]:
+        """The items of the candidates with these row numbers, in this order. Responses to one prompt share one conversation
+        object. `candidates` reads the columns `prompt_id` and `text`."""
+        said = candidates.take(list(rows))
         asked = said["prompt_id"].to_pylist()
         different = list(dict.fromkeys(asked))
         conversations = self._prompts.take([self._row_of[prompt_id] for prompt_id in different])["messages"]
         of_prompt = dict(zip(different, conversations.to_pylist(), strict=True))
         return [(of_prompt[prompt_id], text) for prompt_id, text in zip(asked, said["text"].to_pylist(), strict=True)]
+
+    def of_file(self, candidates: Path) -> list[Item]:
+        """The items of all candidates in a file. For a shard."""
+        with _reader(candidates) as reader:
+            return self.with_responses(reader, range(tables.count_rows(candidates)))
+
+
+class Texts:
+    """Conversations and responses of a round's candidates, by the candidates' row numbers."""
+
+    def __init__(self, prompts: Path, candidates: Path) -> None:
+        self._conversations = Conversations(prompts)
+        self._candidates = _reader(candidates)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._conversations.__exit__(kind, error, trace)
+        self._candidates.__exit__()
+
+    def read(self, rows: Sequence[int] | range) -> list[Item]:
+        """The items of the candidates with these row numbers, in this order."""
+        return self._conversations.with_responses(self._candidates, rows)
+
+
+def _reader(candidates: Path) -> tables.RowReader:
+    return tables.RowReader(candidates, ("prompt_id", "text"), Candidate)

@@ -27,7 +27,7 @@ class Answers:
     serving: Serving
     run_dir: Path
     champion: Callable[[], Policy]
-    """The policy that sampled the round."""
+    """The policy that serves when the round opens."""
 
     def gate_prompts(self) -> list[Prompt]:
         """A fresh seeded subset of the held-out prompts."""

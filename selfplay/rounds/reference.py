@@ -17,10 +17,10 @@ def began(settings: TrainConfig, index: int) -> int:
 
 
 def version(settings: TrainConfig, index: int, store: Store) -> int:
-    """The version of the reference of round `index`: the initial policy, or the one that sampled the round it began with."""
+    """The version of the reference of round `index`: the initial policy, or the champion of the round it began with."""
     if settings.reference == "initial":
         return 0
-    return int(store.round(began(settings, index))["sampler"])
+    return int(store.round(began(settings, index))["champion"])
 
 
 def policy(settings: TrainConfig, index: int, store: Store, policies: Policies) -> Policy:
@@ -35,8 +35,8 @@ def policy(settings: TrainConfig, index: int, store: Store, policies: Policies) 
         ) from error
 
 
-def first_beta(settings: TrainConfig, index: int, sampler: Policy) -> float:
+def first_beta(settings: TrainConfig, index: int, champion: Policy) -> float:
     """β at the start of round `index`: where training against this very reference left it, or anew for a refreshed one."""
-    goes_on = sampler.beta is not None and sampler.round >= began(settings, index)
-    beta = sampler.beta if goes_on and sampler.beta is not None else settings.beta
+    goes_on = champion.beta is not None and champion.round >= began(settings, index)
+    beta = champion.beta if goes_on and champion.beta is not None else settings.beta
     return min(max(beta, settings.beta_min), settings.beta_max)

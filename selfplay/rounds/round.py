@@ -70,6 +70,7 @@ def run_round(run: Run) -> RoundReport:
         do(EVALUATE, steps.evaluate)
         do(PROMOTE, steps.promote)
     finally:
+        run.stop_early()
         run.trainer.stop()
     return close(steps, "promoted" if steps.promoted else "rejected", steps.reasons)
 
@@ -80,14 +81,14 @@ def begin(run: Run) -> Steps:
     row = run.store.unfinished()
     if row is None:
         steps = Steps(run, run.next_round, run.current.version)
-        run.store.open_round(steps.index, steps.sampler, run.draws.cursor(steps.index), fingerprint, config)
+        run.store.open_round(steps.index, steps.champion, run.draws.cursor(steps.index), fingerprint, config)
         return steps
     run.display.note(f"round {row['round']} is unfinished: going on with it")
     if row["fingerprint"] != fingerprint:
         text = f"round {row['round']} goes on with a changed configuration; finished stages are kept"
         run.event("config", text)
         run.store.change_config(row["round"], fingerprint, config)
-    return Steps(run, row["round"], row["sampler"])
+    return Steps(run, row["round"], row["champion"])
 
 
 def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport:
@@ -102,7 +103,7 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
     needed = {
         current.version,
         policies.read(run.policies.folder(current.version)).parent,
-        steps.sampler,
+        steps.champion,
         reference.version(run.config.train, index, store),
     }
     retention.apply(

@@ -25,6 +25,7 @@ from selfplay.prompts.importer import INITIAL
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.pool import ORDERS, Pool
 from selfplay.rewards.cache import ScoreCache
+from selfplay.rewards.early import EarlyScoring
 from selfplay.rewards.scorer import Scorer
 from selfplay.rounds import intake
 from selfplay.rounds.importing import ask_importer
@@ -58,6 +59,8 @@ class Run:
         """Called between stages («stage»), shards («shard») and optimizer steps («step»); may raise Interrupted."""
         self._tracker: trackers.Tracker | None = None
         self._cache: ScoreCache | None = None
+        self.early: EarlyScoring | None = None
+        """Scores of the open round that were asked for while it sampled, or are now."""
 
     def require(self) -> None:
         """Look for what the configuration names, before anything starts. Raises InputError or ConfigError."""
@@ -91,6 +94,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop_early()
         children.stop_all()
         self._close_tracker()
         if self._cache is not None:
@@ -170,6 +174,7 @@ class Run:
         other = Run(config, self.dir, self.display)
         other.require()
         if _scored_with(config) != _scored_with(self.config):
+            self.early = None  # where it still waits for an answer, it does so with the reward of before
             reward, judge, cache = self.reward, self.judge, self._cache
             self._open_scorers(config)
             reward.stop()
@@ -199,6 +204,11 @@ class Run:
         self.generator.start()
         self.reward.start()
         self.judge.start()
+
+    def stop_early(self) -> None:
+        """Have no more scored beside other work."""
+        if self.early is not None:
+            self.early.stop()
 
     # prompts
 

@@ -8,27 +8,25 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from selfplay.errors import GuardError
 from selfplay.evaluation.judge import Judge, dependence
 from selfplay.evaluation.stage import evaluate
-from selfplay.generation.reference import reference_logps
+from selfplay.generation.reference import reference_logps, score_anew
 from selfplay.generation.sampling import generate
 from selfplay.pairs.deepening import depth
 from selfplay.pairs.stage import pairs
 from selfplay.progress import Line
 from selfplay.prompts.draw import Embed, prompts
 from selfplay.prompts.evolve import Rewriting, by_function, by_policy, evolve, join
-from selfplay.rewards.guard import guard
-from selfplay.rewards.probes import Probes, choose_texts
-from selfplay.rewards.scoring import score
 from selfplay.rounds import reference
+from selfplay.rounds.ahead import Ahead
 from selfplay.rounds.answers import Answers
 from selfplay.rounds.frame import Frame
 from selfplay.rounds.history import History
 from selfplay.rounds.promotion import promote
 from selfplay.rounds.requirements import packages, size
+from selfplay.rounds.rewarding import Rewarding
 from selfplay.rounds.run import Run
-from selfplay.rounds.stages import EVOLVE, SCORE, STAGES, TRAIN
+from selfplay.rounds.stages import EVOLVE, STAGES, TRAIN
 from selfplay.stage import Metrics
 from selfplay.storage import folders, policies, tables
 from selfplay.training.embedding import representatives
@@ -38,10 +36,10 @@ from selfplay.types import Policy
 
 
 class Steps:
-    """The stages of round `index` of a run, which policy `sampler` samples."""
+    """The stages of round `index` of a run, in which policy `champion` is trained and meets the one that comes of it."""
 
-    def __init__(self, run: Run, index: int, sampler: int) -> None:
-        self.run, self.index, self.sampler, self.config = run, index, sampler, run.config
+    def __init__(self, run: Run, index: int, champion: int) -> None:
+        self.run, self.index, self.champion, self.config = run, index, champion, run.config
         self.frame = Frame(
             dir=run.dir / "rounds" / f"{index:04d}",
             index=index,
@@ -55,12 +53,13 @@ class Steps:
             adopted=lambda: self.adopted,
         )
         self.history = History(run.store, run.dir / "rounds", index)
+        self.rewarding = Rewarding(run, self.frame, self.history)
         self.answers = Answers(
             frame=self.frame,
             prompts=run.prompts,
             serving=run.serving,
             run_dir=run.dir,
-            champion=lambda: run.policy(sampler),
+            champion=lambda: run.policy(champion),
         )
 
     @property
@@ -94,54 +93,56 @@ class Steps:
         )
 
     def generate(self, out: Path, line: Line) -> Metrics:
-        self.run.serving.serve(self.run.policy(self.sampler))
         prompts = self.frame.path("prompts/prompts.parquet")
-        settings = self.config.generate
-        return generate(
+        prompt_ids = tables.read_column(prompts, "prompt_id")
+        sampler = Ahead(self.run, self.answers).sampler(self.champion, prompt_ids)
+        self.run.store.set_sampler(self.index, sampler)
+        shards = self.answers.shards("generate", sampler, prompt_ids)
+        if sampler == self.champion:
+            self.run.serving.serve(self.run.policy(sampler))
+        early = self.rewarding.begin_early()
+
+        def on_shard(start: int, file: Path) -> None:
+            if early is not None:
+                early.add(start, file)
+                line.update(text=f"{early.scored} candidates scored" if early.scored else "")
+
+        def breathe(where: str) -> None:
+            self.run.breathe(where)
+            self.run.serving.serve(self.run.policy(sampler))  # a swap only where not all was sampled ahead
+
+        metrics = generate(
             out,
             line,
             prompts=prompts,
             generator=self.run.generator,
-            settings=settings,
+            settings=self.config.generate,
             seed=functools.partial(self.frame.seed, "generate"),
-            shards=self.answers.shards("generate", self.sampler, tables.read_column(prompts, "prompt_id")),
-            breathe=self.run.breathe,
+            shards=shards,
+            breathe=breathe,
+            on_shard=on_shard,
         )
+        if early is not None:
+            metrics |= {"scored": float(early.scored), "overlap_seconds": early.seconds}
+        if sampler != self.champion:
+            del metrics["tokens_per_second"]  # most were sampled while the round before trained
+            self.run.serving.serve(self.run.policy(self.champion))
+            score_anew(
+                out / "candidates.parquet",
+                line,
+                generator=self.run.generator,
+                prompts=prompts,
+                shards=self.frame.shards("anew", self.champion, shards.name),
+                shard_prompts=self.config.generate.shard_prompts,
+                breathe=self.run.breathe,
+            )
+        return metrics
 
     def score(self, out: Path, line: Line) -> Metrics:
-        settings = self.config.generate
-        return score(
-            out,
-            line,
-            prompts=self.frame.path("prompts/prompts.parquet"),
-            candidates=self.frame.path("generate/candidates.parquet"),
-            scorer=self.run.reward,
-            settings=self.config.reward,
-            shards=functools.partial(self.frame.shards, "score"),
-            shard_items=settings.shard_prompts * settings.candidates,
-            probe=self._probe,
-            breathe=self.run.breathe,
-            record_event=lambda kind, text: self.run.store.event(kind, text, self.index),
-        )
+        return self.rewarding.score(out, line)
 
     def guard(self, out: Path, line: Line) -> Metrics:
-        settings = self.config.guard
-        alike = self.history.scored_alike()
-        files = [self.history.artifact(i, "score/scored.parquet") for i in alike if i >= self.index - settings.history]
-        return guard(
-            out,
-            line,
-            candidates=self.frame.path("generate/candidates.parquet"),
-            scored=self.frame.path("score/scored.parquet"),
-            earlier=[path for path in files if path.is_file()],
-            past=self.history.rewards_and_gold(alike),
-            probed=self.frame.metrics(SCORE),
-            settings=settings,
-            noise=self.config.reward.noise,
-            cut_off=self.config.pairs.cut_off,
-            warn=functools.partial(self._warn, "guard"),
-            stopped=self._stopped,
-        )
+        return self.rewarding.guard(out, line)
 
     def pairs(self, out: Path, line: Line) -> Metrics:
         return pairs(
@@ -184,7 +185,7 @@ class Steps:
                 line,
                 trainer=self.run.trainer,
                 pairs=pairs_file,
-                policy=self._verified(self.sampler),
+                policy=self._verified(self.champion),
                 reference=self._reference(),
                 beta=self._first_beta(),
                 config=self.config,
@@ -200,14 +201,21 @@ class Steps:
         )
 
     def train(self, out: Path, line: Line) -> Metrics:
-        against = self._reference()
-        return train(
+        against, sampled_ahead = self._reference(), dict[str, float]()
+
+        def meanwhile() -> None:
+            self.answers.of_the_champion()
+            if self.config.schedule.ahead:
+                following = Steps(self.run, self.index + 1, self.champion).answers
+                sampled_ahead.update(Ahead(self.run, following).sample(self.champion, line, self.run.trainer.hear))
+
+        metrics = train(
             out,
             line,
             trainer=self.run.trainer,
             pairs=self.frame.path("depth/pairs.parquet"),
             work=self.frame.path("train.work"),
-            policy=self._verified(self.sampler),
+            policy=self._verified(self.champion),
             reference=against,
             reference_sha256=policies.weights_sha256(policies.read(self.run.policies.folder(against.version))),
             initial=self.run.policy(0),
@@ -217,22 +225,22 @@ class Steps:
             packages=packages(),
             config=self.config,
             seed=self.frame.seed("train"),
-            meanwhile=self.answers.of_the_champion,
+            meanwhile=meanwhile,
             breathe=self.run.breathe,
             warn=lambda text: self.run.event("warning", f"round {self.index}, {text}"),
         )
+        return metrics | sampled_ahead
 
     def evaluate(self, out: Path, line: Line) -> Metrics:
         judges = self.run.judge is self.run.reward
         if judges:  # no replaced reward decides at the gate
-            self._probe_or_forget()
+            self.rewarding.probe_or_forget()
         scorer, settings = self.run.judge, self.config.evaluate
         identities = scorer.identities
         names = scorer.described(identities)
         before = self.history.judge_before()
         if before is not None and before[1] != names:
-            self._warn(
-                "guard",
+            self.rewarding.warn(
                 f"another judge decides at this gate than in round {before[0]}: {', '.join(names)} instead of "
                 f"{', '.join(before[1])}",
             )
@@ -241,12 +249,12 @@ class Steps:
             self.run.store.event("evaluate", dependent, self.index)
             self.run.display.note(dependent)
         elif dependent is not None:
-            self._warn("guard", dependent)
+            self.rewarding.warn(dependent)
         audit = self.answers.audit_prompts()
         metrics = evaluate(
             out,
             line,
-            champion=self.run.policy(self.sampler),
+            champion=self.run.policy(self.champion),
             candidate=self.run.policy(self.index),
             initial=self.run.policy(0),
             held_out=self.answers.gate_prompts(),
@@ -267,7 +275,7 @@ class Steps:
             breathe=self.run.breathe,
         )
         if judges:
-            self._probe_or_forget()
+            self.rewarding.probe_or_forget()
         return metrics
 
     def promote(self, out: Path, line: Line) -> Metrics:
@@ -275,7 +283,7 @@ class Steps:
         return promote(
             out,
             line,
-            winner=self.run.policy(self.index if promoted else self.sampler),
+            winner=self.run.policy(self.index if promoted else self.champion),
             promoted=promoted,
             serving=self.run.serving,
             set_current=self.run.policies.set_current,
@@ -313,11 +321,11 @@ class Steps:
                 functools.partial(self.frame.seed, "evolve"),
                 lambda: self.run.breathe("shard"),
             )
-        policy = self.run.policy(self.sampler)
+        policy = self.run.policy(self.champion)
         self.run.serving.serve(policy)
         assert self.run.generator.info is not None, "the engine serves"
         return by_policy(
-            self.sampler,
+            self.champion,
             self.run.generator.info.max_model_len,
             # A rewrite that is longer than a prompt may be is of no use: the rest is left to the instruction.
             min(self.config.prompts.max_tokens, self.config.generate.max_tokens),
@@ -330,7 +338,7 @@ class Steps:
         return functools.partial(
             representatives,
             trainer=self.run.trainer,
-            policy=self._verified(self.sampler),
+            policy=self._verified(self.champion),
             config=self.config,
             seed=self.frame.seed("breadth"),
             breathe=self.run.breathe,
@@ -348,51 +356,20 @@ class Steps:
         return found
 
     def _first_beta(self) -> float:
-        return reference.first_beta(self.config.train, self.index, self.run.policy(self.sampler))
+        return reference.first_beta(self.config.train, self.index, self.run.policy(self.champion))
 
     def _score_by_reference(self, path: Path, line: Line) -> None:
         against = reference.policy(self.config.train, self.index, self.run.store, self.run.policies)
-        if against.version != self.sampler:
+        if against.version != self.champion:
             line.update(text=f"policy {against.version} scores the candidates")
             self.run.serving.serve(against)
         reference_logps(
             path,
             line,
-            generator=None if against.version == self.sampler else self.run.generator,
+            generator=None if against.version == self.champion else self.run.generator,
             prompts=self.frame.path("prompts/prompts.parquet"),
             candidates=self.frame.path("generate/candidates.parquet"),
             shards=self.frame.shards("pairs", against.version, self.config.generate.shard_prompts),
             shard_prompts=self.config.generate.shard_prompts,
             breathe=self.run.breathe,
         )
-
-    def _probe(self) -> Metrics:
-        """How far the reward is from the one this run began with."""
-        probes = Probes(self.run.dir / "reward" / "probes.json", self.config.guard)
-        prompts, candidates = self.frame.path("prompts/prompts.parquet"), self.frame.path("generate/candidates.parquet")
-        return probes.ask(
-            self.run.reward,
-            self.index,
-            functools.partial(choose_texts, prompts, candidates),
-            scored_before=lambda: bool(self.run.store.metrics_by_round(["score/probe_change"])),
-            record=lambda text: self.run.store.event("guard", text, self.index),
-            warn=functools.partial(self._warn, "guard"),
-        )
-
-    def _probe_or_forget(self) -> None:
-        """Probe a reward that judges; what another one may have scored meanwhile is forgotten."""
-        try:
-            self._probe()
-        except GuardError:
-            self.run.reward.forget_all()
-            raise
-
-    def _warn(self, kind: str, text: str) -> None:
-        self.run.store.event(kind, text, self.index)
-        self.run.display.warn(f"round {self.index}: {text}")
-
-    def _stopped(self, known: Metrics) -> None:
-        """Keep what a stage that stops would have said of the reward."""
-        self.run.store.record_metrics(self.index, "guard", known)
-        signs = ", ".join(f"{name} {value:.3g}" for name, value in known.items())
-        self.run.store.event("guard", f"stopped before training; all signs: {signs}", self.index)

@@ -102,20 +102,26 @@ class Store(Reader):
                 "use the values of the run, or another folder (--run-dir, or run.name)",
             )
 
-    def open_round(self, index: int, sampler: int, cursor: tuple[int, int], fingerprint: str, config: Any) -> None:
+    def open_round(self, index: int, champion: int, cursor: tuple[int, int], fingerprint: str, config: Any) -> None:
         with self._engine.begin() as connection:
             connection.execute(
                 rounds.insert().values(
                     round=index,
                     state="running",
                     started=now(),
-                    sampler=sampler,
+                    sampler=champion,
+                    champion=champion,
                     cursor=list(cursor),
                     fingerprint=fingerprint,
                     config=config,
                     reasons=[],
                 )
             )
+
+    def set_sampler(self, index: int, version: int) -> None:
+        """Record which policy samples the candidates of a round, where that is not the one that it is trained from."""
+        with self._engine.begin() as connection:
+            connection.execute(rounds.update().where(rounds.c.round == index).values(sampler=version))
 
     def change_config(self, index: int, fingerprint: str, config: Any) -> None:
         """An unfinished round goes on with another configuration."""

@@ -28,12 +28,13 @@ rounds = sa.Table(
     sa.Column("state", sa.String, nullable=False),  # running | promoted | rejected | skipped | cancelled
     sa.Column("started", sa.String, nullable=False),
     sa.Column("ended", sa.String),
-    sa.Column("sampler", sa.Integer, nullable=False),  # policy that samples it
+    sa.Column("sampler", sa.Integer, nullable=False),  # policy that samples its candidates
     sa.Column("policy", sa.Integer),  # policy that serves after it
     sa.Column("cursor", sa.JSON, nullable=False),  # [epoch, offset] in the prompt pool at its start
     sa.Column("fingerprint", sa.String, nullable=False),
     sa.Column("config", sa.JSON, nullable=False),
     sa.Column("reasons", sa.JSON, nullable=False),
+    sa.Column("champion", sa.Integer),  # policy that serves when it opens: it is trained from, and meets the candidate
     sa.Index("rounds_by_state", "state", "round"),
 )
 stages = sa.Table(
@@ -203,12 +204,19 @@ def _draws(connection: sa.Connection) -> None:
     draws.create(connection, checkfirst=True)
 
 
+def _champions(connection: sa.Connection) -> None:
+    if "champion" not in {column["name"] for column in sa.inspect(connection).get_columns("rounds")}:
+        connection.execute(sa.text("ALTER TABLE rounds ADD COLUMN champion INTEGER"))
+    connection.execute(sa.text("UPDATE rounds SET champion = sampler WHERE champion IS NULL"))
+
+
 MIGRATIONS: list[Callable[[sa.Connection], None]] = [
     metadata.create_all,  # 1: everything above
     _orders_and_pins,  # 2: orders, state, policies.pinned
     _pairs_by_value,  # 3: pairs in the order of each of their values
     _totals_and_trends,  # 4: sums and charts that need no walk over all rounds; indexes by state, name, kind and round
     _draws,  # 5: what was drawn of the pool
+    _champions,  # 6: rounds.champion, which another policy may sample for
 ]
 
 

@@ -83,6 +83,11 @@ class Trainer:
             self._child.stop(grace=0)
             self._child = None
 
+    def hear(self) -> None:
+        """Take in what it has said so far. For `meanwhile`, where that takes long."""
+        if self._child is not None:
+            self._child.hear()
+
     def render(self, policy: Path, trust_remote_code: bool, conversations: Sequence[list[Message]]) -> Any:
         """Token ids of each conversation by the policy's chat template, or why it has none. Raises ChildDied."""
         assert self._child is not None, "the trainer runs"

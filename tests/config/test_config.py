@@ -116,6 +116,13 @@ def test_implicit_rewards_of_dpo_want_a_reference_that_does_not_sample():
         assert config.load(TINY, ["pairs.implicit=dpo", f"train.reference={reference}"]).pairs.implicit == "dpo"
 
 
+@pytest.mark.parametrize("other", ["placement.colocated=true", "breadth.method=clusters"])
+def test_what_cannot_be_while_the_next_round_is_sampled_is_named(other):
+    with pytest.raises(ConfigError, match=f"schedule.ahead goes without {other.partition('=')[0]}"):
+        config.load(TINY, ["schedule.ahead=1", other])
+    assert config.load(TINY, ["schedule.ahead=1"]).schedule.ahead == 1
+
+
 def test_members_and_judges_take_what_they_leave_out_from_the_reward_section():
     judge = (
         "evaluate.judge={batch: 7, ensemble: {members: [{model: a/b, timeout: 3}, {url: ['http://h:1'], dtype: auto}]}}"

@@ -108,6 +108,17 @@ def history(tmp_path):
         one.store.close()
 
 
+@pytest.mark.parametrize("record", [True, False])
+def test_what_the_next_round_draws_is_known_before_it_opens(history, record):
+    """Over the end of an epoch, and with prompts that join while the round before is open."""
+    one = history()
+    for joining in ([], ["a", "b", "c"], [], ["d"]):
+        one.draw(4, record)
+        one.join(joining)  # they are of the next round on
+        ahead = draw.drawn_ahead(one.draws, len(one.rounds) + 1, PromptsConfig(source="x", per_round=4))
+        assert [one.names[i] for i in ahead] == one.draw(4)
+
+
 def test_every_prompt_once_an_epoch_in_another_order_each_time(history):
     one, epochs = history(), []
     for _ in range(2):

@@ -85,7 +85,7 @@ class Watched:
 
     def _choose(self, count):
         self.chosen += 1
-        return choose_texts(*self.files, count)
+        return choose_texts(*self.files, count, among=9)
 
     @property
     def kept(self):
@@ -235,6 +235,42 @@ def test_the_file_of_probes_has_conversations_and_responses(watched):
 def test_probe_texts_are_spread_over_the_prompts_and_two_at_least_are_of_one(tmp_path, count, expected):
     """Five prompts with three answers each. 16 texts want four of each, of ⌊16/4⌋ = 4 prompts, which have but three."""
     files = write_texts(tmp_path, {p: [f"{p}{i}" for i in range(3)] for p in "abcde"})
-    chosen = choose_texts(*files, count)
+    chosen = choose_texts(*files, count, among=5)
     assert [text for _, text in chosen] == expected
     assert all(messages == [{"role": "user", "content": text[0]}] for messages, text in chosen)
+
+
+def test_probe_texts_are_those_of_the_first_shard(tmp_path):
+    """So they are the same whether all candidates are there or the first shard alone."""
+    answers = {p: [f"{p}{i}" for i in range(3)] for p in "abcde"}
+    whole, shard = tmp_path / "whole", tmp_path / "shard"
+    for folder in (whole, shard):
+        folder.mkdir()
+    prompts, candidates = write_texts(whole, answers)
+    _, first = write_texts(shard, {p: answers[p] for p in "ab"})
+    for count in (1, 4, 32):
+        chosen = choose_texts(prompts, candidates, count, among=2)
+        assert chosen == choose_texts(prompts, first, count, among=2)
+        assert {text[0] for _, text in chosen} <= {"a", "b"}
+
+
+def test_before_the_first_score_a_reward_is_looked_at_without_a_word(watched):
+    """What there is to tell, to change or to stop for waits for `ask`; the first scores are kept."""
+
+    def same():
+        return watched.probes.is_same(watched.reward, 1, watched._choose, watched.scored_before)
+
+    assert same() and watched.kept["scores"] == [[None, 1.0, 2.0, 3.0]]
+    assert watched.ask() == SAME and watched.chosen == 1
+    watched.scored_before = True
+    assert same()
+    known = watched.kept
+    watched.reward.factor = -1.0
+    assert not same()
+    watched.reward.factor, watched.reward.identity = 1.0, "resaved weights"
+    assert not same()
+    watched.reward.identity, watched.reward.sources = "weights", [RewardSource(model="b")]
+    assert not same()
+    assert watched.kept == known and watched.warned == watched.recorded == watched.reward.renamed == []
+    watched.probes.path.unlink()  # on purpose: the reward is taken as it is, which `ask` says
+    assert not same() and not watched.probes.path.exists()

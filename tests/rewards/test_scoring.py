@@ -18,6 +18,7 @@ from selfplay.methods import shaping
 from selfplay.rewards import scoring
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.scorer import Scorer
+from selfplay.rewards.shards import contents
 from selfplay.storage import folders, tables
 from selfplay.types import Candidate, Prompt, Reward
 
@@ -72,14 +73,16 @@ def rows(n, prompts="p"):
 class Stage:
     """The stage in a folder of its own. `servers`: one, or those of an ensemble by their names."""
 
-    def __init__(self, folder, servers, candidates=None, *, cache=False, shard_items=4, ensemble=None, **shaped):
+    def __init__(
+        self, folder, servers, candidates=None, *, cache=False, shard_items=4, ensemble=None, deadline=20, **shaped
+    ):
         self.folder, self.shard_items = folder, shard_items
         self.candidates = rows(10) if candidates is None else candidates
         folder.mkdir(exist_ok=True)
         self.settings = RewardConfig(model="any", max_missing=0.2, shaping=ShapingConfig(**shaped))
         self.events, self.shards = [], []
         by_name = servers if isinstance(servers, dict) else {"": servers}
-        sources = [RewardSource(url=[server.url], deadline=20, batch=500) for server in by_name.values()]
+        sources = [RewardSource(url=[server.url], deadline=deadline, batch=500) for server in by_name.values()]
         combined = None
         if isinstance(servers, dict):
             members = [{"name": name, "url": [server.url]} for name, server in by_name.items()]
@@ -135,7 +138,8 @@ def test_finished_shards_are_not_asked_again(server, tmp_path):
     stage = Stage(tmp_path, server)
     assert stage.rewards() == [8.0] * 10 and server.items == 10
     first = stage.rows
-    (stage.shards[0] / "00000004.parquet").unlink()
+    assert len(list(stage.shards[0].iterdir())) == 3
+    (stage.shards[0] / f"{contents(tmp_path / 'candidates.parquet', 4)[1][:32]}.parquet").unlink()
     assert stage.rewards() == [8.0] * 10 and server.items == 14
     assert stage.rows == first
 
@@ -156,19 +160,44 @@ def test_the_artifact_has_keys_and_rewards_and_says_who_scored(server, tmp_path)
     "others",
     [
         [dataclasses.replace(c, text=c.text + "!") for c in rows(10)],
-        [dataclasses.replace(c, token_ids=[9, 9]) for c in rows(10)],
         [dataclasses.replace(c, prompt_id="q") for c in rows(10)],
+        rows(10)[::-1],
     ],
-    ids=["texts", "token ids", "prompts"],
+    ids=["texts", "prompts", "order"],
 )
 def test_other_candidates_of_the_same_count_do_not_find_the_shards(server, tmp_path, others):
     stage = Stage(tmp_path, server)
     assert stage.rewards() == [8.0] * 10
     stage.write(others)
     assert stage.rewards() == [float(len(c.text)) for c in others]
-    assert server.items == 20 and stage.shards[0] != stage.shards[1]
+    assert server.items == 20
     stage.write(stage.candidates)  # the same again, in another file
     assert stage.rewards() == [8.0] * 10 and server.items == 20
+
+
+def test_a_shard_is_known_by_what_is_scored_and_not_by_how_it_is_stored(tmp_path):
+    """Row groups of 1 and of 10 rows, other token ids, and a text that ends where another prompt's begins."""
+    files = [tmp_path / f"{i}.parquet" for i in range(4)]
+    tables.write_rows(files[0], rows(10), Candidate)
+    with tables.writing(files[1], Candidate) as file:
+        for row in rows(10):
+            file.records([row])
+    tables.write_rows(files[2], [dataclasses.replace(c, token_ids=[9]) for c in rows(10)], Candidate)
+    tables.write_rows(files[3], [dataclasses.replace(c, prompt_id="pa", text=c.text[1:]) for c in rows(10)], Candidate)
+    first, *others = (contents(file, 4) for file in files)
+    assert len(set(first)) == 3
+    assert others[:2] == [first, first]
+    assert not set(first) & set(others[2])
+
+
+def test_reasons_of_a_shard_are_told_by_whoever_uses_it(server, tmp_path):
+    """A round that is killed after its first shard says the same of its answers as one that is not."""
+    server.score = without("answer 3")
+    stage = Stage(tmp_path, server)
+    assert stage.score()["unparsable"] == 1
+    server.items = 0
+    assert stage.score()["unparsable"] == 1 and server.items == 0
+    assert stage.events.count(("score", "answers without a score: 1 × no verdict")) == 2
 
 
 def test_items_without_a_score_are_set_aside_and_too_many_are_an_error(server, tmp_path):

@@ -1,5 +1,6 @@
 """A reward service with a real reward server: killed, hanging, absent and refused."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from mini import commands, nothing_left
+from test_reward_client import fake, send
 
 from selfplay.config import RewardSource
 from selfplay.errors import InputError, RewardError
@@ -137,3 +139,48 @@ def test_a_model_that_is_no_reward_model(service, mini_world):
     with pytest.raises(InputError, match="did not start") as error:
         ours.score([(MESSAGES, "x")])
     assert "reward.log" in error.value.hint
+
+
+@pytest.mark.parametrize(("servers", "concurrency", "most"), [(1, None, 2), (3, None, 6), (3, 1, 1)])
+def test_two_requests_are_in_flight_for_each_server(tmp_path, servers, concurrency, most):
+    """Every request waits until `most` are there, or for as long as one more might take to come."""
+    lock, now, highest = threading.Lock(), [0], [0]
+    full = threading.Event()
+
+    def answer(handler, asked):
+        with lock:
+            now[0] += 1
+            highest[0] = max(highest[0], now[0])
+            if now[0] >= most:
+                full.set()
+        full.wait(10)
+        time.sleep(0.1)
+        with lock:
+            now[0] -= 1
+        send(handler, 200, b'{"scores": [1.0]}')
+
+    with contextlib.ExitStack() as all_of_them:
+        urls = [all_of_them.enter_context(fake(default=answer)).url for _ in range(servers)]
+        config = RewardSource(url=urls, batch=1, concurrency=concurrency)
+        ours = RewardService(config, tmp_path, on_event=lambda kind, text: None)
+        assert ours.score([(MESSAGES, str(i)) for i in range(4 * most)]) == [1.0] * 4 * most
+        ours.stop()
+    assert highest == [most]
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "devices"),
+    [
+        ({"model": "m"}, None, 1),
+        ({"model": "m"}, [4], 1),
+        ({"model": "m"}, [4, 5, 6], 3),
+        ({"model": "m", "device": "all"}, [4, 5], 2),
+        ({"model": "m", "device": "cuda:0,cuda:1"}, None, 2),
+        ({"rules": [{"rule": "length", "max": 9}]}, [4, 5], 1),
+    ],
+)
+def test_a_server_of_ours_has_a_copy_of_the_model_on_each_of_its_gpus(tmp_path, settings, gpus, devices):
+    ours = RewardService(
+        RewardSource.model_validate(settings), tmp_path, gpus=gpus, on_event=lambda kind, text: None
+    )  # fmt: skip
+    assert ours._devices() == devices

@@ -37,7 +37,7 @@ def test_disturbed_everywhere_the_run_ends_with_the_same_artifacts(calm, mini_wo
     run.kill_child("selfplay.training.trainer")
     run.until(lambda: list(first.glob("generate-*.shards/00000000.parquet")), "the first shard")
     run.kill_child("selfplay.generation.engine")
-    run.until((first / "generate").is_dir, "the end of generate")
+    run.until(lambda: list(first.glob("score-*.shards/*.parquet")), "the first scores")
     run.kill_child("reward.server")
     run.until(lambda: list(first.glob("train.work/checkpoint-*/trainer_state.json")), "a save of the trainer")
     os.kill(run.process.pid, signal.SIGKILL)

@@ -17,7 +17,7 @@ def test_a_round_from_its_opening_to_its_close(tmp_path):
     store = Store(tmp_path)
     store.open_run("x", {"run.seed": 0})
     assert store.unfinished() is None
-    store.open_round(1, sampler=0, cursor=(0, 5), fingerprint="f", config={"a": 1})
+    store.open_round(1, champion=0, cursor=(0, 5), fingerprint="f", config={"a": 1})
     assert store.unfinished()["cursor"] == [0, 5]
     store.record_stage(1, "generate", 2.5, {"tokens": 10})
     assert (store.metrics(1), store.seconds(1)) == ({"generate/tokens": 10.0}, {"generate": 2.5})
@@ -130,6 +130,20 @@ def test_a_ledger_from_before_pairs_had_orders_is_migrated(tmp_path):
         } <= names
         assert store.query("SELECT version FROM schema_version") == [{"version": len(MIGRATIONS)}]
         store.close()
+
+
+def test_rounds_from_before_others_could_sample_were_sampled_by_their_champion(tmp_path):
+    store = Store(tmp_path)
+    store.open_round(1, champion=3, cursor=(0, 0), fingerprint="f", config={})
+    store.close()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as old:
+        old.executescript("ALTER TABLE rounds DROP COLUMN champion; UPDATE schema_version SET version = 5;")
+    old.close()
+    store = Store(tmp_path)
+    assert (store.round(1)["sampler"], store.round(1)["champion"]) == (3, 3)
+    store.set_sampler(1, 2)
+    assert (store.round(1)["sampler"], store.round(1)["champion"]) == (2, 3)
+    store.close()
 
 
 def test_a_migration_that_is_killed_leaves_the_ledger_as_it_was(tmp_path, monkeypatch):

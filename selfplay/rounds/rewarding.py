@@ -1,0 +1,132 @@
+"""What a round asks of the reward: while it samples, in the stages `score` and `guard`, and where the reward judges too."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from selfplay.errors import GuardError
+from selfplay.progress import Line
+from selfplay.rewards.early import EarlyScoring
+from selfplay.rewards.guard import guard
+from selfplay.rewards.probes import Probes, choose_texts
+from selfplay.rewards.scoring import score
+from selfplay.rounds.frame import Frame
+from selfplay.rounds.history import History
+from selfplay.rounds.run import Run
+from selfplay.rounds.stages import SCORE
+from selfplay.stage import Metrics
+
+
+class Rewarding:
+    """The reward of a run in one round."""
+
+    def __init__(self, run: Run, frame: Frame, history: History) -> None:
+        self.run, self.frame, self.history, self.config = run, frame, history, frame.config
+        self._shards = functools.partial(frame.shards, "score")
+
+    def begin_early(self) -> EarlyScoring | None:
+        """Begin to score what is handed to the answer, beside other work; None where an earlier one has not ended yet.
+
+        It takes no more of a GPU's memory than the stage `score` does, in which the engine is awake too.
+        """
+        if self.run.early is not None and self.run.early.alive:
+            return None
+        probes, scored_before = self._probes(), self._scored_before()
+        self.run.early = EarlyScoring(
+            self.run.reward,
+            prompts=self._prompts,
+            shards=self._shards,
+            begins=lambda shard: probes.is_same(
+                self.run.reward, self.frame.index, self._texts(shard), scored_before=scored_before
+            ),
+        )
+        return self.run.early
+
+    def score(self, out: Path, line: Line) -> Metrics:
+        settings = self.config.generate
+        if self.run.early is not None:
+            line.update(done=self.run.early.scored)
+            self.run.early.finish(self.run.breathe)
+        return score(
+            out,
+            line,
+            prompts=self._prompts,
+            candidates=self._candidates,
+            scorer=self.run.reward,
+            settings=self.config.reward,
+            shards=self._shards,
+            shard_items=settings.shard_prompts * settings.candidates,
+            probe=self.probe,
+            breathe=self.run.breathe,
+            record_event=lambda kind, text: self.run.store.event(kind, text, self.frame.index),
+        )
+
+    def guard(self, out: Path, line: Line) -> Metrics:
+        settings = self.config.guard
+        alike = self.history.scored_alike()
+        recent = [i for i in alike if i >= self.frame.index - settings.history]
+        files = [self.history.artifact(i, "score/scored.parquet") for i in recent]
+        return guard(
+            out,
+            line,
+            candidates=self._candidates,
+            scored=self.frame.path("score/scored.parquet"),
+            earlier=[path for path in files if path.is_file()],
+            past=self.history.rewards_and_gold(alike),
+            probed=self.frame.metrics(SCORE),
+            settings=settings,
+            noise=self.config.reward.noise,
+            cut_off=self.config.pairs.cut_off,
+            warn=self.warn,
+            stopped=self._stopped,
+        )
+
+    def probe(self) -> Metrics:
+        """How far the reward is from the one this run began with."""
+        return self._probes().ask(
+            self.run.reward,
+            self.frame.index,
+            self._texts(self._candidates),
+            scored_before=self._scored_before,
+            record=lambda text: self.run.store.event("guard", text, self.frame.index),
+            warn=self.warn,
+        )
+
+    def probe_or_forget(self) -> None:
+        """Probe a reward that judges; what another one may have scored meanwhile is forgotten."""
+        try:
+            self.probe()
+        except GuardError:
+            self.run.reward.forget_all()
+            raise
+
+    def warn(self, text: str) -> None:
+        """Tell a person of the reward, and the ledger."""
+        self.run.store.event("guard", text, self.frame.index)
+        self.run.display.warn(f"round {self.frame.index}: {text}")
+
+    @property
+    def _prompts(self) -> Path:
+        return self.frame.path("prompts/prompts.parquet")
+
+    @property
+    def _candidates(self) -> Path:
+        return self.frame.path("generate/candidates.parquet")
+
+    def _probes(self) -> Probes:
+        return Probes(self.run.dir / "reward" / "probes.json", self.config.guard)
+
+    def _texts(self, candidates: Path) -> functools.partial[list[tuple[list[dict[str, str]], str]]]:
+        """What the probe texts are chosen from, where there are none yet."""
+        return functools.partial(choose_texts, self._prompts, candidates, among=self.config.generate.shard_prompts)
+
+    def _scored_before(self) -> bool:
+        """Whether an earlier round was scored, and probed."""
+        return bool(self.run.store.metrics_by_round(["score/probe_change"]))
+
+    def _stopped(self, known: Metrics) -> None:
+        """Keep what a stage that stops would have said of the reward."""
+        self.run.store.record_metrics(self.frame.index, "guard", known)
+        signs = ", ".join(f"{name} {value:.3g}" for name, value in known.items())
+        self.run.store.event("guard", f"stopped before training; all signs: {signs}", self.frame.index)
