@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from selfplay.config import Config
-from selfplay.generation.generator import Generator
+from selfplay.generation.generator import Ask, Generator, Shard
 from selfplay.storage import folders, policies, tables
 from selfplay.types import Candidate, Policy, Prompt
 
@@ -43,7 +50,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
-def logps(model: LlamaForCausalLM, token_ids: list[int], start: int = 1) -> float:
+def logps(model: Any, token_ids: list[int], start: int = 1) -> float:
     """Summed nats of tokens start … T−1, by transformers."""
     ids = torch.tensor(token_ids)
     with torch.no_grad():
@@ -71,6 +78,19 @@ def write_policy(root: Path, version: int, seed: int, *, nudge: float = 0.0, **s
     return Policy(version=version, path=str(path), parent=None, round=version, beta=None, reference=None)
 
 
+def write_experts(path: Path, seed: int) -> Path:
+    """A checkpoint with a mixture of four experts in each layer."""
+    torch.manual_seed(seed)
+    shape = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
+        initializer_range=0.1, bos_token_id=1, eos_token_id=EOS, pad_token_id=0, sliding_window=None,
+    )  # fmt: skip
+    MixtralForCausalLM(shape).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
 def write_manifest(path: Path, version: int, canary_logps: list[float]) -> None:
     (path / folders.MANIFEST).unlink(missing_ok=True)
     manifest = policies.Manifest(
@@ -95,8 +115,11 @@ def sample(generator: Generator, rows: list[Prompt], folder: Path, **settings: A
     """What the generator answers, read from the file that it writes."""
     asked, out = folder / "asked.parquet", folder / "answers.parquet"
     tables.write_rows(asked, rows, Prompt)
-    seeds = [seed(row.prompt_id) for row in rows]
-    sampled = generator.sample(asked, 0, len(rows), seeds, out, **settings)
+    shard, told = Shard(start=0, seeds=[seed(row.prompt_id) for row in rows], file=out), []
+    how = {name: settings.pop(name) for name in ("candidates", "max_tokens") if name in settings}
+    ask = Ask(prompts=asked, shards=[shard], **how)
+    generator.sample([ask], on_shard=lambda shard, sampled: told.append(sampled), **settings)
     answers = tables.read_rows(out, Candidate)
+    (sampled,) = told
     assert (sampled.rows, sampled.tokens) == (len(answers), sum(c.n_tokens for c in answers))
     return answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -27,16 +28,26 @@ EVALUATE = Stage(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Prompts that a policy answers once each."""
+
+    name: str
+    """Under one name they are sampled once a round, and then read."""
+    prompts: Sequence[Prompt]
+    policy: Policy
+
+
 class Engine(Protocol):
-    """The engine, as far as evaluation asks it. Each call has the policy in it that it names."""
+    """The engines, as far as evaluation asks them. Several policies answer side by side where there are several engines."""
 
-    def answers(
-        self, name: str, prompts: Sequence[Prompt], policy: Policy, on_progress: Callable[[int], None]
-    ) -> list[Candidate]:
-        """One answer to each prompt. Under one name they are sampled once a round, and then read."""
+    def side_by_side(self, asked: Sequence[Asked], on_progress: Callable[[int], None]) -> list[list[Candidate]]:
+        """The answers to each of what is asked. `on_progress` gets how many are there, of all together."""
 
-    def logps(self, prompts: Sequence[Prompt], answers: Sequence[Candidate], policy: Policy) -> list[float]:
-        """Log-probability of each answer under the policy (nats, summed)."""
+    def logps(
+        self, prompts: Sequence[Prompt], answers: Sequence[Candidate], policies: Sequence[Policy]
+    ) -> list[list[float]]:
+        """Log-probability of each answer (nats, summed), under each of the policies."""
 
 
 def evaluate(
@@ -63,14 +74,19 @@ def evaluate(
     in most rounds. initial_answers: the initial policy's answers to these. described: who judges, for judge.json.
     dependent: why the judge is no other reward than the one that trains.
     """
-    line.update(text="the champion answers")
-    champion_rows = engine.answers("champion", held_out, champion, lambda n: None)
-    line.update(text="the candidate answers", total=len(held_out) + len(audit))
-    rows = engine.answers("candidate", held_out, candidate, lambda n: line.update(done=n))
-    audit_rows = engine.answers("audit", audit, candidate, lambda n: line.update(done=len(held_out) + n))
+    line.update(text="candidate and champion answer", total=2 * len(held_out) + len(audit))
+    champion_rows, rows, audit_rows = engine.side_by_side(
+        [
+            Asked(name="champion", prompts=held_out, policy=champion),
+            Asked(name="candidate", prompts=held_out, policy=candidate),
+            Asked(name="audit", prompts=audit, policy=candidate),
+        ],
+        lambda done: line.update(done=done),
+    )
     line.update(text="KL to the current and the initial policy")
-    kl_current = _kl(engine, held_out, rows, champion)
-    kl_initial = kl_current if initial.version == champion.version else _kl(engine, held_out, rows, initial)
+    others = [champion] if initial.version == champion.version else [champion, initial]
+    logps = engine.logps(held_out, rows, others)
+    kl_current, kl_initial = _kl(rows, logps[0]), _kl(rows, logps[-1])
     initial_rows = initial_answers() if audit else []
 
     line.update(text="scoring")
@@ -99,9 +115,9 @@ def evaluate(
     return metrics | {"independent": float(found.independent)}
 
 
-def _kl(engine: Engine, prompts: Sequence[Prompt], answers: Sequence[Candidate], other: Policy) -> float:
-    """KL(candidate ‖ other), nats an answer."""
-    return gate.kl_estimate([answer.logp for answer in answers], engine.logps(prompts, answers, other))
+def _kl(answers: Sequence[Candidate], other: Sequence[float]) -> float:
+    """KL(candidate ‖ other), nats an answer; `other` are the other policy's log-probabilities of the answers."""
+    return gate.kl_estimate([answer.logp for answer in answers], other)
 
 
 def audit_metrics(answers: Sequence[Scored], initial: Sequence[Scored]) -> Metrics:

@@ -17,6 +17,10 @@ oom, disk or internal. Prompts come from files and answers go to files, so that 
     compare_weights  {path}                                                 → {supported, compared, max_abs_diff, why}
     forget           {}                                                     → every weight is 0, before a reload: {supported}
     sleep {level}, wake {tags}                                              → {supported}
+    drop             {}                                                     → orders in flight are forgotten, and not answered
+
+`generate` is answered when its last answer is done, and the next orders are taken meanwhile: with two of them in flight the
+engine never waits for the slowest answer of a shard. All other orders are done one after another.
 
 On a CPU the engine lives in this very process, since vLLM's three processes start three times slower and decode no faster.
 Chunked prefill is off there: vLLM 0.32 dies when it cuts a prompt whose request has a seed («CPU Generator does not use
@@ -31,16 +35,20 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfplay.generation.orders import OrderError, take_orders
+from selfplay.generation.flights import Flights
+from selfplay.generation.liveness import ProcessesGone, end, end_with_them, was_killed
+from selfplay.generation.orders import LATER, OrderError, take_orders
 from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
 from selfplay.storage import answers, folders, tables
 from selfplay.types import Candidate
@@ -50,7 +58,6 @@ Kept = TypeVar("Kept")
 CPU_BLOCK = 32  # tokens in a block of the KV cache: the smallest that vLLM's CPU attention takes
 CPU_BATCHED_TOKENS = 4096  # vLLM's own budget of a step on a CPU
 SEEDS = 2**62  # seeds are taken modulo this, so that seed + n fits 64 bits with a sign
-HEARTBEAT = 1.0  # seconds between signs of life
 
 
 def prepare(cpu: bool, threads: int, kv_cache_gib: int) -> None:
@@ -58,7 +65,7 @@ def prepare(cpu: bool, threads: int, kv_cache_gib: int) -> None:
     os.environ.update(VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
     if cpu:
         os.environ.update(
-            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_ENABLE_V1_MULTIPROCESSING=os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
             OMP_NUM_THREADS=str(threads),  # without it every process takes all cores, and they fight
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             VLLM_CPU_KVCACHE_SPACE=str(kv_cache_gib),
@@ -80,8 +87,9 @@ class Engine:
     """A vLLM engine and the orders it knows."""
 
     def __init__(self, channel: Channel, cpu: bool) -> None:
-        self._channel, self._cpu = channel, cpu
-        self._llm: Any = None
+        self.flights = Flights(channel)
+        self._cpu = cpu
+        self.llm: Any = None
         self._sleep_mode = False
 
     def load(self, order: Event) -> dict[str, Any]:
@@ -101,23 +109,26 @@ class Engine:
                 "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, length),
             }
         self._sleep_mode = bool(order["sleep_mode"]) and not self._cpu
-        self._llm = None
-        self._llm = vllm.LLM(
-            model=model,
-            dtype=order["dtype"],
-            seed=order["seed"],
-            max_model_len=length,
-            max_num_seqs=order["max_num_seqs"],
-            tensor_parallel_size=order["tensor_parallel"],
-            trust_remote_code=order["trust_remote_code"],
-            enable_sleep_mode=self._sleep_mode,
-            enable_prefix_caching=True,
-            logprobs_mode="raw_logprobs",  # temperature 1, the full vocabulary
-            generation_config="vllm",  # every sampling parameter is explicit
-            worker_extension_cls="selfplay.generation.worker.WorkerOrders",
-            **settings,
-        )
-        config = self._llm.llm_engine.vllm_config
+        self.llm = None
+        try:
+            self.llm = vllm.LLM(
+                model=model,
+                dtype=order["dtype"],
+                seed=order["seed"],
+                max_model_len=length,
+                max_num_seqs=order["max_num_seqs"],
+                tensor_parallel_size=order["tensor_parallel"],
+                trust_remote_code=order["trust_remote_code"],
+                enable_sleep_mode=self._sleep_mode,
+                enable_prefix_caching=True,
+                logprobs_mode="raw_logprobs",  # temperature 1, the full vocabulary
+                generation_config="vllm",  # every sampling parameter is explicit
+                worker_extension_cls="selfplay.generation.worker.WorkerOrders",
+                **settings,
+            )
+        except RuntimeError as error:
+            raise (ProcessesGone(str(error)) if was_killed(error) else error) from error
+        config = self.llm.llm_engine.vllm_config
         device = "cpu" if self._cpu else current_platform.get_device_name()
         return {
             "vllm": vllm.__version__,
@@ -130,11 +141,11 @@ class Engine:
             "seconds": time.monotonic() - began,
         }
 
-    def generate(self, order: Event) -> dict[str, Any]:
+    def generate(self, order: Event) -> object:
         from vllm import SamplingParams
 
         began = time.monotonic()
-        sampling, start, out = order["sampling"], order["start"], Path(order["out"])
+        sampling, start = order["sampling"], order["start"]
         names: list[str] = []
         prompts: list[list[int]] = []
         params = []
@@ -155,21 +166,15 @@ class Engine:
                     logprobs=0,
                 )
             )
-        done = self._run(order, prompts, params, lambda output: [_answer(c) for c in output.outputs])
-        said = [answer for of_prompt in done for answer in of_prompt]
-        rows = answers.table(
-            prompt_ids=names,
-            per_prompt=sampling["n"],
-            texts=[answer.text for answer in said],
-            token_ids=[answer.token_ids for answer in said],
-            logps=[answer.logp for answer in said],
-            finish_reasons=[answer.finish_reason for answer in said],
-            policy=order["policy"],
+        self.flights.launch(
+            self._engine,
+            order,
+            prompts,
+            params,
+            keep=lambda output: [_answer(completion) for completion in output.outputs],
+            finish=partial(_write, order, names, began),
         )
-        with folders.disk_errors(out), tables.writing_to(out, Candidate) as file:
-            file.table(rows)
-        tokens = sum(len(answer.token_ids) for answer in said)
-        return {"rows": rows.num_rows, "tokens": tokens, "seconds": time.monotonic() - began}
+        return LATER
 
     def answer_logps(self, order: Event) -> list[float]:
         found: list[float] = []
@@ -206,9 +211,10 @@ class Engine:
 
     def reload(self, order: Event) -> dict[str, Any]:
         began = time.monotonic()
+        assert not self.flights.busy, "weights are not changed under requests"
         self._engine.collective_rpc("reload_weights", kwargs={"weights_path": order["path"]})
         if self._cpu:
-            self._engine.collective_rpc("renew_output_layer")
+            self._engine.collective_rpc("renew_packed_weights")
         return {"seconds": time.monotonic() - began}
 
     def reset(self, order: Event) -> dict[str, Any]:
@@ -246,11 +252,15 @@ class Engine:
             self._engine.wake_up(tags=order["tags"])
         return {"supported": self._sleep_mode}
 
+    def drop(self, order: Event) -> dict[str, Any]:
+        self.flights.drop()
+        return {}
+
     @property
     def _engine(self) -> Any:
-        if self._llm is None:
+        if self.llm is None:
             raise OrderError("input", "no model is loaded")
-        return self._llm
+        return self.llm
 
     @property
     def _model_config(self) -> Any:
@@ -277,31 +287,9 @@ class Engine:
         before: int = 0,
         total: int | None = None,
     ) -> list[Kept]:
-        """What `keep` makes of the output of each prompt, in order.
-
-        An output has a Python object for each token; made smaller as soon as it is finished, it never waits for the others.
-        Tells now and then how many are done, with `before` that were done earlier, and how many tokens that took.
-        """
-        llm, total = self._engine, len(prompts) if total is None else total
-        ids = llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        done: dict[int, Kept] = {}
-        tokens, told = 0, time.monotonic()
-        try:
-            while llm.llm_engine.has_unfinished_requests():
-                for output in llm.llm_engine.step():
-                    if output.finished:
-                        done[int(output.request_id)] = keep(output)
-                        tokens += sum(len(completion.token_ids) for completion in output.outputs)
-                if time.monotonic() - told > HEARTBEAT:
-                    told = time.monotonic()
-                    self._channel.progress(order, done=before + len(done), total=total, tokens=tokens)
-        except BaseException:
-            llm.llm_engine.abort_request(ids, internal=True)
-            raise
-        if len(done) != len(prompts):
-            raise OrderError("internal", f"{len(done)} of {len(prompts)} requests came back")
-        self._channel.progress(order, done=before + len(done), total=total, tokens=tokens)
-        return [done[i] for i in sorted(done)]
+        """What `keep` makes of the output of each prompt, in order; with `before` and `total` for its progress."""
+        flight = self.flights.launch(self._engine, order, prompts, params, keep, before=before, total=total)
+        return self.flights.wait(flight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,6 +298,24 @@ class Answer:
     token_ids: NDArray[np.int32]  # (T,)
     logp: float  # nats, summed
     finish_reason: str
+
+
+def _write(order: Event, names: list[str], began: float, done: list[list[Answer]]) -> dict[str, Any]:
+    """Write the answers of an order to its file: `done` has those to each of the prompts `names`."""
+    said, out = [answer for of_prompt in done for answer in of_prompt], Path(order["out"])
+    rows = answers.table(
+        prompt_ids=names,
+        per_prompt=order["sampling"]["n"],
+        texts=[answer.text for answer in said],
+        token_ids=[answer.token_ids for answer in said],
+        logps=[answer.logp for answer in said],
+        finish_reasons=[answer.finish_reason for answer in said],
+        policy=order["policy"],
+    )
+    with folders.disk_errors(out), tables.writing_to(out, Candidate) as file:
+        file.table(rows)
+    tokens = sum(len(answer.token_ids) for answer in said)
+    return {"rows": rows.num_rows, "tokens": tokens, "seconds": time.monotonic() - began}
 
 
 def _answer(completion: Any) -> Answer:
@@ -376,9 +382,13 @@ def main() -> None:
         "forget": engine.forget,
         "sleep": engine.sleep,
         "wake": engine.wake,
+        "drop": engine.drop,
     }
-    # Once vLLM's own processes are gone this one has to go too, and the controller starts another.
-    take_orders(channel, known, fatal=EngineDeadError)
+    threading.Thread(target=end_with_them, args=(lambda: engine.llm,), name="liveness", daemon=True).start()
+    try:
+        take_orders(channel, known, fatal=(EngineDeadError, ProcessesGone), work=engine.flights)
+    except (EngineDeadError, ProcessesGone) as error:
+        end(str(error))
 
 
 if __name__ == "__main__":

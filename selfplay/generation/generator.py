@@ -1,35 +1,63 @@
-"""The generator: the controller's side of the vLLM engine. It keeps the engine alive and says which policy answers.
+"""The generator: a pool of vLLM engines, one object for those who ask.
 
-An engine that dies is started again with the policy last verified for service. The weights that were in it are swapped in
-and verified again, and the call is repeated. Seeds make its answers the same; on a CPU they are the same to the bit.
+Seeds make the answers of all engines the same, and of an engine that was started again; on a CPU they are the same to the bit.
 """
 
 from __future__ import annotations
 
-import json
-import time
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfplay.config import Config
-from selfplay.errors import CheckpointError, DiskError, EngineError, InputError, SwapError
-from selfplay.generation.installing import EngineInfo, NotShown, WarmEngine
-from selfplay.generation.swap import Canaries, SwapReport, check_fits
-from selfplay.processes.child import ChildDied, ChildError
-from selfplay.processes.protocol import Event
-from selfplay.storage import policies
-from selfplay.storage.policies import Manifest, TensorSpec
+from selfplay.generation.dealing import Deal, Piece
+from selfplay.generation.engines import Engines
+from selfplay.storage import folders
 from selfplay.types import Policy
 
-Result = TypeVar("Result")
+SCORED = 256  # answers in a piece of work that scores: few enough for several engines, many enough to fill one
 
-UNSOUND = ("oom", "internal", "shape")  # errors after which the engine's state is not to be trusted
-RAISED = {"input": InputError, "disk": DiskError}  # by the kind of a child's error; all others are an EngineError
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """Prompts that are answered together, into one file."""
+
+    start: int
+    """Number of the first one among all prompts."""
+    seeds: Sequence[int]
+    """One for each of its prompts; candidate i of a prompt uses its seed + i."""
+    file: Path
+    """Where the answers go, as `Candidate` rows, prompt by prompt. The file appears whole, or not at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Shards of a file of `Prompt` rows that a policy is to answer."""
+
+    prompts: Path
+    shards: Sequence[Shard]
+    policy: Policy | None = None
+    """None for the one that serves."""
+    candidates: int | None = None
+    """Answers to each prompt; by default `generate.candidates`."""
+    max_tokens: int | None = None
+    """The longest of them; by default `generate.max_tokens`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Answers that are scored together."""
+
+    start: int
+    count: int
+    done: Callable[[list[float]], None]
+    """Takes their log-probabilities."""
+    policy: Policy | None = None
+    """None for the one that serves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,118 +66,76 @@ class Sampled:
 
     rows: int  # answers in its file
     tokens: int  # sampled for them
-    seconds: float  # that the engine took
+    seconds: float  # from the order to the last of them
 
 
-class Generator:
-    """One vLLM engine in a child process. Not for use from several threads at a time.
-
-    `verified` is the policy that the engine starts from after a fault; `policy` is the one whose weights answer. They
-    differ only while a candidate is evaluated (`swap(..., keep_verified=True)`).
-    """
-
-    def __init__(
-        self, config: Config, run_dir: Path, log: Path, *, on_event: Callable[[str, str], None] | None = None
-    ) -> None:
-        self._config, self._run_dir = config, run_dir
-        self._tell = on_event or (lambda kind, text: None)
-        self._shape: tuple[dict[str, TensorSpec], dict[str, Any]] | None = (
-            None  # tensors and config.json of the run's model
-        )
-        self.engine = WarmEngine(config, run_dir, log)
-        self.policy: Policy | None = None
-        self.verified: Policy | None = None
-
-    @property
-    def info(self) -> EngineInfo | None:
-        """What runs; None before the first policy was loaded."""
-        return self.engine.info
-
-    def reconfigure(self, config: Config) -> None:
-        """Go on under another configuration of the same policy; an engine that it would make otherwise is ended."""
-        if _made_from(config) != _made_from(self._config):
-            self.stop()
-        self._config = self.engine.config = config
-
-    # its life
-
-    def start(self) -> None:
-        """Start the engine's process, whose imports take seconds, unless there is one; returns at once."""
-        self.engine.start()
-
-    def load(self, policy: Policy) -> EngineInfo:
-        """Wait for the engine, load its first policy and verify it; starts the process where `start` was not called.
-
-        Raises CheckpointError, ConfigError, InputError (a model that vLLM cannot serve), SwapError or EngineError.
-        """
-        if self.engine.loaded:
-            self.stop()
-        self.verified = self.policy = policy
-        try:
-            self._alive(lambda: None)
-        except BaseException:
-            self.verified = self.policy = None
-            self.stop()
-            raise
-        assert self.info is not None
-        return self.info
-
-    def stop(self) -> None:
-        """End the engine. The next call starts it again, with the weights that were in it."""
-        self.engine.stop()
-
-    # what it is for
+class Generator(Engines):
+    """The engines of a run, and what they are asked."""
 
     def sample(
         self,
-        prompts: Path,
-        start: int,
-        count: int,
-        seeds: Sequence[int],
-        out: Path,
+        asks: Sequence[Ask],
         *,
-        candidates: int | None = None,
-        max_tokens: int | None = None,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> Sampled:
-        """Have the engine answer the prompts start … start + count − 1 of a file of `Prompt` rows.
+        on_progress: Callable[[int], None] = lambda done: None,
+        before_shard: Callable[[], None] = lambda: None,
+        on_shard: Callable[[Shard, Sampled], None] = lambda shard, sampled: None,
+    ) -> None:
+        """Have the engines answer; where several policies are asked, some engines serve one and some another.
 
-        Its answers are `Candidate` rows in the file `out`, prompt by prompt. Whoever calls makes that file durable; where this
-        fails there is none. `seeds` has one for each of the prompts; candidate i uses its seed + i. `candidates` is how many
-        of each, by default `generate.candidates`. `max_tokens` is the longest of them, by default `generate.max_tokens`.
-        `on_progress` gets the number of prompts done. Raises InputError for a prompt that does not fit, DiskError, EngineError.
+        All three functions are called in the caller's thread: `before_shard` before a shard is handed out, `on_shard` once its
+        file is whole, `on_progress` with the number of prompts done. Where `before_shard` raises Interrupted, the shards in
+        flight are finished first, unless it is to stop `now`. Raises InputError for a prompt that does not fit, DiskError,
+        EngineError, and as `swap` does.
         """
-        assert len(seeds) == count > 0
-        settings = self._config.generate
+        if self.info is None:
+            self.serve()
+        count = _Count(on_progress)
 
-        def work() -> Sampled:
-            assert self.info is not None and self.policy is not None
-            stops = settings.stop_token_ids if settings.stop_token_ids is not None else self.info.eos_ids
-            found = self.engine.order(
-                "generate",
-                _on_done(on_progress),
-                prompts=str(prompts),
-                start=start,
-                count=count,
-                seeds=list(seeds),
-                policy=self.policy.version,
-                out=str(out),
-                sampling={
-                    "n": settings.candidates if candidates is None else candidates,
+        def done(shard: Shard, found: dict[str, Any]) -> None:
+            folders.finish(_partial(shard), shard.file)
+            count.done(shard, len(shard.seeds))
+            on_shard(shard, Sampled(**found))
+
+        pieces = [
+            self._sampling(ask, shard, functools.partial(done, shard), functools.partial(count.done, shard))
+            for ask in asks
+            for shard in ask.shards
+        ]
+        try:
+            self._deal(pieces, before_shard)
+        finally:
+            for ask in asks:
+                for shard in ask.shards:
+                    _partial(shard).unlink(missing_ok=True)
+
+    def _sampling(self, ask: Ask, shard: Shard, done: Callable[[Any], None], progress: Callable[[int], None]) -> Piece:
+        settings, policy = self._config.generate, ask.policy or self.policy
+        assert self.info is not None and policy is not None, "load a policy first"
+        candidates = ask.candidates or settings.candidates
+        stops = settings.stop_token_ids if settings.stop_token_ids is not None else self.info.eos_ids
+        return Piece(
+            order="generate",
+            fields={
+                "prompts": str(ask.prompts),
+                "start": shard.start,
+                "count": len(shard.seeds),
+                "seeds": list(shard.seeds),
+                "policy": policy.version,
+                "out": str(_partial(shard)),
+                "sampling": {
+                    "n": candidates,
                     "temperature": settings.temperature,
                     "top_p": settings.top_p,
                     "top_k": settings.top_k,
-                    "max_tokens": settings.max_tokens if max_tokens is None else max_tokens,
+                    "max_tokens": ask.max_tokens or settings.max_tokens,
                     "stop_token_ids": stops,
                 },
-            )
-            return Sampled(**found)
-
-        try:
-            return self._alive(work)
-        except BaseException:
-            out.unlink(missing_ok=True)
-            raise
+            },
+            policy=policy,
+            sequences=candidates * len(shard.seeds),
+            done=done,
+            progress=progress,
+        )
 
     def answer_logps(
         self,
@@ -158,167 +144,95 @@ class Generator:
         start: int,
         count: int,
         per_prompt: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], None] = lambda done: None,
+        before_piece: Callable[[], None] = lambda: None,
+        policies: Sequence[Policy | None] = (None,),
     ) -> NDArray[np.float64]:
-        """Summed log-probabilities (nats, temperature 1) of the answers start … start + count − 1 of a file: (count,).
+        """Summed log-probabilities (nats, temperature 1) of the answers start … start + count − 1 of a file, under each of the
+        policies, by default the one that serves: (len(policies), count).
 
         `answers` is a file of `Candidate` rows, whose first `per_prompt` rows are answers to the first row of `prompts`, and so
-        on. `on_progress` gets the number of answers done. Raises InputError where the two do not agree, EngineError.
+        on. `on_progress` gets the number of answers done. `before_piece` is called before some of them are handed to an engine;
+        what it raises ends the call. Raises InputError where the two files do not agree, EngineError.
         """
-        if not count:
-            return np.zeros(0)
+        logps = np.full((len(policies), count), np.nan)
 
-        def work() -> NDArray[np.float64]:
-            found = self.engine.order(
-                "answer_logps",
-                _on_done(on_progress),
-                prompts=str(prompts),
-                answers=str(answers),
-                start=start,
-                count=count,
-                per_prompt=per_prompt,
+        def done(row: int, first: int, found: list[float]) -> None:
+            logps[row, first : first + len(found)] = found
+
+        ranges = [
+            Range(
+                start=start + first,
+                count=min(SCORED, count - first),
+                done=functools.partial(done, row, first),
+                policy=policy,
             )
-            return np.array(found, np.float64)
-
-        logps = self._alive(work)
-        assert logps.shape == (count,) and np.isfinite(logps).all()
+            for row, policy in enumerate(policies)
+            for first in range(0, count, SCORED)
+        ]
+        self.score(prompts, answers, ranges, per_prompt, on_progress, before_piece)
+        assert np.isfinite(logps).all()
         return logps
 
-    def swap(self, policy: Policy, *, keep_verified: bool = False) -> SwapReport:
-        """Put another policy's weights into the running engine and show that they answer.
+    def score(
+        self,
+        prompts: Path,
+        answers: Path,
+        ranges: Sequence[Range],
+        per_prompt: int,
+        on_progress: Callable[[int], None] = lambda done: None,
+        before_piece: Callable[[], None] = lambda: None,
+    ) -> None:
+        """The same for several ranges of answers and under several policies. What they find comes in any order."""
+        progress = _Count(on_progress)
 
-        With `keep_verified` an engine that dies later still starts from the policy that was verified before; the new
-        weights are then swapped in on top. Raises CheckpointError for a checkpoint that is damaged or does not fit (the
-        running weights are untouched), SwapError when its weights could not be shown to be in, even in a new engine; the
-        next call then starts one with the policy that was verified before.
-        """
-        assert self.verified is not None, "load a policy before swapping"
-        began = time.monotonic()
-        manifest = self._checked(policy)  # before anything is touched
-        try:
-            if not self.engine.loaded:  # where it sleeps, the old weights need not come back
-                self._bring_up()
-            report = self._install(policy, manifest, self.engine.canaries, began)
-        except (ChildDied, ChildError, NotShown) as error:
-            report = self._restart_with(policy, manifest, began, str(error))
-        self.policy = policy
-        if not keep_verified:
-            self.verified = policy
-        return report
+        def done(piece: Range, found: list[float]) -> None:
+            piece.done(found)
+            progress.done(piece, len(found))
 
-    def promote(self) -> None:
-        """From now on a new engine starts from the policy that answers, after a `swap(…, keep_verified=True)`."""
-        self.verified = self.policy
+        pieces = []
+        for each in ranges:
+            policy = each.policy or self.policy
+            assert policy is not None, "load a policy first"
+            fields = {"start": each.start, "count": each.count, "per_prompt": per_prompt}
+            pieces.append(
+                Piece(
+                    order="answer_logps",
+                    fields={"prompts": str(prompts), "answers": str(answers), **fields},
+                    policy=policy,
+                    sequences=each.count,
+                    done=functools.partial(done, each),
+                    progress=functools.partial(progress.done, each),
+                )
+            )
+        self._deal(pieces, before_piece)
 
-    def sleep(self, level: int = 2) -> bool:
-        """Give the accelerator's memory back until the next call; False where the platform has no such thing.
-
-        Level 1 keeps the weights in main memory, level 2 drops them: the next call reads them from disk.
-        """
-        if self.engine.asleep is None:
-            return self._alive(lambda: self.engine.sleep(level))
-        return True
-
-    def wake(self) -> None:
-        """Take the memory back and have the policy answer again. Every call that needs it does this by itself."""
-        self._alive(lambda: None)
-
-    # supervision
-
-    def _alive(self, work: Callable[[], Result]) -> Result:
-        """Do `work` with an engine that runs `self.policy`; where the engine dies, start another and do it again."""
-        restarts = self._config.generate.engine.restarts
-        for attempt in range(restarts + 1):
-            try:
-                self._bring_up()
-                return work()
-            except ChildDied as died:
-                self.stop()
-                if attempt == restarts:
-                    raise EngineError(f"{died}, {attempt + 1} times in this call", f"see {died.log}") from died
-                pause = min(0.5 * 2**attempt, 30.0)
-                self._tell("engine_restart", f"{died}; starting it again in {pause:.1f} s")
-                time.sleep(pause)
-            except ChildError as error:
-                self._fail(error)
-            except NotShown as error:
-                raise SwapError(str(error), f"see {self.engine.log}") from error
-        raise AssertionError("unreachable")
-
-    def _fail(self, error: ChildError) -> NoReturn:
-        if error.kind in UNSOUND:
-            self.stop()
-        raise RAISED.get(error.kind, EngineError)(str(error), error.hint or f"see {error.log}") from error
-
-    def _bring_up(self) -> None:
-        """Have a running, awake engine with the weights of `self.policy`."""
-        assert self.policy is not None and self.verified is not None, "load a policy first"
-        if not self.engine.loaded:
-            self._load(self.verified, self._manifest(self.verified))
-            if self.policy != self.verified:
-                self._install(self.policy, self._checked(self.policy), self.engine.canaries, time.monotonic())
-        elif self.engine.asleep is not None:
-            self._install(self.policy, self._manifest(self.policy), None, time.monotonic())
-
-    def _load(self, policy: Policy, manifest: Manifest) -> None:
-        """Load a policy into a fresh engine; its tensors and settings are those of the run's model from then on."""
-        shape = policies.tensors(Path(policy.path)), _model_config(policy)
-        self.engine.load(policy, Canaries.of(manifest.canaries), shape[1])
-        self._shape = shape
-
-    def _install(self, policy: Policy, manifest: Manifest, parent: Canaries | None, began: float) -> SwapReport:
-        return self.engine.install(policy, Canaries.of(manifest.canaries), parent, began)
-
-    def _restart_with(self, policy: Policy, manifest: Manifest, began: float, why: str) -> SwapReport:
-        """Start a fresh engine with the new weights, once; a failure leaves none running."""
-        self.stop()
-        self._tell(
-            "swap_restart", f"policy {policy.version} could not be swapped in ({why}); starting a new engine with it"
-        )
-        try:
-            self._load(policy, manifest)
-        except (ChildDied, ChildError, NotShown) as failure:
-            self.policy = self.verified
-            raise SwapError(
-                f"policy {policy.version} could not be shown to be in the engine: {why}; then in a new engine: {failure}",
-                f"see {self.engine.log}",
-            ) from failure
-        return self.engine.restarted(policy, began)
-
-    def _checked(self, policy: Policy) -> Manifest:
-        """The manifest of a policy whose files are whole and fit the running model; raises CheckpointError."""
-        manifest = self._manifest(policy)
-        assert self._shape is not None
-        tensors, config = self._shape
-        check_fits(tensors, policies.tensors(Path(policy.path)), config, _model_config(policy))
-        return manifest
-
-    def _manifest(self, policy: Policy) -> Manifest:
-        """The run's manifest of the policy, every file of it checked.
-
-        The manifest that a source folder has of its own, as a policy of another run, has no say.
-        """
-        folder = policies.Policies(self._run_dir).folder(policy.version)
-        manifest = policies.verify(folder)
-        assert Path(manifest.source or folder).resolve() == Path(policy.path).resolve(), "policies come from the run"
-        Canaries.of(manifest.canaries)
-        return manifest
+    def _deal(self, pieces: Sequence[Piece], before: Callable[[], None]) -> None:
+        left = list(pieces)
+        while left:
+            policies = list(dict.fromkeys(piece.policy for piece in left))
+            if policies == [self.policy]:
+                self.serve()
+            else:
+                self.divide(policies)
+            with self.ended_by_hand():
+                left = Deal(self.engines, left, self, before).run()
+        self.tell()
 
 
-def _made_from(config: Config) -> tuple[object, ...]:
-    """What an engine is started with: it cannot change under one that runs."""
-    place, generate = config.placement, config.generate
-    lengths = (config.prompts.max_tokens, generate.max_tokens)  # they decide on its context
-    return config.policy, config.run.seed, lengths, generate.engine, place.generator, place.colocated
+def _partial(shard: Shard) -> Path:
+    """Where the engine writes the answers of a shard."""
+    return shard.file.with_name(f".{shard.file.name}.partial")
 
 
-def _on_done(on_progress: Callable[[int], None] | None) -> Callable[[Event], None] | None:
-    return None if on_progress is None else lambda event: on_progress(event["done"])
+class _Count:
+    """How many are done of all pieces together; never fewer than were told before."""
 
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell, self._told = tell, 0
+        self._done: dict[int, int] = {}  # by the piece
 
-def _model_config(policy: Policy) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((Path(policy.path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{policy.path}/config.json cannot be read: {error}") from None
-    return config
+    def done(self, piece: object, count: int) -> None:
+        self._done[id(piece)] = count
+        self._told = max(self._told, sum(self._done.values()))
+        self._tell(self._told)

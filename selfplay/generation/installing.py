@@ -1,6 +1,6 @@
 """One engine's process, and how weights get into it: what was loaded or reloaded is shown to be there before it answers.
 
-Nothing here starts an engine again or decides which policy is to serve; `generator.py` does.
+Nothing here starts an engine again (`supervised.py` does) or decides which policy is to serve (`generator.py`).
 """
 
 from __future__ import annotations
@@ -57,14 +57,17 @@ class WarmEngine:
     Orders raise ChildError where one fails and ChildDied where the process ends. Not for use from several threads at a time.
     """
 
-    def __init__(self, config: Config, run_dir: Path, log: Path) -> None:
-        self.config = config
-        self.log = log
+    def __init__(
+        self, config: Config, run_dir: Path, log: Path, name: str = "generator", gpus: Sequence[int] | None = None
+    ) -> None:
+        """`gpus`: those of this engine; None for all that are visible."""
+        self.config, self.log, self.name, self.gpus = config, log, name, gpus
         self.child: Child | None = None
         self.info: EngineInfo | None = None  # of the process that was loaded last, also after its end
         self.loaded = False  # verified weights are in it (asleep or not)
         self.asleep: int | None = None  # the level of its sleep
-        self.canaries: Canaries | None = None  # of the policy in it
+        self.policy: Policy | None = None  # whose weights are in it
+        self.canaries: Canaries | None = None  # of that policy
         self._run_dir = run_dir
         self._started = 0.0
         self._noise = 0.0  # nats a token, of the engine against the policy that it was started with
@@ -80,15 +83,15 @@ class WarmEngine:
         """Start the process, whose imports take seconds, unless there is one; returns at once."""
         if self.child is not None:
             return
-        engine, gpus = self.config.generate.engine, self.config.placement.generator
+        engine = self.config.generate.engine
         argv = [sys.executable, *ENGINE]
         argv += ["--cpu-threads", str(engine.cpu_threads), "--cpu-kv-cache-gib", str(engine.cpu_kv_cache_gib)]
         self.child = Child(
-            "generator",
+            self.name,
             argv,
             run_dir=self._run_dir,
             log=self.log,
-            env={} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))},
+            env={} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))},
             silence=engine.silence,
         )
         self._started, self.loaded, self.asleep = time.monotonic(), False, None
@@ -154,7 +157,7 @@ class WarmEngine:
         except BaseException:
             self.stop()
             raise
-        self.loaded, self.canaries = True, canaries
+        self.loaded, self.policy, self.canaries = True, policy, canaries
 
     def install(self, policy: Policy, new: Canaries, parent: Canaries | None, began: float) -> SwapReport:
         """Reload in place and verify. Raises NotShown, ChildError or ChildDied, and leaves no process then.
@@ -186,7 +189,7 @@ class WarmEngine:
         except BaseException:
             self.stop()
             raise
-        self.loaded, self.canaries = True, new
+        self.loaded, self.policy, self.canaries = True, policy, new
         return SwapReport(
             policy=policy.version,
             method="canaries" if compared is None else "weights",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from selfplay.errors import DiskError, InputError
 from selfplay.processes.protocol import Channel, Event
@@ -18,19 +19,59 @@ class OrderError(Exception):
         self.kind, self.hint = kind, hint
 
 
+class Work(Protocol):
+    """Orders that are answered later, while others are taken."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    def step(self) -> None:
+        """Go on for a moment."""
+
+    def fail(self, error: Exception) -> None:
+        """Answer each of them by an error."""
+
+
+class _Later:
+    """An order that returns this is answered by the `Work` that it was given to."""
+
+
+LATER = _Later()
+
+
 def take_orders(
     channel: Channel,
     known: Mapping[str, Callable[[Event], Any]],
     fatal: type[BaseException] | tuple[type[BaseException], ...] = (),
+    work: Work | None = None,
 ) -> None:
     """Say «ready», then answer each order by what `known` returns for it, until there are no more.
 
-    An order that fails is answered by its error, and the next one is taken. A `fatal` error ends the process.
+    An order that fails is answered by its error, and the next one is taken. A `fatal` error ends the process. While `work` is
+    busy it goes on step by step, and orders are taken between two steps.
     """
     channel.ready()
-    for order in channel.orders():
+    orders = channel.incoming()
+    while True:
+        working = work is not None and work.busy
         try:
-            channel.result(order, known[order["order"]](order))
+            order = orders.get(block=not working)
+        except queue.Empty:
+            assert work is not None
+            try:
+                work.step()
+            except fatal:
+                raise
+            except Exception as error:
+                traceback.print_exc()
+                work.fail(error)
+            continue
+        if order is None:
+            return
+        try:
+            result = known[order["order"]](order)
+            if result is not LATER:
+                channel.result(order, result)
         except fatal:
             raise
         except Exception as error:

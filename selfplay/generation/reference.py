@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from selfplay.generation.generator import Generator
+from selfplay.generation.generator import Generator, Range
 from selfplay.progress import Line
 from selfplay.storage import tables
 from selfplay.types import Candidate, ReferenceLogp
@@ -81,23 +81,26 @@ def _logps(
     breathe: Callable[[str], None],
     on_progress: Callable[[int], None],
 ) -> Floats:
-    """The log-probabilities (N,) under the policy in the engine, a shard at a time."""
+    """The log-probabilities (N,) under the policy in the engines, shard by shard."""
     count = tables.count_rows(candidates)
     per_prompt = count // tables.count_rows(prompts)
     rows = shard_prompts * per_prompt
     shards.mkdir(parents=True, exist_ok=True)
-    found = []
-    for start in range(0, count, rows):
-        shard, here = shards / f"{start:08d}.parquet", min(rows, count - start)
-        if not shard.exists():
-            breathe("shard")
-            told = functools.partial(_from, start, on_progress)
-            values = generator.answer_logps(prompts, candidates, start, here, per_prompt, told)
-            tables.write_table(shard, pa.table({"logp": values}))
-        found.append(tables.read_array(shard, "logp"))
-        on_progress(start + here)
-    return np.concatenate(found)
+    files = {start: shards / f"{start:08d}.parquet" for start in range(0, count, rows)}
+    sizes = {start: min(rows, count - start) for start in files}
+    missing = [start for start, file in files.items() if not file.exists()]
+    there = count - sum(sizes[start] for start in missing)
+    on_progress(there)
+    generator.score(
+        prompts,
+        candidates,
+        [Range(start=start, count=sizes[start], done=functools.partial(_keep, files[start])) for start in missing],
+        per_prompt,
+        on_progress=lambda done: on_progress(there + done),
+        before_piece=lambda: breathe("shard"),
+    )
+    return np.concatenate([tables.read_array(file, "logp") for file in files.values()])
 
 
-def _from(start: int, on_progress: Callable[[int], None], done: int) -> None:
-    on_progress(start + done)
+def _keep(shard: Path, logps: list[float]) -> None:
+    tables.write_table(shard, pa.table({"logp": pa.array(logps, pa.float64())}))

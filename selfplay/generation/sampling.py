@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from selfplay.config import GenerateConfig
-from selfplay.generation.generator import Generator
+from selfplay.generation.generator import Ask, Generator, Shard
 from selfplay.progress import Line
 from selfplay.stage import Metrics, Stage, samples
 from selfplay.storage import answers, folders, tables
-from selfplay.types import Candidate, Prompt
+from selfplay.types import Candidate, Policy, Prompt
 
 GENERATE = Stage(
     name="generate",
@@ -42,8 +43,9 @@ def generate(
     shards: Path,
     breathe: Callable[[str], None],
     on_shard: Callable[[int, Path], None] = lambda start, file: None,
+    policy: Policy | None = None,
 ) -> Metrics:
-    """Sample candidates for every row of `prompts` into `out`/candidates.parquet, with the policy that is in the engine.
+    """Sample candidates for every row of `prompts` into `out`/candidates.parquet, with a policy, by default the one that serves.
 
     `seed` gives each prompt_id its sampling seed. `breathe("shard")` is called before each shard that is sampled; what it
     raises ends the stage. Finished shards stay in the folder `shards` for the next try. `on_shard` as in `sample`.
@@ -59,6 +61,7 @@ def generate(
         on_progress=lambda done: line.update(done=done),
         before_shard=lambda: breathe("shard"),
         on_shard=on_shard,
+        policy=policy,
     )
     seconds = time.monotonic() - began
     candidates = out / "candidates.parquet"
@@ -68,39 +71,59 @@ def generate(
     return metrics
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Prompts that a policy is to answer, for few of them."""
+
+    rows: Sequence[Prompt]
+    policy: Policy | None = None
+    """None for the one that serves."""
+    seed: Callable[[str], int]
+    """Gives each prompt_id its sampling seed."""
+    shards: Path
+    """A folder for these prompts and settings alone: finished shards stay there, and are not sampled again."""
+    candidates: int = 1
+    max_tokens: int | None = None
+    """The longest answer; by default what the generator is set to."""
+
+
 def ask(
-    generator: Generator,
-    rows: Sequence[Prompt],
+    generator: Callable[[], Generator],
+    requests: Sequence[Request],
     *,
-    candidates: int,
-    seed: Callable[[str], int],
-    shards: Path,
     shard_prompts: int,
     on_progress: Callable[[int], None] = lambda done: None,
     before_shard: Callable[[], None] = lambda: None,
-    max_tokens: int | None = None,
-) -> list[Candidate]:
-    """The candidates of some prompts as records, prompt by prompt. For few prompts, since all answers are in memory.
+) -> list[list[Candidate]]:
+    """The candidates of each request as records, prompt by prompt. For few prompts, since all answers are in memory.
 
-    The prompts are written to `shards`/asked.parquet; the other parameters are those of `sample`.
+    Several policies answer side by side where there are several engines. `generator` is called where something has to be
+    sampled. The prompts of a request are written to its `shards`/asked.parquet.
     """
-    if not rows:
-        return []
-    folders.make(shards)
-    asked = shards / "asked.parquet"
-    tables.write_rows(asked, rows, Prompt)
-    files = sample(
-        generator,
-        asked,
-        candidates=candidates,
-        seed=seed,
-        shards=shards,
-        shard_prompts=shard_prompts,
-        on_progress=on_progress,
-        before_shard=before_shard,
-        max_tokens=max_tokens,
-    )
-    return [row for file in files for row in tables.each_row(file, Candidate)]
+    asks, files, there = [], [], 0
+    for request in requests:
+        folders.make(request.shards)
+        asked = request.shards / "asked.parquet"
+        if request.rows:
+            tables.write_rows(asked, request.rows, Prompt)
+        seeds = [request.seed(row.prompt_id) for row in request.rows]
+        every, missing = _shards(request.shards, seeds, shard_prompts)
+        files.append([shard.file for shard in every])
+        there += len(seeds) - sum(len(shard.seeds) for shard in missing)
+        if missing:
+            asks.append(
+                Ask(
+                    prompts=asked,
+                    shards=missing,
+                    policy=request.policy,
+                    candidates=request.candidates,
+                    max_tokens=request.max_tokens,
+                )
+            )
+    on_progress(there)
+    if asks:
+        generator().sample(asks, on_progress=lambda done: on_progress(there + done), before_shard=before_shard)
+    return [[row for file in of_request for row in tables.each_row(file, Candidate)] for of_request in files]
 
 
 def sample(
@@ -114,39 +137,44 @@ def sample(
     on_progress: Callable[[int], None] = lambda done: None,
     before_shard: Callable[[], None] = lambda: None,
     on_shard: Callable[[int, Path], None] = lambda start, file: None,
-    max_tokens: int | None = None,
+    policy: Policy | None = None,
 ) -> list[Path]:
     """Sample candidates for every row of `prompts`; returns the shards' files, in the order of the prompts.
 
     A shard has the candidates of `shard_prompts` prompts. Its file appears whole, and one that is there is not sampled again:
     the folder `shards` belongs to these prompts and settings alone. `seed` gives each prompt_id its sampling seed.
-    `max_tokens` is the longest candidate, by default what the generator is set to. `on_progress` gets the number of prompts
-    done. `before_shard` is called before each shard that is sampled. `on_shard` gets the number of the first prompt and the
-    file of each shard that is whole, those that were there before too.
+    `on_progress` gets the number of prompts done. `before_shard` is called before each shard that is handed to an engine.
+    `on_shard` gets the number of the first prompt and the file of each shard that is whole, in any order; first come those that
+    were there before. All three are called in the caller's thread. `policy` is the one that samples, by default the one that
+    serves; where nothing is left to sample, the engines go on with theirs.
     """
     folders.make(shards)
     seeds = [seed(prompt_id) for prompt_id in tables.read_column(prompts, "prompt_id")]
-    files = []
-    for start in range(0, len(seeds), shard_prompts):
-        end = min(start + shard_prompts, len(seeds))
-        file = shards / f"{start:08d}.parquet"
-        if not file.exists():
-            before_shard()
-            with folders.whole(file) as partial:
-                generator.sample(
-                    prompts,
-                    start,
-                    end - start,
-                    seeds[start:end],
-                    partial,
-                    candidates=candidates,
-                    max_tokens=max_tokens,
-                    on_progress=lambda done, start=start: on_progress(start + done),  # type: ignore[misc]
-                )
-        files.append(file)
-        on_shard(start, file)
-        on_progress(end)
-    return files
+    every, missing = _shards(shards, seeds, shard_prompts)
+    left = {shard.start for shard in missing}
+    there = 0
+    for shard in every:
+        if shard.start not in left:
+            there += len(shard.seeds)
+            on_shard(shard.start, shard.file)
+    on_progress(there)
+    if missing:
+        generator.sample(
+            [Ask(prompts=prompts, shards=missing, candidates=candidates, policy=policy)],
+            on_progress=lambda done: on_progress(there + done),
+            before_shard=before_shard,
+            on_shard=lambda shard, sampled: on_shard(shard.start, shard.file),
+        )
+    return [shard.file for shard in every]
+
+
+def _shards(folder: Path, seeds: Sequence[int], size: int) -> tuple[list[Shard], list[Shard]]:
+    """All shards of some prompts, and those of them that have no file yet."""
+    every = [
+        Shard(start=start, seeds=seeds[start : start + size], file=folder / f"{start:08d}.parquet")
+        for start in range(0, len(seeds), size)
+    ]
+    return every, [shard for shard in every if not shard.file.exists()]
 
 
 def measure(candidates: Path, seconds: float) -> dict[str, float]:

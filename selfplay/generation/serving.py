@@ -52,7 +52,7 @@ class Serving:
         In a trial the engine, should it die, starts from the policy that was verified before, and swaps this one in again.
         """
         engine = self.engine()
-        if engine.policy == policy:
+        if engine.policy == policy and not engine.divided:
             if not trial:
                 engine.promote()
             return None

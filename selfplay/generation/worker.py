@@ -20,15 +20,19 @@ class WorkerOrders:
     model_runner: Any
     parallel_config: Any
 
-    def renew_output_layer(self) -> None:
-        """Repack layers whose weight is also another layer's, after a reload on a CPU.
+    def renew_packed_weights(self) -> None:
+        """Repack weights that kernels of a CPU hold in a layout of their own, where a reload has left the old ones or plain ones.
 
         The output layer multiplies by a repacked copy of its weight. vLLM 0.32 renews the copy when the checkpoint names the
-        layer. A tied output layer is not named there, and would go on with the old weights.
+        layer. A tied output layer is not named there, and would go on with the old weights. Experts of a mixture are packed
+        when they are loaded first, and a reload puts plain weights in their place.
         """
         for module in self.model_runner.get_model().modules():
             if hasattr(module, "cpu_linear") and module.weight.numel():
                 module.quant_method.process_weights_after_loading(module)
+            kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+            if kernel is not None:
+                kernel.fused_experts.process_weights_after_loading(module)
 
     def forget_weights(self) -> bool:
         """Set this worker's share of the weights to 0. Where kernels keep copies of them, do nothing and return False."""

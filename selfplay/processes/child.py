@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,6 +68,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Pipe | None = None
         self._next_id = 0
+        self._moved = 0.0  # The time.monotonic() at which an order was sent last, or an event was heard.
         self._stopped = threading.Event()
 
     def start(self) -> None:
@@ -126,6 +129,7 @@ class Child:
             raise self._hung() from error
         except OSError as error:
             raise self._died() from error
+        self._moved = time.monotonic()
         return self._next_id
 
     def result(self, order_id: int, on_event: Callable[[Event], None] | None = None) -> Any:
@@ -136,8 +140,7 @@ class Child:
             if "result" in event:
                 return event["result"]
             if "error" in event:
-                error = event["error"]
-                raise ChildError(self.name, error["kind"], error["message"], error.get("hint", ""), self.log)
+                raise self.failure(event)
             if on_event is not None:
                 on_event(event)
         raise self._died()
@@ -146,6 +149,24 @@ class Child:
         """Take in what the child has said so far, so that it need not wait for somebody who asks for it later."""
         if self._pipe is not None:
             self._pipe.take_in()
+
+    def failure(self, event: Event) -> ChildError:
+        """The error that an event tells of, to be raised."""
+        error = event["error"]
+        return ChildError(self.name, error["kind"], error["message"], error.get("hint", ""), self.log)
+
+    def heard(self) -> list[Event]:
+        """All events that have come, without waiting for more. For orders that are in flight together: their events have their
+        numbers. Raises ChildDied where the child has ended, and where it was silent for too long."""
+        assert self._pipe is not None, f"{self.name} was not started"
+        lines, open_still = self._pipe.lines_so_far()
+        if lines:
+            self._moved = time.monotonic()
+        elif not open_still:
+            raise self._died()
+        elif time.monotonic() - self._moved > self.silence:
+            raise self._hung()
+        return [event for line in lines if (event := self._parse(line)) is not None]
 
     def wait_for(self, event_name: str) -> Event:
         """Wait for an event that no order asked for, such as «ready». Raises ChildDied."""
@@ -199,13 +220,17 @@ class Child:
                 raise self._hung() from error
             if line is None:
                 return
-            event = parse_line(line)
-            if event is None:  # A launcher prints to the same pipe.
-                with self.log.open("ab") as log:
-                    log.write(line + b"\n")
-                continue
+            event = self._parse(line)
             del line  # It may be as large as the event, which is all that is needed from here on.
-            yield event
+            if event is not None:
+                yield event
+
+    def _parse(self, line: bytes) -> Event | None:
+        event = parse_line(line)
+        if event is None:  # A launcher prints to the same pipe.
+            with self.log.open("ab") as log:
+                log.write(line + b"\n")
+        return event
 
     def _hung(self) -> ChildDied:
         """End a child that was silent for too long; returns the error to raise."""
@@ -224,6 +249,13 @@ class Child:
             how = f"was killed by {signals[code]}"
         self.stop(grace=0)
         return ChildDied(self.name, how, self.log)
+
+
+def wait_for_any(running: Sequence[Child], seconds: float) -> None:
+    """Wait until one of several children says something or ends, or until the time is over. `Child.heard` tells what it was."""
+    pipes = [child._pipe for child in running if child._pipe is not None]
+    if not any(pipe.has_lines for pipe in pipes):
+        select.select([pipe.source for pipe in pipes], [], [], seconds)
 
 
 def _environment(run_dir: Path, env: Mapping[str, str]) -> dict[str, str]:

@@ -37,10 +37,32 @@ class Pipe:
                 return None
         return self._lines.popleft()
 
-    def take_in(self) -> None:
-        """Read what the child has written so far and keep it for `read_line`, so that it need not wait to write more."""
-        while select.select([self._source], [], [], 0)[0] and self._read():
-            continue
+    def take_in(self) -> bool:
+        """Read what the child has written so far and keep it for `read_line`, so that it need not wait to write more.
+
+        Returns whether the child still has its output open.
+        """
+        while select.select([self._source], [], [], 0)[0]:
+            if not self._read():
+                return False
+        return True
+
+    @property
+    def source(self) -> IO[bytes]:
+        """What to wait for where several pipes are read."""
+        return self._source
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether whole lines have come that nobody has asked for yet."""
+        return bool(self._lines)
+
+    def lines_so_far(self) -> tuple[list[bytes], bool]:
+        """The whole lines that have come, without waiting for more, and whether the child has its output still open."""
+        open_still = self.take_in()
+        lines = list(self._lines)
+        self._lines.clear()
+        return lines, open_still
 
     def write(self, data: bytes, silence: float) -> None:
         """Write all of `data`. Raises TimeoutError, and BrokenPipeError where the child has closed one of the pipes.

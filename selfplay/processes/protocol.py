@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -52,6 +53,19 @@ class Channel:
             if order["order"] == "exit":
                 return
             yield order
+
+    def incoming(self) -> queue.SimpleQueue[Event | None]:
+        """The same orders in a queue, which a thread fills as they come; None is the end. For a child that looks for orders while
+        it works on others."""
+        found: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+
+        def read() -> None:
+            for order in self.orders():
+                found.put(order)
+            found.put(None)
+
+        threading.Thread(target=read, name="orders", daemon=True).start()
+        return found
 
     def send(self, event: Event) -> None:
         """Send one event as it is."""

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfplay.generation.sampling import ask
+from selfplay.evaluation.stage import Asked
+from selfplay.generation.sampling import Request, ask
 from selfplay.generation.serving import Serving
 from selfplay.prompts import draw
 from selfplay.prompts.pool import Pool
@@ -65,31 +66,51 @@ class Answers:
         max_tokens: int | None = None,
     ) -> list[Candidate]:
         """One answer of a policy to each prompt. Under one name they are sampled once, and then read."""
-        self.serving.serve(policy)
+        return self._ask([Asked(name=name, prompts=prompts, policy=policy)], on_progress, max_tokens)[0]
+
+    def side_by_side(self, asked: Sequence[Asked], on_progress: Callable[[int], None]) -> list[list[Candidate]]:
+        """The same of several policies, side by side where there are several engines."""
+        return self._ask(asked, on_progress)
+
+    def _ask(
+        self, asked: Sequence[Asked], on_progress: Callable[[int], None], max_tokens: int | None = None
+    ) -> list[list[Candidate]]:
         return ask(
-            self.serving.generator,
-            prompts,
-            candidates=1,
-            seed=functools.partial(self.frame.seed, name),
-            shards=self.shards(name, policy.version, [prompt.prompt_id for prompt in prompts]),
+            self.serving.engine,
+            [
+                Request(
+                    rows=each.prompts,
+                    policy=each.policy,
+                    seed=functools.partial(self.frame.seed, each.name),
+                    shards=self.shards(each.name, each.policy.version, [prompt.prompt_id for prompt in each.prompts]),
+                    max_tokens=max_tokens,
+                )
+                for each in asked
+            ],
             shard_prompts=self.frame.config.generate.shard_prompts,
             on_progress=on_progress,
             before_shard=lambda: self.frame.breathe("shard"),
-            max_tokens=max_tokens,
         )
 
-    def logps(self, prompts: Sequence[Prompt], answers: Sequence[Candidate], policy: Policy) -> list[float]:
-        """Log-probability of each answer under the policy (nats, summed)."""
-        self.serving.serve(policy)
+    def logps(
+        self, prompts: Sequence[Prompt], answers: Sequence[Candidate], policies: Sequence[Policy]
+    ) -> list[list[float]]:
+        """Log-probability of each answer (nats, summed), under each of the policies."""
         folder = self.frame.shards("logps")
         folders.make(folder)
         asked, said = folder / "asked.parquet", folder / "answers.parquet"
         tables.write_rows(asked, prompts, Prompt)
         tables.write_rows(said, answers, Candidate)
-        found: list[float] = self.serving.generator.answer_logps(
-            asked, said, 0, len(answers), per_prompt=1, on_progress=lambda done: self.frame.breathe("shard")
-        ).tolist()
-        return found
+        found = self.serving.engine().answer_logps(
+            asked,
+            said,
+            0,
+            len(answers),
+            per_prompt=1,
+            policies=policies,
+            before_piece=lambda: self.frame.breathe("shard"),
+        )
+        return [logps.tolist() for logps in found]
 
     def shards(self, name: str, version: int, prompt_ids: Sequence[str]) -> Path:
         """Where finished answers of a policy to these prompts are kept."""

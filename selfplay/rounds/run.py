@@ -95,6 +95,8 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.stop_early()
+        if hasattr(self, "generator"):
+            self.generator.stop()  # an engine that is being started again is not to be started once more
         children.stop_all()
         self._close_tracker()
         if self._cache is not None:

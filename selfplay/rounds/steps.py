@@ -98,18 +98,13 @@ class Steps:
         sampler = Ahead(self.run, self.answers).sampler(self.champion, prompt_ids)
         self.run.store.set_sampler(self.index, sampler)
         shards = self.answers.shards("generate", sampler, prompt_ids)
-        if sampler == self.champion:
-            self.run.serving.serve(self.run.policy(sampler))
+        self.run.serving.engine()
         early = self.rewarding.begin_early()
 
         def on_shard(start: int, file: Path) -> None:
             if early is not None:
                 early.add(start, file)
                 line.update(text=f"{early.scored} candidates scored" if early.scored else "")
-
-        def breathe(where: str) -> None:
-            self.run.breathe(where)
-            self.run.serving.serve(self.run.policy(sampler))  # a swap only where not all was sampled ahead
 
         metrics = generate(
             out,
@@ -119,8 +114,9 @@ class Steps:
             settings=self.config.generate,
             seed=functools.partial(self.frame.seed, "generate"),
             shards=shards,
-            breathe=breathe,
+            breathe=self.run.breathe,
             on_shard=on_shard,
+            policy=self.run.policy(sampler),
         )
         if early is not None:
             metrics |= {"scored": float(early.scored), "overlap_seconds": early.seconds}

@@ -31,6 +31,12 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
         yield partial
+        finish(partial, path)
+
+
+def finish(partial: Path, path: Path) -> None:
+    """Sync a file that is written and give it its name."""
+    with disk_errors(path):
         sync(partial)
         partial.rename(path)
         sync(path.parent)

@@ -37,14 +37,14 @@ class Engine:
     def __init__(self):
         self.asked = []
 
-    def answers(self, name, prompts, policy, on_progress):
-        self.asked.append((name, policy.version, [p.prompt_id for p in prompts]))
-        on_progress(len(prompts))
-        return [answer(p, "word " * (1 + policy.version)) for p in prompts]
+    def side_by_side(self, asked, on_progress):
+        self.asked += [(each.name, each.policy.version, [p.prompt_id for p in each.prompts]) for each in asked]
+        on_progress(sum(len(each.prompts) for each in asked))
+        return [[answer(p, "word " * (1 + each.policy.version)) for p in each.prompts] for each in asked]
 
-    def logps(self, prompts, answers, policy):
-        self.asked.append(("logps", policy.version, [p.prompt_id for p in prompts]))
-        return [-1.0 - (2 - policy.version) for _ in answers]
+    def logps(self, prompts, answers, policies):
+        self.asked += [("logps", policy.version, [p.prompt_id for p in prompts]) for policy in policies]
+        return [[-1.0 - (2 - policy.version) for _ in answers] for policy in policies]
 
 
 def longer(shown):

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from engine_world import EOS, logps, prompts, seed, write_policy
+from engine_world import EOS, logps, prompts, seed, write_experts, write_policy
 from transformers import AutoModelForCausalLM
 
 from selfplay.generation.worker import WorkerOrders
@@ -277,3 +277,14 @@ def test_memory_does_not_grow_with_the_sizes_of_batches_that_were_seen(engine):
     before = resident()
     score(150)
     assert resident() - before < 8
+
+
+def test_experts_of_a_mixture_are_renewed_by_a_reload(engine, folder):
+    """The kernels of a CPU pack them when they are loaded first."""
+    paths = [write_experts(folder / f"experts-{seed}", seed) for seed in (1, 2)]
+    load(engine, str(paths[0]))
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in paths]
+    for which in (0, 1, 0):
+        reload(engine, str(paths[which]))
+        (scored,) = engine.order("logps", sequences=[{"token_ids": LONG[:40], "start": 1}])
+        assert scored == pytest.approx(logps(models[which], LONG[:40]), abs=2e-3)

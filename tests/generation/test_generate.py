@@ -30,18 +30,20 @@ class Pretended:
     def __init__(self):
         self.asked = []
 
-    def sample(self, prompts, start, count, seeds, out, *, candidates, max_tokens, on_progress):
-        rows = tables.read_slice(prompts, Prompt, start, count)
-        self.asked.append([row.prompt_id for row in rows])
-        on_progress(count)
-        said = [
-            candidate(row.prompt_id, k, (seed + k, 2), text=str(seed), finish_reason="stop" if k else "length")
-            for row, seed in zip(rows, seeds, strict=True)
-            for k in range(candidates)
-        ]
-        with tables.writing_to(out, Candidate) as file:
-            file.records(said)
-        return Sampled(rows=len(said), tokens=2 * len(said), seconds=1.0)
+    def sample(self, asks, *, on_progress, before_shard, on_shard=lambda shard, sampled: None):
+        (asked,), done = asks, 0
+        for shard in asked.shards:
+            before_shard()
+            rows = tables.read_slice(asked.prompts, Prompt, shard.start, len(shard.seeds))
+            self.asked.append([row.prompt_id for row in rows])
+            said = [
+                candidate(row.prompt_id, k, (seed + k, 2), text=str(seed), finish_reason="stop" if k else "length")
+                for row, seed in zip(rows, shard.seeds, strict=True)
+                for k in range(asked.candidates)
+            ]
+            tables.write_rows(shard.file, said, Candidate)
+            on_progress(done := done + len(rows))
+            on_shard(shard, Sampled(rows=len(said), tokens=2 * len(said), seconds=1.0))
 
 
 def seed(prompt_id):
@@ -50,9 +52,9 @@ def seed(prompt_id):
 
 def ask(generator, folder, before_shard=lambda: None):
     done = []
-    rows = sampling.ask(
-        generator, PROMPTS, candidates=2, seed=seed, shards=folder, shard_prompts=2, on_progress=done.append,
-        before_shard=before_shard,
+    request = sampling.Request(rows=PROMPTS, candidates=2, seed=seed, shards=folder)
+    (rows,) = sampling.ask(
+        lambda: generator, [request], shard_prompts=2, on_progress=done.append, before_shard=before_shard
     )  # fmt: skip
     return rows, done
 
@@ -64,7 +66,8 @@ def test_prompts_are_sampled_in_shards_and_in_order(tmp_path):
     assert [(r.prompt_id, r.index) for r in rows] == [(f"p{i}", k) for i in range(5) for k in range(2)]
     assert rows[7].token_ids == [301, 2] and rows[7].policy == 3
     assert sorted(done) == done and done[-1] == 5
-    assert sampling.ask(generator, [], candidates=2, seed=seed, shards=tmp_path / "none", shard_prompts=2) == []
+    nothing = sampling.Request(rows=[], seed=seed, shards=tmp_path / "none")
+    assert sampling.ask(lambda: generator, [nothing], shard_prompts=2) == [[]]
 
 
 def test_a_stop_between_shards_loses_none_and_no_shard_is_sampled_twice(tmp_path):
@@ -84,15 +87,22 @@ def test_a_stop_between_shards_loses_none_and_no_shard_is_sampled_twice(tmp_path
     assert rows == whole
 
 
-def test_a_shard_that_failed_leaves_no_file(tmp_path):
-    class Failing(Pretended):
-        def sample(self, *args, **settings):
-            super().sample(*args, **settings)
-            raise Interrupted("in mid-shard")
+def test_each_whole_shard_is_told_those_of_an_earlier_try_first(tmp_path):
+    prompts, folder = tmp_path / "prompts.parquet", tmp_path / "shards"
+    tables.write_rows(prompts, PROMPTS, Prompt)
 
-    with pytest.raises(Interrupted):
-        ask(Failing(), tmp_path / "shards")
-    assert not (tmp_path / "shards" / "00000000.parquet").exists()
+    def told():
+        seen = []
+        files = sampling.sample(
+            Pretended(), prompts, candidates=2, seed=seed, shards=folder, shard_prompts=2,
+            on_shard=lambda start, file: seen.append((start, tables.count_rows(file))),
+        )  # fmt: skip
+        return seen, files
+
+    seen, files = told()
+    assert seen == [(0, 4), (2, 4), (4, 2)]
+    files[1].unlink()
+    assert told() == ([(0, 4), (4, 2), (2, 4)], files)
 
 
 class Shown:

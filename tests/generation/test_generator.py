@@ -11,8 +11,9 @@ from engine_world import EOS, config, logps, prompts, sample, write_manifest, wr
 from transformers import AutoModelForCausalLM
 
 from selfplay.errors import CheckpointError, ConfigError, InputError, SwapError
-from selfplay.generation.generator import Generator
+from selfplay.generation.generator import Ask, Generator, Shard
 from selfplay.generation.installing import WarmEngine
+from selfplay.generation.supervised import SupervisedEngine
 from selfplay.generation.swap import Canaries
 from selfplay.processes import reaping
 from selfplay.storage import folders, tables
@@ -70,9 +71,9 @@ def golden(ask):
     return ask(32)
 
 
-def kill(service):
+def kill(service, number=0):
     """SIGKILL to the process with the engine in it, under its guard."""
-    (pid,) = reaping.descendants(service.engine.child.pid)
+    (pid,) = reaping.descendants(service.engines[number].warm.child.pid)
     os.kill(pid, signal.SIGKILL)
 
 
@@ -106,9 +107,9 @@ def test_answers_are_scored_by_the_policy_that_serves(service, golden, tmp_path)
     tables.write_rows(asked, prompts(32), Prompt)
     tables.write_rows(answers, golden, Candidate)
     done = []
-    logps = service.answer_logps(asked, answers, 8, 100, 4, done.append)
+    (logps,) = service.answer_logps(asked, answers, 8, 100, 4, done.append)
     assert logps == pytest.approx([c.logp for c in golden[8:108]], abs=1e-4) and done[-1] == 100
-    assert service.answer_logps(asked, answers, 0, 0, 4).shape == (0,)
+    assert service.answer_logps(asked, answers, 0, 0, 4).shape == (1, 0)
     shuffled = tmp_path / "shuffled.parquet"
     tables.write_rows(shuffled, golden[::-1], Candidate)
     with pytest.raises(InputError, match="row 0 of .* is no answer to prompt 0"):
@@ -119,16 +120,16 @@ def test_logps_of_canaries(service, policies):
     model = AutoModelForCausalLM.from_pretrained(policies[1].path)
     ids = [1, *range(20, 50)]
     expected = [logps(model, ids), logps(model, ids, 10)]
-    assert service.engine.logps([(ids, 1), (ids, 10)]) == pytest.approx(expected, abs=1e-3)
+    assert service.engines[0].warm.logps([(ids, 1), (ids, 10)]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_prompt_that_does_not_fit_is_bad_input_and_leaves_no_file(service, tmp_path):
     asked, out = tmp_path / "asked.parquet", tmp_path / "out.parquet"
     tables.write_rows(asked, [dataclasses.replace(prompts(1)[0], prompt_ids=[5] * 500)], Prompt)
-    out.write_text("what an engine that died left")
+    (tmp_path / ".out.parquet.partial").write_text("what an engine that died left")
     with pytest.raises(InputError, match="prompt p0 .number 0. has 500 tokens"):
-        service.sample(asked, 0, 1, [0], out)
-    assert not out.exists()
+        service.sample([Ask(prompts=asked, shards=[Shard(start=0, seeds=[0], file=out)])])
+    assert list(tmp_path.iterdir()) == [asked]
 
 
 def test_swap_there_and_back(service, ask, policies, golden, events):
@@ -176,14 +177,14 @@ def test_weights_that_cannot_be_compared_are_reloaded_over_others(service, ask, 
     def give_up(self, policy, manifest, began, why):
         raise SwapError(why)
 
-    monkeypatch.setattr(Generator, "_restart_with", give_up)
+    monkeypatch.setattr(SupervisedEngine, "_restart_with", give_up)
     monkeypatch.setattr(WarmEngine, "stop", lambda self: None)
     faulty = True
     asked.clear()
     with pytest.raises(SwapError, match="reloaded over zeros the engine is .* from policy 1"):
         service.swap(policies[1])
     monkeypatch.undo()
-    service.engine.loaded = True
+    service.engines[0].warm.loaded = True
     service.swap(policies[1])
     assert ask(32) == golden
 
@@ -264,11 +265,11 @@ def test_a_reload_that_did_nothing_is_caught(service, ask, policies, golden, mon
         raise SwapError(why)
 
     without(monkeypatch, "reload")
-    monkeypatch.setattr(Generator, "_restart_with", give_up)
+    monkeypatch.setattr(SupervisedEngine, "_restart_with", give_up)
     monkeypatch.setattr(WarmEngine, "stop", lambda self: None)  # policy 1 is still in it: no need for another one here
     with pytest.raises(SwapError, match="after the reload the engine is .* from policy 2, .* from the one before"):
         service.swap(policies[2])
-    service.engine.loaded = True
+    service.engines[0].warm.loaded = True
     assert ask(32) == golden
 
 
@@ -299,7 +300,7 @@ def test_an_engine_killed_in_mid_evaluation_answers_with_the_candidate(service, 
 
 def test_weights_that_cannot_be_shown_are_never_served(service, ask, policies, golden, events, monkeypatch):
     """A stale prefix cache, and canaries of other weights in the new engine: the old policy goes on."""
-    restart = Generator._restart_with
+    restart = SupervisedEngine._restart_with
 
     def with_wrong_canaries(self, policy, manifest, began, why):
         assert "the prefix cache is stale" in why
@@ -307,7 +308,7 @@ def test_weights_that_cannot_be_shown_are_never_served(service, ask, policies, g
         return restart(self, policy, dataclasses.replace(manifest, canaries=wrong), began, why)
 
     without(monkeypatch, "reset")
-    monkeypatch.setattr(Generator, "_restart_with", with_wrong_canaries)
+    monkeypatch.setattr(SupervisedEngine, "_restart_with", with_wrong_canaries)
     with pytest.raises(SwapError, match="then in a new engine: a fresh engine is"):
         service.swap(policies[2])
     monkeypatch.undo()

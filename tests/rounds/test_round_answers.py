@@ -8,6 +8,7 @@ from mini import TINY
 from rich.console import Console
 
 from selfplay.config import load
+from selfplay.evaluation.stage import Asked
 from selfplay.generation.serving import Serving
 from selfplay.prompts import formats
 from selfplay.prompts.pool import OLD, Pool
@@ -28,28 +29,27 @@ class Engine:
     """Stands in for the engine: each answer says which policy was in it, and it notes what it was asked."""
 
     def __init__(self):
-        self.policy, self.asked = policy(0), []
+        self.policy, self.asked = policy(0), []  # it is loaded
 
-    def swap(self, wanted, keep_verified=False):
-        self.policy = wanted
+    def sample(self, asks, *, on_progress, before_shard):
+        for asked, shard in [(each, shard) for each in asks for shard in each.shards]:
+            count, version = len(shard.seeds), asked.policy.version
+            ids = tables.read_column(asked.prompts, "prompt_id")[shard.start : shard.start + count]
+            assert asked.candidates == 1 and len(set(shard.seeds)) == count
+            self.asked.append((version, len(ids)))
+            rows = answers.table(
+                prompt_ids=ids, per_prompt=1, texts=[f"policy {version} to {name}" for name in ids],
+                token_ids=[np.array([5, 2], np.int32)] * count, logps=[-1.0] * count, finish_reasons=["stop"] * count,
+                policy=version,
+            )  # fmt: skip
+            with tables.writing(shard.file, Candidate) as file:
+                file.table(rows)
 
-    def sample(self, prompts, start, count, seeds, out, *, candidates, max_tokens, on_progress):
-        ids = tables.read_column(prompts, "prompt_id")[start : start + count]
-        assert candidates == 1 and len(set(seeds)) == count
-        self.asked.append((self.policy.version, len(ids)))
-        rows = answers.table(
-            prompt_ids=ids, per_prompt=1, texts=[f"policy {self.policy.version} to {name}" for name in ids],
-            token_ids=[np.array([5, 2], np.int32)] * count, logps=[-1.0] * count, finish_reasons=["stop"] * count,
-            policy=self.policy.version,
-        )  # fmt: skip
-        with tables.writing_to(out, Candidate) as file:
-            file.table(rows)
-
-    def answer_logps(self, prompts, said, start, count, per_prompt, on_progress):
+    def answer_logps(self, prompts, said, start, count, per_prompt, policies, before_piece):
         asked, told = (tables.read_column(path, "prompt_id") for path in (prompts, said))
         assert (asked, start, count, per_prompt) == (told, 0, len(asked), 1)
-        self.asked.append((self.policy.version, "logps"))
-        return np.arange(count, dtype=np.float64)
+        self.asked += [(policy.version, "logps") for policy in policies]
+        return np.array([np.arange(count, dtype=np.float64) + policy.version for policy in policies])
 
 
 class World:
@@ -120,6 +120,21 @@ def test_one_policys_answers_under_one_name_are_sampled_once_and_then_read(world
     assert of.answers("candidate", [], policy(2)) == []
 
 
+def test_several_policies_are_asked_at_once(world):
+    of = world.of(2)
+    prompts = of.gate_prompts()
+    asked = [
+        Asked(name="champion", prompts=prompts, policy=policy(1)),
+        Asked(name="candidate", prompts=prompts[:3], policy=policy(2)),
+    ]
+    done = []
+    champion, candidate = of.side_by_side(asked, done.append)
+    assert [a.policy for a in champion] == [1] * 6 and [a.policy for a in candidate] == [2] * 3
+    assert world.engine.asked == [(1, 4), (1, 2), (2, 3)]
+    assert of.side_by_side(asked, done.append) == [champion, candidate] and done[-1] == 9
+    assert len(world.engine.asked) == 3
+
+
 def test_what_the_champion_answers_beside_the_training_is_there_for_the_evaluation(world):
     of = world.of(2)
     of.of_the_champion()
@@ -143,5 +158,6 @@ def test_another_policy_scores_the_answers_it_is_asked_about(world):
     of = world.of(2)
     prompts = of.gate_prompts()
     found = of.answers("candidate", prompts, policy(2))
-    assert of.logps(prompts, found, policy(1)) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    assert world.engine.asked[-1] == (1, "logps")
+    champion, initial = of.logps(prompts, found, [policy(1), policy(0)])
+    assert champion == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0] and initial == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert world.engine.asked[-2:] == [(1, "logps"), (0, "logps")]

@@ -19,7 +19,7 @@ def run(mini_world, tmp_path):
     """With all that starts children, and one that stands for the engine's."""
     run = Run(config(mini_world), tmp_path, Display())
     run.generator = Generator(run.config, tmp_path, tmp_path / "generator.log")
-    run.generator.engine.child = SimpleNamespace(stop=lambda: None)
+    run.generator.engines[0].warm.child = SimpleNamespace(stop=lambda: None)
     run.trainer = Trainer(
         run.config, tmp_path, Serving(run.generator, None, None, run.display), lambda kind, text: None
     )
@@ -52,14 +52,14 @@ def test_children_go_on_unless_they_are_made_from_what_changed(run, mini_world, 
     changed = config(mini_world, setting)
     run.reconfigure(changed)
     assert run.config is changed and run.trainer.config is changed
-    assert (run.generator.engine.child is not None) == engine_stays
+    assert (run.generator.engines[0].warm.child is not None) == engine_stays
     assert ((run.reward, run.judge, run._cache) == before) == rewards_stay
     assert (run.judge is run.reward) == (changed.evaluate.judge is None)
 
 
 def test_the_engine_goes_on_under_the_new_settings(run, mini_world):
     run.reconfigure(config(mini_world, "swap.tolerance=0.5", "generate.candidates=7"))
-    assert run.generator.engine.tolerance == 0.5 and run.generator._config.generate.candidates == 7
+    assert run.generator.engines[0].warm.tolerance == 0.5 and run.generator._config.generate.candidates == 7
 
 
 def test_what_cannot_be_used_changes_nothing(run, mini_world, tmp_path):
@@ -69,7 +69,7 @@ def test_what_cannot_be_used_changes_nothing(run, mini_world, tmp_path):
     for setting in (f"reward.model={tmp_path}/nowhere", f"reward.cache.path={file}/scores", "evaluate.gold=no:where"):
         with pytest.raises(InputError):
             run.reconfigure(config(mini_world, "generate.max_tokens=32", setting))
-        assert (run.config, run.reward, run._cache) == before and run.generator.engine.child is not None
+        assert (run.config, run.reward, run._cache) == before and run.generator.engines[0].warm.child is not None
 
 
 def test_no_child_gets_the_keys_of_what_the_controller_alone_speaks_to(mini_world, tmp_path, monkeypatch):
