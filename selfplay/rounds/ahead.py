@@ -33,7 +33,7 @@ class Ahead:
         self.run, self.answers, self.frame = run, answers, answers.frame
 
     def sample(self, version: int, line: Line, meanwhile: Callable[[], None]) -> Metrics:
-        """Sample the round by a policy that is in the engine; what was sampled before a kill is there still.
+        """Sample the round by a policy; what was sampled before a kill is there still.
 
         `meanwhile` is called again and again. Nothing is sampled where the round will not be, or the disk is too full for it.
         """
@@ -63,7 +63,7 @@ class Ahead:
             line.update(text=f"round {index} is sampled: {done} of {len(prompt_ids)} prompts")
 
         sample(
-            self.run.generator,
+            self.run.serving.engine(),
             asked,
             candidates=settings.candidates,
             seed=functools.partial(self.frame.seed, "generate"),
@@ -71,6 +71,7 @@ class Ahead:
             shard_prompts=settings.shard_prompts,
             on_progress=told,
             before_shard=lambda: self.run.breathe("shard"),
+            policy=self.run.policy(version),
         )
         return {"ahead_prompts": float(len(prompt_ids)), "ahead_seconds": time.monotonic() - began}
 

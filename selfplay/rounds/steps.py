@@ -98,7 +98,7 @@ class Steps:
         sampler = Ahead(self.run, self.answers).sampler(self.champion, prompt_ids)
         self.run.store.set_sampler(self.index, sampler)
         shards = self.answers.shards("generate", sampler, prompt_ids)
-        self.run.serving.engine()
+        engine = self.run.serving.engine()
         early = self.rewarding.begin_early()
 
         def on_shard(start: int, file: Path) -> None:
@@ -110,7 +110,7 @@ class Steps:
             out,
             line,
             prompts=prompts,
-            generator=self.run.generator,
+            generator=engine,
             settings=self.config.generate,
             seed=functools.partial(self.frame.seed, "generate"),
             shards=shards,

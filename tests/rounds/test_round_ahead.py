@@ -5,7 +5,6 @@ import dataclasses
 import os
 import signal
 
-import numpy as np
 import pytest
 from mini import Command, nothing_left, sets
 from steps_world import LINE, Opened
@@ -44,32 +43,40 @@ class Engine:
     def logp(self, token_ids):
         return -float(self.policy + 1) - token_ids[0] / 1000
 
-    def sample(self, prompts, start, count, seeds, out, *, candidates, max_tokens, on_progress):
-        self.sampled.append((self.policy, start))
-        rows = tables.read_slice(prompts, Prompt, start, count)
-        answers = [
-            (row, k, [5 + (seed + k + 7 * self.policy) % 90, 2])
-            for row, seed in zip(rows, seeds, strict=True)
-            for k in range(candidates)
-        ]
-        said = [
-            Candidate(
-                prompt_id=row.prompt_id, index=k, text=str(ids[0]), token_ids=ids, logp=self.logp(ids), n_tokens=2,
-                finish_reason="stop", policy=self.policy,
-            )
-            for row, k, ids in answers
-        ]  # fmt: skip
-        with tables.writing_to(out, Candidate) as file:
-            file.records(said)
-        on_progress(count)
-        return Sampled(rows=len(answers), tokens=2 * len(answers), seconds=1.0)
+    def engine(self):
+        return self
 
-    def answer_logps(self, prompts, answers, start, count, per_prompt, on_progress):
-        self.scored += count
-        rows = tables.read_slice(answers, Candidate, start, count)
+    def sample(self, asks, *, on_progress, before_shard, on_shard):
+        (asked,), done = asks, 0
+        for shard in asked.shards:
+            before_shard()
+            self.serve(asked.policy)
+            self.sampled.append((self.policy, shard.start))
+            rows = tables.read_slice(asked.prompts, Prompt, shard.start, len(shard.seeds))
+            answers = [
+                (row, k, [5 + (seed + k + 7 * self.policy) % 90, 2])
+                for row, seed in zip(rows, shard.seeds, strict=True)
+                for k in range(asked.candidates)
+            ]
+            said = [
+                Candidate(
+                    prompt_id=row.prompt_id, index=k, text=str(ids[0]), token_ids=ids, logp=self.logp(ids), n_tokens=2,
+                    finish_reason="stop", policy=self.policy,
+                )
+                for row, k, ids in answers
+            ]  # fmt: skip
+            tables.write_rows(shard.file, said, Candidate)
+            on_progress(done := done + len(rows))
+            on_shard(shard, Sampled(rows=len(said), tokens=2 * len(said), seconds=1.0))
+
+    def score(self, prompts, answers, ranges, per_prompt, on_progress, before_piece):
         asked = tables.read_column(prompts, "prompt_id")
-        assert [row.prompt_id for row in rows] == [asked[(start + i) // per_prompt] for i in range(count)]
-        return np.array([self.logp(row.token_ids) for row in rows])
+        for each in ranges:
+            before_piece()
+            rows = tables.read_slice(answers, Candidate, each.start, each.count)
+            assert [row.prompt_id for row in rows] == [asked[(each.start + i) // per_prompt] for i in range(each.count)]
+            self.scored += each.count
+            each.done([self.logp(row.token_ids) for row in rows])
 
 
 class World(Opened):

@@ -24,26 +24,29 @@ class Pretended:
     def __init__(self, before):
         self.before = before
 
-    def sample(self, prompts, start, count, seeds, out, *, candidates, max_tokens, on_progress):
-        self.before(start // count)
-        rows = tables.read_slice(prompts, Prompt, start, count)
-        said = [
-            Candidate(
-                prompt_id=row.prompt_id, index=k, text=" ".join(["word"] * (2 * start + 2 * i + k + 1)), token_ids=[5, 2],
-                logp=-1.0, n_tokens=2, finish_reason="stop", policy=0,
-            )
-            for i, row in enumerate(rows) for k in range(candidates)
-        ]  # fmt: skip
-        with tables.writing_to(out, Candidate) as file:
-            file.records(said)
-        return Sampled(rows=len(said), tokens=2 * len(said), seconds=1.0)
+    def sample(self, asks, *, on_progress, before_shard, on_shard):
+        (asked,) = asks
+        for shard in asked.shards:
+            before_shard()
+            start, count = shard.start, len(shard.seeds)
+            self.before(start // count)
+            rows = tables.read_slice(asked.prompts, Prompt, start, count)
+            said = [
+                Candidate(
+                    prompt_id=row.prompt_id, index=k, text=" ".join(["word"] * (2 * start + 2 * i + k + 1)),
+                    token_ids=[5, 2], logp=-1.0, n_tokens=2, finish_reason="stop", policy=0,
+                )
+                for i, row in enumerate(rows) for k in range(asked.candidates)
+            ]  # fmt: skip
+            tables.write_rows(shard.file, said, Candidate)
+            on_shard(shard, Sampled(rows=len(said), tokens=2 * len(said), seconds=1.0))
 
 
 def sampling(run, before, index=1):
     """A round of six prompts, which are sampled two at a time."""
     steps = run.steps(index)
-    run.serving = SimpleNamespace(serve=lambda policy: None)
     run.generator = Pretended(before)
+    run.serving = SimpleNamespace(serve=lambda policy: None, engine=lambda: run.generator)
     path = steps.frame.path("prompts/prompts.parquet")
     if not path.exists():
         folders.make(path.parent)
