@@ -24,4 +24,5 @@ class SwapConfig(Section):
     canaries: Annotated[int, Field(ge=1)] = 8
     """Short fixed sequences whose log-probabilities show which weights are in the engine."""
     tolerance: Annotated[float, Field(gt=0)] | None = None
-    """Largest |engine − checkpoint| (nats a token); by default 1e-4 in fp32, 2e-2 below."""
+    """Largest |engine − checkpoint| (nats a token); by default 1e-4 in fp32. Below, it follows from
+    the noise that the engine shows when it starts, which may be 0.1 at most."""

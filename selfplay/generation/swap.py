@@ -23,7 +23,10 @@ FIXED_SETTINGS = (
     "rms_norm_eps", "vocab_size", "tie_word_embeddings", "sliding_window",
 )  # fmt: skip
 CANARY_BLOCKS = 3  # blocks of the KV cache that the generating canary's prompt spans
-CANARY_TOKENS = 8  # tokens that it generates
+SEEDS = 3  # of the generating canary, before its error counts as one
+EXACT, FRESH = 1e-4, 0.1
+"""The largest distances (nats a token): of any engine in float32, and of a fresh one in less, whose noise is not known yet."""
+ROUNDING = 0.02  # nats that a token's log-probability is off by in bfloat16, where two kernels compute it (docs/measurements.md)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +61,23 @@ class SwapReport:
     restarted: bool
 
 
-def default_tolerance(dtype: str) -> float:
-    """Largest |engine − checkpoint| (nats a token) for a serving precision."""
-    return 1e-4 if dtype == "float32" else 2e-2
+def canary_tokens(dtype: str) -> int:
+    """Tokens of the generating canary: few where arithmetic is exact, and else so many that their noise averages out."""
+    return 8 if dtype == "float32" else 64
+
+
+def fresh_tolerance(dtype: str) -> float:
+    """Largest distance (nats a token) of an engine that was just started from the policy that it was started with."""
+    return EXACT if dtype == "float32" else FRESH
+
+
+def tolerance(dtype: str, noise: float, tokens: int) -> float:
+    """Largest distance (nats a token) after a swap, as a mean over `tokens` tokens.
+
+    Below float32 it follows from the noise that the engine showed against the policy that it was started with. A small noise may
+    have been luck, so it counts as at least what rounding leaves of a mean over so many tokens.
+    """
+    return EXACT if dtype == "float32" else 4 * max(noise, ROUNDING / math.sqrt(tokens))
 
 
 def check_fits(
@@ -131,12 +148,12 @@ def judge(
     return ("shown" if to_new <= noise else "unclear"), to_new, to_parent, gap
 
 
-def prefix_prompt(token_ids: Sequence[Sequence[int]], block_size: int, context: int) -> list[int]:
+def prefix_prompt(token_ids: Sequence[Sequence[int]], block_size: int, context: int, n: int) -> list[int]:
     """Prompt of the generating canary: the canaries over and over, through several blocks of the KV cache.
 
-    Only whole blocks are cached, so it ends half a block later; it leaves room for CANARY_TOKENS and one more.
+    Only whole blocks are cached, so it ends half a block later; it leaves room for the `n` tokens that follow, and one more.
     """
-    length = min(CANARY_BLOCKS * block_size + block_size // 2, context - CANARY_TOKENS - 1)
+    length = min(CANARY_BLOCKS * block_size + block_size // 2, context - n - 1)
     once = [token for ids in token_ids for token in ids]
     return [once[i % len(once)] for i in range(max(length, 1))]
 

@@ -1,9 +1,12 @@
 import math
+from types import SimpleNamespace
 
+import engine_world
 import pytest
 
 from selfplay.errors import CheckpointError
 from selfplay.generation import swap
+from selfplay.generation.installing import WarmEngine
 from selfplay.generation.swap import Canaries
 
 SPECS = {"model.embed_tokens.weight": ("F32", (280, 64)), "model.norm.weight": ("F32", (64,))}
@@ -90,9 +93,35 @@ def test_a_manifest_without_canaries_is_refused():
 
 
 def test_prefix_prompt_spans_whole_blocks_and_leaves_room():
-    assert len(swap.prefix_prompt(IDS, 32, 1000)) == 3 * 32 + 16
-    assert swap.prefix_prompt(IDS, 2, 1000) == [1, 5, 9, 1, 7, 8, 9]
-    assert len(swap.prefix_prompt(IDS, 32, 100)) == 100 - 8 - 1
+    assert len(swap.prefix_prompt(IDS, 32, 1000, 8)) == 3 * 32 + 16
+    assert swap.prefix_prompt(IDS, 2, 1000, 64) == [1, 5, 9, 1, 7, 8, 9]
+    assert len(swap.prefix_prompt(IDS, 32, 100, 8)) == 100 - 8 - 1
+
+
+def test_the_bound_follows_from_the_noise_below_float32():
+    """Four times the noise, or of .02 nats a token what is left of a mean over so many: .02 / √64 = .0025."""
+    assert swap.tolerance("float32", 0.05, 64) == swap.fresh_tolerance("float32") == 1e-4
+    assert swap.tolerance("bfloat16", 0.03, 64) == pytest.approx(0.12)
+    assert swap.tolerance("bfloat16", 0.0, 64) == pytest.approx(0.01)
+    assert swap.fresh_tolerance("bfloat16") == 0.1
+
+
+@pytest.mark.parametrize(("errors", "stale"), [([0.03, 0.001, 0.002], False), ([0.03, 0.04, 0.002], True)])
+def test_an_error_of_the_prefix_cache_is_one_with_most_seeds(tmp_path, monkeypatch, errors, stale):
+    """A bound of .01, which follows from the least noise over 64 tokens. The first error alone would be past it."""
+    config = engine_world.config(tmp_path)
+    below = config.model_copy(update={"policy": config.policy.model_copy(update={"dtype": "bfloat16"})})
+    warm, left = WarmEngine(below, tmp_path, tmp_path / "log"), list(errors)
+    warm.info, warm._fresh = SimpleNamespace(block_size=32, max_model_len=512), False
+
+    def order(self, name, *, prompt_ids, seed, n):
+        assert (name, n, seed) == ("canary_generate", 64, 3 - len(left))
+        return {"token_ids": [5] * n, "logps": [-1.0] * n}
+
+    monkeypatch.setattr(WarmEngine, "order", order)
+    monkeypatch.setattr(WarmEngine, "logps", lambda self, sequences: [-64 * (1 + left.pop(0))])
+    assert (warm._prefix_error(canaries(-1.0, -1.0)) > warm.prefix_tolerance) == stale
+    assert left == []
 
 
 def test_prefix_error():

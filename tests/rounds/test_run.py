@@ -59,7 +59,7 @@ def test_children_go_on_unless_they_are_made_from_what_changed(run, mini_world, 
 
 def test_the_engine_goes_on_under_the_new_settings(run, mini_world):
     run.reconfigure(config(mini_world, "swap.tolerance=0.5", "generate.candidates=7"))
-    assert run.generator.engines[0].warm.tolerance == 0.5 and run.generator._config.generate.candidates == 7
+    assert run.generator.engines[0].warm.prefix_tolerance == 0.5 and run.generator._config.generate.candidates == 7
 
 
 def test_what_cannot_be_used_changes_nothing(run, mini_world, tmp_path):
