@@ -175,6 +175,7 @@ def main() -> None:
         "forget": engine.unsupported,
         "sleep": engine.unsupported,
         "wake": engine.unsupported,
+        "drop": engine.reset,
     }
     take_orders(channel, known)
 

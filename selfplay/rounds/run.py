@@ -14,6 +14,7 @@ from selfplay.config import Config, EnsembleConfig, RewardSource
 from selfplay.errors import InputError, RewardError, SelfplayError
 from selfplay.evaluation.rubric import Rubric
 from selfplay.generation.generator import Generator
+from selfplay.generation.groups import groups, shares_gpus
 from selfplay.generation.serving import Serving
 from selfplay.processes import children
 from selfplay.processes.child import Child, ChildDied
@@ -65,6 +66,7 @@ class Run:
     def require(self) -> None:
         """Look for what the configuration names, before anything starts. Raises InputError or ConfigError."""
         require_models(self.config)
+        groups(self.config)
         trackers.require(self.config.track)
         self.gold = load_function("evaluate.gold", self.config.evaluate.gold)
         rewriter = self.config.evolve.rewriter
@@ -108,7 +110,7 @@ class Run:
     def _open(self) -> None:
         config = self.config
         self.generator = Generator(config, self.dir, self.dir / "logs" / "generator.log", on_event=self.event)
-        self.serving = Serving(self.generator, lambda: self.current, self.warm_up, self.display)
+        self.serving = Serving(self.generator, lambda: self.current, self.make_way, self.display)
         self.trainer = Trainer(config, self.dir, self.serving, self.event)
         self._open_scorers(config)
         folder = self.dir / "pool"
@@ -211,6 +213,16 @@ class Run:
         """Have no more scored beside other work."""
         if self.early is not None:
             self.early.stop()
+
+    def make_way(self) -> None:
+        """Before the engines load: start the processes of the run, and where a reward model is on a GPU of theirs, wait for it.
+
+        vLLM takes what leaves the GPU while it loads for its own need, and has so much less room for sequences ever after.
+        """
+        self.warm_up()
+        if shares_gpus(self.config):
+            for scorer in dict.fromkeys((self.reward, self.judge)):
+                assert scorer.identities, "a scorer that tells what it is has loaded it"
 
     # prompts
 

@@ -10,6 +10,7 @@ from selfplay.generation.generator import Generator
 from selfplay.generation.serving import Serving
 from selfplay.processes.child import Child
 from selfplay.reporting.terminal import Display
+from selfplay.rewards.scorer import Scorer
 from selfplay.rounds.run import Run
 from selfplay.training.service import Trainer
 
@@ -78,3 +79,26 @@ def test_no_child_gets_the_keys_of_what_the_controller_alone_speaks_to(mini_worl
     Run(config(mini_world), tmp_path, Display())
     child = Child("trainer", ["true"], run_dir=tmp_path, log=tmp_path / "log")
     assert not child._env.keys() & set(names)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "placement", "waits"),
+    [
+        (0, "{}", False),
+        (1, "{}", True),
+        (8, "{generator: [0, 1], reward: [2, 3]}", False),
+        (8, "{generator: [0, 1], reward: [1, 2]}", True),
+    ],
+)
+def test_engines_load_after_the_rewards_on_their_gpus(mini_world, tmp_path, monkeypatch, gpus, placement, waits):
+    """vLLM takes what a reward model allocates meanwhile for its own need."""
+    said = []
+    monkeypatch.setattr("selfplay.generation.groups.visible", lambda: gpus)
+    monkeypatch.setattr(Run, "warm_up", lambda self: said.append("started"))
+    monkeypatch.setattr(Scorer, "identities", property(lambda self: said.append(self.role) or ["it"]))
+    judge = f"evaluate.judge.model={mini_world / 'judge'}"
+    run = Run(config(mini_world, f"placement={placement}", "evaluate.judge={}", judge), tmp_path, Display())
+    run._open_scorers(run.config)
+    run.make_way()
+    run._cache.close()
+    assert said[0] == "started" and sorted(said[1:]) == (["judge", "reward"] if waits else [])
