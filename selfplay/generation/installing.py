@@ -74,12 +74,12 @@ class WarmEngine:
         self._run_dir = run_dir
         self._started = 0.0
         # Nats a token, of the engine against the policy that it was started with, and against itself without its prefix cache.
-        self._noise, self._prefix_noise = 0.0, 0.0
+        self.noise, self._prefix_noise = 0.0, 0.0
         self._fresh = True  # the noise is not known yet
 
     def tolerance(self, canaries: Canaries) -> float:
         """The largest distance (nats a token) from the canaries at which the weights count as shown."""
-        return self._bound(self._noise, min(len(ids) - 1 for ids in canaries.token_ids))
+        return self._bound(self.noise, min(len(ids) - 1 for ids in canaries.token_ids))
 
     @property
     def prefix_tolerance(self) -> float:
@@ -167,11 +167,11 @@ class WarmEngine:
             seconds = time.monotonic() - self._started
             names = ("vllm", "dtype", "device", "block_size", "max_model_len", "eos_ids", "supports_sleep")
             self.info = EngineInfo(**{name: found[name] for name in names}, start_seconds=seconds)
-            self._noise = distance(self._score(canaries), canaries.logps, canaries.token_ids)
+            self.noise = distance(self._score(canaries), canaries.logps, canaries.token_ids)
             self._prefix_noise = self._prefix_error(canaries)
-            if not max(self._noise, self._prefix_noise) <= (bound := self.tolerance(canaries)):
+            if not max(self.noise, self._prefix_noise) <= (bound := self.tolerance(canaries)):
                 raise NotShown(
-                    f"a fresh engine is {self._noise:.2g} nats a token from the canaries of policy {policy.version}, and "
+                    f"a fresh engine is {self.noise:.2g} nats a token from the canaries of policy {policy.version}, and "
                     f"{self._prefix_noise:.2g} from itself with and without its prefix cache; swap.tolerance is {bound:.2g}"
                 )
             self._fresh = False
@@ -200,7 +200,7 @@ class WarmEngine:
             error = self._prefix_error(new)
             first = time.monotonic() - began
             bound = self.tolerance(new)
-            evidence, to_new, to_parent, gap = judge(self._score(new), new, parent, self._noise, bound)
+            evidence, to_new, to_parent, gap = judge(self._score(new), new, parent, self.noise, bound)
             found = f"{to_new:.2g} nats a token from policy {policy.version}"
             found += "" if to_parent is None else f", {to_parent:.2g} from the one before"
             if evidence == "refuted":
@@ -220,7 +220,7 @@ class WarmEngine:
             to_new=to_new,
             to_parent=to_parent,
             gap=gap,
-            noise=self._noise,
+            noise=self.noise,
             prefix_error=error,
             compared=compared,
             restarted=False,
@@ -234,10 +234,10 @@ class WarmEngine:
             method="restart",
             seconds=seconds,
             seconds_to_first_token=seconds,
-            to_new=self._noise,
+            to_new=self.noise,
             to_parent=None,
             gap=None,
-            noise=self._noise,
+            noise=self.noise,
             prefix_error=None,
             compared=None,
             restarted=True,
