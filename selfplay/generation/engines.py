@@ -11,6 +11,7 @@ import functools
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
 
 from selfplay.config import Config
@@ -114,20 +115,20 @@ class Engines:
         """
         assert self.verified is not None, "load a policy before swapping"
         manifest = self._checkpoints.fitting(policy)  # before anything is touched
-        jobs = []
+        jobs: list[Future[SwapReport | None]] = []
         self._aim(policy, self.verified)
-        again = all(engine.ready for engine in self.engines)  # they serve it already, and are to show it once more
+        # Those that serve it already show it once more where no other one can.
+        again = all(engine.ready or engine.troubled for engine in self.engines)
         for engine in self.engines:
             engine.call()
             if engine.job is None and (again or not engine.ready):
-                engine.begin(functools.partial(engine.swap, policy, manifest))
-                jobs.append(engine.job)
+                jobs.append(engine.begin(functools.partial(engine.swap, policy, manifest)))
         try:
             self._settle()
         except SelfplayError:
             self._aim(self.verified, self.verified)
             raise
-        reports = [job.result() for job in jobs if job is not None and job.done() and job.exception() is None]
+        reports = [job.result() for job in jobs if job.done() and job.exception() is None]
         if not keep_verified:
             self._aim(policy, policy)
         found = [report for report in reports if report is not None]

@@ -52,8 +52,8 @@ class SupervisedEngine:
 
     # its thread
 
-    def begin(self, work: Callable[[], SwapReport | None]) -> None:
-        """Do `work` on a thread of its own; `job` tells when it is done."""
+    def begin(self, work: Callable[[], SwapReport | None]) -> Future[SwapReport | None]:
+        """Do `work` on a thread of its own; `job` tells when it is done, and so does what this returns."""
         assert self.job is None, "one thing at a time"
         job: Future[SwapReport | None] = Future()
         self.job = job
@@ -65,6 +65,7 @@ class SupervisedEngine:
                 job.set_exception(error)
 
         threading.Thread(target=run, name=self.warm.name, daemon=True).start()
+        return job
 
     def call(self, **more: int) -> None:
         """A new call begins: its deaths are counted anew. One that was set aside has a single try."""

@@ -75,6 +75,14 @@ def sample(generator, asked, folder, **settings):
     return [path.read_bytes() for path in files]
 
 
+def settle(generator):
+    """Wait for engines that are being started again."""
+    for engine in generator.engines:
+        while engine.job is not None:
+            engine.job.exception()
+            generator.look_after()
+
+
 @pytest.fixture(scope="module")
 def golden(two, asked, tmp_path_factory):
     """What both engines answer."""
@@ -115,18 +123,18 @@ def test_log_probabilities_are_the_same_to_the_bit(two, asked, golden, tmp_path)
 
 
 def test_an_engine_killed_in_mid_stage_is_replaced_by_the_other(two, asked, golden, events, tmp_path):
-    def on_shard(start, file):
-        if not events and two.engines[1].warm.loaded:
-            kill(two.engines[1])
-            events.append(("killed", ""))
+    handed_out = []
 
-    assert sample(two, asked, tmp_path / "shards", on_shard=on_shard) == golden
-    two.wake()
-    two.engines[1].job.result()
-    two.wake()
-    kinds = [kind for kind, _ in events]
-    assert kinds == ["killed", "engine_restart"] and "the generator 2 process was killed by SIGKILL" in events[1][1]
-    assert all(engine.ready for engine in two.engines)
+    def before_shard():
+        handed_out.append(1)
+        if len(handed_out) == 6:  # some of them are in the second engine
+            kill(two.engines[1])
+
+    assert sample(two, asked, tmp_path / "shards", before_shard=before_shard) == golden
+    settle(two)
+    ((kind, text),) = events
+    assert kind == "engine_restart" and "the generator 2 process was killed by SIGKILL" in text
+    assert all(engine.ready for engine in two.engines) and len(handed_out) > COUNT // SHARD
     events.clear()
 
 
@@ -192,23 +200,20 @@ def test_an_engine_killed_in_mid_swap_joins_again_with_the_new_weights(
     assert report.method == "canaries" and not report.restarted  # of the engine that was not killed
     assert two.engines[0].ready and not two.engines[1].ready
     answered = sample(two, asked, tmp_path / "two")
-    two.engines[1].job.result()
-    two.wake()
+    settle(two)
     assert [kind for kind, _ in events] == ["swap_restart"] and two.engines[1].warm.policy == policies[2]
     assert sample(of_one(two, 1), asked, tmp_path / "second") == answered
     events.clear()
     two.swap(policies[1])
 
 
-def test_weights_that_one_engine_does_not_take_set_it_aside(
-    two, asked, golden, policies, events, tmp_path, monkeypatch
-):
-    """Its canaries are other ones, in a new process too."""
+def test_weights_that_one_engine_does_not_take_set_it_aside(two, asked, policies, events, tmp_path, monkeypatch):
+    """Its canaries are other ones, in a new process too. The last test with the second engine, which stays away."""
     load, install = installing.WarmEngine.load, installing.WarmEngine.install
 
     def refused(way):
         def work(self, policy, *args):
-            if self is two.engines[0].warm and policy.version == 2:
+            if self is two.engines[1].warm:
                 self.stop()
                 raise installing.NotShown("other weights")
             return way(self, policy, *args)
@@ -217,49 +222,30 @@ def test_weights_that_one_engine_does_not_take_set_it_aside(
 
     monkeypatch.setattr(installing.WarmEngine, "load", refused(load))
     monkeypatch.setattr(installing.WarmEngine, "install", refused(install))
-    two.swap(policies[2])
-    two.engines[0].job.exception()
-    answered = sample(two, asked, tmp_path / "one")
-    assert isinstance(two.engines[0].failed, SwapError) and not two.engines[0].ready
-    assert [kind for kind, _ in events] == ["swap_restart", "warning"] and "is set aside, the others go on" in events[
-        1
-    ][1]
-    monkeypatch.undo()
-    two.wake()
-    while two.engines[0].job is not None:
-        two.engines[0].job.exception()
-        two.wake()
-    assert events[-1] == ("engine", "the generator 1 process serves again")
-    assert sample(of_one(two, 0), asked, tmp_path / "other") == answered
-    events.clear()
+    assert two.swap(policies[2]).policy == 2
+    settle(two)
+    assert isinstance(two.engines[1].failed, SwapError) and two.engines[0].ready
+    assert [kind for kind, _ in events] == ["swap_restart", "warning"]
+    assert "the generator 2 process is set aside, the others go on" in events[1][1]
+    assert len(sample(two, asked, tmp_path / "one")) == COUNT // SHARD
     two.swap(policies[1])
+    settle(two)
+    events.clear()
 
 
-def test_an_engine_that_cannot_start_is_set_aside_unless_too_few_are_left(
-    run_dir, policies, asked, golden, tmp_path, monkeypatch
-):
-    start = installing.WarmEngine.start
-
-    def faulty(self):
-        if self.name == "generator 2":
-            monkeypatch.setattr(installing, "ENGINE", ("-c", "raise SystemExit(1)"))
-        start(self)
-        monkeypatch.setattr(installing, "ENGINE", ("-m", "selfplay.generation.engine"))
-
-    monkeypatch.setattr(installing.WarmEngine, "start", faulty)
+def test_an_engine_that_cannot_start_is_set_aside_unless_too_few_are_left(two, asked, golden, tmp_path, monkeypatch):
     events = []
-    found = pool(run_dir, events, engine=config(run_dir).generate.engine.model_copy(update={"restarts": 1}))
-    try:
-        found.load(policies[1])
-        assert sample(found, asked, tmp_path / "shards") == golden
-        while found.engines[1].job is not None:
-            found.engines[1].job.exception()
-            found.wake()
-        assert isinstance(found.engines[1].failed, EngineError)
-        assert [kind for kind, _ in events][:2] == ["engine_restart", "warning"]
-        strict = found._config.generate.model_copy(update={"min_engines": 2})
-        found.reconfigure(found._config.model_copy(update={"generate": strict}))
-        with pytest.raises(EngineError, match="the generator 2 process ended with exit code 1"):
-            found.wake()
-    finally:
-        found.stop()
+    found = pool(two._run_dir, events, engine=two._config.generate.engine.model_copy(update={"restarts": 1}))
+    monkeypatch.setattr(installing, "ENGINE", ("-c", "raise SystemExit(1)"))
+    found.engines[0] = two.engines[0]
+    found.policy, found.verified = two.policy, two.verified
+    found._checkpoints.loaded(two.policy)
+    assert sample(found, asked, tmp_path / "shards") == golden
+    settle(found)
+    assert isinstance(found.engines[1].failed, EngineError)
+    assert [kind for kind, _ in events] == ["engine_restart", "warning"]
+    found._config = found._config.model_copy(
+        update={"generate": found._config.generate.model_copy(update={"min_engines": 2})}
+    )
+    with pytest.raises(EngineError, match="the generator 2 process ended with exit code 1"):
+        found.wake()
