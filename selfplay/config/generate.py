@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from selfplay.config.base import Positive, Section
 
@@ -43,5 +43,34 @@ class GenerateConfig(Section):
     """Tokens that end a response; by default the end-of-sequence tokens of the policy's generation_config."""
     shard_prompts: Positive = 64
     """Prompts in a shard: the most that an interruption can lose."""
+    engines: Positive | list[list[int]] = 1
+    """Engines that sample side by side: how many, or the GPUs of each. Each has `generate.engine.tensor_parallel` GPUs."""
+    min_engines: Positive = 1
+    """Engines that have to be left for the sampling to go on when others fail."""
     engine: EngineConfig = EngineConfig()
     """The vLLM engine."""
+
+    @property
+    def engine_count(self) -> int:
+        """How many engines there are."""
+        return self.engines if isinstance(self.engines, int) else len(self.engines)
+
+    @model_validator(mode="after")
+    def _engines_fit(self) -> GenerateConfig:
+        if isinstance(self.engines, list):
+            if not self.engines:
+                raise ValueError("engines is an empty list: name the GPUs of one engine at least")
+            size = self.engine.tensor_parallel
+            if wrong := [group for group in self.engines if len(group) != size]:
+                raise ValueError(
+                    f"engines has a group of {len(wrong[0])} GPUs, {wrong[0]}, but each engine is split over "
+                    f"engine.tensor_parallel = {size}"
+                )
+            named = [gpu for group in self.engines for gpu in group]
+            if twice := [gpu for gpu in named if named.count(gpu) > 1]:
+                raise ValueError(f"engines names GPU {twice[0]} twice: every engine has GPUs of its own")
+            if min(named) < 0:
+                raise ValueError(f"engines names GPU {min(named)}: numbers begin at 0")
+        if self.min_engines > self.engine_count:
+            raise ValueError(f"min_engines = {self.min_engines} is more than the {self.engine_count} engines there are")
+        return self

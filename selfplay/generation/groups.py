@@ -1,0 +1,69 @@
+"""Which GPUs each engine of the pool has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from selfplay.config import Config
+from selfplay.errors import ConfigError
+
+Group = tuple[int, ...] | None  # None: whatever is visible
+
+
+def groups(config: Config, gpus: int | None = None) -> list[Group]:
+    """The GPUs of each engine, by their numbers among those that this process may use.
+
+    gpus: how many there are; by default as many as can be told without their driver. Raises ConfigError where there are too few
+    GPUs, or too few cores on a machine without one.
+    """
+    settings, given = config.generate, config.placement.generator
+    count, size = settings.engine_count, settings.engine.tensor_parallel
+    there = visible() if gpus is None else gpus
+    if isinstance(settings.engines, list):
+        _require_named(settings.engines, given, there)
+        return [tuple(group) for group in settings.engines]
+    if count == 1:
+        return [None if given is None else tuple(given)]
+    if not there and given is None:
+        _require_cores(count, settings.engine.cpu_threads)
+        return [None] * count
+    free = list(range(there)) if given is None else given
+    if count * size > len(free):
+        raise ConfigError(
+            f"generate.engines: {count} engines of {size} GPUs each need {count * size} GPUs, the generator has {len(free)}",
+            "lower generate.engines or generate.engine.tensor_parallel, or give placement.generator more GPUs",
+        )
+    return [tuple(free[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def visible() -> int:
+    """GPUs that this process and its children may use, as far as that can be told without their driver."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return sum(name.strip() not in ("", "-1") for name in listed.split(","))
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def _require_named(wanted: list[list[int]], given: list[int] | None, there: int) -> None:
+    named = [gpu for group in wanted for gpu in group]
+    if given is not None and (other := [gpu for gpu in named if gpu not in given]):
+        raise ConfigError(
+            f"generate.engines names GPU {other[0]}, which is not among those of placement.generator, {given}",
+            "name the GPUs of the engines in one of the two places only",
+        )
+    if absent := [gpu for gpu in named if gpu >= there]:
+        raise ConfigError(
+            f"generate.engines names GPU {absent[0]}; there are {there}",
+            "numbers begin at 0, and count the GPUs that are visible here",
+        )
+
+
+def _require_cores(count: int, threads: int) -> None:
+    cores = len(os.sched_getaffinity(0))
+    if count * threads > cores:
+        raise ConfigError(
+            f"generate.engines: {count} engines of {threads} threads each need {count * threads} cores, this process may use "
+            f"{cores}",
+            "lower generate.engines or generate.engine.cpu_threads",
+        )
