@@ -26,6 +26,7 @@ from selfplay.generation.swap import (
     prefix_error,
     prefix_prompt,
 )
+from selfplay.processes import gpus
 from selfplay.processes.child import Child
 from selfplay.processes.protocol import Event
 from selfplay.types import Policy
@@ -80,7 +81,7 @@ class WarmEngine:
         """Start the process, whose imports take seconds, unless there is one; returns at once."""
         if self.child is not None:
             return
-        engine, gpus = self.config.generate.engine, self.config.placement.generator
+        engine = self.config.generate.engine
         argv = [sys.executable, *ENGINE]
         argv += ["--cpu-threads", str(engine.cpu_threads), "--cpu-kv-cache-gib", str(engine.cpu_kv_cache_gib)]
         self.child = Child(
@@ -88,7 +89,7 @@ class WarmEngine:
             argv,
             run_dir=self._run_dir,
             log=self.log,
-            env={} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))},
+            env=gpus.environment(self.config.placement.generator),
             silence=engine.silence,
         )
         self._started, self.loaded, self.asleep = time.monotonic(), False, None
