@@ -150,9 +150,15 @@ def stage(generator: Any, config: Any, asked: Path, run_dir: Path) -> float:
     with tempfile.TemporaryDirectory(dir=run_dir) as folder:
         began = time.monotonic()
         metrics = sampling.generate(
-            Path(folder), Quiet(), prompts=asked, generator=generator, settings=config.generate, seed=seed,
-            shards=Path(folder) / "shards", breathe=lambda kind: None,
-        )  # type: ignore[arg-type]  # fmt: skip
+            Path(folder),
+            Quiet(),  # type: ignore[arg-type]
+            prompts=asked,
+            generator=generator,
+            settings=config.generate,
+            seed=seed,
+            shards=Path(folder) / "shards",
+            breathe=lambda kind: None,
+        )
         return metrics["tokens"] / (time.monotonic() - began)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from selfplay.config import Config
 from selfplay.errors import ConfigError
+from selfplay.processes.gpus import count as count_gpus
 
 Group = tuple[int, ...] | None  # None: whatever is visible
 
@@ -19,7 +19,7 @@ def groups(config: Config, gpus: int | None = None) -> list[Group]:
     """
     settings, given = config.generate, config.placement.generator
     count, size = settings.engine_count, settings.engine.tensor_parallel
-    there = visible() if gpus is None else gpus
+    there = count_gpus() if gpus is None else gpus
     if isinstance(settings.engines, list):
         _require_named(settings.engines, given, there)
         return [tuple(group) for group in settings.engines]
@@ -39,21 +39,15 @@ def groups(config: Config, gpus: int | None = None) -> list[Group]:
 
 def shares_gpus(config: Config, gpus: int | None = None) -> bool:
     """Whether an engine has a GPU on which a reward model or a judge of ours may be as well."""
-    there = range(visible() if gpus is None else gpus)
+    if config.placement.shared:  # then a reward model has left the GPUs before an engine loads
+        return False
+    there = range(count_gpus() if gpus is None else gpus)
     sources = (config.reward_sources() | config.judge_sources()).values()
     if not there or all(source.url for source in sources):
         return False
     engines = {gpu for group in groups(config, len(there)) for gpu in (there if group is None else group)}
     rewards = there if config.placement.reward is None else config.placement.reward
     return not engines.isdisjoint(rewards)
-
-
-def visible() -> int:
-    """GPUs that this process and its children may use, as far as that can be told without their driver."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return sum(name.strip() not in ("", "-1") for name in listed.split(","))
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _require_named(wanted: list[list[int]], given: list[int] | None, there: int) -> None:

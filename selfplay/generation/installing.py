@@ -29,6 +29,7 @@ from selfplay.generation.swap import (
     prefix_prompt,
     tolerance,
 )
+from selfplay.processes import gpus
 from selfplay.processes.child import Child
 from selfplay.processes.protocol import Event
 from selfplay.types import Policy
@@ -110,7 +111,7 @@ class WarmEngine:
             argv,
             run_dir=self._run_dir,
             log=self.log,
-            env={} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))},
+            env=gpus.environment(self.gpus),
             silence=engine.silence,
         )
         self._started, self.loaded, self.asleep = time.monotonic(), False, None

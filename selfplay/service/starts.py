@@ -5,7 +5,6 @@ The waiting service asks once a second, so nothing here reads more of the ledger
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from selfplay import seeds
 from selfplay.config import Config, PlacementConfig
+from selfplay.processes import gpus
 from selfplay.service import schedule
 from selfplay.service.due import next_start
 from selfplay.storage.ledger import Store
@@ -81,12 +81,4 @@ def devices(placement: PlacementConfig) -> int:
     """Devices that work for a run: its GPUs, all that are visible where a role has none of its own, 1 without any."""
     roles = (placement.generator, placement.trainer, placement.reward)
     named = len({gpu for role in roles for gpu in role or ()})
-    return (named if None not in roles else max(named, _visible_gpus())) or 1
-
-
-def _visible_gpus() -> int:
-    """GPUs that this process and its children may use, as far as that can be told without their driver."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return sum(name.strip() not in ("", "-1") for name in listed.split(","))
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return (named if None not in roles else max(named, gpus.count())) or 1

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from selfplay.config import Config
 from selfplay.errors import InputError, TrainError
+from selfplay.processes import gpus
 from selfplay.processes.child import Child, ChildDied, ChildError
 from selfplay.processes.logs import last_line
 from selfplay.training.jobs import CLUSTERS
@@ -62,9 +63,12 @@ class Trainer:
             if not settings.accelerate.is_file():
                 raise InputError(f"train.accelerate: {settings.accelerate}: no such file")
             launcher += ["-m", "accelerate.commands.launch", "--config_file", str(settings.accelerate)]
-        env = {"OMP_NUM_THREADS": str(settings.cpu_threads)}
-        if self.config.placement.trainer is not None:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.config.placement.trainer))
+        given = self.config.placement.trainer
+        if settings.accelerate is None and gpus.count():
+            given = (given or [0])[
+                :1
+            ]  # one process uses one GPU; of several that it sees it would make another kind of trainer
+        env = {"OMP_NUM_THREADS": str(settings.cpu_threads), **gpus.environment(given)}
         clusters = self.config.depth.method == "gradient" or self.config.breadth.method == "clusters"
         self._child = Child(
             "trainer",

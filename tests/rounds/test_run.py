@@ -93,7 +93,7 @@ def test_no_child_gets_the_keys_of_what_the_controller_alone_speaks_to(mini_worl
 def test_engines_load_after_the_rewards_on_their_gpus(mini_world, tmp_path, monkeypatch, gpus, placement, waits):
     """vLLM takes what a reward model allocates meanwhile for its own need."""
     said = []
-    monkeypatch.setattr("selfplay.generation.groups.visible", lambda: gpus)
+    monkeypatch.setattr("selfplay.generation.groups.count_gpus", lambda: gpus)
     monkeypatch.setattr(Run, "warm_up", lambda self: said.append("started"))
     monkeypatch.setattr(Scorer, "identities", property(lambda self: said.append(self.role) or ["it"]))
     judge = f"evaluate.judge.model={mini_world / 'judge'}"
