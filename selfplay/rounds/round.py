@@ -54,7 +54,7 @@ def run_round(run: Run) -> RoundReport:
         at_the_end.enter_context(run.trainer.for_a_round())
         do(PROMPTS, steps.prompts, total=config.prompts.per_round)
         run.draws.record(steps.index)
-        steps.expect_training()  # anew where it shares a GPU with the engine, and so ended with an order of that stage
+        steps.expect_training()  # anew where it has ended with an order of that stage
         do(GENERATE, steps.generate, total=steps.drawn)
         do(SCORE, steps.score, total=steps.drawn * config.generate.candidates)
         do(GUARD, steps.guard)

@@ -77,8 +77,7 @@ class Trainer:
         except BaseException:
             self.stop()
             raise
-        if not self.stays:
-            self.stop()
+        self.make_room()
 
     def start(self) -> Child:
         """The process, as the configuration of now wants it; started where there is none, when it begins its imports.
@@ -128,6 +127,11 @@ class Trainer:
             return True
         cores = len(os.sched_getaffinity(0))
         return shutil.which("nvidia-smi") is None and self._threads + self.config.generate.engine.cpu_threads > cores
+
+    def make_room(self) -> None:
+        """Leave the GPUs to others, between orders. A process that stays has given all back but its context."""
+        if not self.stays:
+            self.stop()
 
     def stop(self) -> None:
         """End the process. The next call starts another one."""
@@ -180,8 +184,7 @@ class Trainer:
                     meanwhile()
                 result = trainer.result(sent, on_progress)
                 if colocated and last:
-                    if not self.stays:
-                        self.stop()
+                    self.make_room()
                     if self._engine.loaded:
                         self._engine.wake()
                 assert isinstance(result, dict), "an order is answered by a mapping"
