@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
@@ -297,9 +298,10 @@ class _AgreementCheck(TrainerCallback):
         rows = np.random.default_rng(self._job.seed % 2**63).choice(len(everything), count, replace=False)
         sample = everything.select(np.sort(rows))
         ours = torch.cat(self._trainer.reference_logps(sample, self._tell)).double().numpy()
-        pairs = sample.with_format("numpy")
-        theirs = np.concatenate([pairs["chosen_logp"][:], pairs["rejected_logp"][:]])
-        tokens = np.array([len(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name]])
+        table: pa.Table = sample.with_format("arrow")[:]
+        sides = ("chosen", "rejected")
+        theirs = np.concatenate([table[f"{side}_logp"].to_numpy() for side in sides])
+        tokens = np.concatenate([pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in sides])
         return agreement(ours, theirs, tokens)
 
     def _tell(self) -> None:
