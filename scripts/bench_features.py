@@ -324,7 +324,7 @@ def fewer_layers(run_dir: Path, folder: Path, config: dict[str, Any], repeats: i
         return FeaturesJob(
             pairs=round_folder / "pairs" / "pairs.parquet", policy=policy, reference=policy,
             out=folder / "gradients.parquet", dim=config["depth"]["dim"], layers=layers, clusters=clusters, seed=seed,
-            micro_batch_pairs=config["train"]["micro_batch_pairs"], threads=1, beta=config["train"]["beta"],
+            micro_batch_pairs=config["train"]["micro_batch_pairs"], beta=config["train"]["beta"],
             lora=None if lora is None else LoraJob.model_validate(lora),
         )  # fmt: skip
 

@@ -5,7 +5,7 @@
 
 `selfplay serve` on the miniature of the tiny world, with the default tracker. Five times a second: resident memory, file
 descriptors and threads of the service itself, and the same, with the number of processes, of everything below it together
-(engine, reward server, judge, trainer, their guards; a trainer lives for one round). A round's memory is the largest that was
+(engine, reward server, judge, trainer, their guards). A round's memory is the largest that was
 seen in it; its counts are the median over the looks, for threads that live for a request are no growth. The table gives the
 median over the rounds of each tenth of the run. Growth compares the last tenth with the second (the first warms up). A round's time goes from the end of the one
 before it to its own end.

@@ -78,8 +78,13 @@ class TrainConfig(Section):
     """Pairs of the round, drawn by a seed, whose log-probabilities are compared before the first step."""
     accelerate: Path | None = None
     """Configuration file for `accelerate launch` (processes, FSDP); without one the trainer is a single plain process."""
-    cpu_threads: Positive = 1
-    """Threads of the trainer (CPU only)."""
+    stay: bool = True
+    """The trainer lives as long as the run, and between its orders it holds no more of a GPU than its context. false ends it
+    after each round, or before the engine wakes where they share GPUs: for those who need the memory of that context, or of the
+    policies that it keeps on the host. Behind accelerate's launcher it always ends then."""
+    cpu_threads: Positive | None = None
+    """Threads of the trainer on a CPU; null for all cores that it may use. Where that leaves no core to the engine, the
+    champion answers the held-out prompts before the training, and not beside it."""
     silence: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds without a sign of progress after which the trainer is taken for hung."""
 

@@ -6,6 +6,7 @@ keep finished shards, `train` its checkpoints. `rounds/steps.py` says what each 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -48,10 +49,12 @@ def run_round(run: Run) -> RoundReport:
         )
     run.warm_up()
     steps.expect_training()  # the trainer pays for its imports while the engine samples
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(run.stop_early)
+        at_the_end.enter_context(run.trainer.for_a_round())
         do(PROMPTS, steps.prompts, total=config.prompts.per_round)
         run.draws.record(steps.index)
-        steps.expect_training()  # anew where it shares a GPU with the engine, and so ended with an order of that stage
+        steps.expect_training()  # anew where it has ended with an order of that stage
         do(GENERATE, steps.generate, total=steps.drawn)
         do(SCORE, steps.score, total=steps.drawn * config.generate.candidates)
         do(GUARD, steps.guard)
@@ -69,9 +72,6 @@ def run_round(run: Run) -> RoundReport:
         record_candidate(steps)
         do(EVALUATE, steps.evaluate)
         do(PROMOTE, steps.promote)
-    finally:
-        run.stop_early()
-        run.trainer.stop()
     return close(steps, "promoted" if steps.promoted else "rejected", steps.reasons)
 
 

@@ -14,14 +14,14 @@ from selfplay.storage.folders import MANIFEST
 MOST_REMEMBERED = 4096
 THREADS = 4  # files that are read and hashed at a time: one thread cannot keep up with a fast disk
 
-# A file is known by its device, inode, size and time of change, not by its name: a renamed file is not read again.
-_Known = tuple[int, int, int, int]
-_remembered: dict[_Known, str] = {}
+# Not the name of a file: one that was renamed is not read again.
+Identity = tuple[int, int, int, int]
+_remembered: dict[Identity, str] = {}
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file. A file that was hashed before and has not changed since is not read again."""
-    known = _known(path)
+    known = identity(path)
     found = _remembered.get(known)  # asked once: another thread may forget all of them at any moment
     if found is None:
         if len(_remembered) >= MOST_REMEMBERED:
@@ -40,7 +40,7 @@ def forget() -> None:
 def sha256_of(paths: Iterable[Path]) -> list[str]:
     """SHA-256 of each file, in order. Several files that are not remembered are read at a time."""
     files = list(paths)
-    unknown = [path for path in files if _known(path) not in _remembered]
+    unknown = [path for path in files if identity(path) not in _remembered]
     found: dict[Path, str] = {}
     if len(unknown) > 1:
         with ThreadPoolExecutor(min(THREADS, len(unknown), os.cpu_count() or 1)) as pool:
@@ -66,6 +66,7 @@ def verify_files(root: Path, files: Mapping[str, str], error: type[SelfplayError
             raise error(f"{root / name} is not what its manifest says (SHA-256 differs)")
 
 
-def _known(path: Path) -> _Known:
+def identity(path: Path) -> Identity:
+    """What a file is known by: device, inode, size (bytes) and time of change (ns)."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -22,6 +22,7 @@ from selfplay.errors import TrainError
 from selfplay.methods.depth import closeness_to_others, cluster, rank_correlation, sizes
 from selfplay.methods.features import PairGradients
 from selfplay.models import weights
+from selfplay.models.kept import Kept
 from selfplay.storage import folders, tables
 from selfplay.training.jobs import FeaturesJob
 from selfplay.training.train_job import lora_config
@@ -32,7 +33,9 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("prompt_id", "prompt_ids", "chosen_ids", "rejected_ids", "kept_because")
 
 
-def features(job: FeaturesJob, on_done: Callable[[int], None]) -> dict[str, float | None] | None:
+def features(
+    job: FeaturesJob, on_done: Callable[[int], None], kept: Kept | None = None
+) -> dict[str, float | None] | None:
     """Do a job; every process of a distributed run calls it, takes its share of the pairs, and rank 0 gets the result.
 
     Each process holds the whole policy in `job.dtype`. The result, metrics by name, None for one that is not defined:
@@ -40,15 +43,14 @@ def features(job: FeaturesJob, on_done: Callable[[int], None]) -> dict[str, floa
     `closeness_length_correlation` (Spearman, with the tokens of both responses: summed gradients follow length) and
     `closeness_size_correlation` (with the size of the cluster);
     `zero_gradients` and `nonfinite_gradients` (pairs); `seconds_load`, `seconds_features` and `seconds_cluster`.
-    `on_done` gets the number of pairs that are done. Raises TrainError.
+    `on_done` gets the number of pairs that are done. `kept`: where the process keeps models from order to order. Raises
+    TrainError.
     """
     started = time.perf_counter()
-    if job.threads:
-        torch.set_num_threads(job.threads)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = read_pairs(job.pairs)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
-    policy, reference = load(job)
+    policy, reference = load(job, kept)
     weights.require_memory(policy, reference)
     policy, reference = (None if one is None else one.to(device) for one in (policy, reference))
     loaded = time.perf_counter()
@@ -141,14 +143,15 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
     return pairs
 
 
-def load(job: FeaturesJob) -> tuple[Any, Any]:
+def load(job: FeaturesJob, kept: Kept | None = None) -> tuple[Any, Any]:
     """The policy, with the adapter that is to be trained, and the reference, None where it is the policy. On the CPU."""
-    dtype = getattr(torch, job.dtype)
+    dtype, kept = getattr(torch, job.dtype), kept or Kept(keeps=False)
 
     def read(folder: Path) -> Any:
         # In float32 what training starts from; below that what serves.
-        source = weights.masters(folder) if dtype == torch.float32 else folder
-        return weights.load(source, dtype, job.trust_remote_code).eval()
+        if dtype == torch.float32:
+            return kept.shared(weights.masters(folder), job.trust_remote_code).eval()
+        return weights.load(folder, dtype, job.trust_remote_code).eval()
 
     with _whole_models():
         policy = read(job.policy)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from selfplay.errors import TrainError
 from selfplay.methods import breadth
 from selfplay.models import weights
+from selfplay.models.kept import Kept
 from selfplay.storage import tables
 from selfplay.training.jobs import EmbedJob
 from selfplay.types import Prompt
@@ -24,17 +25,18 @@ BATCH_TOKENS = 8192  # of a forward pass, padding included
 OnDone = Callable[[int], None]  # prompts that are done
 
 
-def embed(job: EmbedJob, on_done: OnDone) -> dict[str, Any]:
+def embed(job: EmbedJob, on_done: OnDone, models: Kept | None = None) -> dict[str, Any]:
     """Embed prompts and choose those that stand for all. Raises TrainError.
+
+    models: those that the process keeps from order to order.
 
     The result, in the order of the prompts: `kept` (indices, ascending), `clusters` and `distances` (n) to the centre of
     each prompt's cluster, and `seconds`. No memory of the accelerator is held afterwards but its context.
     """
     started = time.perf_counter()
-    if job.threads:
-        torch.set_num_threads(job.threads)
     prompts = tables.read_rows(job.prompts, Prompt)
-    found = _by_policy(job, prompts, on_done) if job.embedding == "policy" else _by_model(job, prompts)
+    models = models or Kept(keeps=False)
+    found = _by_policy(job, prompts, on_done, models) if job.embedding == "policy" else _by_model(job, prompts)
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -52,9 +54,12 @@ def embed(job: EmbedJob, on_done: OnDone) -> dict[str, Any]:
     }
 
 
-def _by_policy(job: EmbedJob, prompts: Sequence[Prompt], on_done: OnDone) -> NDArray[np.float32]:
+def _by_policy(job: EmbedJob, prompts: Sequence[Prompt], on_done: OnDone, models: Kept) -> NDArray[np.float32]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = weights.load(job.policy, getattr(torch, job.dtype), job.trust_remote_code).eval()
+    if job.dtype == "float32":
+        model = models.shared(weights.masters(job.policy), job.trust_remote_code).eval()
+    else:
+        model = weights.load(job.policy, getattr(torch, job.dtype), job.trust_remote_code).eval()
     weights.require_memory(model)
     model = model.to(device)
     found: NDArray[np.float32] = hidden_states(model, [p.prompt_ids for p in prompts], job.pooling, on_done=on_done)

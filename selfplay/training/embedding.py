@@ -33,7 +33,6 @@ def representatives(
         keep=keep,
         clusters=settings.clusters,
         seed=seed,
-        threads=config.train.cpu_threads,
         trust_remote_code=config.policy.trust_remote_code,
     )
     return trainer.order("embed", job, lambda event: breathe("shard"))

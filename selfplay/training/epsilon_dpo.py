@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -148,7 +148,7 @@ class EpsilonDPOTrainer(DPOTrainer):
             raise ValueError("FSDP 1 flattens the output head away: set fsdp_version: 2 in the accelerate config")
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("DeepSpeed ZeRO-3 hides the output head: shard with FSDP2 instead, or use ZeRO-2")
-        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt learning adds tokens of its own: use LoRA")
         self._unchecked = [self.model]
         head.make_lean(_bare(self.model))
@@ -232,7 +232,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         """The reference to call: its own model, or the model under the adapter (its «ref» copy, where TRL made one)."""
         model, adapter = self.ref_model, nullcontext()
         if model is None:
-            assert is_peft_model(self.model), "TRL keeps a reference model for everything but adapters"
+            assert isinstance(self.model, PeftModel), "TRL keeps a reference model for everything but adapters"
             bare, model = self.accelerator.unwrap_model(self.model), self.model
             adapter = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
         plain = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
@@ -383,4 +383,4 @@ class _BetaUpdate(TrainerCallback):
 
 def _bare(model: Any) -> Any:
     """The model itself, without an adapter's wrapper."""
-    return model.get_base_model() if is_peft_model(model) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model

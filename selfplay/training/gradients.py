@@ -54,7 +54,6 @@ def gradients(
         epsilon=settings.epsilon,
         label_smoothing=settings.label_smoothing,
         nll_weight=settings.nll_weight,
-        threads=settings.cpu_threads,
         trust_remote_code=config.policy.trust_remote_code,
     )
     line.update(text="gradients of the base pairs")

@@ -67,8 +67,6 @@ class TrainJob(BaseModel):
     save_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between checkpoints; 0 for none."""
     seed: int = 0
-    threads: Annotated[int, Field(ge=0)] = 0
-    """Threads of torch on the CPU; 0 leaves its choice."""
     gradient_checkpointing: bool = False
     bf16: bool = False
     """Mixed precision: matrix products in bf16, weights and losses in float32."""
@@ -100,7 +98,6 @@ class EmbedJob(BaseModel):
     """Representatives, at most n."""
     clusters: Count | None = None
     seed: int = 0
-    threads: Annotated[int, Field(ge=0)] = 0
     trust_remote_code: bool = False
 
 
@@ -137,7 +134,6 @@ class FeaturesJob(BaseModel):
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.01
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
-    threads: Annotated[int, Field(ge=0)] = 0
     trust_remote_code: bool = False
 
 

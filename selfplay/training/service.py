@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,27 +39,66 @@ class Neighbour(Protocol):
         """Take the memory back."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launch:
+    """How the process is started. One that was started in another way is of no use."""
+
+    argv: list[str]
+    env: dict[str, str]
+    silence: float
+
+
 class Trainer:
     """The trainer child. It is started early, so that its imports run beside other work, and then waits for orders.
 
-    `config` is read at each start, so that another configuration may be set between rounds.
+    `config` is read at each start and each order, so that another configuration may be set between rounds. A process that
+    stays (`train.stay`) imports once, and keeps the models that the next round starts from.
     """
 
     def __init__(self, config: Config, run_dir: Path, engine: Neighbour, on_event: Tell) -> None:
         self.config, self._run_dir, self._engine, self._on_event = config, run_dir, engine, on_event
         self._child: Child | None = None
+        self._launched: _Launch | None = None
 
     @property
     def alive(self) -> bool:
         return self._child is not None and self._child.alive
 
+    @property
+    def stays(self) -> bool:
+        """Whether the process lives on after a round. Processes behind a launcher end: they know each other only once."""
+        return self.config.train.stay and self.config.train.accelerate is None
+
+    @contextmanager
+    def for_a_round(self) -> Iterator[None]:
+        """The time in which a round may need it. After a failure it ends, since it may be at work for nobody."""
+        try:
+            yield
+        except BaseException:
+            self.stop()
+            raise
+        self.make_room()
+
     def start(self) -> Child:
-        """The process; started where there is none, when it begins its imports. Returns at once."""
-        if self._child is not None and self._child.alive:
+        """The process, as the configuration of now wants it; started where there is none, when it begins its imports.
+
+        Returns at once.
+        """
+        launch = self._launch()
+        if self._child is not None and self._child.alive and self._launched == launch:
             return self._child
-        if self._child is not None:
+        if self._child is not None and not self._child.alive:
             self._on_event("trainer_restart", "the trainer died while it waited for an order; starting it again")
         self.stop()
+        log = self._run_dir / "logs" / "trainer.log"
+        self._child = Child(
+            "trainer", launch.argv, run_dir=self._run_dir, log=log, env=launch.env, silence=launch.silence
+        )
+        self._launched = launch
+        self._child.start()
+        return self._child
+
+    def _launch(self) -> _Launch:
         settings = self.config.train
         launcher = [sys.executable]
         if settings.accelerate is not None:
@@ -65,21 +107,32 @@ class Trainer:
             launcher += ["-m", "accelerate.commands.launch", "--config_file", str(settings.accelerate)]
         given = self.config.placement.trainer
         if settings.accelerate is None and gpus.count():
-            given = (given or [0])[
-                :1
-            ]  # one process uses one GPU; of several that it sees it would make another kind of trainer
-        env = {"OMP_NUM_THREADS": str(settings.cpu_threads), **gpus.environment(given)}
+            given = (given or [0])[:1]  # of several GPUs that one process sees it would make another kind of trainer
+        # Threads that wait for work sleep: the cores belong to whatever runs meanwhile.
+        env = {"OMP_NUM_THREADS": str(self._threads), "OMP_WAIT_POLICY": "PASSIVE", **gpus.environment(given)}
         clusters = self.config.depth.method == "gradient" or self.config.breadth.method == "clusters"
-        self._child = Child(
-            "trainer",
-            [*launcher, "-m", "selfplay.training.trainer", *([CLUSTERS] if clusters else [])],
-            run_dir=self._run_dir,
-            log=self._run_dir / "logs" / "trainer.log",
-            env=env,
-            silence=settings.silence,
-        )
-        self._child.start()
-        return self._child
+        argv = [*launcher, "-m", "selfplay.training.trainer", *([CLUSTERS] if clusters else [])]
+        return _Launch(argv=argv, env=env, silence=settings.silence)
+
+    @property
+    def _threads(self) -> int:
+        return self.config.train.cpu_threads or len(os.sched_getaffinity(0))
+
+    @property
+    def apart(self) -> bool:
+        """Whether the engine must not work beside the trainer: both on one GPU, or on the same cores.
+
+        Two processes with two threads each on two cores take seven times as long.
+        """
+        if self.config.placement.colocated:
+            return True
+        generate, cores = self.config.generate, len(os.sched_getaffinity(0))
+        return not gpus.count() and self._threads + generate.engine_count * generate.engine.cpu_threads > cores
+
+    def make_room(self) -> None:
+        """Leave the GPUs to others, between orders. A process that stays has given all back but its context."""
+        if not self.stays:
+            self.stop()
 
     def stop(self) -> None:
         """End the process. The next call starts another one."""
@@ -115,36 +168,43 @@ class Trainer:
     ) -> dict[str, Any]:
         """Give the trainer an order and wait for its result. Raises TrainError.
 
-        `meanwhile` works with the engine while the trainer works. Where both share a GPU it comes first, the engine then
-        sleeps, and the trainer ends with its order, so that none of its memory is left when the engine wakes. Not so before
-        the `last` order of two that follow each other: the engine sleeps on, and the trainer waits for the next one.
+        `meanwhile` works with the engine while the trainer works. Where they would be in each other's way it comes first.
+        Where they share a GPU the engine then sleeps, and wakes after the `last` order of some that follow each other: by
+        then the trainer has given its memory back, or has ended where it does not stay.
         """
-        colocated = self.config.placement.colocated
+        colocated, apart = self.config.placement.colocated, self.apart
         for start in range(STARTS):
             try:
-                if colocated:
+                if apart:
                     meanwhile()
-                    if self._engine.loaded:
-                        self._engine.sleep()
+                if colocated and self._engine.loaded:
+                    self._engine.sleep()
                 trainer = self.start()
                 sent = trainer.send(name, job=job.model_dump(mode="json"))
-                if not colocated:
+                if not apart:
                     meanwhile()
                 result = trainer.result(sent, on_progress)
                 if colocated and last:
-                    self.stop()
+                    self.make_room()
                     if self._engine.loaded:
                         self._engine.wake()
                 assert isinstance(result, dict), "an order is answered by a mapping"
                 return result
-            except ChildError as error:
-                raise TrainError(error.kind, str(error), error.hint) from error
-            except ChildDied as error:
-                if start + 1 == STARTS:
-                    why = f"{error}; the last it said: {last_line(error.log)}"
-                    raise TrainError(
-                        "died", why, "it resumes from its last save: run the same command again"
-                    ) from error
+            except (ChildError, ChildDied) as error:
+                if start + 1 == STARTS or not self._lost_a_process(error):
+                    raise _failure(error) from error
                 self.stop()  # otherwise it would be told once more, as one that died while it waited
                 self._on_event("trainer_restart", f"{error}; starting it again, it resumes from its last save")
         raise AssertionError("every start returns or raises")
+
+    def _lost_a_process(self, error: ChildError | ChildDied) -> bool:
+        """Whether an order failed because a process ended. Of several, those that are left say so in words of their own."""
+        distributed = self.config.train.accelerate is not None
+        return isinstance(error, ChildDied) or (distributed and error.kind == "internal")
+
+
+def _failure(error: ChildError | ChildDied) -> TrainError:
+    if isinstance(error, ChildError):
+        return TrainError(error.kind, str(error), error.hint)
+    why = f"{error}; the last it said: {last_line(error.log)}"
+    return TrainError("died", why, "it resumes from its last save: run the same command again")

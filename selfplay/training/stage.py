@@ -75,7 +75,7 @@ def train(
         try:
             meanwhile()
         except Interrupted as stop:
-            if stop.now or config.placement.colocated:  # then the trainer has not begun
+            if stop.now or trainer.apart:  # then the trainer has not begun
                 raise
             save(stop)
 
@@ -148,7 +148,6 @@ def train_job(
         agreement_p99=(settings.agreement_p99 or (1e-2 if exact else 2.5e-1)) if checked else None,
         agreement_pairs=settings.agreement_pairs,
         seed=seed,
-        threads=settings.cpu_threads,
         canary_ids=canary_ids,
         trust_remote_code=config.policy.trust_remote_code,
         **{

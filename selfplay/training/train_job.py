@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from selfplay.errors import TrainError
 from selfplay.models import weights
+from selfplay.models.kept import Kept
 from selfplay.storage import folders
 from selfplay.training.data import check_pairs
 from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
@@ -35,18 +37,20 @@ transformers_logging.disable_progress_bar()
 Report = Callable[[int, int, dict[str, float | None]], None]  # step, steps, metrics
 
 
-def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
+def train(job: TrainJob, report: Report, kept: Kept | None = None) -> dict[str, Any] | None:
     """Do a job; every process of a distributed run calls it, and rank 0 gets the result. Raises TrainError.
+
+    kept: where the process keeps models from order to order. The policy and the reference of this job stay there, and what
+    was trained joins them: one of the first two and the last are what the next round starts from.
 
     The result: `history` (metrics of each optimizer step), `steps`, `beta` (the last), `agreement` {mean, p99, tokens}
     or None, `update` {share_changed, relative_norm}, `canaries` (nats each) and `seconds` {load, train, export}, with
     the agreement check in `train`.
     """
-    clock = _Clock()
-    if job.threads:
-        torch.set_num_threads(job.threads)
+    clock, kept = _Clock(), kept or Kept(keeps=False)
+    kept.only([weights.masters(job.policy), weights.masters(job.reference)])
     try:
-        trainer = _build(job, report)
+        trainer = _build(job, report, kept)
     except ValueError as error:  # a setting or data that cannot be trained on; later on it would be a bug
         raise TrainError("input", str(error), "change the setting or the data that the message names") from error
     rank_zero = trainer.accelerator.is_main_process
@@ -83,7 +87,7 @@ def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
             model.save_pretrained(part / "adapter")
             model = model.merge_and_unload()
         model = model.to("cpu")
-        start = weights.load(weights.masters(job.policy), trust_remote_code=job.trust_remote_code)
+        start = kept.shared(weights.masters(job.policy), job.trust_remote_code)
         share, norm = weights.update_size(start, model)
         if norm < job.min_update or share == 0:
             raise TrainError(
@@ -92,10 +96,13 @@ def train(job: TrainJob, report: Report) -> dict[str, Any] | None:
                 f"counts is {job.min_update:g}",
                 "raise the learning rate, the epochs or the pairs of a round",
             )
+        next_start = kept.beside(weights.masters(job.policy), model)
         weights.export(model, job.policy, job.initial, part, dtype)
         del start, model
         served = weights.load(part, dtype, job.trust_remote_code).to(device).eval()
         canary_logps = weights.sequence_logps(served, job.canary_ids)
+    if next_start is not None:
+        kept.put(weights.masters(job.out), next_start)
     clock.lap("export")
     return {
         "history": history, "steps": steps, "beta": beta, "agreement": found, "canaries": canary_logps,
@@ -110,7 +117,7 @@ def canaries(job: CanaryJob) -> dict[str, Any]:
     return {"canaries": weights.sequence_logps(model, job.canary_ids)}
 
 
-def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
+def _build(job: TrainJob, report: Report, kept: Kept) -> EpsilonDPOTrainer:
     """Data, models, tokenizer and the trainer over them."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation, rest = divmod(job.batch_pairs, job.micro_batch_pairs * world)
@@ -131,13 +138,13 @@ def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
     )  # fmt: skip
     pairs = _read_pairs(job.pairs)
     check_pairs(pairs, job.max_length)
-    policy = weights.load(weights.masters(job.policy), trust_remote_code=job.trust_remote_code)
+    policy = kept.own(weights.masters(job.policy), job.trust_remote_code)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and job.max_length > context:
         raise TrainError("input", f"max_length {job.max_length} exceeds the model's context of {context}", "lower it")
     reference: Any = None  # with an adapter: the model under it
     if job.reference.resolve() != job.policy.resolve():
-        reference = weights.load(weights.masters(job.reference), trust_remote_code=job.trust_remote_code)
+        reference = kept.shared(weights.masters(job.reference), job.trust_remote_code)
     elif job.lora is None:
         reference = copy.deepcopy(policy)
     weights.require_memory(policy, reference, of_policy=4 if job.lora is None else 1, processes=world)
@@ -189,7 +196,6 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
         "min_update",
         "canary_ids",
         "serving_dtype",
-        "threads",
     }
     settings = job.model_dump(mode="json", exclude=elsewhere)
     settings["world"] = trainer.accelerator.num_processes
@@ -292,9 +298,10 @@ class _AgreementCheck(TrainerCallback):
         rows = np.random.default_rng(self._job.seed % 2**63).choice(len(everything), count, replace=False)
         sample = everything.select(np.sort(rows))
         ours = torch.cat(self._trainer.reference_logps(sample, self._tell)).double().numpy()
-        pairs = sample.with_format("numpy")
-        theirs = np.concatenate([pairs["chosen_logp"][:], pairs["rejected_logp"][:]])
-        tokens = np.array([len(ids) for name in ("chosen_ids", "rejected_ids") for ids in pairs[name]])
+        table: pa.Table = sample.with_format("arrow")[:]
+        sides = ("chosen", "rejected")
+        theirs = np.concatenate([table[f"{side}_logp"].to_numpy() for side in sides])
+        tokens = np.concatenate([pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in sides])
         return agreement(ours, theirs, tokens)
 
     def _tell(self) -> None:

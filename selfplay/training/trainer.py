@@ -1,7 +1,7 @@
 """The trainer child: `python -m selfplay.training.trainer`, directly, through `accelerate launch -m` or through `torchrun -m`.
 
 It pays for its imports while other stages run, says «ready» and waits for orders on stdin, with no CUDA context until
-one comes. Orders, each answered with one result or one error (see `selfplay/processes/protocol.py`):
+the first one comes. Orders, each answered with one result or one error (see `selfplay/processes/protocol.py`):
 
     {"order": "train", "job": TrainJob}        pairs → checks → ε-DPO → an exported policy and what is known of it
     {"order": "embed", "job": EmbedJob}        embeddings of prompts, and which of them stand for all
@@ -13,21 +13,27 @@ one comes. Orders, each answered with one result or one error (see `selfplay/pro
 With several processes only rank 0 reads orders and reports progress; the others are told by it. After an error in a
 distributed run every process ends, since the others may wait in a collective call. The kinds of error are those of
 `TrainError`, and «disk». A job that finds whole checkpoints of the same job in `work` goes on from the last one and, on
-a CPU with one thread, ends with the same bytes as an undisturbed run.
+a CPU with the same number of threads, ends with the same bytes as an undisturbed run. An order ends with the same bytes
+whatever the process did before it (`training/between.py`).
 """
+
+from __future__ import annotations
 
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from selfplay.errors import DiskError, InputError, TrainError
 from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
 from selfplay.training.jobs import CLUSTERS, CanaryJob, EmbedJob, FeaturesJob, TrainJob
+
+if TYPE_CHECKING:
+    from selfplay.models.kept import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -54,28 +60,31 @@ def failure(error: Exception) -> TrainError:
     return TrainError("internal", f"{type(error).__name__}: {error}", "the trainer's log has the whole traceback")
 
 
-def obey(order: Event, channel: Channel, rank: int) -> bool:
-    """Carry out one order and answer it; False after an error."""
+def obey(order: Event, channel: Channel, rank: int, kept: Kept) -> bool:
+    """Carry out one order and answer it, once its memory was given back; False after an error."""
     from selfplay.models import rendering
-    from selfplay.training import depth_job, embed_job, train_job
+    from selfplay.training import between, depth_job, embed_job, train_job
 
     def report(step: int, steps: int, metrics: dict[str, float | None]) -> None:
         channel.progress(order, step=step, steps=steps, metrics=metrics)
 
+    def done(count: int) -> None:
+        channel.progress(order, done=count)
+
     result: Any
     try:
         if order["order"] == "train":
-            result = train_job.train(TrainJob.model_validate(order["job"]), report)
+            result = train_job.train(TrainJob.model_validate(order["job"]), report, kept)
         elif order["order"] == "features":
             pairs = FeaturesJob.model_validate(order["job"])
-            result = depth_job.features(pairs, lambda done: channel.progress(order, done=done))
+            result = depth_job.features(pairs, done, kept)
         elif order["order"] == "canaries":
             result = train_job.canaries(CanaryJob.model_validate(order["job"])) if rank == 0 else None
         elif order["order"] == "render":
             result = rendering.run_render(order) if rank == 0 else None
         elif order["order"] == "embed":
             job = EmbedJob.model_validate(order["job"])
-            result = embed_job.embed(job, lambda done: channel.progress(order, done=done)) if rank == 0 else None
+            result = embed_job.embed(job, done, kept) if rank == 0 else None
         else:
             raise TrainError(
                 "input", f"unknown order {order['order']!r}", "known: train, features, embed, render, canaries, exit"
@@ -86,6 +95,7 @@ def obey(order: Event, channel: Channel, rank: int) -> bool:
         # A line longer than a pipe's atomic write could mix with another rank's.
         channel.error(order, found.kind, str(found)[:2000], found.hint)
         return False
+    between.give_back()
     if rank == 0:
         channel.result(order, result)
     return True
@@ -122,13 +132,17 @@ def main() -> None:
     with quick_imports():  # the seconds that are to be spent before an order comes
         import selfplay.training.depth_job
         import selfplay.training.train_job  # noqa: F401
+        from selfplay.models.kept import Kept
+        from selfplay.training.between import Beginning
     if CLUSTERS in sys.argv:
         import sklearn.cluster  # noqa: F401
 
+    beginning, kept = Beginning(world), Kept(keeps=world == 1)
     if rank == 0:
         channel.ready()
     for order in shared_orders(channel, rank, world):
-        if not obey(order, channel, rank) and world > 1:
+        beginning.restore()
+        if not obey(order, channel, rank, kept) and world > 1:
             sys.exit(1)
 
 

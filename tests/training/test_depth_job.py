@@ -58,7 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def features_job(world: Path, out: Path, **changes: Any) -> FeaturesJob:
     settings: dict[str, Any] = {
         "pairs": world / "pairs.parquet", "policy": world / "policy", "reference": world / "policy", "out": out,
-        "dim": 48, "clusters": 3, "seed": 2**63 + 5, "micro_batch_pairs": 4, "threads": 1, **LOSS,
+        "dim": 48, "clusters": 3, "seed": 2**63 + 5, "micro_batch_pairs": 4, **LOSS,
     }  # fmt: skip
     return FeaturesJob(**(settings | changes))
 

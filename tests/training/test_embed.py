@@ -41,7 +41,6 @@ def world(tmp_path_factory):
 def job(root, **changes):
     settings = {
         "prompts": root / "prompts.parquet", "policy": root / "0000", "embedding": "policy", "keep": 12, "seed": 2**63 - 1,
-        "threads": 1,
     }  # fmt: skip
     return EmbedJob(**(settings | changes))
 

@@ -61,14 +61,14 @@ def checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def write_pairs(path: Path, policy: Path, n: int = 12, off: float = 0.0, seed: int = 0) -> Path:
-    """Random pairs with the policy's own log-probabilities, `off` nats a token wrong."""
+def write_pairs(path: Path, policy: Path, n: int = 12, off: float = 0.0, seed: int = 0, **more: Any) -> Path:
+    """Random pairs with the policy's own log-probabilities, `off` nats a token wrong, and the same in `more` columns."""
     rng = np.random.default_rng(seed)
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     rows = []
     for i in range(n):
         prompt, chosen, rejected = (rng.integers(3, WORDS, rng.integers(2, 10)).tolist() for _ in range(3))
-        row: dict[str, Any] = {"prompt_id": f"p{i}", "prompt_ids": prompt}
+        row: dict[str, Any] = {"prompt_id": f"p{i}", "prompt_ids": prompt} | more
         for name, ids in (("chosen", [*chosen, 2]), ("rejected", [*rejected, 2])):
             whole, before = sequence_logps(model, [prompt + ids, prompt])
             row |= {f"{name}_ids": ids, f"{name}_logp": whole - before + off * len(ids)}
@@ -102,7 +102,6 @@ def job_of(world: Path, folder: Path, **changes: Any) -> TrainJob:
         "micro_batch_pairs": 2,
         "max_length": 64,
         "seed": 2**63 + 5,
-        "threads": 1,
         "agreement_mean": 1e-4,
         "agreement_p99": 1e-3,
         "canary_ids": CANARIES,

@@ -1,5 +1,6 @@
 """The stage `train` and the trainer's service, over a child that only answers as told."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,6 +138,27 @@ def test_a_trainer_that_dies_is_started_once_more_and_told_once(world: Any, tmp_
     assert error.value.kind == "died" and "same command" in error.value.hint
 
 
+def test_a_process_of_several_that_dies_is_a_death_whatever_the_others_say_of_it_once(
+    world: Any, tmp_path: Path
+) -> None:
+    """Those that are left fail in a collective call, and say so before the launcher ends."""
+    several = tmp_path / "several.yaml"
+    several.write_text("")
+    reset = ChildError("trainer", "internal", "RuntimeError: Connection reset by peer", "see the log", tmp_path / "x")
+    w = world(f"train.accelerate={several}").ends(reset, {"steps": 3})
+    assert w.trainer.order("canaries", JOB) == {"steps": 3}
+    assert w.log == ["start", "send canaries", "stop", "start", "send canaries"]
+    assert [kind for kind, _ in w.events] == ["trainer_restart"] and "reset by peer" in w.events[0][1]
+    w.ends(*[reset] * STARTS)
+    with pytest.raises(TrainError, match="reset by peer") as error:
+        w.trainer.order("canaries", JOB)
+    assert (error.value.kind, error.value.hint) == ("internal", "see the log")
+    alone = world().ends(reset, {})
+    with pytest.raises(TrainError, match="reset by peer"):
+        alone.trainer.order("canaries", JOB)
+    assert alone.events == []
+
+
 def test_an_order_that_fails_is_no_reason_for_a_second_try(world: Any, tmp_path: Path) -> None:
     failed = ChildError("trainer", "oom", "out of memory: 3 GiB", "lower micro_batch_pairs", tmp_path / "x")
     w = world().ends(failed, {})
@@ -165,8 +187,64 @@ def test_beside_a_trainer_with_gpus_of_its_own_the_engine_works(world: Any) -> N
     assert w.log == ["start", "send canaries", "engine works"]
 
 
-def test_where_they_share_a_gpu_the_engine_works_first_and_sleeps_while_the_trainer_lives(world: Any) -> None:
+def test_on_a_cpu_the_engine_works_beside_a_trainer_that_leaves_it_a_core_and_else_before_it(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four cores, of which the engine takes one. By default the trainer takes all that it may use."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 4, 6})
+    beside, before = ["start", "send canaries", "engine works"], ["engine works", "start", "send canaries"]
+    for threads, gpu, expected in (
+        ("3", False, beside),
+        ("4", False, before),
+        ("null", False, before),
+        ("4", True, beside),
+    ):
+        monkeypatch.setattr("selfplay.training.service.gpus.count", lambda gpu=gpu: int(gpu))
+        w = world(f"train.cpu_threads={threads}").ends({})
+        w.trainer.order("canaries", JOB, meanwhile=lambda w=w: w.log.append("engine works"))
+        assert w.log == expected, (threads, gpu)
+        assert FakeChild.env[-1]["OMP_NUM_THREADS"] == threads.replace("null", "4")
+
+
+def test_a_trainer_stays_from_round_to_round_and_ends_where_it_is_not_to_stay(world: Any, tmp_path: Path) -> None:
+    single = tmp_path / "single.yaml"
+    single.write_text("")
+    for settings, stays in (((), True), (("train.stay=false",), False), ((f"train.accelerate={single}",), False)):
+        w = world(*settings).ends({}, {})
+        for _ in range(2):
+            with w.trainer.for_a_round():
+                w.trainer.order("canaries", JOB)
+        once, ended = ["start", "send canaries"], ["start", "send canaries", "stop"]
+        assert w.log == ([*once, "send canaries"] if stays else ended * 2)
+        assert w.events == []
+
+
+def test_a_trainer_ends_with_a_round_that_fails(world: Any) -> None:
+    """It may be in the middle of an order, and the next one would wait for it."""
+    w = world().ends({})
+    for error in (Interrupted("now", now=True), KeyboardInterrupt(), TrainError("oom", "out of memory")):
+        w.trainer.start()
+        with pytest.raises(type(error)), w.trainer.for_a_round():
+            raise error
+        assert not w.trainer.alive and w.events == []
+
+
+def test_where_they_share_a_gpu_the_engine_works_first_and_sleeps_while_the_trainer_works(world: Any) -> None:
     w = world(*COLOCATED).ends({}, {}, {})
+
+    def order(**settings: Any) -> list[str]:
+        w.log.clear()
+        w.trainer.order("canaries", JOB, meanwhile=lambda: w.log.append("engine works"), **settings)
+        return list(w.log)
+
+    assert order(last=False) == ["engine works", "engine sleeps", "start", "send canaries"]
+    assert order() == ["engine works", "engine sleeps", "send canaries", "engine wakes"]
+    w.engine.loaded = False  # without a policy it holds no memory
+    assert order() == ["engine works", "send canaries"]
+
+
+def test_where_they_share_a_gpu_a_trainer_that_does_not_stay_ends_before_the_engine_wakes(world: Any) -> None:
+    w = world(*COLOCATED, "train.stay=false").ends({}, {}, {})
 
     def order(**settings: Any) -> list[str]:
         w.log.clear()
@@ -186,9 +264,11 @@ def test_how_a_trainer_is_started_follows_the_configuration_of_now(world: Any, t
     assert FakeChild.env[-1]["OMP_NUM_THREADS"] == "3" and "CUDA_VISIBLE_DEVICES" not in FakeChild.env[-1]
     single = tmp_path / "single.yaml"
     single.write_text("")
+    assert w.trainer.start() is w.trainer.start()
     w.trainer.config = load(TINY, [f"train.accelerate={single}", "breadth.method=clusters", "placement.trainer=[1, 2]"])
-    w.trainer.stop()
-    w.trainer.start()
+    w.log.clear()
+    w.trainer.start()  # anew: the one that waits was started in another way
+    assert w.log == ["stop", "start"] and w.events == []
     launched = ["-m", "accelerate.commands.launch", "--config_file", str(single), "-m", "selfplay.training.trainer"]
     assert FakeChild.argv[-1][1:] == [*launched, CLUSTERS]
     assert FakeChild.env[-1]["CUDA_VISIBLE_DEVICES"] == "1,2"
