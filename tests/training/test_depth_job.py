@@ -240,6 +240,25 @@ def test_a_gpu_that_others_fill_is_noticed_before_a_model_goes_there(
     assert error.value.kind == "oom"
 
 
+def test_each_process_asks_its_own_gpu_for_memory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes, where CUDA is told to be there: its GPU is chosen before anything is asked of one."""
+    chosen = [torch.device("cuda", 0)]
+    asked: list[torch.device] = []
+
+    def told() -> tuple[int, int]:
+        asked.append(chosen[-1])
+        return 0, 0
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", told)
+    with pytest.raises(TrainError, match="the GPU has 0.0 GiB free"):
+        run(features_job(world, tmp_path / "one.parquet"))
+    assert asked == [torch.device("cuda", 1)]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Child]]:
     """One behind accelerate's launcher and one without, which import while the tests without a child run."""
