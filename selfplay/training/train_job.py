@@ -113,6 +113,9 @@ def canaries(job: CanaryJob) -> dict[str, Any]:
 def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
     """Data, models, tokenizer and the trainer over them."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if job.processes not in (None, world):
+        raise TrainError("input", f"train.accelerate asks for {job.processes} processes, and the launcher started {world}",
+                         "see what accelerate launch makes of the file")  # fmt: skip
     accumulation, rest = divmod(job.batch_pairs, job.micro_batch_pairs * world)
     if rest or not accumulation:
         raise TrainError("input", f"batch_pairs {job.batch_pairs} is not a multiple of micro_batch_pairs "
@@ -186,6 +189,7 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
         "agreement_mean",
         "agreement_p99",
         "agreement_pairs",
+        "processes",
         "min_update",
         "canary_ids",
         "serving_dtype",

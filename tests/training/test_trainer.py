@@ -313,6 +313,7 @@ def test_the_weight_of_the_chosens_likelihood_reaches_the_loss(world: Path, tmp_
 
 def test_settings_and_pairs_that_cannot_be_trained_on(world: Path, tmp_path: Path) -> None:
     fails(job_of(world, tmp_path, batch_pairs=5), "input", "not a multiple")
+    fails(job_of(world, tmp_path, processes=2), "input", "asks for 2 processes, and the launcher started 1")
     fails(job_of(world, tmp_path, max_length=8), "input", "never truncates")
     fails(job_of(world, tmp_path, max_length=65), "input", "context of 64")
     fails(job_of(world, tmp_path, beta_min=0.2), "input", "beta_min")
