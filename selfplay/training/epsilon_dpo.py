@@ -43,7 +43,7 @@ from selfplay.methods.epsilon_dpo import (
     pair_losses,
 )
 from selfplay.storage import folders
-from selfplay.training import step_sums
+from selfplay.training import sharding, step_sums
 from selfplay.training.batches import pair_difference, pair_weights, per_response, response
 from selfplay.training.data import check_pairs, largest_id
 from selfplay.training.refusals import check_limits, refuse
@@ -114,13 +114,22 @@ class EpsilonDPOTrainer(DPOTrainer):
         self._step_sums: dict[str, float] = {}
         self._step_pairs = 0  # of the running optimizer step, in all processes
         self._logratios: deque[list[float]] = deque(maxlen=DROP_STEPS)
+        self.ref_model = ref_model  # where it is sharded, that comes before TRL has set it
         super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
+        if self.accelerator.is_fsdp2 and self.ref_model is not ref_model:
+            raise ValueError("under FSDP2 the reference must be given as a model: pass ref_model")
         words = self.model.get_input_embeddings().num_embeddings
         if (largest := largest_id(self.train_dataset)) >= words:
             raise ValueError(f"token id {largest} is not among the model's {words}: another tokenizer's pairs?")
         self._make_lean()
         # Before the callbacks that save and log, which run on later events of the same step.
         self.add_callback(_BetaUpdate(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator; under FSDP2 with the reference sharded by it, before TRL would do so in its own way."""
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2:
+            sharding.prepare(self.accelerator, self.ref_model)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -190,6 +199,8 @@ class EpsilonDPOTrainer(DPOTrainer):
 
         self._check_head(model, self.model, inputs)
         (logp, ref_logp, plus, minus), aux_loss = self._forward(model, inputs, at_head, self.aux_loss_enabled)
+        for one in (logp, ref_logp, plus, minus):
+            assert one.dtype == torch.float32, "sums over a response need all the digits of its log-probabilities"
 
         ratio = per_response(logp - ref_logp, mask)
         q_plus, q_minus = (pair_difference(per_response(shift, mask)) for shift in (plus, minus))  # less q
@@ -240,11 +251,18 @@ class EpsilonDPOTrainer(DPOTrainer):
             bare, model = self.accelerator.unwrap_model(self.model), self.model
             adapter = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
         plain = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), plain, adapter, self.accelerator.autocast():
+        with torch.no_grad(), plain, adapter, self._autocast():
             yield model
+
+    def _autocast(self) -> Any:
+        """What the policy runs in, for what is computed beside it. FSDP2's units cast weights and inputs themselves."""
+        return nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
 
     def _reference(self, inputs: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, head.Head]:
         """Hidden states (N, H) of the response tokens in the reference, and its head, without gradient."""
+        if self.ref_model is None:
+            # While the adapter is on: FSDP2 sees at its first forward what is trained, and in which dtype to reduce that.
+            self._check_head(self.model, self.model, inputs)
         with self._as_reference() as model:
             if self.ref_model is not None:
                 self._check_head(model, model, inputs)
@@ -264,7 +282,7 @@ class EpsilonDPOTrainer(DPOTrainer):
             batch = self._prepare_inputs(batch)
             mask, targets = response(batch)
             hidden, (weight, bias, logit_scale, softcap) = self._reference(batch, mask)
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self._autocast():
                 logp = lean_logps(hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap)
             logps = per_response(logp, mask)
             parts.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).cpu())

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from selfplay.errors import TrainError
 from selfplay.models import weights
 from selfplay.storage import folders
+from selfplay.training import sharding
 from selfplay.training.data import check_pairs
 from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
 from selfplay.training.jobs import STOP, CanaryJob, LoraJob, TrainJob
@@ -143,7 +144,8 @@ def _build(job: TrainJob, report: Report) -> EpsilonDPOTrainer:
         reference = weights.load(weights.masters(job.reference), trust_remote_code=job.trust_remote_code)
     elif job.lora is None:
         reference = copy.deepcopy(policy)
-    weights.require_memory(policy, reference, of_policy=4 if job.lora is None else 1, processes=world)
+    shares = world if sharding.is_sharded() else 1
+    weights.require_memory(policy, reference, of_policy=4 if job.lora is None else 1, processes=shares)
     trainer = EpsilonDPOTrainer(
         policy, reference, args=args, train_dataset=pairs, callbacks=[_Reporter(report)],
         processing_class=AutoTokenizer.from_pretrained(job.initial, trust_remote_code=job.trust_remote_code),
