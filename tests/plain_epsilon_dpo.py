@@ -65,6 +65,6 @@ class PlainEpsilonDPOTrainer(EpsilonDPOTrainer):
             plus, minus = (chosen_logps(z.float() + sign * shift, targets) for sign in (1, -1))
             steps = epsilon_steps(torch.zeros(len(mask) // 2), q(plus - logp), q(minus - logp))
         losses = pair_losses(q(logp - ref_logp), pair_betas(self.beta, steps, epsilon), self.args.label_smoothing)
-        zeros = torch.zeros(len(mask))
-        self._count(steps, losses.detach(), per_response(logp.detach()), zeros, zeros[: len(steps)], zeros)
+        zeros, ones = torch.zeros(len(mask)), torch.ones(len(steps))
+        self._count(steps, ones, losses.detach(), per_response(logp.detach()), zeros, zeros[: len(steps)], zeros)
         return losses.mean()

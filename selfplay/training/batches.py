@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,9 @@ def pair_difference(values: Tensor) -> Tensor:
     """Chosen minus rejected, (B,), of values in rows [chosen; rejected], (2B,)."""
     chosen, rejected = values.chunk(2)
     return chosen - rejected
+
+
+def pair_weights(inputs: Mapping[str, Tensor], count: int) -> Tensor:
+    """Weights (B,) of the pairs of a micro-batch: 1 for the first `count`, 0 for the rest; `count` may be 0 or less."""
+    ids = inputs["input_ids"]
+    return (torch.arange(len(ids) // 2, device=ids.device) < count).float()

@@ -49,7 +49,7 @@ def features(
     started = time.perf_counter()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = read_pairs(job.pairs)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
+    device = _own_device()
     policy, reference = load(job, kept)
     weights.require_memory(policy, reference)
     policy, reference = (None if one is None else one.to(device) for one in (policy, reference))
@@ -182,6 +182,18 @@ def _whole_models() -> Iterator[None]:
     finally:
         if before is not None:
             os.environ[name] = before
+
+
+def _own_device() -> torch.device:
+    """The device of this process. From here on its GPU is the one that is meant where none is named.
+
+    Asked for its free memory, another GPU would get a context of half a gigabyte from each process.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _write(

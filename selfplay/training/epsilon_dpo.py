@@ -43,17 +43,15 @@ from selfplay.methods.epsilon_dpo import (
     pair_losses,
 )
 from selfplay.storage import folders
-from selfplay.training.batches import pair_difference, per_response, response
+from selfplay.training import sharding, step_sums
+from selfplay.training.batches import pair_difference, pair_weights, per_response, response
 from selfplay.training.data import check_pairs, largest_id
-from selfplay.training.refusals import refuse
+from selfplay.training.refusals import check_limits, refuse
+from selfplay.training.step_sums import SUMS
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "epsilon_dpo.json"  # β of a checkpoint; written last: a checkpoint without it is not whole
-
-# What one optimizer step adds up over its pairs, by name; the order is that of the tensor that processes exchange.
-SUMS = ("pairs", "up", "down", "loss", "logps/chosen", "logps/rejected", "logratios/chosen", "logratios/rejected",
-        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "nll/chosen", "kl/pair_tokens")  # fmt: skip
 DROP_STEPS = 10  # optimizer steps over which `chosen_drop` averages
 
 
@@ -74,16 +72,7 @@ class EpsilonDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low = 0.0 if self.beta_min is None else self.beta_min
-        high = math.inf if self.beta_max is None else self.beta_max
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(f"epsilon must lie in [0, 1), got {self.epsilon}: set 0.01, or 0 for plain DPO")
-        if not (self.beta > 0 and low <= self.beta <= high):
-            raise ValueError(f"beta must be positive and in [beta_min, beta_max] = [{low}, {high}], got {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}: 0.5 learns nothing")
-        if not self.nll_weight >= 0:
-            raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}: 0 leaves the term out")
+        check_limits(self)
 
 
 class EpsilonDPOTrainer(DPOTrainer):
@@ -123,15 +112,24 @@ class EpsilonDPOTrainer(DPOTrainer):
             raise ValueError("compute_metrics is not supported: whole logits are never kept")
         self._sums = torch.zeros(len(SUMS))
         self._step_sums: dict[str, float] = {}
-        self._step_pairs = 0  # of the running optimizer step, in this process
+        self._step_pairs = 0  # of the running optimizer step, in all processes
         self._logratios: deque[list[float]] = deque(maxlen=DROP_STEPS)
+        self.ref_model = ref_model  # where it is sharded, that comes before TRL has set it
         super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
+        if self.accelerator.is_fsdp2 and self.ref_model is not ref_model:
+            raise ValueError("under FSDP2 the reference must be given as a model: pass ref_model")
         words = self.model.get_input_embeddings().num_embeddings
         if (largest := largest_id(self.train_dataset)) >= words:
             raise ValueError(f"token id {largest} is not among the model's {words}: another tokenizer's pairs?")
         self._make_lean()
         # Before the callbacks that save and log, which run on later events of the same step.
         self.add_callback(_BetaUpdate(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator; under FSDP2 with the reference sharded by it, before TRL would do so in its own way."""
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2:
+            sharding.prepare(self.accelerator, self.ref_model)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -157,24 +155,38 @@ class EpsilonDPOTrainer(DPOTrainer):
             head.make_lean(_bare(self.accelerator.unwrap_model(self.ref_model)))
 
     def get_batch_samples(self, *args: Any) -> Any:
-        """The micro-batches of the next optimizer step, whose pairs are counted."""
+        """The micro-batches of the next optimizer step, with the weight of each pair; its pairs are counted.
+
+        At the end of an epoch accelerate gives every process a whole micro-batch, filled up with pairs from the start of
+        the epoch. Those weigh 0.
+        """
         batches, items = super().get_batch_samples(*args)
-        self._step_pairs = sum(len(batch["input_ids"]) // 2 for batch in batches)
+        size, accelerator = self.args.per_device_train_batch_size, self.accelerator
+        pairs = [size * accelerator.num_processes] * len(batches)
+        if batches and accelerator.gradient_state.end_of_dataloader:
+            pairs[-1] = (len(self.train_dataset) - 1) % pairs[-1] + 1
+        self._step_pairs = sum(pairs)
+        for batch, count in zip(batches, pairs, strict=True):
+            batch["weights"] = pair_weights(batch, count - size * accelerator.process_index)
         return batches, items
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Loss of one micro-batch. In training weighted so that a step's loss is the mean over its pairs.
 
-        What calls this divides by the number of micro-batches; the last one of an epoch may be shorter than the others.
+        What calls this divides by the number of micro-batches, and gradients are the mean over the processes; the last
+        micro-batch of an epoch may have fewer pairs than the others.
         """
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training and self._step_pairs:
-            pairs = len(inputs["input_ids"]) // 2
-            loss = loss * (pairs * self.current_gradient_accumulation_steps / self._step_pairs)
+            rows = len(inputs["weights"]) * self.accelerator.num_processes
+            loss = loss * (rows * self.current_gradient_accumulation_steps / self._step_pairs)
         return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Tensor:
-        """ε-DPO loss of one micro-batch: the mean over its pairs. Rows of `inputs` are [chosen; rejected]."""
+        """ε-DPO loss of one micro-batch: the mean over its pairs. Rows of `inputs` are [chosen; rejected].
+
+        With `weights` (B,) among the inputs, the mean of the weighted losses.
+        """
         assert not return_outputs, "only compute_metrics asks for outputs, and that is refused"
         mask, targets = response(inputs)
         ref_hidden, ref_head = self._reference(inputs, mask)
@@ -187,6 +199,8 @@ class EpsilonDPOTrainer(DPOTrainer):
 
         self._check_head(model, self.model, inputs)
         (logp, ref_logp, plus, minus), aux_loss = self._forward(model, inputs, at_head, self.aux_loss_enabled)
+        for one in (logp, ref_logp, plus, minus):
+            assert one.dtype == torch.float32, "sums over a response need all the digits of its log-probabilities"
 
         ratio = per_response(logp - ref_logp, mask)
         q_plus, q_minus = (pair_difference(per_response(shift, mask)) for shift in (plus, minus))  # less q
@@ -200,10 +214,11 @@ class EpsilonDPOTrainer(DPOTrainer):
 
         log_r = (logp - ref_logp).detach().clamp(max=20.0)
         kl = per_response(log_r.exp() * (log_r - 1) + 1, mask)
-        self._count(steps, losses.detach(), summed.detach(), ratio.detach(), nll.detach(), kl)
-        loss = losses.mean()
+        weights = inputs["weights"] if "weights" in inputs else torch.ones_like(nll)
+        self._count(steps, weights, losses.detach(), summed.detach(), ratio.detach(), nll.detach(), kl)
+        loss = (weights * losses).mean()
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * aux_loss
+            loss = loss + self.router_aux_loss_coef * weights.mean() * aux_loss
         return loss
 
     def _forward(self, model: Any, inputs: Mapping[str, Tensor], at_head: Any, router_logits: bool = False) -> Any:
@@ -236,11 +251,18 @@ class EpsilonDPOTrainer(DPOTrainer):
             bare, model = self.accelerator.unwrap_model(self.model), self.model
             adapter = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
         plain = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), plain, adapter, self.accelerator.autocast():
+        with torch.no_grad(), plain, adapter, self._autocast():
             yield model
+
+    def _autocast(self) -> Any:
+        """What the policy runs in, for what is computed beside it. FSDP2's units cast weights and inputs themselves."""
+        return nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
 
     def _reference(self, inputs: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, head.Head]:
         """Hidden states (N, H) of the response tokens in the reference, and its head, without gradient."""
+        if self.ref_model is None:
+            # While the adapter is on: FSDP2 sees at its first forward what is trained, and in which dtype to reduce that.
+            self._check_head(self.model, self.model, inputs)
         with self._as_reference() as model:
             if self.ref_model is not None:
                 self._check_head(model, model, inputs)
@@ -260,7 +282,7 @@ class EpsilonDPOTrainer(DPOTrainer):
             batch = self._prepare_inputs(batch)
             mask, targets = response(batch)
             hidden, (weight, bias, logit_scale, softcap) = self._reference(batch, mask)
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self._autocast():
                 logp = lean_logps(hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap)
             logps = per_response(logp, mask)
             parts.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).cpu())
@@ -270,17 +292,9 @@ class EpsilonDPOTrainer(DPOTrainer):
 
     # --- what a step adds up ----------------------------------------------------------------------------------------
 
-    def _count(self, steps: Tensor, losses: Tensor, logp: Tensor, ratio: Tensor, nll: Tensor, kl: Tensor) -> None:
+    def _count(self, steps: Tensor, weights: Tensor, *rest: Tensor) -> None:
         """Add one micro-batch to the sums of the running optimizer step; in evaluation, log it and leave them alone."""
-        chosen, rejected = (self.beta * ratio).chunk(2)
-        values = {
-            "pairs": torch.ones_like(losses), "up": (steps > 0).float(), "down": (steps < 0).float(), "loss": losses,
-            "logps/chosen": logp.chunk(2)[0], "logps/rejected": logp.chunk(2)[1],
-            "logratios/chosen": ratio.chunk(2)[0], "logratios/rejected": ratio.chunk(2)[1], "nll/chosen": nll,
-            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": (chosen > rejected).float(),
-            "kl/pair_tokens": kl.view(2, -1).mean(0),
-        }  # fmt: skip
-        sums = torch.stack([values[name].sum() for name in SUMS])
+        sums = step_sums.of_micro_batch(self.beta, weights, steps, *rest)
         if self.model.training:
             self._sums = self._sums.to(sums.device) + sums
         else:
@@ -291,13 +305,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         return dict(zip(SUMS, total.tolist(), strict=True))
 
     def _log_means(self, mode: str, sums: dict[str, float]) -> None:
-        n = sums["pairs"]
-        metrics = {name: sums[name] / n for name in SUMS if "/" in name}
-        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        metrics |= {"epsilon/up": sums["up"] / n, "epsilon/down": sums["down"] / n}
-        metrics["epsilon/zero"] = 1 - metrics["epsilon/up"] - metrics["epsilon/down"]
-        metrics["beta"] = self.beta
-        for name, value in metrics.items():
+        for name, value in step_sums.means(sums, self.beta).items():
             self._metrics[mode][name].append(value)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

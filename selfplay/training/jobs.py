@@ -57,6 +57,8 @@ class TrainJob(BaseModel):
     """Pairs of an optimizer step, over all processes."""
     micro_batch_pairs: Count
     """Pairs of one forward and backward in one process."""
+    processes: Count | None = None
+    """Processes that the launcher was told to start; None where that is not known."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0

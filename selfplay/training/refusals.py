@@ -1,5 +1,6 @@
-"""Settings of TRL's DPOConfig that ε-DPO does not have."""
+"""Settings of TRL's DPOConfig that ε-DPO does not have, and values that its own settings cannot have."""
 
+import math
 from typing import Any
 
 
@@ -25,3 +26,17 @@ def refuse(args: Any) -> None:
     for is_wrong, what in wrong:
         if is_wrong:
             raise ValueError(what)
+
+
+def check_limits(args: Any) -> None:
+    """Raise ValueError for values for which ε-DPO is not defined."""
+    low = 0.0 if args.beta_min is None else args.beta_min
+    high = math.inf if args.beta_max is None else args.beta_max
+    if not 0 <= args.epsilon < 1:
+        raise ValueError(f"epsilon must lie in [0, 1), got {args.epsilon}: set 0.01, or 0 for plain DPO")
+    if not (args.beta > 0 and low <= args.beta <= high):
+        raise ValueError(f"beta must be positive and in [beta_min, beta_max] = [{low}, {high}], got {args.beta}")
+    if not 0 <= args.label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {args.label_smoothing}: 0.5 learns nothing")
+    if not args.nll_weight >= 0:
+        raise ValueError(f"nll_weight must not be negative, got {args.nll_weight}: 0 leaves the term out")

@@ -13,6 +13,7 @@ from selfplay.errors import Interrupted
 from selfplay.progress import Line
 from selfplay.stage import Metrics, Stage
 from selfplay.storage import folders, hashes, policies
+from selfplay.training import launch
 from selfplay.training.jobs import STOP, LoraJob, TrainJob
 from selfplay.training.service import Trainer
 from selfplay.types import Policy
@@ -144,6 +145,7 @@ def train_job(
         serving_dtype=serving,
         lora=None if settings.lora is None else LoraJob.model_validate(settings.lora.model_dump()),
         beta=beta,
+        processes=launch.read(settings.accelerate).processes,
         agreement_mean=(settings.agreement_mean or (1e-3 if exact else 5e-2)) if checked else None,
         agreement_p99=(settings.agreement_p99 or (1e-2 if exact else 2.5e-1)) if checked else None,
         agreement_pairs=settings.agreement_pairs,

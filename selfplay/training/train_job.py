@@ -27,6 +27,7 @@ from selfplay.errors import TrainError
 from selfplay.models import weights
 from selfplay.models.kept import Kept
 from selfplay.storage import folders
+from selfplay.training import sharding
 from selfplay.training.data import check_pairs
 from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
 from selfplay.training.jobs import STOP, CanaryJob, LoraJob, TrainJob
@@ -120,6 +121,9 @@ def canaries(job: CanaryJob) -> dict[str, Any]:
 def _build(job: TrainJob, report: Report, kept: Kept) -> EpsilonDPOTrainer:
     """Data, models, tokenizer and the trainer over them."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if job.processes not in (None, world):
+        raise TrainError("input", f"train.accelerate asks for {job.processes} processes, and the launcher started {world}",
+                         "see what accelerate launch makes of the file")  # fmt: skip
     accumulation, rest = divmod(job.batch_pairs, job.micro_batch_pairs * world)
     if rest or not accumulation:
         raise TrainError("input", f"batch_pairs {job.batch_pairs} is not a multiple of micro_batch_pairs "
@@ -147,7 +151,8 @@ def _build(job: TrainJob, report: Report, kept: Kept) -> EpsilonDPOTrainer:
         reference = kept.shared(weights.masters(job.reference), job.trust_remote_code)
     elif job.lora is None:
         reference = copy.deepcopy(policy)
-    weights.require_memory(policy, reference, of_policy=4 if job.lora is None else 1, processes=world)
+    shares = world if sharding.is_sharded() else 1
+    weights.require_memory(policy, reference, of_policy=4 if job.lora is None else 1, processes=shares)
     trainer = EpsilonDPOTrainer(
         policy, reference, args=args, train_dataset=pairs, callbacks=[_Reporter(report)],
         processing_class=AutoTokenizer.from_pretrained(job.initial, trust_remote_code=job.trust_remote_code),
@@ -193,6 +198,7 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
         "agreement_mean",
         "agreement_p99",
         "agreement_pairs",
+        "processes",
         "min_update",
         "canary_ids",
         "serving_dtype",

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Longer than the slowest disk needs for a save, for which ranks wait in a collective call; `train.silence` ends a hang.
+COLLECTIVE = timedelta(hours=2)
+
 
 def failure(error: Exception) -> TrainError:
     """What a job's exception means to the one who ordered it."""
@@ -110,8 +113,8 @@ def shared_orders(channel: Channel, rank: int, world: int) -> Iterator[Event]:
     from torch import distributed
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend)
-    # Its own group: orders may be hours apart, while a collective of the training that hangs should time out.
+    distributed.init_process_group(backend, timeout=COLLECTIVE)
+    # Its own group: orders may be days apart, while a collective of the training that hangs should time out.
     group = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
     source = channel.orders() if rank == 0 else iter(())
     while True:

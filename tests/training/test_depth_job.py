@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -240,6 +239,25 @@ def test_a_gpu_that_others_fill_is_noticed_before_a_model_goes_there(
     assert error.value.kind == "oom"
 
 
+def test_each_process_asks_its_own_gpu_for_memory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes, where CUDA is told to be there: its GPU is chosen before anything is asked of one."""
+    chosen = [torch.device("cuda", 0)]
+    asked: list[torch.device] = []
+
+    def told() -> tuple[int, int]:
+        asked.append(chosen[-1])
+        return 0, 0
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", told)
+    with pytest.raises(TrainError, match="the GPU has 0.0 GiB free"):
+        run(features_job(world, tmp_path / "one.parquet"))
+    assert asked == [torch.device("cuda", 1)]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Child]]:
     """One behind accelerate's launcher and one without, which import while the tests without a child run."""
@@ -278,24 +296,3 @@ def test_the_trainer_takes_features_and_then_trains(world: Path, tmp_path: Path,
     ours, theirs = bytes_of(after.out), bytes_of(alone.out)
     # PEFT writes the set of target modules in the order of the process's hashes.
     assert {name for name in ours if ours[name] != theirs[name]} <= {"adapter/adapter_config.json"}
-
-
-@pytest.mark.slow
-def test_processes_share_the_pairs(world: Path, tmp_path: Path) -> None:
-    """Two on gloo, told that FSDP will load models on rank 0 alone: features must not be those of zeros."""
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    try:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        two = start(tmp_path / "two", *launcher, "-m", "selfplay.training.trainer", "--clusters")
-    finally:
-        del os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
-    one = features_job(world, tmp_path / "1")
-    alone = run(one)
-    two.wait_for("ready")
-    job = features_job(world, tmp_path / "2")
-    both = two.order("features", job=job.model_dump(mode="json"))
-    two.stop()
-    assert job.out.read_bytes() == one.out.read_bytes()
-    assert {k: v for k, v in both.items() if "seconds" not in k} == {
-        k: v for k, v in alone.items() if "seconds" not in k
-    }
