@@ -4,12 +4,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from engine_world import config, prompts, sample, write_policy
 
 from selfplay.generation.generator import Generator
-from selfplay.generation.liveness import was_killed
+from selfplay.generation.liveness import gone, was_killed
 from selfplay.processes import reaping
 
 pytestmark = pytest.mark.service
@@ -58,3 +59,15 @@ def test_a_core_that_was_killed_before_it_served_is_told_from_one_that_failed():
     said = "Engine core initialization failed. See root cause above. Failed core proc(s): {{'EngineCore': {}}}"
     assert was_killed(RuntimeError(said.format(-9)))
     assert not was_killed(RuntimeError(said.format(1))) and not was_killed(RuntimeError("no blocks"))
+
+
+def test_an_engine_without_a_core_of_its_own_is_gone_with_its_workers():
+    def llm(**client):
+        return SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(**client)))
+
+    def inside(executor):
+        return llm(engine_core=SimpleNamespace(model_executor=executor))
+
+    assert not gone(None) and not gone(inside(SimpleNamespace())) and not gone(inside(SimpleNamespace(is_failed=False)))
+    assert gone(inside(SimpleNamespace(is_failed=True)))
+    assert gone(llm(resources=SimpleNamespace(engine_dead=True)))

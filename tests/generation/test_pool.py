@@ -17,7 +17,7 @@ from selfplay.types import Candidate, Prompt
 
 pytestmark = pytest.mark.service
 
-COUNT, SHARD = 96, 8
+COUNT, SHARD = 64, 8
 
 
 def pool(run_dir, events, **generate):
