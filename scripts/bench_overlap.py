@@ -11,6 +11,7 @@ with PASS or FAIL; exit code 1 where it fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
@@ -22,12 +23,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from selfplay.rounds.run import Run
 
 BOUND = 1.1  # both stages together, over the longer one alone
 SETTINGS = ["reward.cache.entries=0", "evaluate.judge=null", "evaluate.audit_every=0"]
@@ -36,8 +40,8 @@ SETTINGS = ["reward.cache.entries=0", "evaluate.judge=null", "evaluate.audit_eve
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/tiny.yaml")
-    parser.add_argument("--prompts", type=int, default=320)
-    parser.add_argument("--shard-prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=160)
+    parser.add_argument("--shard-prompts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--delay", nargs=2, help=argparse.SUPPRESS)  # of the process between: address, seconds an item
@@ -47,24 +51,30 @@ def main() -> int:
         return 0
     sizes = [f"prompts.per_round={args.prompts}", f"generate.shard_prompts={args.shard_prompts}"]
     sets = [*SETTINGS, *sizes, *args.set]
-    model = loaded(args.config, sets).reward.model
-    with process("-m", "reward.server", "--model", str(model), "--port", "0") as url:
-        found = measure(args.config, [*sets, *asked_at(url)], args.repeats)
-        worst = tell("the reward as it is", found)
-        items = args.prompts * loaded(args.config, sets).generate.candidates
-        apart = {stage: statistics.median(found[stage]) for stage in ("generate", "score")}
-        delay = max(0.0, apart["generate"] - apart["score"]) / items
-        with process(__file__, "--delay", url, str(delay)) as slow:
-            found = measure(args.config, [*sets, *asked_at(slow)], args.repeats)
-        worst = max(worst, tell(f"slowed by {1000 * delay:.2f} ms an item", found))
+    worst = bench(args.config, sets, args.repeats)
     print(f"{'PASS' if worst <= BOUND else 'FAIL'}: at most {worst:.3f} × the longer stage, bound {BOUND}")
     return int(worst > BOUND)
 
 
-def loaded(config: str, sets: list[str]) -> Any:
+def bench(config: str, sets: list[str], repeats: int) -> float:
+    """Both measurements, with one engine; the worse ratio."""
     from selfplay.config import load
+    from selfplay.reporting.terminal import Display
+    from selfplay.rounds.run import Run
 
-    return load(config, sets)
+    settings = load(config, sets)
+    items = settings.prompts.per_round * settings.generate.candidates
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(process("-m", "reward.server", "--model", str(settings.reward.model), "--port", "0"))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        run = stack.enter_context(Run(load(config, [*sets, *asked_at(url)]), folder / "run", Display()))
+        found = measure(run, repeats)
+        worst = tell("the reward as it is", found)
+        apart = {stage: statistics.median(found[stage]) for stage in ("generate", "score")}
+        delay = max(0.0, apart["generate"] - apart["score"]) / items
+        slow = stack.enter_context(process(__file__, "--delay", url, str(delay)))
+        run.reconfigure(load(config, [*sets, *asked_at(slow)]))
+        return max(worst, tell(f"slowed by {1000 * delay:.2f} ms an item", measure(run, repeats)))
 
 
 def asked_at(url: str) -> list[str]:
@@ -72,36 +82,33 @@ def asked_at(url: str) -> list[str]:
     return ["reward.model=null", f"reward.url={json.dumps([url])}", "reward.concurrency=1"]
 
 
-def measure(config: str, sets: list[str], repeats: int) -> dict[str, list[float]]:
+def measure(run: Run, repeats: int) -> dict[str, list[float]]:
     """Seconds of `generate`, of `score`, and of both together."""
-    from selfplay.reporting.terminal import Display
     from selfplay.rounds.round import begin
-    from selfplay.rounds.run import Run
     from selfplay.rounds.stages import GENERATE, PROMPTS, SCORE
 
     found: dict[str, list[float]] = {"generate": [], "score": [], "together": []}
-    with tempfile.TemporaryDirectory() as folder, Run(loaded(config, sets), Path(folder) / "run", Display()) as run:
-        steps = begin(run)
-        early = steps.rewarding.begin_early
-        steps.frame.do(PROMPTS, steps.prompts)
-        run.draws.record(steps.index)
-        for repeat in range(2 * repeats + 2):
-            for stale in [*steps.frame.dir.glob("*.shards"), *(steps.frame.path(n) for n in ("generate", "score"))]:
-                shutil.rmtree(stale, ignore_errors=True)
-            together = repeat % 2 == 1
-            steps.rewarding.begin_early = early if together else lambda: None  # type: ignore[method-assign]
-            took = []
-            for stage, work in ((GENERATE, steps.generate), (SCORE, steps.score)):
-                began = time.monotonic()
-                steps.frame.do(stage, work)
-                took.append(time.monotonic() - began)
-            if repeat < 2:
-                continue  # the engine's start, and the first requests
-            if together:
-                found["together"].append(sum(took))
-            else:
-                found["generate"].append(took[0])
-                found["score"].append(took[1])
+    steps = begin(run)
+    early = steps.rewarding.begin_early
+    steps.frame.do(PROMPTS, steps.prompts)
+    run.draws.record(steps.index)
+    for repeat in range(2 * repeats + 2):
+        for stale in [*steps.frame.dir.glob("*.shards"), *(steps.frame.path(n) for n in ("generate", "score"))]:
+            shutil.rmtree(stale, ignore_errors=True)
+        together = repeat % 2 == 1
+        steps.rewarding.begin_early = early if together else lambda: None  # type: ignore[method-assign]
+        took = []
+        for stage, work in ((GENERATE, steps.generate), (SCORE, steps.score)):
+            began = time.monotonic()
+            steps.frame.do(stage, work)
+            took.append(time.monotonic() - began)
+        if repeat < 2:
+            continue  # the engine's start, and the first requests
+        if together:
+            found["together"].append(sum(took))
+        else:
+            found["generate"].append(took[0])
+            found["score"].append(took[1])
     return found
 
 
@@ -129,15 +136,19 @@ def process(*arguments: str) -> Iterator[str]:
 def serve_slowed(url: str, delay: float) -> None:
     """Pass requests on to a reward server, and their answers back after `delay` seconds for each item."""
 
+    client = httpx.Client(base_url=url, timeout=60)
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        wbufsize = -1  # head and body in one packet
+
         def do_GET(self) -> None:
-            self.answer(httpx.get(url + self.path))
+            self.answer(client.get(self.path))
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
-            answer = httpx.post(url + self.path, content=body, headers={"content-type": "application/json"}, timeout=60)
+            answer = client.post(self.path, content=body, headers={"content-type": "application/json"})
             time.sleep(delay * len(json.loads(body)["items"]))
             self.answer(answer)
 
@@ -146,6 +157,7 @@ def serve_slowed(url: str, delay: float) -> None:
             self.send_header("content-length", str(len(given.content)))
             self.end_headers()
             self.wfile.write(given.content)
+            self.wfile.flush()
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

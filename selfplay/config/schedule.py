@@ -42,7 +42,7 @@ class ScheduleConfig(Section):
     ahead: Annotated[int, Field(ge=0, le=1)] = 0
     """With 1 the engine samples the next round while this one trains, by the policy that this round began with. Where the gate
     then lets the new policy through, the answers are one round old: the engine scores them anew under the new policy. Only
-    where the engine has processors of its own; what it costs in learning is in docs/ablations.md."""
+    where the engine has processors of its own (docs/operations.md)."""
     end: EndConfig = EndConfig()
     """When the service stops starting rounds."""
 

@@ -95,6 +95,7 @@ def test_where_the_reward_is_not_the_one_that_is_known_nothing_is_asked(tmp_path
         assert server.items == 0 and not stage.shards and scoring.trouble is None
 
 
+@pytest.mark.slow
 def test_an_outage_ends_it_and_the_stage_meets_it_again(tmp_path, ended):
     with reward() as server:
         stage = Stage(tmp_path, server, rows(8, "pq"), deadline=1)
