@@ -138,12 +138,12 @@ def _never_met(config: Config, count: int) -> Iterator[Finding]:
         text = f"{_several(parallel)} needed, the generator has {len(generator)} ({generator})"
         yield Finding.error("generate.engine.tensor_parallel", text)
     yield from _engines(config, count)
-    trainer, processes_ = place.trainer or everyone, launch.read(config.train.accelerate).processes
-    if processes_ > len(trainer):
-        text = f"{_several(processes_)} needed, the trainer has {len(trainer)} ({trainer})"
+    trainer, launched = place.trainer or everyone, launch.read(config.train.accelerate).processes
+    if launched > len(trainer):
+        text = f"{_several(launched)} needed, the trainer has {len(trainer)} ({trainer})"
         yield Finding.error("train.accelerate", text)
-    elif place.trainer is not None and processes_ < len(trainer):
-        text = f"the trainer has {len(trainer)} GPUs ({trainer}), and its {processes_} processes use the first ones"
+    elif place.trainer is not None and launched < len(trainer):
+        text = f"the trainer has {len(trainer)} GPUs ({trainer}), and its {launched} processes use the first ones"
         yield Finding.warning("train.accelerate", f"{text}: set num_processes to {len(trainer)}")
 
 

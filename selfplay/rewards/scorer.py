@@ -74,7 +74,7 @@ class Scorer:
             RewardService(source, run_dir, name=name, gpus=gpus, shared=shared, on_event=on_event)
             for source, name in zip(sources, [f"{role}-{m}" for m in self.members] or [role], strict=True)
         ]
-        self._turn = turn
+        self._shared, self._turn = shared, turn
         self._scale_file = run_dir / "reward" / f"{role}-scale.json"
 
     @property
@@ -85,7 +85,7 @@ class Scorer:
     def start(self) -> None:
         """Start the servers that are ours, without those that have to wait for their turn. It returns at once."""
         for service in self._services:
-            if not service.takes_turns:
+            if not (self._shared and service.takes_turns):
                 service.start()
 
     def make_room(self) -> None:
@@ -94,7 +94,7 @@ class Scorer:
             service.make_room()
 
     def _take_turn(self) -> None:
-        if any(service.takes_turns for service in self._services):
+        if self._shared and any(service.takes_turns for service in self._services):
             self._turn(self.role)
 
     def stop(self) -> None:

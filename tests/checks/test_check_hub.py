@@ -11,6 +11,8 @@ from typing import ClassVar
 import pytest
 from mini import ROOT, TINY
 
+pytestmark = pytest.mark.service
+
 CONFIG = {
     "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
     "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072,

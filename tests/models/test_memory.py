@@ -7,6 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selfplay.errors import TrainError
 from selfplay.models import weights
 
+pytestmark = pytest.mark.service
+
 
 def test_a_sharded_trainer_needs_its_share_and_what_is_gathered_at_a_time(monkeypatch):
     """Four processes: a quarter of policy, gradients, moments and reference, in fp32; two layers and both embeddings in bf16."""

@@ -21,6 +21,7 @@ def test_a_role_that_takes_its_turn_waits_for_the_one_before_it():
     Turns(rooms, lambda: False, lambda kind, text: pytest.fail("it is nobody's turn")).take("engine")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_reward_of_a_round_by_turns_ends_and_the_one_that_comes_back_is_the_same(mini_world, tmp_path):
     opened = Opened(mini_world, tmp_path / "run", "placement=shared", "prompts.per_round=16", "evaluate.prompts=8")
