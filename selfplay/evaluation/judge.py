@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,12 @@ class Judge:
     """Share of the answers that may have no score (`reward.max_missing`)."""
     gold: Rubric | None
     """The rubric, which is reported and never decides."""
-    gold_name: str = ""
+    gold_name: str
     """Its name in the configuration (`evaluate.gold`)."""
+    described: Mapping[str, object]
+    """Who judges, for judge.json."""
+    dependent: str | None
+    """Why it is no other reward than the one that trains; None where it is another one."""
 
     def both(
         self,

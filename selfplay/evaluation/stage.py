@@ -50,9 +50,7 @@ def evaluate(
     audit: Sequence[Prompt],
     engine: Engine,
     initial_answers: Callable[[], list[Candidate]],
-    judge: Judge,
-    described: dict[str, object],
-    dependent: str | None,
+    judge: Callable[[], Judge],
     settings: EvaluateConfig,
     seed: int,
     breathe: Callable[[str], None],
@@ -60,8 +58,8 @@ def evaluate(
     """Answer, score, compare, decide; write the answers, judge.json and verdict.json. Leaves any policy in the engine.
 
     held_out: prompts of the gate. audit: prompts that the candidate and the initial policy answer, which never gates; none
-    in most rounds. initial_answers: the initial policy's answers to these. described: who judges, for judge.json.
-    dependent: why the judge is no other reward than the one that trains.
+    in most rounds. initial_answers: the initial policy's answers to these. judge: gives the judge. It is called when all answers
+    are there: where roles take turns on the GPUs, the engine has done all it has to do, and the judge loads once.
     """
     line.update(text="the champion answers")
     champion_rows = engine.answers("champion", held_out, champion, lambda n: None)
@@ -74,10 +72,11 @@ def evaluate(
     initial_rows = initial_answers() if audit else []
 
     line.update(text="scoring")
-    folders.write_json(out / "judge.json", described)
-    judged, champion_judged = judge.both(held_out, rows, champion_rows, breathe)
+    judging = judge()
+    folders.write_json(out / "judge.json", judging.described)
+    judged, champion_judged = judging.both(held_out, rows, champion_rows, breathe)
     scores, champion_scores = rewards(judged), rewards(champion_judged)
-    require_scores(judge.scorer.role, scores, champion_scores)
+    require_scores(judging.scorer.role, scores, champion_scores)
     metrics = compare(
         rows, champion_rows, scores, champion_scores,
         samples=settings.bootstrap, confidence=settings.gate.confidence, seed=seed,
@@ -88,11 +87,11 @@ def evaluate(
     tables.write_rows(out / "candidate.parquet", judged, Scored)
     tables.write_rows(out / "champion.parquet", champion_judged, Scored)
     if audit:
-        audited, audited_initial = judge.both(audit, audit_rows, initial_rows, breathe)
+        audited, audited_initial = judging.both(audit, audit_rows, initial_rows, breathe)
         metrics |= audit_metrics(audited, audited_initial)
         tables.write_rows(out / "audit.parquet", audited, Scored)
         tables.write_rows(out / "audit_initial.parquet", audited_initial, Scored)
-    found = verdict(metrics, settings.gate, independent=dependent is None)
+    found = verdict(metrics, settings.gate, independent=judging.dependent is None)
     folders.write_json(out / "verdict.json", dataclasses.asdict(found))
     low, high = metrics["win_rate_low"], metrics["win_rate_high"]
     line.update(text=f"win rate {metrics['win_rate']:.3f} [{low:.3f}, {high:.3f}]")

@@ -14,14 +14,19 @@ class Serving:
     """The engine of a run, which gets the current policy at its first use.
 
     current: the policy that serves between rounds. warm_up: starts the processes of the run, so that they import while the
-    engine loads.
+    engine loads. turn: waits for the turn of a role on the GPUs, where roles share them.
     """
 
     def __init__(
-        self, generator: Generator, current: Callable[[], Policy], warm_up: Callable[[], None], display: Display
+        self,
+        generator: Generator,
+        current: Callable[[], Policy],
+        warm_up: Callable[[], None],
+        display: Display,
+        turn: Callable[[str], None] = lambda role: None,
     ) -> None:
         self.generator = generator
-        self._current, self._warm_up, self._display = current, warm_up, display
+        self._current, self._warm_up, self._display, self._turn = current, warm_up, display, turn
 
     @property
     def loaded(self) -> bool:
@@ -29,15 +34,18 @@ class Serving:
         return self.generator.policy is not None
 
     def sleep(self) -> bool:
-        """Give the accelerator's memory back until the next call."""
+        """Give the accelerator's memory back until the next call: it is the trainer's turn."""
+        self._turn("trainer")
         return self.generator.sleep()
 
     def wake(self) -> None:
         """Take the memory back."""
+        self._turn("engine")
         self.generator.wake()
 
     def engine(self) -> Generator:
         """The engine, with the current policy in it if it has none yet."""
+        self._turn("engine")
         if not self.loaded:
             self._warm_up()
             policy = self._current()

@@ -62,15 +62,19 @@ class Scorer:
         *,
         cache: ScoreCache | None,
         gpus: Sequence[int] | None,
+        shared: bool = False,
+        turn: Callable[[str], None] = lambda role: None,
         on_event: Callable[[str, str], None],
     ) -> None:
+        """`shared`: servers of ours use all GPUs, by turns with other roles; `turn` waits for the turn of a role."""
         self.role, self.sources, self._ensemble, self._cache, self._on_event = role, sources, settings, cache, on_event
         self._cache_fails = False
         self.members = [] if settings is None else settings.names
         self._services = [
-            RewardService(source, run_dir, name=name, gpus=gpus, on_event=on_event)
+            RewardService(source, run_dir, name=name, gpus=gpus, shared=shared, on_event=on_event)
             for source, name in zip(sources, [f"{role}-{m}" for m in self.members] or [role], strict=True)
         ]
+        self._shared, self._turn = shared, turn
         self._scale_file = run_dir / "reward" / f"{role}-scale.json"
 
     @property
@@ -79,9 +83,19 @@ class Scorer:
         return [service.log for service in self._services if service.log.is_file()]
 
     def start(self) -> None:
-        """Start the servers that are ours. It returns at once."""
+        """Start the servers that are ours, without those that have to wait for their turn. It returns at once."""
         for service in self._services:
-            service.start()
+            if not (self._shared and service.takes_turns):
+                service.start()
+
+    def make_room(self) -> None:
+        """Give the memory of shared GPUs back until the next call."""
+        for service in self._services:
+            service.make_room()
+
+    def _take_turn(self) -> None:
+        if self._shared and any(service.takes_turns for service in self._services):
+            self._turn(self.role)
 
     def stop(self) -> None:
         for service in self._services:
@@ -95,6 +109,7 @@ class Scorer:
     @property
     def identities(self) -> tuple[str, ...]:
         """What scores, for each member: hashes of weights and template, as its server says, or «» if it does not say."""
+        self._take_turn()
         return tuple(service.identity for service in self._services)
 
     def names(self, identities: Sequence[str]) -> list[str]:
@@ -135,6 +150,7 @@ class Scorer:
         Raises RewardError when a server stays down, InputError when it refuses, and GuardError when its model changed
         meanwhile.
         """
+        self._take_turn()
         if len(self._services) == 1:
             answers = [self._ask(self._services[0], items, on_progress, fresh)]
         else:

@@ -17,6 +17,7 @@ from reward.kinds import Kind
 from selfplay.config import RewardSource
 from selfplay.errors import InputError, Interrupted, RewardError
 from selfplay.processes.child import PATIENT, Child, ChildDied
+from selfplay.processes.gpus import count, environment
 from selfplay.processes.logs import last_line
 from selfplay.types import Message
 
@@ -38,12 +39,14 @@ class RewardService:
         *,
         name: str = "reward",
         gpus: Sequence[int] | None = None,
+        shared: bool = False,
         on_event: Callable[[str, str], None],
     ) -> None:
+        """`shared`: the server uses all GPUs, and has to make room for others between its turns."""
         self._config, self._run_dir, self.name, self._on_event = config, run_dir, name, on_event
-        self._gpus = gpus
-        gpu_env = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
-        self._env = {"OMP_NUM_THREADS": "1", **gpu_env}
+        self._shared, self._gpus = shared, count() if gpus is None else len(gpus)
+        self._everywhere = shared or len(gpus or ()) > 1
+        self._env = {"OMP_NUM_THREADS": "1", **environment(gpus)}
         self.log = run_dir / "logs" / f"{name}.log"
         self._child: Child | None = None
         self._starting: Child | None = None  # the same child while `_watch` waits until it serves
@@ -66,7 +69,7 @@ class RewardService:
         served = self._config.served()
         assert served is not None
         name, settings = served
-        several = len(self._gpus or ()) > 1 and getattr(settings, "device", None) == "auto"
+        several = self._everywhere and getattr(settings, "device", None) == "auto"
         return name, settings.model_copy(update={"device": "all"}) if several else settings
 
     def _devices(self) -> int:
@@ -75,7 +78,20 @@ class RewardService:
             return len(self._config.url)
         _, settings = self._served()
         device = str(getattr(settings, "device", "cpu"))
-        return max(1, len(self._gpus or ())) if device == "all" else len(device.split(","))
+        return max(1, self._gpus) if device == "all" else len(device.split(","))
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the server is ours and works on GPUs that it shares with other roles."""
+        return self._shared and not self._config.url and getattr(self._served()[1], "device", "cpu") != "cpu"
+
+    def make_room(self) -> None:
+        """Give the memory of shared GPUs back: the server ends, and the next call starts another.
+
+        The process ends, and does not only empty its caches, because a CUDA context alone keeps half a gigabyte of each GPU.
+        """
+        if self.takes_turns:
+            self.stop()
 
     def stop(self) -> None:
         if self._client is not None:

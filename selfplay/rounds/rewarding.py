@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 from selfplay.errors import GuardError
+from selfplay.evaluation.judge import Judge, dependence
 from selfplay.progress import Line
 from selfplay.rewards.early import EarlyScoring
 from selfplay.rewards.guard import guard
@@ -26,11 +27,12 @@ class Rewarding:
         self._shards = functools.partial(frame.shards, "score")
 
     def begin_early(self) -> EarlyScoring | None:
-        """Begin to score what is handed to the answer, beside other work; None where an earlier one has not ended yet.
+        """Begin to score what is handed to the answer, beside other work.
 
-        It takes no more of a GPU's memory than the stage `score` does, in which the engine is awake too.
+        None where an earlier one has not ended yet, and where engine and reward take turns on the GPUs. Elsewhere it takes no
+        more of a GPU's memory than the stage `score` does, in which the engine is awake too.
         """
-        if self.run.early is not None and self.run.early.alive:
+        if self.config.placement.shared or (self.run.early is not None and self.run.early.alive):
             return None
         probes, scored_before = self._probes(), self._scored_before()
         self.run.early = EarlyScoring(
@@ -100,6 +102,38 @@ class Rewarding:
         except GuardError:
             self.run.reward.forget_all()
             raise
+
+    def judge(self) -> Judge:
+        """Who judges at the gate. A person is told what is to be known of it, before it decides.
+
+        A reward that also trains is probed first, because no replaced reward decides at the gate.
+        """
+        run, scorer = self.run, self.run.judge
+        if scorer is run.reward:
+            self.probe_or_forget()
+        identities = scorer.identities
+        names = scorer.described(identities)
+        before = self.history.judge_before()
+        if before is not None and before[1] != names:
+            self.warn(
+                f"another judge decides at this gate than in round {before[0]}: {', '.join(names)} instead of "
+                f"{', '.join(before[1])}",
+            )
+        dependent = dependence(self.frame.path("score/reward.json"), run.reward, scorer, identities)
+        if dependent is not None and scorer is run.reward:
+            run.store.event("evaluate", dependent, self.frame.index)
+            run.display.note(dependent)
+        elif dependent is not None:
+            self.warn(dependent)
+        return Judge(
+            scorer=scorer,
+            identities=identities,
+            max_missing=self.config.reward.max_missing,
+            gold=run.gold,
+            gold_name=self.config.evaluate.gold or "",
+            described={"members": scorer.members, "identities": identities, "names": names},
+            dependent=dependent,
+        )
 
     def warn(self, text: str) -> None:
         """Tell a person of the reward, and the ledger."""

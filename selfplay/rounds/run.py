@@ -30,6 +30,7 @@ from selfplay.rewards.scorer import Scorer
 from selfplay.rounds import intake
 from selfplay.rounds.importing import ask_importer
 from selfplay.rounds.requirements import load_function, packages, require_models
+from selfplay.rounds.turns import Turns
 from selfplay.storage import folders
 from selfplay.storage.ledger import RESTARTS, Store
 from selfplay.storage.lock import RunLock
@@ -61,6 +62,16 @@ class Run:
         self._cache: ScoreCache | None = None
         self.early: EarlyScoring | None = None
         """Scores of the open round that were asked for while it sampled, or are now."""
+        self.turns = Turns(
+            {
+                "engine": lambda: self.generator.sleep() if self.serving.loaded else None,
+                "reward": lambda: self.reward.make_room(),
+                "judge": lambda: self.judge.make_room(),
+                "trainer": lambda: None,  # it gives its memory back with its last order
+            },
+            lambda: self.config.placement.shared,
+            self.event,
+        )
 
     def require(self) -> None:
         """Look for what the configuration names, before anything starts. Raises InputError or ConfigError."""
@@ -106,7 +117,8 @@ class Run:
     def _open(self) -> None:
         config = self.config
         self.generator = Generator(config, self.dir, self.dir / "logs" / "generator.log", on_event=self.event)
-        self.serving = Serving(self.generator, lambda: self.current, self.warm_up, self.display)
+        turn = self.turns.take
+        self.serving = Serving(self.generator, lambda: self.current, self.warm_up, self.display, turn)
         self.trainer = Trainer(config, self.dir, self.serving, self.event)
         self._open_scorers(config)
         folder = self.dir / "pool"
@@ -143,8 +155,18 @@ class Run:
             self.event("warning", f"{error}; nothing is kept in it. {error.hint}")
 
         def scorer(role: str, sources: Mapping[str, RewardSource], ensemble: EnsembleConfig | None) -> Scorer:
-            found, gpus = list(sources.values()), config.placement.reward
-            return Scorer(role, found, ensemble, self.dir, cache=self._cache, gpus=gpus, on_event=self.event)
+            place = config.placement
+            return Scorer(
+                role,
+                list(sources.values()),
+                ensemble,
+                self.dir,
+                cache=self._cache,
+                gpus=place.reward,
+                shared=place.shared,
+                turn=self.turns.take,
+                on_event=self.event,
+            )
 
         self.reward = scorer("reward", config.reward_sources(), config.reward.ensemble)
         self.judge = scorer("judge", config.judge_sources(), judge.ensemble) if judge else self.reward
@@ -200,7 +222,10 @@ class Run:
         return self.policies.get(version)
 
     def warm_up(self) -> None:
-        """Start generator and reward server where they are not up, so that they import meanwhile; returns at once."""
+        """Start generator and reward servers where they are not up, so that they import meanwhile; returns at once.
+
+        A reward server that shares GPUs waits for its turn.
+        """
         self.generator.start()
         self.reward.start()
         self.judge.start()
@@ -313,6 +338,7 @@ class Run:
 
 def _scored_with(config: Config) -> tuple[object, ...]:
     """What reward and judge are made from."""
-    judge = config.evaluate.judge
+    judge, place = config.evaluate.judge, config.placement
     ensembles = (config.reward.ensemble, judge and judge.ensemble)
-    return config.reward_sources(), config.judge_sources(), ensembles, config.reward.cache, config.placement.reward
+    gpus = (place.reward, place.shared)
+    return config.reward_sources(), config.judge_sources(), ensembles, config.reward.cache, gpus

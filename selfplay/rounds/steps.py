@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from selfplay.evaluation.judge import Judge, dependence
 from selfplay.evaluation.stage import evaluate
 from selfplay.generation.reference import reference_logps, score_anew
 from selfplay.generation.sampling import generate
@@ -136,6 +135,8 @@ class Steps:
                 shard_prompts=self.config.generate.shard_prompts,
                 breathe=self.run.breathe,
             )
+        if self.config.placement.shared:  # the engine sleeps from here to the end of training
+            self.answers.of_the_champion()
         return metrics
 
     def score(self, out: Path, line: Line) -> Metrics:
@@ -191,7 +192,7 @@ class Steps:
                 config=self.config,
                 seed=self.frame.seed("depth"),
                 # Where it shares a GPU, the engine sleeps from here to the end of training.
-                meanwhile=self.answers.of_the_champion if self.config.placement.colocated else lambda: None,
+                meanwhile=self._champion_answers if self.config.placement.colocated else lambda: None,
                 breathe=self.run.breathe,
             ),
             settings=self.config.depth,
@@ -204,7 +205,7 @@ class Steps:
         against, sampled_ahead = self._reference(), dict[str, float]()
 
         def meanwhile() -> None:
-            self.answers.of_the_champion()
+            self._champion_answers()
             if self.config.schedule.ahead:
                 following = Steps(self.run, self.index + 1, self.champion).answers
                 sampled_ahead.update(Ahead(self.run, following).sample(self.champion, line, self.run.trainer.hear))
@@ -232,24 +233,9 @@ class Steps:
         return metrics | sampled_ahead
 
     def evaluate(self, out: Path, line: Line) -> Metrics:
-        judges = self.run.judge is self.run.reward
-        if judges:  # no replaced reward decides at the gate
-            self.rewarding.probe_or_forget()
-        scorer, settings = self.run.judge, self.config.evaluate
-        identities = scorer.identities
-        names = scorer.described(identities)
-        before = self.history.judge_before()
-        if before is not None and before[1] != names:
-            self.rewarding.warn(
-                f"another judge decides at this gate than in round {before[0]}: {', '.join(names)} instead of "
-                f"{', '.join(before[1])}",
-            )
-        dependent = dependence(self.frame.path("score/reward.json"), self.run.reward, scorer, identities)
-        if dependent is not None and judges:
-            self.run.store.event("evaluate", dependent, self.index)
-            self.run.display.note(dependent)
-        elif dependent is not None:
-            self.rewarding.warn(dependent)
+        judge = functools.cache(self.rewarding.judge)
+        if not self.config.placement.shared:  # what is wrong with it is told before anything is sampled
+            judge()
         audit = self.answers.audit_prompts()
         metrics = evaluate(
             out,
@@ -261,20 +247,12 @@ class Steps:
             audit=audit,
             engine=self.answers,
             initial_answers=lambda: self.answers.of_the_initial(audit, self.run.policy(0)),
-            judge=Judge(
-                scorer=scorer,
-                identities=identities,
-                max_missing=self.config.reward.max_missing,
-                gold=self.run.gold,
-                gold_name=settings.gold or "",
-            ),
-            described={"members": scorer.members, "identities": identities, "names": names},
-            dependent=dependent,
-            settings=settings,
+            judge=judge,
+            settings=self.config.evaluate,
             seed=self.frame.seed("bootstrap"),
             breathe=self.run.breathe,
         )
-        if judges:
+        if self.run.judge is self.run.reward:
             self.rewarding.probe_or_forget()
         return metrics
 
@@ -332,6 +310,11 @@ class Steps:
             self.run.render,
             lambda rows, most, progress: self.answers.answers("evolve", rows, policy, progress, max_tokens=most),
         )
+
+    def _champion_answers(self) -> None:
+        """Work for the engine before the trainer works, or beside it. Where all share the GPUs it was done in `generate`."""
+        if not self.config.placement.shared:
+            self.answers.of_the_champion()
 
     def _embed(self) -> Embed:
         """How the prompts are found that stand for all."""

@@ -63,13 +63,13 @@ def run(out, *, champion, audit=(), judge_says=longer, dependent=None, **gate):
         fake(default=saying(judge_says)) as chat,
         judging(
             out.parent, {"chat_judge": {"url": [chat.url], "model": "m", "mode": "pairwise", "deadline": 1.5}},
-            lambda messages, text, meta: {"total": len(text.split()) / 10}, max_missing=1.0,
+            lambda messages, text, meta: {"total": len(text.split()) / 10}, max_missing=1.0, dependent=dependent,
         ) as judge,
     ):  # fmt: skip
         metrics = evaluate(
             out, line, champion=policy(champion), candidate=policy(2), initial=policy(0),
-            held_out=[prompt(p) for p in "xyz"], audit=audit, engine=engine, initial_answers=initial_answers, judge=judge,
-            described={"names": ["n"]}, dependent=dependent, settings=EvaluateConfig(gate=gate), seed=0,
+            held_out=[prompt(p) for p in "xyz"], audit=audit, engine=engine, initial_answers=initial_answers,
+            judge=lambda: judge, settings=EvaluateConfig(gate=gate), seed=0,
             breathe=lambda where: None,
         )  # fmt: skip
     assert all((out / name).is_file() for name in EVALUATE.writes)

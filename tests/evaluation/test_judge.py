@@ -39,12 +39,13 @@ def scorer(folder, source, role="judge"):
 
 
 @contextlib.contextmanager
-def judging(folder, source, gold=None, max_missing=0.0):
+def judging(folder, source, gold=None, max_missing=0.0, dependent=None):
     asked = scorer(folder, source)
     try:
         yield Judge(
-            scorer=asked, identities=asked.identities, max_missing=max_missing, gold=gold, gold_name="mine:grade"
-        )
+            scorer=asked, identities=asked.identities, max_missing=max_missing, gold=gold, gold_name="mine:grade",
+            described={"names": ["n"]}, dependent=dependent,
+        )  # fmt: skip
     finally:
         asked.stop()
 
