@@ -9,7 +9,7 @@ from mini import ROOT
 LAYERS: list[set[str]] = [
     {"types", "errors", "kinds", "seeds"},
     {"stage", "progress"},
-    {"methods"},
+    {"methods", "planning"},
     {"config"},
     {"storage", "processes"},
     {"models", "tracking", "reporting"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from selfplay.checks import functions, machine, models, prompts, reward, service, webhook
+from selfplay.checks import functions, gpus, machine, models, prompts, reward, service, timeline, webhook
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import SelfplayError
@@ -32,7 +32,8 @@ LOOKS: tuple[tuple[str, Look], ...] = (
     ("webhook", webhook.answers),
     ("disk", machine.disk),
     ("memory", machine.memory),
-    ("gpu", machine.gpus),
+    ("gpu", gpus.gpus),
+    ("utilisation", timeline.idle),
 )
 
 

@@ -8,7 +8,6 @@ and shapes in its safetensors files, and renders a conversation.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from selfplay.checks import hub, sizes
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.processes.protocol import quick_imports
 from selfplay.rounds.requirements import num_labels
-from selfplay.storage import policies
 
 SECONDS = 300.0  # for the imports of the process that loads; a model itself takes a moment
 
@@ -32,13 +31,6 @@ def named(config: Config) -> dict[str, str]:
     return {key: model for key, model in models.items() if model is not None}
 
 
-def elements(model: str | None) -> int | None:
-    """The number of parameters of a checkpoint, from its safetensors headers; None where it is no folder."""
-    if model is None or not Path(model).is_dir():
-        return None
-    return sum(math.prod(shape) for _, shape in policies.tensors(Path(model)).values())
-
-
 def folders(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Whether each model is there with all its files, a tokenizer and a chat template among them."""
     rewards = config.reward_sources() | config.judge_sources()
@@ -47,13 +39,13 @@ def folders(config: Config, run_dir: Path) -> Iterator[Finding]:
         labels = 1 if source and not source.heads and not source.trust_remote_code else None
         path = Path(model)
         if not path.is_dir():
-            yield _on_the_hub(key, model)
+            yield _on_the_hub(key, model, config.policy.revision if source is None else None)
             continue
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if labels is not None and (n := num_labels(path)) != labels:
             yield Finding.error(key, f"{model} has {n} labels; a reward model has 1")
             continue
-        size = elements(model) or 0
+        size = sizes.parameters(model) or 0
         if lack := _lacks(path):
             yield Finding.error(key, f"{model} has no {lack}")
             continue
@@ -78,27 +70,25 @@ def _lacks(model: Path) -> str | None:
     return "chat template: use an instruct model, or add chat_template.jinja"
 
 
-def _on_the_hub(key: str, model: str) -> Finding:
-    from huggingface_hub import HfApi
-
-    if model.count("/") != 1 or model.startswith((".", "/")):
+def _on_the_hub(key: str, model: str, revision: str | None) -> Finding:
+    if not sizes.on_the_hub(model):
         return Finding.error(key, f"{model}: no such folder")
-    try:
-        files = [s.rfilename for s in HfApi().model_info(model, timeout=10).siblings or []]
-    except Exception as error:  # its errors of network, authorisation and naming have no common base
-        reason = type(error).__name__
-        return Finding.warning(key, f"{model}: the Hub could not be asked ({reason}); a copy in the cache may do")
-    if not any(name.endswith(".safetensors") for name in files):
+    told = hub.ask(model, revision)
+    if told.absent:
+        hint = "correct the name, or export HF_TOKEN with a token that may read it"
+        return Finding.error(key, f"{model}: the Hub has no such model for us ({told.absent}); {hint}")
+    if told.away:
+        copy = f"a copy is in {told.cached}" if told.cached else "there is no copy in the cache"
+        return Finding.warning(key, f"{model}: the Hub could not be asked ({told.away}); {copy}")
+    if not any(name.endswith(".safetensors") for name in told.files):
         return Finding.error(key, f"{model} has no safetensors on the Hub")
-    return Finding.ok(key, f"{model} is on the Hub, with safetensors")
+    size = f", {told.parameters / 1e6:,.1f} M parameters" if told.parameters else ""
+    return Finding.ok(key, f"{model} is on the Hub, with safetensors{size}")
 
 
 def context(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Whether the policy can read as many tokens as the engine and the trainer will give it."""
-    path = Path(config.policy.model) / "config.json"
-    if not path.is_file():
-        return
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = sizes.settings(config.policy.model, config.policy.revision)
     limit = (settings.get("text_config") or settings).get("max_position_embeddings")
     if not isinstance(limit, int):
         return

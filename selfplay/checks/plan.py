@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
-from selfplay.checks.machine import GIB, policy_bytes
-from selfplay.checks.models import elements
+from selfplay.checks import sizes, timeline
+from selfplay.checks.machine import policy_bytes
 from selfplay.config import Config
-from selfplay.errors import CheckpointError
+from selfplay.errors import SelfplayError
 from selfplay.methods import gate
+from selfplay.planning.memory import GIB
 
 TOKEN_BYTES = 16  # that a sampled token takes in the artifacts, with its text
 
@@ -17,7 +19,7 @@ def plan(config: Config) -> list[tuple[str, str]]:
     """Rows (what, how much) about a round. They are upper bounds where the length of the answers decides."""
     prompts, k, evaluate = config.prompts.per_round, config.generate.candidates, config.evaluate
     kept = max(1, int(config.pairs.keep * prompts))
-    trained = kept if config.depth.method == "none" else round(kept * config.depth.pairs_per_prompt)
+    trained = timeline.trained_pairs(config)
     steps = math.ceil(trained / config.train.batch_pairs) * config.train.epochs
     answers = 2 * evaluate.prompts
     audited = evaluate.audit_prompts if evaluate.audit_every else 0
@@ -43,8 +45,8 @@ def plan(config: Config) -> list[tuple[str, str]]:
     if rewrites:
         rows.insert(3, ("rewrites", f"{rewrites} prompts, every {config.evolve.every} rounds"))
     try:
-        count = elements(config.policy.model)
-    except CheckpointError:  # the look at the models says what is wrong with the folder
+        count = sizes.parameters(config.policy.model, config.policy.revision)
+    except SelfplayError:  # the look at the models says what is wrong with the folder
         count = None
     if count is not None:
         size = (sampled * TOKEN_BYTES + policy_bytes(config, count)) / GIB
@@ -54,4 +56,6 @@ def plan(config: Config) -> list[tuple[str, str]]:
         f"{p:.2f} → {gate.power(evaluate.prompts, p, least, confidence):.0%}" for p in (0.47, 0.5, 0.53, 0.56, 0.6)
     )
     rows.append(("gate", f"chance to pass by true win rate, at {evaluate.prompts} prompts: {chances}"))
+    with contextlib.suppress(SelfplayError, ValueError):  # as above, and for processes and GPUs
+        rows += timeline.rows(config)
     return rows

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from selfplay.errors import TrainError
 from selfplay.methods.epsilon_dpo import chosen_logps
+from selfplay.planning.memory import BF16
+from selfplay.planning.shapes import from_config
 from selfplay.storage.policies import MASTERS
 
 logger = logging.getLogger(__name__)
@@ -45,12 +47,12 @@ def require_memory(policy: Any, reference: Any = None, *, of_policy: int = 1, pr
     """Raise TrainError («oom») where the GPU lacks what is to be kept on it, activations apart.
 
     `of_policy`: how many times the policy's size; 4 where all weights are trained, each with a gradient and AdamW's two
-    moments. Of `processes` that may shard the models each is asked for its share.
+    moments. Of `processes` that shard the models each is asked for its share, and for what it gathers at a time.
     """
     held = [
         sum(p.numel() * p.element_size() for p in m.parameters()) if m is not None else 0 for m in (policy, reference)
     ]
-    needed = (held[0] * of_policy + held[1]) // processes
+    needed = (held[0] * of_policy + held[1]) // processes + (_gathered(policy) if processes > 1 else 0)
     free = free_memory()
     if free is not None and free < needed:
         raise TrainError(
@@ -60,6 +62,12 @@ def require_memory(policy: Any, reference: Any = None, *, of_policy: int = 1, pr
             "see in nvidia-smi what else holds its memory, set train.lora, or give the trainer GPUs of its own (placement) "
             "and more of them (train.accelerate)",
         )
+
+
+def _gathered(model: Any) -> int:
+    """Bytes of what FSDP2 has whole on a GPU while it works, in bf16 at least: two layers, and the embeddings."""
+    shape = from_config(model.config.to_dict(), sum(p.numel() for p in model.parameters()))
+    return 0 if shape is None else int(2 * shape.layer + shape.embeddings) * BF16
 
 
 def masters(policy: Path) -> Path:

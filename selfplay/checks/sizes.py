@@ -1,0 +1,50 @@
+"""How large a model is, and of which shape: from its folder, or from what the Hub says about it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from selfplay.checks import hub
+from selfplay.planning import shapes
+from selfplay.planning.shapes import Shape
+from selfplay.storage import policies
+
+
+def parameters(model: str | None, revision: str | None = None) -> int | None:
+    """The number of parameters of a model; None where it cannot be told. Raises CheckpointError for a damaged folder."""
+    if model is None:
+        return None
+    if Path(model).is_dir():
+        return sum(math.prod(shape) for _, shape in policies.tensors(Path(model)).values())
+    if not on_the_hub(model):
+        return None
+    told = hub.ask(model, revision)
+    if told.cached is not None and any(told.cached.glob("*.safetensors")):
+        return sum(math.prod(shape) for _, shape in policies.tensors(told.cached).values())
+    return told.parameters
+
+
+def shape(model: str | None, revision: str | None = None) -> Shape | None:
+    """The shape of a model; None where its size is not known. Without its config it is that of a usual model of its size."""
+    count = parameters(model, revision)
+    if count is None or model is None:
+        return None
+    return shapes.from_config(settings(model, revision), count) or shapes.usual(count)
+
+
+def settings(model: str, revision: str | None = None) -> Mapping[str, Any]:
+    """The config.json of a model; empty where it cannot be had."""
+    path = Path(model) / "config.json"
+    if path.is_file():
+        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    return hub.ask(model, revision).config if on_the_hub(model) else {}
+
+
+def on_the_hub(model: str) -> bool:
+    """Whether a name has the form `owner/name` of the Hub."""
+    return model.count("/") == 1 and not model.startswith((".", "/"))

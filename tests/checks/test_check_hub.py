@@ -1,0 +1,115 @@
+"""What the Hub says about models, by a server that answers as it does, asked by a process that knows no other."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from typing import ClassVar
+
+import pytest
+from mini import ROOT, TINY
+
+pytestmark = pytest.mark.service
+
+CONFIG = {
+    "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072,
+}  # fmt: skip
+SIZES = {"whole": 8_030_261_248, "gated": 3_212_749_824}
+ASK = """
+import json, sys
+from selfplay.checks import machine, models, sizes
+from selfplay.checks.check import check
+from selfplay.config import load
+found = {}
+for name in sys.argv[2:]:
+    config = load(sys.argv[1], [f"policy.model={name}", "reward.model=null", "reward.rules=[{rule: length, max: 9}]", "evaluate.judge=null"])
+    looks = [("models", models.folders), ("context", models.context), ("disk", machine.disk)]
+    said = [[f.level, f.about, f.text] for f in check(config, __import__("pathlib").Path("run"), looks)]
+    shape = sizes.shape(name)
+    found[name] = said, shape and [shape.parameters, shape.layers, shape.hidden]
+print(json.dumps(found))
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        parts = self.path.split("/")
+        name = parts[4] if parts[1] == "api" else parts[2]
+        if parts[1] == "api" and name in ("whole", "gated", "pickled"):
+            files = ["config.json", "pytorch_model.bin" if name == "pickled" else "model.safetensors"]
+            body = {"id": f"org/{name}", "siblings": [{"rfilename": file} for file in files], "sha": "a" * 40}
+            if name in SIZES:
+                body["safetensors"] = {"parameters": {"BF16": SIZES[name]}, "total": SIZES[name]}
+            self.answer(200, json.dumps(body).encode())
+        elif parts[1] == "api":
+            self.answer(404, b"{}", **{"X-Error-Code": "RepoNotFound"})
+        elif name == "gated":
+            self.answer(403, b"", **{"X-Error-Code": "GatedRepo"})
+        else:
+            self.answer(200, json.dumps(CONFIG).encode(), **{"X-Repo-Commit": "a" * 40, "ETag": '"e"'})
+
+    do_HEAD = do_GET
+
+    def answer(self, status, body, **headers):
+        self.send_response(status)
+        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served():
+    Hub.asked.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def ask(tmp_path, endpoint, *names):
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, str(TINY), *names],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_hub_tells_sizes_and_shapes(tmp_path, served):
+    found = ask(tmp_path, served, "org/whole", "org/gated", "org/pickled", "org/none", "./nowhere")
+    whole, shape = found["org/whole"]
+    assert whole[0] == ["ok", "policy.model", "org/whole is on the Hub, with safetensors, 8,030.3 M parameters"]
+    assert whole[1] == ["ok", "context", "the policy reads up to 131072 tokens"]
+    assert "policies and two saves of the trainer need" in whole[2][2] and shape == [8_030_261_248, 32, 4096]
+    gated, shape = found["org/gated"]
+    assert gated[0][0] == "ok" and shape[0] == 3_212_749_824, "its size is known, its config is not: a usual shape"
+    assert found["org/pickled"][0][0] == ["error", "policy.model", "org/pickled has no safetensors on the Hub"]
+    level, _, text = found["org/none"][0][0]
+    assert level == "error" and "the Hub has no such model for us" in text and "HF_TOKEN" in text
+    assert found["./nowhere"][0][0] == ["error", "policy.model", "./nowhere: no such folder"]
+    assert sum(path.startswith("/api/models/org/whole") for path in Hub.asked) == 1, "each model is asked for once"
+
+
+def test_without_a_network_it_is_a_warning(tmp_path):
+    said, shape = ask(tmp_path, "http://127.0.0.1:9", "org/whole")["org/whole"]
+    text = "org/whole: the Hub could not be asked (ConnectError); there is no copy in the cache"
+    assert said[0] == ["warning", "policy.model", text] and shape is None
+    assert [row[:2] for row in said] == [["warning", "policy.model"], ["warning", "disk"]]
