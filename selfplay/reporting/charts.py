@@ -5,13 +5,15 @@ from __future__ import annotations
 from itertools import cycle
 from typing import Any
 
-from selfplay.reporting import gold
+from selfplay.planning.gantt import length
+from selfplay.reporting import gold, who_worked
 from selfplay.reporting.drawing import MANY, C, Chart, beyond, histogram, hollow, line, stacked
 from selfplay.reporting.history import Run
 
 PART_COLOURS = ("orange", "green", "blue", "purple", "teal", "red")  # of the rubric's parts, total first
 AUDIT: dict[str, Any] = {"marker": "D", "markersize": 3, "linewidth": 1, "linestyle": ":"}
 STAGE_COLOURS = {"generate": "blue", "score": "teal", "train": "orange", "evaluate": "purple", "promote": "green"}
+NARROW = 0.1  # share of a round below which the bar of a stage has no room for its name
 
 
 def draw_reward(ax: Any, run: Run) -> None:
@@ -156,6 +158,24 @@ def draw_time(ax: Any, run: Run) -> None:
     ax.set_ylabel("seconds")
 
 
+def draw_worked(ax: Any, run: Run) -> None:
+    found, whole = who_worked.lanes(run.worked), length(run.worked)
+    for place, (lane, _) in enumerate(found):
+        for span in run.worked:
+            if span.lane != lane:
+                continue
+            colour = C[STAGE_COLOURS.get(span.what, "grey")]
+            ax.barh(place, span.seconds, 0.62, left=span.start, color=colour, alpha=0.4 + 0.6 * span.busy, linewidth=0)
+            if span.seconds > NARROW * whole:
+                middle = span.start + span.seconds / 2
+                ax.text(middle, place, span.what, ha="center", va="center", fontsize=7.5, color=C["ground"])
+    ax.set_yticks(range(len(found)), [f"{lane}\n{share:.0%}" for lane, share in found])
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set_xlim(0, whole)
+    ax.set_xlabel(f"seconds of round {run.worked_round}")
+
+
 def charts(run: Run) -> list[Chart]:
     """The charts that have something to show, in reading order."""
     last = f"round {run.pairs_round}"
@@ -203,5 +223,8 @@ def charts(run: Run) -> list[Chart]:
             caption="Base pairs of each round, one a prompt at most. They are kept for training, or dropped for a reason.")),
         (any(r.seconds for r in run.spread), Chart(
             title="Where the time went", draw=draw_time, caption="Seconds of the stages of each round.")),
+        (bool(run.worked), Chart(
+            title=f"Who worked when, round {run.worked_round}", draw=draw_worked,
+            caption="The stages of the round, by the role that worked, and the share of the round that it worked.")),
     ]  # fmt: skip
     return [chart for shown, chart in table if shown]

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.errors import InputError
+from selfplay.planning.gantt import Span
+from selfplay.reporting import who_worked
 from selfplay.reporting.terminal import STAGES
-from selfplay.storage import figures, tables
+from selfplay.storage import figures, paging, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
@@ -50,6 +52,8 @@ class Run:
     stretch: int  # rounds that share two of these points; 1 where each has its own
     first_judged: Round | None  # the first round with a reward on held-out prompts
     last_promoted: Round | None
+    worked: list[Span]  # who worked when in the newest round that has ended
+    worked_round: int | None
     policies: list[dict[str, Any]]  # the last TABLE_ROUNDS, oldest first
     events: list[dict[str, Any]]
     pairs_round: int | None  # the last round that has pairs; what follows is of this round
@@ -118,6 +122,8 @@ def read(run_dir: Path) -> Run:
         name = (store.config(every[-1]) if every else {}).get("run", {}).get("name", run_dir.resolve().name)
         first_judged = None if judged is None else whole(judged)
         last_promoted = None if promoted is None else whole(promoted)
+        ended = next((index for index in reversed(every) if states[index] != "running"), None)
+        worked = [] if ended is None else who_worked.spans(paging.stages(store, ended), store.metrics(ended))
         policies, events = store.policies()[-TABLE_ROUNDS:], store.events()
     finally:
         store.close()
@@ -136,6 +142,8 @@ def read(run_dir: Path) -> Run:
         stretch=stretch,
         first_judged=first_judged,
         last_promoted=last_promoted,
+        worked=worked,
+        worked_round=ended,
         policies=policies,
         events=events,
         pairs_round=index,

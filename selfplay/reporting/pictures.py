@@ -31,13 +31,17 @@ def panel(figure: Any, run: Run, chart: Chart, left: float, bottom: float, width
     Returns the top edge of the legend. Tick labels and axis names are inside the rectangle. Their places are fixed, so that the
     axes of all charts are in line.
     """
-    from matplotlib.ticker import FuncFormatter, MaxNLocator  # takes a second to import: `--help` does without
+    from matplotlib.ticker import (
+        FuncFormatter,
+        MaxNLocator,
+        ScalarFormatter,
+    )  # takes a second to import: `--help` does without
 
     ax = figure.add_axes((0, 0, 1, 1))
     chart.draw(ax, run)
     if chart.counts:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-    elif ax.get_yscale() == "linear":
+    elif isinstance(ax.yaxis.get_major_formatter(), ScalarFormatter):  # neither logarithms nor names
         largest = max(map(abs, ax.get_ylim()))
         if 1e-3 <= largest < 1e5:
             ax.ticklabel_format(axis="y", useOffset=False, style="plain")

@@ -1,8 +1,9 @@
 import json
 
+from selfplay.planning.gantt import Span
 from selfplay.web.api_models import Histogram
 from selfplay.web.page import charts as page_charts
-from selfplay.web.page.charts import charts, names, options, stage_bars
+from selfplay.web.page.charts import charts, names, options, who_worked
 
 CHARTS = charts(["total", "accuracy", "politeness"])
 METRICS = names(CHARTS)
@@ -47,8 +48,28 @@ def test_bars():
     assert drawn["xAxis"]["data"] == ["0.5", "1.5"]
     assert [s["data"] for s in drawn["series"]] == [[1, 2], [3, 0]]
     assert page_charts.histogram(Histogram(edges=[], kept=[], dropped=[])) is None
-    assert stage_bars({"generate": 2.0})["yAxis"]["data"] == ["generate"]
-    assert stage_bars({}) is None
+
+
+def test_each_role_has_a_line_with_its_stages_where_they_were():
+    """Ten seconds: the engine samples for four and serves for two more at the end, the reward scores in between."""
+    spans = [
+        Span(lane="engine", what="generate", start=0, seconds=4),
+        Span(lane="reward", what="score", start=4, seconds=3, busy=0.5),
+        Span(lane="engine", what="evaluate", start=8, seconds=2),
+    ]
+    drawn = who_worked(spans)
+    assert drawn["yAxis"]["data"] == ["engine 60%", "reward 15%"] and drawn["xAxis"]["max"] == 10
+    seconds = [[bar["value"] if isinstance(bar, dict) else bar for bar in series["data"]] for series in drawn["series"]]
+    assert seconds == [[0, 4], [4, 3], [4, 0], [2, 0]]
+    assert [bar["label"]["formatter"] for bar in drawn["series"][1]["data"]] == ["generate", "score"]
+    json.dumps(drawn, allow_nan=False)
+    assert ":" not in "".join(keys(drawn)) and who_worked([]) is None
+
+
+def test_a_legend_of_several_lines_leaves_the_axis_alone():
+    guard = next(chart for chart in CHARTS if chart.title == "Guard")
+    few, many = options(CHARTS[1], {1: {"evaluate/win_rate": 0.5}}), options(guard, {1: dict.fromkeys(METRICS, 0.5)})
+    assert few["grid"]["bottom"] == 30 and many["grid"]["bottom"] >= 30 + 2 * 17
 
 
 def keys(value):

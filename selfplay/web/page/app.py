@@ -11,9 +11,10 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from nicegui import ui
 
-from selfplay.reporting import gold
+from selfplay.planning.gantt import Span
+from selfplay.reporting import gold, who_worked
 from selfplay.reporting.words import NOT_INDEPENDENT
-from selfplay.storage import figures
+from selfplay.storage import figures, paging
 from selfplay.storage.ledger import LedgerError
 from selfplay.web.api_models import Round, RunSummary
 from selfplay.web.page import charts as page_charts
@@ -190,6 +191,7 @@ def charts(view: View) -> None:
         if drawn and drawn[-1] == counts:
             return
         shown, metrics, rejected = await asyncio.to_thread(charted, view)
+        last, spans = await asyncio.to_thread(worked, view)
         drawn.append(counts)
         grid.clear()
         with grid:
@@ -198,6 +200,10 @@ def charts(view: View) -> None:
                 if options is not None:
                     with card(chart.title, chart.caption):
                         ui.echart(options)
+            bars = page_charts.who_worked(spans)
+            if bars is not None:
+                with card("Who worked when", f"round {last}: {page_lists.WORKED}"):
+                    ui.echart(bars)
 
     follow(3.0, draw)
 
@@ -208,6 +214,13 @@ def charted(view: View) -> tuple[list[page_charts.Chart], page_charts.Metrics, l
     bands = [chart.band for chart in shown if chart.band is not None]
     metrics = figures.trends(view.store, page_charts.names(shown), bands)
     return shown, metrics, figures.rejected(view.store, metrics)
+
+
+def worked(view: View) -> tuple[int, list[Span]]:
+    """The newest round that has ended, and who worked in it when."""
+    ended = [row["round"] for row in paging.rounds(view.store, limit=2) if row["state"] != "running"]
+    last = ended[0] if ended else 0
+    return last, who_worked.spans(paging.stages(view.store, last), view.store.metrics(last))
 
 
 def rounds(view: View) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selfplay.planning.gantt import Span, length
 from selfplay.reporting import gold
+from selfplay.reporting import who_worked as who
 from selfplay.web.api_models import Histogram
 
 Metrics = Mapping[int, Mapping[str, float]]  # by round, then by name
@@ -22,6 +24,13 @@ COLOURS = {
     "blue": "#3f85dd", "orange": "#dd7f27", "green": "#2e9e67", "purple": "#9467d6", "red": "#d65055", "teal": "#1c9fb0",
     "grey": "#8b95a3",
 }  # fmt: skip
+STAGE_COLOURS = {"generate": "blue", "score": "teal", "depth": "green", "train": "orange", "evaluate": "purple"}
+NARROW = 0.08  # share of a round below which the bar of a stage has no room for its name
+ENTRY, LINE = (
+    6.2,
+    17,
+)  # pixels of a character in the legend, with what stands beside a name counted apart, and of its lines
+NARROWEST = 330  # pixels of a chart on the narrowest screen
 FAINT = "rgba(139, 149, 163, 0.25)"
 
 
@@ -150,19 +159,31 @@ def _band(metrics: Metrics, low: str, high: str) -> list[dict[str, Any]]:
 
 
 def _frame(drawn: list[dict[str, Any]], names: list[str], y: dict[str, Any]) -> dict[str, Any]:
+    lines = _legend_lines(names)
     axis = {
         "axisLabel": {"color": COLOURS["grey"], "fontSize": 11, "hideOverlap": True}, "axisTick": {"show": False},
         "axisLine": {"lineStyle": {"color": FAINT}}, "splitLine": {"lineStyle": {"color": FAINT}},
     }  # fmt: skip
     return {
         "animation": False, "backgroundColor": "transparent", "textStyle": {"fontFamily": "inherit"},
-        "grid": {"left": 8, "right": 14, "top": 10, "bottom": 30, "containLabel": True},
+        "grid": {"left": 8, "right": 14, "top": 10, "bottom": 13 + LINE * lines, "containLabel": True},
         "legend": {"data": names, "bottom": 0, "itemWidth": 16, "itemHeight": 8, "textStyle": {"color": COLOURS["grey"], "fontSize": 11}},
         "tooltip": {"trigger": "axis", "renderMode": "richText", "confine": True},
         "xAxis": {**axis, "type": "value", "min": "dataMin", "max": "dataMax", "minInterval": 1, "splitLine": {"show": False}},
         "yAxis": {**axis, "splitNumber": 4, **y},
         "series": drawn,
     }  # fmt: skip
+
+
+def _legend_lines(names: Sequence[str]) -> int:
+    """Lines that a legend takes on the narrowest screen: ECharts breaks it, and does not move the axis out of its way."""
+    lines, used = 1, 0.0
+    for name in names:
+        width = 31 + ENTRY * len(name)  # with its mark, and the gap to the next one
+        if used and used + width > NARROWEST:
+            lines, used = lines + 1, 0.0
+        used += width
+    return lines
 
 
 def histogram(found: Histogram) -> dict[str, Any] | None:
@@ -182,17 +203,58 @@ def histogram(found: Histogram) -> dict[str, Any] | None:
     return chart
 
 
-def stage_bars(stages: Mapping[str, float]) -> dict[str, Any] | None:
-    """Horizontal bars of the seconds of each stage, in order from the top."""
-    if not stages:
+def who_worked(spans: Sequence[Span]) -> dict[str, Any] | None:
+    """A bar for each stage of a round, on the line of the role that worked in it, over the seconds of the round.
+
+    ECharts stacks bars: each is put on top of a clear one, which is the time in which its role did nothing.
+    """
+    lanes = who.lanes(spans)
+    if not lanes:
         return None
-    chart = _frame([{"type": "bar", "data": [round(s, 2) for s in stages.values()], "itemStyle": {"color": COLOURS["teal"]},
-                     "label": {"show": True, "position": "right", "color": COLOURS["grey"], "fontSize": 11}}], [], {})  # fmt: skip
+    whole = length(spans)
+    rows = {lane: [span for span in spans if span.lane == lane] for lane, _ in lanes}
+    series: list[dict[str, Any]] = []
+    for place in range(max(map(len, rows.values()))):
+        gaps: list[Any] = []
+        bars: list[Any] = []
+        for row in rows.values():
+            if place >= len(row):
+                gaps.append(0)
+                bars.append(0)
+                continue
+            span, before = row[place], max((earlier.end for earlier in row[:place]), default=0.0)
+            start = max(span.start, before)
+            took = max(0.0, span.end - start)
+            gaps.append(round(start - before, 2))
+            shown = {
+                "show": took > NARROW * whole,
+                "position": "inside",
+                "formatter": span.what,
+                "color": "#fff",
+                "fontSize": 11,
+            }
+            colour = COLOURS[STAGE_COLOURS.get(span.what, "grey")]
+            bars.append(
+                {
+                    "value": round(took, 2),
+                    "itemStyle": {"color": colour, "opacity": 0.4 + 0.6 * span.busy},
+                    "label": shown,
+                }
+            )
+        bar = {"type": "bar", "stack": "round", "barWidth": "62%"}
+        clear = {"itemStyle": {"color": "transparent"}, "silent": True, "tooltip": {"show": False}}
+        series += [{**bar, **clear, "data": gaps}, {**bar, "name": "seconds", "data": bars}]
+    chart = _frame(series, [], {})
     label = chart["yAxis"]["axisLabel"]
-    chart["yAxis"] = {"type": "category", "data": list(stages), "inverse": True, "axisLabel": label, "axisTick": {"show": False},
-                      "axisLine": {"lineStyle": {"color": FAINT}}}  # fmt: skip
-    chart["xAxis"] = {"type": "value", "axisLabel": label, "splitLine": {"lineStyle": {"color": FAINT}}}
-    chart["grid"] |= {"right": 50, "bottom": 8}
+    chart["yAxis"] = {"type": "category", "data": [f"{lane} {share:.0%}" for lane, share in lanes], "inverse": True, "axisLabel": label,
+                      "axisTick": {"show": False}, "axisLine": {"lineStyle": {"color": FAINT}}}  # fmt: skip
+    chart["xAxis"] = {
+        "type": "value",
+        "max": round(whole, 2),
+        "axisLabel": label,
+        "splitLine": {"lineStyle": {"color": FAINT}},
+    }
+    chart["grid"] |= {"bottom": 8}
     chart["tooltip"]["trigger"] = "item"
     del chart["legend"]
     return chart

@@ -8,6 +8,7 @@ from typing import Any
 
 from nicegui import ui
 
+from selfplay.reporting import who_worked
 from selfplay.reporting.terminal import STAGES
 from selfplay.reporting.words import NOT_INDEPENDENT, verdict
 from selfplay.web.api_models import PolicyRow, RoundDetail
@@ -32,6 +33,7 @@ from selfplay.web.page.parts import (
 from selfplay.web.view import View
 
 PAGE = 30
+WORKED = "seconds of the stages, by the role that worked, and the share of the round that it worked"
 VALUES = (("potential", "Alignment potential", "standard deviations"), ("explicit_margin", "Explicit margin", "reward units"),
           ("implicit_margin", "Implicit margin", "nats a token"))  # fmt: skip
 
@@ -108,7 +110,8 @@ def round_page(view: View, r: RoundDetail) -> None:
         for column, title, unit in VALUES:
             found = await asyncio.to_thread(view.histogram, r.round, column)
             charts.append((title, f"base pairs by it, {unit}", page_charts.histogram(found)))
-        charts.append(("Stages", "seconds", page_charts.stage_bars({s.stage: s.seconds for s in r.stages})))
+        spans = who_worked.spans([stage.model_dump() for stage in r.stages], r.metrics)
+        charts.append(("Who worked when", WORKED, page_charts.who_worked(spans)))
         with grid:
             for title, caption, options in charts:
                 if options is not None:
