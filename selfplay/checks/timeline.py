@@ -76,6 +76,8 @@ def timeline(config: Config, there: Sequence[gpus.Gpu]) -> Timeline | None:
     plan = Timeline(device=devices.device(there[0].name), count=len(there))
     use, evaluate = gpus.roles(config, len(there)), config.evaluate
     engines = tuple(i for group in use.engines for i in group)
+    if not engines or not use.trainer:  # `placement` names GPUs that are not there
+        return None
     prompt, answer = tokens(config)
     asked = config.prompts.per_round * config.generate.candidates
 
@@ -95,9 +97,9 @@ def timeline(config: Config, there: Sequence[gpus.Gpu]) -> Timeline | None:
     if config.placement.shared:
         plan.now += seconds.WAKE
     _score(plan, config, reward, "score", asked * (prompt + answer), began=began if apart else None)
-    _train(plan, config, policy, use, prompt + answer)
     if beside:
-        plan.work("evaluate", engines, sampling(evaluate.prompts), start=max(began, plan.now - sampled))
+        plan.work("evaluate", engines, sampling(evaluate.prompts))
+    _train(plan, config, policy, use, prompt + answer)
     _evaluate(plan, config, policy, use, sampling)
     return plan
 
@@ -105,23 +107,27 @@ def timeline(config: Config, there: Sequence[gpus.Gpu]) -> Timeline | None:
 def _score(
     plan: Timeline, config: Config, scorers: dict[str, tuple[int, ...]], what: str, count: float, began: float | None = None
 ) -> None:  # fmt: skip
-    """Score so many tokens; from `began` on, while they are sampled, where that is given. What is no model of ours takes no time."""
+    """Score so many tokens; from `began` on, while they are sampled, where that is given. What is no model of ours takes no time.
+
+    Models on the same GPU score one after the other.
+    """
     sources = config.reward_sources() | config.judge_sources()
-    free = {i: plan.now for used in scorers.values() for i in used}
-    for key, used in scorers.items():
-        shape = sizes.shape(sources[key].model)
-        if shape is None:
-            continue
-        took = seconds.scoring(shape, plan.device, tokens=count, gpus=len(used))
-        if began is not None:
-            whole = max(plan.now - began, took)
-            ends = plan.work(what, used, whole, start=began, busy=took / whole)
-        else:
-            loading = (
-                _loading(shape, gpus.DTYPE_BYTES[sources[key].dtype], len(used)) if config.placement.shared else 0.0
-            )
-            ends = plan.work(what, used, took, start=max(free[i] for i in used) + loading)
-        free |= dict.fromkeys(used, ends)
+    shapes = {key: shape for key in scorers if (shape := sizes.shape(sources[key].model)) is not None}
+    took = {
+        key: seconds.scoring(shape, plan.device, tokens=count, gpus=len(scorers[key])) for key, shape in shapes.items()
+    }
+    everyone = {i for key in took for i in scorers[key]}
+    longest = max((sum(took[key] for key in took if i in scorers[key]) for i in everyone), default=0.0)
+    slower = (
+        1.0 if began is None or not longest else max(1.0, (plan.now - began) / longest)
+    )  # samples come as they come
+    free = dict.fromkeys(everyone, plan.now if began is None else began)
+    for key, shape in shapes.items():
+        start = max(free[i] for i in scorers[key])
+        if config.placement.shared:
+            start += _loading(shape, gpus.DTYPE_BYTES[sources[key].dtype], len(scorers[key]))
+        ends = plan.work(what, scorers[key], took[key] * slower, start=start, busy=1 / slower)
+        free |= dict.fromkeys(scorers[key], ends)
     plan.now = max([plan.now, *free.values()])
 
 

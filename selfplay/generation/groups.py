@@ -37,6 +37,17 @@ def groups(config: Config, gpus: int | None = None) -> list[Group]:
     return [tuple(free[i * size : (i + 1) * size]) for i in range(count)]
 
 
+def shares_gpus(config: Config, gpus: int | None = None) -> bool:
+    """Whether an engine has a GPU on which a reward model or a judge of ours may be as well."""
+    there = range(visible() if gpus is None else gpus)
+    sources = (config.reward_sources() | config.judge_sources()).values()
+    if not there or all(source.url for source in sources):
+        return False
+    engines = {gpu for group in groups(config, len(there)) for gpu in (there if group is None else group)}
+    rewards = there if config.placement.reward is None else config.placement.reward
+    return not engines.isdisjoint(rewards)
+
+
 def visible() -> int:
     """GPUs that this process and its children may use, as far as that can be told without their driver."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")

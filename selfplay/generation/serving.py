@@ -45,9 +45,10 @@ class Serving:
 
     def engine(self) -> Generator:
         """The engine, with the current policy in it if it has none yet."""
-        self._turn("engine")
         if not self.loaded:
             self._warm_up()
+        self._turn("engine")
+        if not self.loaded:
             policy = self._current()
             with self._display.stage(None, "engine") as line:
                 line.update(text=f"loading policy {policy.version}")

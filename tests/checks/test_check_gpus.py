@@ -16,6 +16,7 @@ from selfplay.checks.timeline import timeline
 from selfplay.config import load
 from selfplay.planning import shapes
 
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 FOUR = f"train.accelerate={ROOT / 'configs' / 'accelerate' / 'fsdp2-4.yaml'}"
 LLAMA_8B = {
     "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -202,6 +203,8 @@ def test_the_gpu_configurations_fit_and_are_planned(smi, known_models, name, cou
         line, _, said_share = text.partition(" ")
         assert len(line) == 48 and said_share == f"{planned.busy(i):.0%}"
     lines = [text.partition(" ")[0] for _, text in drawn]
+    if count == 8:
+        assert all(f" {text}\n" in OPERATIONS for _, text in drawn), "docs/operations.md shows other lines"
     if name == "eight-gpu":
         assert len(set(lines)) == 1 and [c for i, c in enumerate(lines[0]) if c not in "·" + lines[0][:i]] == list(
             "gsdte"
@@ -228,6 +231,21 @@ def test_stages_take_the_seconds_that_an_estimate_by_hand_says(smi, known_models
     assert took("train", 4) == pytest.approx(610, rel=0.1)
 
 
+def test_models_of_an_ensemble_on_the_same_gpus_score_one_after_the_other(smi, known_models):
+    smi(8)
+    two = "reward={dtype: bfloat16, ensemble: {members: [{model: a/one}, {model: b/two}]}}"
+    for name in ("eight-gpu", "eight-gpu-split"):
+        path = ROOT / "configs" / f"{name}.yaml"
+        scores = [
+            [s for s in timeline(load(path, more), visible()).spans if s.what == "score" and s.lane == "GPU 2"]
+            for more in ([], [two])
+        ]
+        (alone,), (first, second) = scores
+        worked = alone.seconds * alone.busy
+        assert first.seconds * first.busy == pytest.approx(worked) == pytest.approx(second.seconds * second.busy)
+        assert second.start >= first.end
+
+
 def test_gpus_that_stay_idle_are_a_warning(tmp_path, smi, known_models):
     smi(8)
     about = ("utilisation",)
@@ -246,6 +264,7 @@ def test_without_a_gpu_or_a_size_there_is_no_timeline(tmp_path, smi, monkeypatch
     assert "time" not in dict(plan(settings(tmp_path, policy)))
     smi(1)
     assert "time" in dict(plan(settings(tmp_path, policy)))
+    assert "time" not in dict(plan(settings(tmp_path, policy, "placement={trainer: [1]}")))
     monkeypatch.setattr(hub, "ask", lambda name, revision=None: hub.Told(away="ConnectError"))
     assert "time" not in dict(plan(settings(tmp_path, "org/away")))
     assert sizes.shape("org/away") is None

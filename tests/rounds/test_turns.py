@@ -39,6 +39,7 @@ def test_the_reward_of_a_round_by_turns_ends_and_the_one_that_comes_back_is_the_
         said = opened.round()
         assert "promoted" in said
         turns = [event["text"] for event in run.store.events() if event["kind"] == "turn"]
+        assert "generate/overlap_seconds" not in run.store.metrics(1), "nothing is scored while the engine samples"
     taken = [(text.split()[0], text.partition("; ")[2].split()[0:1]) for text in turns]
     assert taken == [
         ("engine", []), ("reward", ["engine"]), ("trainer", ["reward"]), ("engine", ["trainer"]), ("reward", ["engine"]),
