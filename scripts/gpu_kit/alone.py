@@ -43,5 +43,5 @@ def alone(whole: Any, order: Event) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    engine.take_orders = take_orders
+    engine.take_orders = take_orders  # type: ignore[attr-defined, assignment]
     engine.main()

@@ -57,7 +57,7 @@ def measure(sizes: Sizes, work: Path, findings: Findings) -> None:
     tables.write_rows(run_dir / "prompts.parquet", rows, Prompt)
     folders.write_json(run_dir / "alone.json", alone(config, rows))
     installing.ENGINE = ("-m", "gpu_kit.alone")
-    installing.Child = Known  # type: ignore[misc]
+    installing.Child = Known  # type: ignore[attr-defined]
     generator = Generator(config, run_dir, run_dir / "generator.log")
     try:
         generator.load(policy)

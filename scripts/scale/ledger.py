@@ -75,8 +75,8 @@ def make(run_dir: Path, rounds: int, pairs: int) -> None:
         state = "rejected" if n % 7 == 3 else "promoted"
         now = (begin + timedelta(minutes=n)).isoformat()
         ledger.execute(
-            "INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)",
-            (n, state, now, now, n - 1, n, "[0, 0]", "f" * 64, "{}" + " " * 5000, "[]"),
+            "INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+            (n, state, now, now, n - 1, n, "[0, 0]", "f" * 64, "{}" + " " * 5000, "[]", n - 1),
         )
         ledger.executemany(
             "INSERT INTO stages VALUES (?,?,?,?)", [(n, stage, now, rng.random() * 60) for stage in STAGES]

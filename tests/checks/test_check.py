@@ -94,6 +94,7 @@ def test_batches_over_processes(tmp_path):
     assert said(settings(tmp_path, policy), tmp_path, "training") is None
 
 
+@pytest.mark.slow
 def test_prompt_files_are_read_and_split_as_the_import_does(tmp_path):
     """1,200 held-out prompts, 40 % of them in the audit set; configs/tiny.yaml asks for 384 and 400."""
     config = settings(tmp_path, model(tmp_path / "policy"))

@@ -23,10 +23,10 @@ def opened(run_dir, weights):
             "guard.probes=0",
         )  # fmt: skip
 
-        def serve(policy):
+        def engine():
             raise EngineError("the engine is down")
 
-        run.serving = SimpleNamespace(serve=serve)
+        run.serving = SimpleNamespace(engine=engine)
         try:
             yield run
         finally:

@@ -16,7 +16,7 @@ def test_the_shipped_files() -> None:
     assert {path.name for path in FILES.iterdir()} == expected.keys()
     for name, (processes, shares) in expected.items():
         assert read(FILES / name) == Launch(processes=processes, shares=shares)
-        assert load_config_from_file(FILES / name).num_processes == processes, "accelerate takes it too"
+        assert load_config_from_file(str(FILES / name)).num_processes == processes, "accelerate takes it too"
     assert read(None) == Launch(processes=1, shares=1)
 
 
