@@ -89,7 +89,7 @@ class Engine:
     def __init__(self, channel: Channel, cpu: bool) -> None:
         self.flights = Flights(channel)
         self._cpu = cpu
-        self.llm: Any = None
+        self._llm: Any = None
         self._sleep_mode = False
 
     def load(self, order: Event) -> dict[str, Any]:
@@ -109,9 +109,9 @@ class Engine:
                 "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, length),
             }
         self._sleep_mode = bool(order["sleep_mode"]) and not self._cpu
-        self.llm = None
+        self._llm = None
         try:
-            self.llm = vllm.LLM(
+            self._llm = vllm.LLM(
                 model=model,
                 dtype=order["dtype"],
                 seed=order["seed"],
@@ -128,7 +128,7 @@ class Engine:
             )
         except RuntimeError as error:
             raise (ProcessesGone(str(error)) if was_killed(error) else error) from error
-        config = self.llm.llm_engine.vllm_config
+        config = self._llm.llm_engine.vllm_config
         device = "cpu" if self._cpu else current_platform.get_device_name()
         return {
             "vllm": vllm.__version__,
@@ -258,9 +258,9 @@ class Engine:
 
     @property
     def _engine(self) -> Any:
-        if self.llm is None:
+        if self._llm is None:
             raise OrderError("input", "no model is loaded")
-        return self.llm
+        return self._llm
 
     @property
     def _model_config(self) -> Any:
@@ -384,7 +384,7 @@ def main() -> None:
         "wake": engine.wake,
         "drop": engine.drop,
     }
-    threading.Thread(target=end_with_them, args=(lambda: engine.llm,), name="liveness", daemon=True).start()
+    threading.Thread(target=end_with_them, args=(lambda: engine._llm,), name="liveness", daemon=True).start()
     try:
         take_orders(channel, known, fatal=(EngineDeadError, ProcessesGone), work=engine.flights)
     except (EngineDeadError, ProcessesGone) as error:
