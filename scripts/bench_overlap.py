@@ -3,8 +3,8 @@
 
 The stages `generate` and `score` of one round of the tiny world, again and again with the same prompts and seeds: one after
 the other (apart), and with the reward at work while others are sampled (together). The engine has one core and the reward
-the other. Once with the reward as it is, and once with one that is slowed by a process between, so that both stages take
-about equally long. Nothing is kept in the cache. Wall seconds; each repeat does both ways, in turns. At the end the bound
+the other. A process stands between the two: once it only passes on, and once it slows the reward so that both stages take about
+equally long. Nothing is kept in the cache. Wall seconds; each repeat does both ways, in turns. At the end the bound
 with PASS or FAIL; exit code 1 where it fails.
 """
 
@@ -40,7 +40,7 @@ SETTINGS = ["reward.cache.entries=0", "evaluate.judge=null", "evaluate.audit_eve
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/tiny.yaml")
-    parser.add_argument("--prompts", type=int, default=160)
+    parser.add_argument("--prompts", type=int, default=320)
     parser.add_argument("--shard-prompts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C")
@@ -67,7 +67,8 @@ def bench(config: str, sets: list[str], repeats: int) -> float:
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(process("-m", "reward.server", "--model", str(settings.reward.model), "--port", "0"))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        run = stack.enter_context(Run(load(config, [*sets, *asked_at(url)]), folder / "run", Display()))
+        quick = stack.enter_context(process(__file__, "--delay", url, "0"))
+        run = stack.enter_context(Run(load(config, [*sets, *asked_at(quick)]), folder / "run", Display()))
         found = measure(run, repeats)
         worst = tell("the reward as it is", found)
         apart = {stage: statistics.median(found[stage]) for stage in ("generate", "score")}
