@@ -68,7 +68,7 @@ class Run:
                 "engine": lambda: self.generator.sleep() if self.serving.loaded else None,
                 "reward": lambda: self.reward.make_room(),
                 "judge": lambda: self.judge.make_room(),
-                "trainer": lambda: None,  # it gives its memory back with its last order
+                "trainer": lambda: self.trainer.make_room(),
             },
             lambda: self.config.placement.shared,
             self.event,
