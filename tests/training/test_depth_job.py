@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -297,24 +296,3 @@ def test_the_trainer_takes_features_and_then_trains(world: Path, tmp_path: Path,
     ours, theirs = bytes_of(after.out), bytes_of(alone.out)
     # PEFT writes the set of target modules in the order of the process's hashes.
     assert {name for name in ours if ours[name] != theirs[name]} <= {"adapter/adapter_config.json"}
-
-
-@pytest.mark.slow
-def test_processes_share_the_pairs(world: Path, tmp_path: Path) -> None:
-    """Two on gloo, told that FSDP will load models on rank 0 alone: features must not be those of zeros."""
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    try:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        two = start(tmp_path / "two", *launcher, "-m", "selfplay.training.trainer", "--clusters")
-    finally:
-        del os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
-    one = features_job(world, tmp_path / "1")
-    alone = run(one)
-    two.wait_for("ready")
-    job = features_job(world, tmp_path / "2")
-    both = two.order("features", job=job.model_dump(mode="json"))
-    two.stop()
-    assert job.out.read_bytes() == one.out.read_bytes()
-    assert {k: v for k, v in both.items() if "seconds" not in k} == {
-        k: v for k, v in alone.items() if "seconds" not in k
-    }

@@ -457,23 +457,3 @@ def test_behind_accelerates_launcher_the_trainer_works_and_dies_with_what_starte
     while (left := marked(tmp_path / "launched")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
-
-
-@pytest.mark.slow
-def test_two_processes_move_beta_like_one_with_the_doubled_batch(world: Path, tmp_path: Path, child: Child) -> None:
-    """torchrun with two processes on gloo: same pairs a step, so the same mean step, β and (to rounding) weights."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = start(tmp_path / "two", *launcher, "-m", "selfplay.training.trainer")
-    changes = {"reference": world / "other", "agreement_mean": None, "agreement_p99": None, "save_steps": 2}
-    one = order(child, job_of(world, tmp_path / "1", micro_batch_pairs=4, **changes))
-    two.wait_for("ready")
-    jobs = job_of(world, tmp_path / "2", micro_batch_pairs=2, **changes)
-    both = order(two, jobs)
-    two.stop()
-    assert json.loads((jobs.work / "job.json").read_text())["world"] == 2
-    assert (jobs.work / "checkpoint-8" / "rng_state_1.pth").is_file()
-    for mine, theirs in zip(both["history"], one["history"], strict=True):
-        assert mine["train/beta"] == pytest.approx(theirs["train/beta"], abs=1e-12)
-        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
-    assert both["beta"] == one["beta"] != 0.1
-    assert both["canaries"] == pytest.approx(one["canaries"], rel=1e-3)
