@@ -117,7 +117,6 @@ def test_two_processes_train_as_one_does(
     exact = job(world, tmp_path / "exact", kind, bf16=False)
     run(exact)
     assert apart.norm() <= 2 * (weights_of(one) - weights_of(exact)).norm()
-    print("APART", kind, float(apart.norm() / (weights_of(one) - weights_of(exact)).norm()), float(apart.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
