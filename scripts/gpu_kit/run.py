@@ -149,6 +149,10 @@ def one(
     argv = [sys.executable, "-m", "gpu_kit.part", part.module, "--size", size, "--work", str(work)]
     path = os.pathsep.join(p for p in (str(SCRIPTS), os.environ.get("PYTHONPATH", ""), str(ROOT)) if p)
     env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not machine.gpus():
+        env.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # processes that take all cores fight, and a miniature gains nothing by it
     ended = supervise.run(argv, limit, work / f"{part.module}.log", keep, env)
     record["state"] = f"stopped at its limit of {limit:.0f} s" if ended.state == "stopped" else ended.state
     record["seconds"], record["log_tail"] = ended.seconds, ended.log_tail
