@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from selfplay.storage import folders
 
 NAME = "measurements-gpu"
+WIDTH = 120  # characters of a line of text
+WIDE = 9  # figures of a single finding from which on each has a row of its own
+RANDOM = (
+    "The models have the shapes of real ones and random weights, made from a configuration. Their next token has an entropy "
+    "like that of a trained model. Random networks amplify rounding more than trained ones do, so the noise here is an upper "
+    "end, and nothing is said about what is learnt."
+)
 Found = dict[str, Any]
 """`command`, `machine` and `parts`: for each part its title, what it is about, its state, seconds, findings and log_tail."""
 
@@ -27,15 +35,10 @@ def markdown(found: Found) -> str:
         "",
     ]
     lines += table(["", ""], [[name, value] for name, value in found["machine"].items()])
-    lines += [
-        "The models have the shapes of real ones and random weights, made from a configuration. Their next token has an "
-        "entropy like that of a trained model. Random networks amplify rounding more than trained ones do, so the noise here "
-        "is an upper end.",
-        "",
-    ]
+    lines += [fill(RANDOM, WIDTH), ""]
     for part in found["parts"]:
         seconds = "" if part["seconds"] is None else f", {part['seconds']:.0f} s"
-        lines += [f"## {part['title']}", "", f"{part['about']}", "", f"State: {part['state']}{seconds}.", ""]
+        lines += [f"## {part['title']}", "", fill(part["about"], WIDTH), "", f"State: {part['state']}{seconds}.", ""]
         lines += tables(part["findings"])
         if part["log_tail"]:
             lines += ["The end of its logs:", "", "```", part["log_tail"].replace("```", "'''"), "```", ""]
@@ -49,6 +52,10 @@ def tables(findings: list[dict[str, Any]]) -> list[str]:
         rows = list(group)
         if not names:
             lines += [line for row in rows for line in (f"**{row['what']}** failed: {row.get('error', '')}", "")]
+            continue
+        if len(rows) == 1 and len(names) >= WIDE:
+            values = [[name.replace("_", " "), figure(rows[0]["figures"][name])] for name in names]
+            lines += table([rows[0]["what"], ""], values)
             continue
         header = ["", *(name.replace("_", " ") for name in names)]
         lines += table(header, [[row["what"], *(figure(row["figures"][name]) for name in names)] for row in rows])

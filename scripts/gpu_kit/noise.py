@@ -19,6 +19,7 @@ from gpu_kit.sizes import Sizes
 from selfplay.generation.installing import WarmEngine
 from selfplay.models import weights
 
+BOUNDS = (0.01, 0.02)  # nats a token: what a swap may ask of a mean over a window
 Logps = list[NDArray[np.float64]]  # nats (T,) of each answer's tokens
 Answers = list[tuple[list[int], int]]  # token ids of prompt and answer, and where the answer starts
 
@@ -80,6 +81,7 @@ def compare(findings: Findings, sizes: Sizes, scored: dict[str, Logps], one: str
         mean_of_window_p50=float(p50),
         mean_of_window_p95=float(p95),
         mean_of_window_max=float(windows.max()),
+        **{f"share_of_windows_over_{bound}": float((windows > bound).mean()) for bound in BOUNDS},
     )
 
 

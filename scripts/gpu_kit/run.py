@@ -119,6 +119,7 @@ def measure(size: str, minutes: float, deadline: float, out: Path, work: Path) -
     }
     for name, value in found["machine"].items():
         print(f"{name}: {value}", flush=True)
+    print(document.RANDOM, flush=True)
     for number, (part, record) in enumerate(zip(PARTS, parts, strict=True), 1):
         left = deadline - time.monotonic()
         print(f"\n{number} of {len(PARTS)}: {part.title} ({left:.0f} s left)", flush=True)

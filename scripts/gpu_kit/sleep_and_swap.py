@@ -81,7 +81,6 @@ class Bench:
                 GiB_free_before=before,
                 GiB_free_awake=memory.free(),
                 nats_from_canaries=self._distance(),
-                tolerance=self.engine.tolerance,
             )
         if self._in != version or self.engine.asleep is not None:
             self._install(version, None)
