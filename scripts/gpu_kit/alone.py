@@ -1,52 +1,47 @@
-"""vLLM alone answers all prompts at once: `python -m gpu_kit.alone JOB.json`; what it took goes to JOB.found.json."""
+"""The generator's engine with one order more: what vLLM alone needs for all prompts at once (`python -m gpu_kit.alone`).
+
+    alone  {job: a file of prompts, seeds and settings}  → {seconds, lengths: tokens of each answer}
+
+Both sides of the comparison then have the same engine, warm, with the same settings.
+"""
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from selfplay.generation.engine import CPU_BATCHED_TOKENS, CPU_BLOCK, SEEDS, cpu_build, prepare
+from selfplay.generation import engine, orders
+from selfplay.processes.protocol import Channel, Event
 from selfplay.storage import folders
 
 
-def main() -> None:
-    job_file = Path(sys.argv[1])
-    job: dict[str, Any] = folders.read_json(job_file)
-    cpu = cpu_build()
-    prepare(cpu, threads=1, kv_cache_gib=1)  # as the generator's child has them
-    from vllm import LLM, SamplingParams
+def take_orders(channel: Channel, known: Mapping[str, Callable[[Event], Any]], **more: Any) -> None:
+    """As that of the engine, with the order `alone`."""
+    whole: Any = getattr(known["generate"], "__self__")  # noqa: B009: the Engine whose method this is
+    orders.take_orders(channel, {**known, "alone": partial(alone, whole)}, **more)
 
-    more: dict[str, Any] = {"gpu_memory_utilization": job["gpu_memory_utilization"]}
-    if cpu:
-        more = {
-            "enforce_eager": True,
-            "block_size": CPU_BLOCK,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": CPU_BATCHED_TOKENS,
-        }
-    llm = LLM(
-        model=job["model"], dtype=job["dtype"], max_num_seqs=job["max_num_seqs"], max_model_len=job["max_model_len"],
-        generation_config="vllm", logprobs_mode="raw_logprobs", **more,
-    )  # fmt: skip
+
+def alone(whole: Any, order: Event) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    job: dict[str, Any] = folders.read_json(Path(order["job"]))
     params = [
         SamplingParams(
             n=job["candidates"], temperature=1.0, max_tokens=job["max_tokens"], stop_token_ids=job["stop_token_ids"],
-            logprobs=0, seed=seed % SEEDS,
+            logprobs=0, seed=seed % engine.SEEDS,
         )
         for seed in job["seeds"]
     ]  # fmt: skip
-    asked: list[Any] = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    found = []
-    for _ in range(job["passes"]):
-        began = time.monotonic()
-        outputs = llm.generate(asked, params, use_tqdm=False)
-        seconds = time.monotonic() - began
-        lengths = [len(answer.token_ids) for output in outputs for answer in output.outputs]
-        found.append({"seconds": seconds, "lengths": lengths})
-        folders.write_json(job_file.with_suffix(".found.json"), found)
+    asked = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    began = time.monotonic()
+    outputs = whole._llm.generate(asked, params, use_tqdm=False)
+    seconds = time.monotonic() - began
+    return {"seconds": seconds, "lengths": [len(answer.token_ids) for out in outputs for answer in out.outputs]}
 
 
 if __name__ == "__main__":
-    main()
+    engine.take_orders = take_orders
+    engine.main()

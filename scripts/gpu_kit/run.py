@@ -68,9 +68,10 @@ PARTS = (
     Part(
         module="throughput",
         title="Tokens a second",
-        about="The stage writes its answers to disk, vLLM alone keeps them in memory. The second pass counts.",
-        least=60,
-        limit=150,
+        about="The same engine answers the same prompts, once through the stage with its shards and files, and once all at "
+        "once through vLLM alone, which writes nothing. The last turn counts.",
+        least=50,
+        limit=120,
     ),
 )
 

@@ -125,7 +125,7 @@ SMALL = Sizes(
     ),
     depths=(1, 2),
     pairs=2,
-    steps=2,
+    steps=1,
     rank=4,
     throughput_prompts=24,
     throughput_candidates=2,
