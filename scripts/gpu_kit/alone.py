@@ -8,7 +8,7 @@ Both sides of the comparison then have the same engine, warm, with the same sett
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from selfplay.processes.protocol import Channel, Event
 from selfplay.storage import folders
 
 
-def take_orders(channel: Channel, known: Mapping[str, Callable[[Event], Any]], **more: Any) -> None:
+def take_orders(channel: Channel, known: Mapping[str, Any], **more: Any) -> None:
     """As that of the engine, with the order `alone`."""
-    whole: Any = getattr(known["generate"], "__self__")  # noqa: B009: the Engine whose method this is
+    whole = known["generate"].__self__  # the Engine whose method this is
     orders.take_orders(channel, {**known, "alone": partial(alone, whole)}, **more)
 
 

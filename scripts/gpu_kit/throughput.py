@@ -15,7 +15,6 @@ from gpu_kit import checkpoints
 from gpu_kit.part import Findings
 from gpu_kit.sizes import Sizes
 from gpu_kit.sleep_and_swap import settings
-
 from selfplay.config import Config
 from selfplay.generation import installing, sampling
 from selfplay.generation.generator import Generator
