@@ -15,8 +15,8 @@ GPU of 40 GB or more and 40 GB of disk under the temporary folder or `--work`. `
 `--small --out FOLDER` runs every part in miniature first, in two or three minutes: it shows whether everything is installed.
 
 **On a machine that has only PyTorch and no network**, carry this repository and a folder of wheels. The kit also runs with
-vllm 0.24.0 on torch 2.11, and with transformers 5.17 (tests and miniature were run with these on a CPU). Where there is a
-network, and for the Python and the C library of the machine without one:
+vllm 0.24.0, torch 2.11 and transformers 5.17: the miniature was run with these on a CPU. Where there is a network, and for the
+Python and the C library of the machine without one:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
         --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels vllm==0.24.0 trl==1.16.0 …
@@ -27,6 +27,26 @@ and there:
     PYTHONPATH=site python3 scripts/gpu_kit/run.py --out results
 
 `--no-deps` keeps the torch that is there; its version has to be the one that vLLM was built for (`Requires-Dist: torch` in
-the wheel). What an image with PyTorch, transformers, accelerate, peft, scikit-learn and pandas lacks:
-WHEELS
+the wheel). An image that has PyTorch, triton, transformers, accelerate, peft, scikit-learn, pandas, pyarrow, numba, aiohttp and
+typer still lacks these. The miniature imports them:
+
+    vllm trl datasets dill multiprocess sqlalchemy tenacity fastapi starlette uvicorn httptools python-multipart pydantic
+    pydantic-core pydantic-extra-types annotated-types typing-inspection email-validator dnspython sniffio httpx2 httpcore2
+    truststore openai openai-harmony jiter partial-json-parser msgspec pyzmq cachetools cbor2 pybase64 orjson xgrammar
+    apache-tvm-ffi llguidance watchfiles websockets opentelemetry-api opentelemetry-sdk opentelemetry-proto
+    opentelemetry-exporter-otlp opentelemetry-exporter-otlp-common opentelemetry-exporter-otlp-proto-common
+    opentelemetry-exporter-otlp-proto-grpc opentelemetry-exporter-otlp-proto-http opentelemetry-exporter-http-transport
+    opentelemetry-semantic-conventions opentelemetry-semantic-conventions-ai googleapis-common-protos
+
+vLLM names these too, and the miniature imports none of them. They are small:
+
+    anthropic apscheduler astor blake3 compressed-tensors depyf diskcache docstring-parser fastapi-cli fastar fastsafetensors
+    ijson interegular jmespath jsonschema jsonschema-specifications lark lm-format-enforcer loguru mcp mcp-types mistral-common
+    model-hosting-container-standards outlines-core prometheus-fastapi-instrumentator pydantic-settings pyjwt python-dotenv
+    python-json-logger referencing rich-toolkit rpds-py setproctitle sse-starlette supervisor tzdata tzlocal
+
+What vLLM needs on a GPU alone was read in the sources of 0.24.0, and not run: flashinfer, tilelang, quack, cutlass and humming are
+imported only where a kernel of theirs is chosen, which a dense Llama in bfloat16 does not do on Hopper. The same holds for
+`vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so`, `vllm/_moe_C_stable_libtorch.abi3.so` and `vllm/vllm-rs`, which make up half of the
+wheel: they may be left out of a copy where little can be carried.
 """
