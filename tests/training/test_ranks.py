@@ -32,8 +32,16 @@ TWO = {
 # other has none.
 EXACT: dict[str, Any] = {"batch_pairs": 8, "micro_batch_pairs": 2, "epochs": 2, "learning_rate": 1e-3,
                          "schedule": "linear"}  # fmt: skip
-# One micro-batch of each process a step: two numbers have the same sum in either order, and bf16 shows the last bits.
-BF16: dict[str, Any] = {"bf16": True, "batch_pairs": 4, "micro_batch_pairs": 2, "epochs": 1, "learning_rate": 1e-3}
+# One micro-batch of each process a step: two numbers have the same sum in either order, and bf16 shows the last bits. It also
+# shows the shape of a batch, so all of them are full: beside a repeated pair, a pair is rounded otherwise than alone.
+BF16: dict[str, Any] = {
+    "pairs": "full.parquet",
+    "bf16": True,
+    "batch_pairs": 4,
+    "micro_batch_pairs": 2,
+    "epochs": 1,
+    "learning_rate": 1e-3,
+}
 UNCHECKED = {"agreement_mean": None, "agreement_p99": None}
 LORA = {"lora": LoraJob(r=4, alpha=8)}
 # Against another model: where policy and reference are nearly one, rounding to bf16 decides which way β goes.
@@ -52,6 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint(root / "policy")
     checkpoint(root / "other", seed=5)
     write_pairs(root / "trained.parquet", root / "policy", n=21)
+    write_pairs(root / "full.parquet", root / "policy", n=20)
     write_base_pairs(root / "pairs.parquet")
     return root
 
@@ -73,8 +82,8 @@ def children(started: dict[str, Child], alone: Any) -> dict[str, Child]:
 
 
 def job(world: Path, folder: Path, kind: str, **changes: Any) -> TrainJob:
-    settings = {"reference": "policy"} | KINDS[kind]
-    settings |= {"pairs": world / "trained.parquet", "reference": world / settings["reference"]} | changes
+    settings = {"pairs": "trained.parquet", "reference": "policy"} | KINDS[kind]
+    settings |= {name: world / settings[name] for name in ("pairs", "reference")} | changes
     return job_of(world, folder, **settings)
 
 
