@@ -19,6 +19,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+import orjson
+
 from selfplay.processes.guard import GUARDED, PR_SET_PDEATHSIG
 
 Event = dict[str, Any]
@@ -34,9 +36,12 @@ def parse_line(line: bytes) -> Event | None:
     if not line.startswith(b"{"):
         return None
     try:
-        event = json.loads(line)
-    except ValueError:
-        return None
+        event = orjson.loads(line)  # in a long line half the time of `json`
+    except ValueError:  # it refuses half of a surrogate pair, which `json` reads and writes
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return None
     return event if isinstance(event, dict) else None
 
 

@@ -6,7 +6,7 @@ from selfplay.processes.protocol import encode_line, parse_line
 
 
 def test_an_event_is_one_line_and_comes_back_as_it_was():
-    event = {"id": 7, "event": "progress", "text": "two\nlines, «ε»", "share": 0.1}
+    event = {"id": 7, "event": "progress", "text": "two\nlines, «ε», \ud83d alone", "share": 0.1}
     line = encode_line(event)
     assert line.count(b"\n") == 1 and line.endswith(b"\n")
     assert parse_line(line[:-1]) == event
