@@ -119,10 +119,7 @@ SMALL = Sizes(
     candidates=4,
     heldout_prompts=8,
     batch_pairs=4,
-    cases=(
-        StepCase(name="miniature, LoRA", shape=MINIATURE.with_layers(4), lora=True),
-        StepCase(name="miniature, all weights", shape=MINIATURE.with_layers(4), lora=False),
-    ),
+    cases=(StepCase(name="miniature, all weights", shape=MINIATURE.with_layers(4), lora=False),),
     depths=(1, 2),
     pairs=2,
     steps=1,

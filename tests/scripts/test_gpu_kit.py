@@ -46,8 +46,8 @@ def test_every_part_runs_in_miniature(tmp_path: Path) -> None:
     assert {f"stage {name}" for name in ("generate", "score", "depth", "train", "evaluate", "promote")} <= whole.keys()
     assert whole["restarts"]["count"] == 0
 
-    ours, theirs = (steps[f"miniature, LoRA, 2 layers: {arm}"] for arm in ("ε-DPO", "TRL's DPO"))
-    ratio = steps["miniature, LoRA, 2 layers: ε-DPO ÷ TRL's DPO"]
+    ours, theirs = (steps[f"miniature, all weights, 2 layers: {arm}"] for arm in ("ε-DPO", "TRL's DPO"))
+    ratio = steps["miniature, all weights, 2 layers: ε-DPO ÷ TRL's DPO"]
     assert ratio["seconds"] == pytest.approx(ours["seconds_a_step"] / theirs["seconds_a_step"])
     assert "miniature, all weights, all 4 layers, extrapolated: ε-DPO" in steps
 
