@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-LOOK = 0.5  # seconds between two looks
+LOOK = 0.25  # seconds between two looks
 GONE = 70  # exit code of a child that ended for this reason
 
 

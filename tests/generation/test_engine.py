@@ -32,13 +32,18 @@ def models(folder):
     return [write_policy(folder, version, seed=version).path for version in (1, 2)]
 
 
-@pytest.fixture(scope="module")
-def engine(folder, models):
+def started(folder):
     child = Child(
         "generator", [sys.executable, "-m", "selfplay.generation.engine"], run_dir=folder, log=folder / "engine.log"
     )
     child.start()
     child.wait_for("ready")
+    return child
+
+
+@pytest.fixture(scope="module")
+def engine(folder, models):
+    child = started(folder)
     with pytest.raises(ChildError, match="no config"):
         load(child, str(folder / "nowhere"))
     child.info = load(child, models[0])
@@ -279,8 +284,17 @@ def test_memory_does_not_grow_with_the_sizes_of_batches_that_were_seen(engine):
     assert resident() - before < 8
 
 
-def test_experts_of_a_mixture_are_renewed_by_a_reload(engine, folder):
+@pytest.fixture
+def other_engine(tmp_path):
+    """A process of its own: vLLM makes the groups of a mixture's experts with the first model that a process loads."""
+    child = started(tmp_path)
+    yield child
+    child.stop()
+
+
+def test_experts_of_a_mixture_are_renewed_by_a_reload(other_engine, folder):
     """The kernels of a CPU pack them when they are loaded first."""
+    engine = other_engine
     paths = [write_experts(folder / f"experts-{seed}", seed) for seed in (1, 2)]
     load(engine, str(paths[0]))
     models = [AutoModelForCausalLM.from_pretrained(path) for path in paths]
