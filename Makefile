@@ -9,7 +9,7 @@ demo: setup
 	$(PY) scripts/make_tiny.py
 	$(PY) scripts/round.py --config configs/tiny.yaml --rounds 3 --report
 
-# The tests that need no engine and no service: at most a minute on two cores.
+# The tests that need no engine and no service.
 quick: setup
 	$(PY) -m pytest -n 2 -m "not slow and not service and not gpu"
 
