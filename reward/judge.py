@@ -84,8 +84,8 @@ class Judge:
         self._system = PAIRWISE.format(rubric=settings.rubric) if pairwise else POINTWISE.format(
             rubric=settings.rubric, lowest=settings.lowest, highest=settings.highest
         )  # fmt: skip
-        # what a verdict depends on, without where and how fast it is asked for
-        made_of = settings.model_dump(exclude={"url", *settings.access})
+        # what a number depends on, without where and how fast it is asked for; only a pairwise judge reads references
+        made_of = settings.model_dump(exclude={"url", "references", *settings.access})
         self.health = Health(
             kind="judge",
             model=settings.model,
@@ -170,7 +170,7 @@ class Judge:
         found = []
         groups: dict[str, list[int]] = {}
         for p in places:
-            reference = items[p].reference
+            reference = items[p].reference if self._settings.references else None
             if reference is not None:
                 found.append(match(p, None, reference))
             else:

@@ -178,6 +178,9 @@ class JudgeSettings(Kind):
     """Worst number of a pointwise judge."""
     highest: float = 10.0
     """Best number of a pointwise judge."""
+    references: bool = True
+    """Pairwise: compare a response with its reference where it has one. Turn it off where references are no answers but
+    tests or constraints."""
     opponents: Annotated[int, Field(ge=1)] = 3
     """Other responses that each is compared with, pairwise without a reference; each comparison is asked in both orders."""
     max_tokens: Annotated[int, Field(ge=1)] = 512

@@ -24,6 +24,7 @@ class Prompt:
     source: str = ""  # file, Hub id or what else it came from
     root: str | None = None  # prompt_id of its oldest ancestor, where that is not its parent
     joined: int | None = None  # first round that may draw it; None: it was there from the start
+    reference: str | None = None  # what a reward may check an answer by (prompts/references.py)
 
     @property
     def ancestor(self) -> str:

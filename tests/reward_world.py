@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,12 @@ def conversation(i: int, words: int) -> tuple[list[dict[str, str]], str]:
     return [{"role": "user", "content": f"Question {i}: what is the capital of France?"}], response
 
 
-def bare_scores(folder: Path, items: list[tuple[list[dict[str, str]], str]]) -> list[float]:
+def bare_scores(folder: Path, items: Sequence[tuple[Any, ...]]) -> list[float]:
     """The same scores by transformers alone: one conversation at a time, no padding."""
     model = LlamaForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     scores = []
-    for messages, response in items:
+    for messages, response, *_ in items:
         turns = [*messages, {"role": "assistant", "content": response}]
         ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
         with torch.inference_mode():

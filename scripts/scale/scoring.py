@@ -32,13 +32,13 @@ if str(ROOT) not in sys.path:
 from selfplay.config import RewardSource  # noqa: E402
 from selfplay.rewards.cache import ScoreCache  # noqa: E402
 from selfplay.rewards.scorer import Scorer  # noqa: E402
+from selfplay.rewards.texts import Item  # noqa: E402
 from selfplay.types import Message  # noqa: E402
 
 PER_PROMPT = 8
 SHARD = 64 * PER_PROMPT  # items; generate.shard_prompts × generate.candidates by default
 PROMPT_WORDS, RESPONSE_WORDS = 150, 380  # about 0.9 and 2.3 kB
 WORDS = ["".join(random.Random(i).choices("etaoinshrdlu", k=2 + i % 7)) for i in range(5000)]
-Item = tuple[list[Message], str]
 
 SERVER = """
 import http.server, json, zlib
@@ -110,7 +110,7 @@ def _items(start: int, count: int) -> list[Item]:
         if number % PER_PROMPT == 0 or not found:
             rng = random.Random(number // PER_PROMPT)
             messages: list[Message] = [{"role": "user", "content": " ".join(rng.choices(WORDS, k=PROMPT_WORDS))}]
-        found.append((messages, " ".join(random.Random(-1 - number).choices(WORDS, k=RESPONSE_WORDS))))
+        found.append(Item(messages, " ".join(random.Random(-1 - number).choices(WORDS, k=RESPONSE_WORDS))))
     return found
 
 

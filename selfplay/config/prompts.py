@@ -11,7 +11,7 @@ from selfplay.config.base import Positive, Section, Share
 
 class PromptsConfig(Section):
     source: str
-    """JSONL or Parquet file with `prompt` or `messages` (and optional `meta`), or a Hub dataset id."""
+    """JSONL or Parquet file with `prompt` or `messages` (and optional `meta` and reference), or a Hub dataset id."""
     split: str = "train"
     """Split of a Hub dataset."""
     column: str | None = None

@@ -13,6 +13,7 @@ from selfplay.errors import InputError, RewardError
 from selfplay.evaluation.rubric import Rubric, grade
 from selfplay.rewards.scorer import Scorer
 from selfplay.rewards.scoring import require
+from selfplay.rewards.texts import Item
 from selfplay.storage import folders
 from selfplay.types import Candidate, Prompt, Scored
 
@@ -47,7 +48,9 @@ class Judge:
         Both answers to a prompt are asked for together, since a pairwise judge compares them. Raises GuardError when others
         than `identities` judge.
         """
-        items = [(p.messages, c.text) for p, *two in zip(prompts, answers, others, strict=True) for c in two]
+        items = [
+            Item(p.messages, c.text, p.reference) for p, *two in zip(prompts, answers, others, strict=True) for c in two
+        ]
         values, reasons = self.scorer.score(items, lambda n: breathe("shard"), self.identities)
         found = []
         for side, said in enumerate((answers, others)):

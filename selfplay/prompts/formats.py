@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from selfplay import seeds
 from selfplay.errors import InputError
+from selfplay.prompts import references
 from selfplay.storage.folders import whole
 from selfplay.types import Message
 
-COLUMNS = ("prompt", "messages", "meta", "parent", "source")
+COLUMNS = ("prompt", "messages", "meta", "parent", "source", *references.COLUMNS)
 """What is read of a row. Other columns of a Parquet file stay on the disk."""
 LINES, PARQUET = (".jsonl", ".json"), (".parquet",)
 PART_BYTES = 4 << 20  # of a JSONL file
@@ -139,19 +140,23 @@ def from_hub(name: str, split: str, column: str | None, copy: Path) -> Path:
             "give a .jsonl or .parquet file, or a dataset id and a split that exist",
         ) from None
     there = rows.column_names
-    wanted = [c for c in COLUMNS if c in there] if column is None else [column] * (column in there)
-    if not wanted:
+    if not {column or "prompt", column or "messages"} & set(there):
         asked = "neither a column prompt nor messages" if column is None else f"no column {column!r}"
         raise InputError(f"{name} has {asked}; it has {', '.join(there)}", "name the one to read in prompts.column")
+    if column is None:
+        wanted = [c for c in COLUMNS if c in there]
+    else:
+        wanted = [column, *(c for c in references.COLUMNS if c in there and c != column)]
     batches = rows.select_columns(wanted).with_format("arrow").iter(PART_ROWS)
     _copy((_named(table) if column else table for table in batches), copy)
     return copy
 
 
 def _named(table: pa.Table) -> pa.Table:
-    """A table of one column under the name that a prompt file has for what is in it."""
+    """A table whose first column has the name that a prompt file has for what is in it."""
     kind = table.schema.field(0).type
-    return table.rename_columns(["messages" if pa.types.is_list(kind) or pa.types.is_large_list(kind) else "prompt"])
+    name = "messages" if pa.types.is_list(kind) or pa.types.is_large_list(kind) else "prompt"
+    return table.rename_columns([name, *table.column_names[1:]])
 
 
 def _copy(tables: Iterable[pa.Table], path: Path) -> None:

@@ -36,7 +36,7 @@ from selfplay.storage import folders, hashes, tables
 
 INITIAL = "initial.json"
 CANARY_TOKENS = 64
-FORMAT = 1  # of a part: another number, and parts that were written before are made again
+FORMAT = 2  # of a part: another number, and parts that were written before are made again
 
 OnProgress = Callable[[str, int, int], None]
 """What is done, how much of it, and of how much."""

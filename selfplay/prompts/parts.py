@@ -24,6 +24,7 @@ from selfplay.config import PromptsConfig
 from selfplay.prompts import rows, survey
 from selfplay.prompts.formats import messages_of
 from selfplay.prompts.held_out import WORDS, asked, same
+from selfplay.prompts.references import reference_of
 from selfplay.prompts.workers import each
 from selfplay.storage import tables
 from selfplay.types import Message, Prompt, Split
@@ -113,6 +114,7 @@ class _Conversation:
     messages: list[Message]
     meta: dict[str, Any]
     parent: str | None
+    reference: str | None
 
 
 def _conversations(chosen: survey.Chosen) -> Iterator[_Conversation]:
@@ -124,7 +126,8 @@ def _conversations(chosen: survey.Chosen) -> Iterator[_Conversation]:
             assert isinstance(row, dict), "the survey has read this row"
             messages = messages_of(row)
             assert isinstance(messages, list), "the survey has read this row"
-            yield _Conversation(own, messages, row.get("meta") or {}, str(row["parent"]) if row.get("parent") else None)
+            parent = str(row["parent"]) if row.get("parent") else None
+            yield _Conversation(own, messages, row.get("meta") or {}, parent, reference_of(row))
             looked_for, own = next(wanted, (-1, ""))
 
 
@@ -148,6 +151,7 @@ def _rendered(
             prompt = Prompt(
                 prompt_id=own, messages=row.messages, prompt_ids=[], split=split, meta={} if split == "train" else row.meta,
                 parent=parent, source=chosen.source, root=None if root in (own, parent) else root,
+                reference=row.reference,
             )  # fmt: skip
             yield prompt, ids
 

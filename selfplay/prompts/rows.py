@@ -65,7 +65,10 @@ def count(path: Path) -> int:
 
 
 def take(path: Path, numbers: NDArray[np.int64]) -> pa.Table:
-    """Rows of a file of prompts by their numbers, which ascend and may repeat, as a table with the columns of `Prompt`."""
+    """Rows of a file of prompts by their numbers, which ascend and may repeat, as a table with the columns of `Prompt`.
+
+    A column that was not there yet when the file was written is null.
+    """
     if path.suffix == PARQUET:
         with tables.RowReader(path, tables.schema(Prompt).names, Prompt) as reader:
             return reader.take(numbers)
@@ -79,7 +82,8 @@ def take(path: Path, numbers: NDArray[np.int64]) -> pa.Table:
             assert batch is not None
             found.append(batch.slice(number % BATCH_ROWS, 1))
         # Combined, the rows leave the batches behind that they were read in.
-        return pa.Table.from_batches(found, file.schema).combine_chunks()
+        table = pa.Table.from_batches(found, file.schema).combine_chunks()
+    return tables.completed(table, tables.schema(Prompt).names, Prompt)
 
 
 def _packed() -> ipc.IpcWriteOptions:

@@ -18,6 +18,7 @@ from selfplay import seeds
 from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
 from selfplay.prompts.formats import Part, canonical, hash_of, messages_of, names
+from selfplay.prompts.references import reference_of
 from selfplay.prompts.workers import each
 from selfplay.types import Split
 
@@ -116,8 +117,14 @@ def look(part: Part) -> Seen:
             continue
         assert not isinstance(row, str)
         text, meta, parent = canonical(messages), row.get("meta"), row.get("parent")
+        try:
+            reference = reference_of(row)
+        except Exception as error:
+            bad[f"its reference is no JSON ({type(error).__name__})"] += 1
+            continue
         # Only half of a surrogate pair is no text, and whole pairs are rare as well.
-        if (meta or parent or "\\ud" in text) and (why := why_not_stored([messages, meta, parent])):
+        kept = [messages, meta, parent, reference]
+        if (meta or parent or reference or "\\ud" in text) and (why := why_not_stored(kept)):
             bad[why] += 1
             continue
         if parent:

@@ -18,6 +18,7 @@ from pathlib import Path
 from pydantic_core import to_json
 
 from selfplay.errors import InputError, RewardError
+from selfplay.rewards.texts import Item
 from selfplay.storage.folders import disk_errors
 
 BUSY = 60.0  # seconds to wait while another process writes
@@ -25,18 +26,20 @@ PLACE = "see that this user may write there and nobody else holds the file, or g
 AT_ONCE = 500  # keys in a query, below SQLite's limit of variables
 
 
-def keys(identity: str, items: Sequence[tuple[Sequence[Mapping[str, str]], str]]) -> list[bytes]:
-    """For each (messages, response): SHA-256 of what scores it and of what is read. `identity` holds the hashes of weights
-    and template. Messages that several items in a row share are hashed once."""
+def keys(identity: str, items: Sequence[Item]) -> list[bytes]:
+    """For each item: SHA-256 of what scores it and of what is read. `identity` holds the hashes of weights and template.
+    Messages that several items in a row share are hashed once."""
     found: list[bytes] = []
     last: Sequence[Mapping[str, str]] | None = None
     begun = hashlib.sha256()
-    for messages, response in items:
+    for messages, response, reference in items:
         if last is None or (messages is not last and messages != last):
             last = messages
             begun = hashlib.sha256(_json([identity, [[m["role"], m["content"]] for m in messages]])[:-1] + b",")
         whole = begun.copy()
         whole.update(_text(response))
+        if reference is not None:
+            whole.update(b"," + _text(reference))
         whole.update(b"]")
         found.append(whole.digest())
     return found

@@ -144,7 +144,7 @@ class Probes:
         if first is None:
             items = texts(self._settings.probes)
         else:
-            items = [(i["messages"], i["response"]) for i in first["items"]]
+            items = [Item(i["messages"], i["response"], i.get("reference")) for i in first["items"]]
         answer = scorer.ask(items, fresh=True)
         return _Asked(
             sources=[source.which() for source in scorer.sources],
@@ -199,7 +199,7 @@ class Probes:
                 "round": round_index,
                 "sources": now.sources,
                 "identities": list(now.identities),
-                "items": [{"messages": messages, "response": response} for messages, response in now.items],
+                "items": [item._asdict() for item in now.items],
                 "scores": now.scores,
             },
         )

@@ -23,10 +23,9 @@ from selfplay.methods import ensemble
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.cache import keys as cache_keys
 from selfplay.rewards.service import RewardService
+from selfplay.rewards.texts import Item
 from selfplay.storage import folders
-from selfplay.types import Message
 
-Item = tuple[list[Message], str]
 LATEST = 1.0  # seconds
 
 

@@ -19,7 +19,7 @@ from selfplay.errors import InputError, Interrupted, RewardError
 from selfplay.processes.child import PATIENT, Child, ChildDied
 from selfplay.processes.gpus import count, environment
 from selfplay.processes.logs import last_line
-from selfplay.types import Message
+from selfplay.rewards.texts import Item
 
 Answer = TypeVar("Answer")
 RESTARTS = 3  # of a reward server that dies within one call
@@ -27,7 +27,7 @@ REQUESTS = 2  # in flight for each device: one that it scores and one that waits
 
 
 class RewardService:
-    """Rewards for (messages, response) items, from the servers at `config.url` or from a server that is a child of ours.
+    """Rewards for items, from the servers at `config.url` or from a server that is a child of ours.
 
     A child that dies while it is asked is started again at the same address, and the client's retries bridge the gap.
     """
@@ -108,7 +108,7 @@ class RewardService:
 
     def score(
         self,
-        items: Sequence[tuple[list[Message], str]],
+        items: Sequence[Item],
         on_progress: Callable[[int], None] | None = None,
         on_scored: Callable[[Sequence[Given]], None] | None = None,
         known: Container[int] = (),
@@ -119,7 +119,15 @@ class RewardService:
         not asked for and get None. Raises RewardError when the reward stays down, and InputError when the server refuses
         the model or the request.
         """
-        return self._ask(lambda client: client.score(items, on_progress=on_progress, on_scored=on_scored, known=known))
+        return self._ask(
+            lambda client: client.score(
+                [(item.messages, item.response) for item in items],
+                references=[item.reference for item in items],
+                on_progress=on_progress,
+                on_scored=on_scored,
+                known=known,
+            )
+        )
 
     @property
     def identity(self) -> str:

@@ -29,6 +29,7 @@ REASONS = b"reasons"  # key in the metadata of a file
 
 def contents(candidates: Path, shard_items: int) -> list[str]:
     """A SHA-256 for each shard of `shard_items` candidates of a file: over prompt and text of each, which are what a reward reads.
+    (The reference of a prompt never changes in a run.)
 
     The file is read once. How its rows are grouped makes no difference.
     """

@@ -1,24 +1,31 @@
-"""The texts that rewards are asked for: conversations and responses, read from the artifacts a part at a time."""
+"""What rewards are asked for: conversations, responses and references, read from the artifacts a part at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from selfplay.storage import tables
 from selfplay.types import Candidate, Message, Prompt
 
-Item = tuple[list[Message], str]  # a conversation, and a response to it
+
+class Item(NamedTuple):
+    """What one score is asked for."""
+
+    messages: list[Message]
+    response: str
+    reference: str | None = None
+    """What the response may be checked by, as the prompt has it."""
 
 
 class Conversations:
-    """The conversations of a round's prompts, by their prompt_ids."""
+    """The conversations of a round's prompts and their references, by their prompt_ids."""
 
     def __init__(self, prompts: Path) -> None:
         self._row_of = {prompt_id: row for row, prompt_id in enumerate(tables.read_column(prompts, "prompt_id"))}
-        self._prompts = tables.RowReader(prompts, ("messages",), Prompt)
+        self._prompts = tables.RowReader(prompts, ("messages", "reference"), Prompt)
 
     def __enter__(self) -> Self:
         return self
@@ -34,9 +41,14 @@ class Conversations:
         said = candidates.take(list(rows))
         asked = said["prompt_id"].to_pylist()
         different = list(dict.fromkeys(asked))
-        conversations = self._prompts.take([self._row_of[prompt_id] for prompt_id in different])["messages"]
-        of_prompt = dict(zip(different, conversations.to_pylist(), strict=True))
-        return [(of_prompt[prompt_id], text) for prompt_id, text in zip(asked, said["text"].to_pylist(), strict=True)]
+        prompts = self._prompts.take([self._row_of[prompt_id] for prompt_id in different])
+        parts = zip(prompts["messages"].to_pylist(), prompts["reference"].to_pylist(), strict=True)
+        of_prompt = dict(zip(different, parts, strict=True))
+        found = []
+        for prompt_id, text in zip(asked, said["text"].to_pylist(), strict=True):
+            messages, reference = of_prompt[prompt_id]
+            found.append(Item(messages, text, reference))
+        return found
 
     def of_file(self, candidates: Path) -> list[Item]:
         """The items of all candidates in a file. For a shard."""

@@ -12,6 +12,7 @@ from selfplay.rewards.early import EarlyScoring
 from selfplay.rewards.guard import guard
 from selfplay.rewards.probes import Probes, choose_texts
 from selfplay.rewards.scoring import score
+from selfplay.rewards.texts import Item
 from selfplay.rounds.frame import Frame
 from selfplay.rounds.history import History
 from selfplay.rounds.run import Run
@@ -151,7 +152,7 @@ class Rewarding:
     def _probes(self) -> Probes:
         return Probes(self.run.dir / "reward" / "probes.json", self.config.guard)
 
-    def _texts(self, candidates: Path) -> functools.partial[list[tuple[list[dict[str, str]], str]]]:
+    def _texts(self, candidates: Path) -> functools.partial[list[Item]]:
         """What the probe texts are chosen from, where there are none yet."""
         return functools.partial(choose_texts, self._prompts, candidates, among=self.config.generate.shard_prompts)
 

@@ -336,16 +336,19 @@ class _Groups:
         return pa.concat_tables(groups) if groups else self._complete(self._written.select(self._there))
 
     def _complete(self, table: pa.Table) -> pa.Table:
-        if self._row_type is None:
-            return table
-        layout = schema(self._row_type)
-        for name in self._names:
-            field = layout.field(name)
-            if name not in self._there:
-                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-            elif table.schema.field(name).type != field.type:
-                table = table.set_column(table.column_names.index(name), field, table[name].cast(field.type))
-        return table.select(self._names)
+        return table if self._row_type is None else completed(table, self._names, self._row_type)
+
+
+def completed(table: pa.Table, names: Sequence[str], row_type: type[Any]) -> pa.Table:
+    """The columns `names` of a table as the record type has them today; one that is not there is null."""
+    layout, there = schema(row_type), table.column_names
+    for name in names:
+        field = layout.field(name)
+        if name not in there:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        elif table.schema.field(name).type != field.type:
+            table = table.set_column(table.column_names.index(name), field, table[name].cast(field.type))
+    return table.select(list(names))
 
 
 # memory

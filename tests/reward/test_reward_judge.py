@@ -136,6 +136,9 @@ def test_pairwise_with_a_reference_and_without_anything_to_compare() -> None:
         assert [s.value for s in scores] == [1.0, 0.0, 0.5, None]
         assert "no other answer to compare with" in str(scores[3].reason)
         assert len(server.asked) == 4  # the same text is a tie without being asked
+    with judging(saying(by_length), mode="pairwise", references=False) as (judge, _):
+        scores = judge.score(items("longer", "x", reference="[1, 2, 3], a test and no answer"))
+        assert [s.value for s in scores] == [1.0, 0.0]
 
 
 def test_a_pair_without_a_verdict_in_one_order_does_not_count() -> None:

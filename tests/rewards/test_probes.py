@@ -31,7 +31,7 @@ class Reward:
         assert fresh, "probes go past the cache"
         self.asked += 1
         scores = [
-            [math.nan if text in self.silent else self.factor * own * len(text) + self.offset for _, text in items]
+            [math.nan if text in self.silent else self.factor * own * len(text) + self.offset for _, text, _ in items]
             for own in self.factors
         ]
         return Answer(identities=(self.identity,) * len(scores), scores=np.array(scores))

@@ -15,12 +15,13 @@ from test_reward_judge import saying
 from selfplay.config import RewardConfig, RewardSource, load
 from selfplay.errors import ConfigError, InputError
 from selfplay.rewards.service import RewardService
+from selfplay.rewards.texts import Item
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 pytestmark = pytest.mark.service
 
-ITEMS: list[Any] = [([{"role": "user", "content": "Where?"}], text) for text in ("Paris.", "It is Rome.")]
+ITEMS = [Item([{"role": "user", "content": "Where?"}], text) for text in ("Paris.", "It is Rome.")]
 
 
 def scores(tmp_path: Path, **source: Any) -> tuple[list[float | None], str]:

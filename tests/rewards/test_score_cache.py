@@ -15,18 +15,19 @@ from selfplay.errors import DiskError, InputError, RewardError
 from selfplay.reporting.terminal import Display
 from selfplay.rewards import cache as score_cache
 from selfplay.rewards.cache import ScoreCache
+from selfplay.rewards.texts import Item
 from selfplay.rounds.run import Run
 from selfplay.storage.ledger import Store
 
 ASK = [{"role": "user", "content": "Name a colour."}]
 
 
-def key(identity: str, messages: list[dict[str, str]], response: str) -> bytes:
-    return score_cache.keys(identity, [(messages, response)])[0]
+def key(identity: str, messages: list[dict[str, str]], response: str, reference: str | None = None) -> bytes:
+    return score_cache.keys(identity, [Item(messages, response, reference)])[0]
 
 
 def keys(n: int) -> list[bytes]:
-    return score_cache.keys("model", [(ASK, f"answer {i}") for i in range(n)])
+    return score_cache.keys("model", [Item(ASK, f"answer {i}") for i in range(n)])
 
 
 def test_a_key_names_all_that_a_score_depends_on():
@@ -37,18 +38,23 @@ def test_a_key_names_all_that_a_score_depends_on():
         key("model", [{"role": "system", "content": "Name a colour."}], "red"),
         key("model", ASK, "red "),
         key("model", ASK, "red\ud800"),  # no valid Unicode, yet a text
+        key("model", ASK, "red", "blue"),
+        key("model", ASK, "red", "green"),
+        key("model", ASK, "red", ""),
+        key("model", ASK, 'red","blue'),
     }
-    assert len(different) == 6
+    assert len(different) == 10
     assert key("model", ASK, "red") in different
 
 
 def test_a_key_is_that_of_its_item_alone_and_the_same_in_every_version():
-    """The hash of [identity, [[role, content], …], response] as JSON: scores that an earlier version kept are found."""
+    """The hash of [identity, [[role, content], …], response] as JSON, with a reference behind it where there is one: scores
+    that an earlier version kept are found."""
     other = [{"role": "user", "content": "Näme a colour.\ud800"}]
-    items = [(ASK, "red"), (list(ASK), "blue"), (other, "ré\ud800d"), (ASK, "red")]
+    items = [Item(ASK, "red"), Item(list(ASK), "blue"), Item(other, "ré\ud800d"), Item(ASK, "red", "é")]
 
-    def by_hand(messages, response):
-        read = ["model", [[m["role"], m["content"]] for m in messages], response]
+    def by_hand(messages, response, reference):
+        read = ["model", [[m["role"], m["content"]] for m in messages], response, *([reference] if reference else [])]
         return hashlib.sha256(json.dumps(read, separators=(",", ":")).encode()).digest()
 
     assert score_cache.keys("model", items) == [by_hand(*item) for item in items]

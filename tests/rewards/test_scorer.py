@@ -18,11 +18,12 @@ from selfplay.errors import GuardError, Interrupted, RewardError
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.scorer import Scorer
 from selfplay.rewards.service import RewardService
+from selfplay.rewards.texts import Item
 from selfplay.storage import folders
 
 pytestmark = pytest.mark.service
 
-ITEMS = [conversation(i, 3 + i % 5) for i in range(12)]
+ITEMS = [Item(*conversation(i, 3 + i % 5)) for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_an_ensemble_keeps_the_scale_of_its_first_round(models, urls, tmp_path):
 
 def test_a_member_without_a_score_leaves_the_item_without_one(urls, tmp_path):
     ours = scorer(tmp_path, *urls)
-    too_long = conversation(0, 2000)
+    too_long = Item(*conversation(0, 2000))
     assert [v is None for v in ours.score([*ITEMS, too_long])[0]] == [False] * len(ITEMS) + [True]
     with pytest.raises(RewardError, match="member a of the reward ensemble gave no score at all"):
         scorer(tmp_path / "other", *urls).score([too_long])
@@ -90,7 +91,7 @@ def test_what_was_scored_once_is_not_asked_again(urls, tmp_path, monkeypatch):
     real = service.score
     monkeypatch.setattr(service, "score", lambda *a: (asked.append(len(a[0]) - len(a[3])), real(*a))[1])
     progress = []
-    too_long = conversation(0, 2000)
+    too_long = Item(*conversation(0, 2000))
     answer = ours.ask([*ITEMS, *ITEMS[:5], too_long], progress.append)
     assert answer.reasons == {"longer than 256 tokens": 1}
     first = answer.scores
@@ -177,7 +178,7 @@ def test_after_a_cut_the_requests_are_what_they_would_have_been(tmp_path):
     def stop(done):
         raise Interrupted("the service stops")
 
-    items = [(conversation(i, 3)[0], f"answer {i}") for i in range(10)]
+    items = [Item(conversation(i, 3)[0], f"answer {i}") for i in range(10)]
     with fake(default=all_but_one) as server:
         ours = scorer(tmp_path, server.url, cache=ScoreCache(tmp_path / "scores.sqlite", 100))
         service = ours._services[0]
@@ -237,7 +238,7 @@ class Member:
         for n in range(len(items) - len(known)):
             self.asked += 1
             on_progress(n + 1)
-        return [self.offset + self.factor * len(text) for _, text in items]
+        return [self.offset + self.factor * len(text) for _, text, _ in items]
 
 
 def by_hand(scorer, *members):
@@ -287,7 +288,7 @@ def test_a_member_that_gives_every_item_the_same_is_told_and_has_no_part(tmp_pat
     ours = by_hand(scorer(tmp_path, "http://a", "http://b", events=events), Member("a", 2.0), Member("b", 0.0))
     ours._services[1].offset = 0.1
     rewards = ours.score(ITEMS)[0]
-    assert rewards == pytest.approx(z([len(text) for _, text in ITEMS]) / 2)
+    assert rewards == pytest.approx(z([len(text) for _, text, _ in ITEMS]) / 2)
     assert [kind for kind, _ in events] == ["warning", "scale"] and "member b of the reward ensemble" in events[0][1]
     ours._services[1].offset = 0.2
     assert ours.score(ITEMS)[0] == pytest.approx(rewards)

@@ -16,6 +16,7 @@ from selfplay.config import RewardSource
 from selfplay.errors import InputError, RewardError
 from selfplay.processes.child import Child
 from selfplay.rewards.service import RewardService
+from selfplay.rewards.texts import Item
 
 pytestmark = pytest.mark.service
 
@@ -49,7 +50,7 @@ def kill_server(run_dir: Path) -> None:
 
 def test_a_server_killed_while_it_scores_costs_a_pause(service, tmp_path):
     ours, events = service(batch=8)
-    items = [(MESSAGES, f"The answer is {i}.") for i in range(400)]
+    items = [Item(MESSAGES, f"The answer is {i}.") for i in range(400)]
     calm = ours.score(items)
     assert all(isinstance(v, float) for v in calm)
     identity = ours.identity
@@ -72,7 +73,7 @@ def test_a_server_killed_before_it_was_ever_asked_is_started_again(service, tmp_
     kill_server(tmp_path)
     while ours._child.alive:
         time.sleep(0.01)
-    assert ours.score([(MESSAGES, "Blue.")])[0] is not None
+    assert ours.score([Item(MESSAGES, "Blue.")])[0] is not None
     assert events == [("reward_restart", "the reward server died; starting it again")]
 
 
@@ -82,19 +83,19 @@ RULES = {"model": None, "rules": [{"rule": "length", "max": 9}]}
 @pytest.mark.timeout(120)
 def test_a_server_that_hangs_is_ended_and_the_next_call_starts_another(service, tmp_path):
     ours, events = service(**RULES, deadline=1.0)
-    assert ours.score([(MESSAGES, "Blue.")]) == [1.0]
+    assert ours.score([Item(MESSAGES, "Blue.")]) == [1.0]
     os.kill(server(tmp_path), signal.SIGSTOP)
     with pytest.raises(RewardError, match="the reward is unavailable"):
-        ours.score([(MESSAGES, "Blue.")])
+        ours.score([Item(MESSAGES, "Blue.")])
     ours._config, ours._client = ours._config.model_copy(update={"deadline": 60.0}), None
-    assert ours.score([(MESSAGES, "Blue.")]) == [1.0]
+    assert ours.score([Item(MESSAGES, "Blue.")]) == [1.0]
     assert events == [("reward_restart", "the reward server died; starting it again")]
 
 
 @pytest.mark.timeout(120)
 def test_an_outage_does_not_wait_for_a_server_that_never_comes_up(service, tmp_path, monkeypatch):
     ours, events = service(**RULES, deadline=3.0)
-    ours.score([(MESSAGES, "Blue.")])
+    ours.score([Item(MESSAGES, "Blue.")])
 
     def start():
         if ours._child is None:
@@ -106,9 +107,9 @@ def test_an_outage_does_not_wait_for_a_server_that_never_comes_up(service, tmp_p
         kill_server(tmp_path)
         patch.setattr(ours, "_ready", lambda: ours._client)  # it died a moment after it was seen alive
         with pytest.raises(RewardError, match="the reward is unavailable"):
-            ours.score([(MESSAGES, "Blue.")])
+            ours.score([Item(MESSAGES, "Blue.")])
     ours._config, ours._client = ours._config.model_copy(update={"deadline": 60.0}), None
-    assert ours.score([(MESSAGES, "Blue.")]) == [1.0]
+    assert ours.score([Item(MESSAGES, "Blue.")]) == [1.0]
     assert [kind for kind, _ in events] == ["reward_restart"]
 
 
@@ -130,14 +131,14 @@ def test_a_url_where_nobody_answers(service):
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         ours, _ = service(model=None, url=[url], deadline=1.0)
         with pytest.raises(RewardError, match="the reward is unavailable") as error:
-            ours.score([(MESSAGES, "x")])
+            ours.score([Item(MESSAGES, "x")])
     assert url in error.value.hint
 
 
 def test_a_model_that_is_no_reward_model(service, mini_world):
     ours, _ = service(model=str(mini_world / "train.jsonl"))
     with pytest.raises(InputError, match="did not start") as error:
-        ours.score([(MESSAGES, "x")])
+        ours.score([Item(MESSAGES, "x")])
     assert "reward.log" in error.value.hint
 
 
@@ -163,7 +164,7 @@ def test_two_requests_are_in_flight_for_each_server(tmp_path, servers, concurren
         urls = [all_of_them.enter_context(fake(default=answer)).url for _ in range(servers)]
         config = RewardSource(url=urls, batch=1, concurrency=concurrency)
         ours = RewardService(config, tmp_path, on_event=lambda kind, text: None)
-        assert ours.score([(MESSAGES, str(i)) for i in range(4 * most)]) == [1.0] * 4 * most
+        assert ours.score([Item(MESSAGES, str(i)) for i in range(4 * most)]) == [1.0] * 4 * most
         ours.stop()
     assert highest == [most]
 

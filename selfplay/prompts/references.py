@@ -1,0 +1,52 @@
+"""The reference of a row: the text by which a reward may check an answer.
+
+It is in one of the columns `reference`, `answer`, `solution`, `ground_truth` and `input_output`, or in the columns of a public
+format that needs several. What is no text becomes JSON with sorted keys, so that the same reference is the same text whatever
+file it came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+FORMATS = (
+    (("instruction_id_list",), ("kwargs",)),  # IFEval
+    (("test_list",), ("test_setup_code", "test_imports")),  # MBPP
+    (("test", "entry_point"), ()),  # HumanEval
+)
+"""Columns that are a reference together: those that have to be there, and those that may be."""
+NAMES = ("answer", "solution", "ground_truth", "input_output")
+COLUMNS = ("reference", *(name for needed, others in FORMATS for name in needed + others), *NAMES)
+"""All columns that may hold a reference."""
+
+
+def reference_of(row: Mapping[str, Any]) -> str | None:
+    """The reference of a row; None where it has none. `reference` comes first, then the formats, then the other names.
+
+    A value that is missing, null or empty is not there. Raises TypeError, ValueError and RecursionError for a value that is
+    no JSON.
+    """
+    if _is_there(row.get("reference")):
+        return _text(row["reference"])
+    for needed, others in FORMATS:
+        if all(_is_there(row.get(name)) for name in needed):
+            return _text({name: row[name] for name in needed + others if _is_there(row.get(name))})
+    found = next((row[name] for name in NAMES if _is_there(row.get(name))), None)
+    return None if found is None else _text(found)
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(_without_nulls(value), ensure_ascii=False, sort_keys=True)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that are null: a Parquet file has all keys in all rows, null where a row has none."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
