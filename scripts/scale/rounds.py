@@ -83,6 +83,7 @@ def _config(prompts: int, candidates: int, source: Path, reward: str, judge: str
             "prompts.source=unused.jsonl",
             f"prompts.per_round={prompts}",
             f"generate.candidates={candidates}",
+            "generate.engines=2",  # as many as two cores take
             "reward.model=null",
             f"reward.url=[{reward}]",
             "evaluate.judge.model=null",
