@@ -14,9 +14,9 @@ import re
 # Those behind which the same sentence mostly goes on, without their last full stop.
 ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof rev hon gov sen rep gen col maj capt lt sgt cpl cmdr adm supt sr jr st ste mt ft messrs mme mlle "
-    "e.g i.e cf al viz vs v ca approx no nos vol vols fig figs eq eqs ed eds p pp ch sec art op cit par ibid "
+    "e.g i.e cf al viz vs v ca approx nos vol vols fig figs eq eqs eds p pp ch sec op cit ibid "
     "inc ltd co corp bros llc plc dept univ assn est govt "
-    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri "
+    "jan feb apr jun jul aug sep sept oct nov dec mon tue tues thu thur thurs fri "
     "ave blvd rd hwy sq bldg apt u.s u.k u.n e.u d.c u.s.a a.m p.m ph.d m.d b.a m.a b.s m.s b.sc m.sc a.d b.c".split()
 )
 CLOSING = "\"')]}»”’*_"
