@@ -101,7 +101,7 @@ def running(
     has to live as long as the block.
     """
     given = {
-        "python": sys._base_executable,  # type: ignore[attr-defined]
+        "python": os.path.realpath(sys._base_executable),  # type: ignore[attr-defined]
         "prefix": sys.base_prefix,
         "program": [program, *arguments],
         "fds": list(fds),

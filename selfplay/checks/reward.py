@@ -16,6 +16,7 @@ from reward.scorer import ModelRefused
 from reward.settings import JudgeSettings, Rule
 from selfplay.checks.finding import Finding
 from selfplay.config import Config, RewardSource
+from selfplay.prompts.references import readers
 
 SECONDS = 10.0  # for an answer
 MAKE_RULES = "import sys; from reward import kinds; kinds.load('rules', sys.argv[1]).scorers()"
@@ -38,6 +39,11 @@ def sources(config: Config, run_dir: Path) -> Iterator[Finding]:
             yield _rules(key, source.rules)
         if source.source is not None:
             yield _kind(key, source)
+    if config.evolve.every and (kinds := readers(config, held_out=False)):
+        yield Finding.error(
+            "evolve.every",
+            f"a rewritten prompt has no reference, and the reward ({type(kinds[0]).__name__}) checks answers by one: set it to 0",
+        )
     if config.evaluate.judge is None:
         yield Finding.warning(
             "gate", "gate not independent: the reward that trains also judges (evaluate.judge names no other)"

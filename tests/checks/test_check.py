@@ -15,6 +15,7 @@ from reward.sandbox import run
 from selfplay.checks.check import LOOKS, check
 from selfplay.checks.models import loads
 from selfplay.checks.plan import plan
+from selfplay.checks.reward import sources
 from selfplay.config import load
 from selfplay.errors import InputError
 from selfplay.reporting.terminal import Display
@@ -204,6 +205,17 @@ def test_code_needs_a_sandbox(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "LAUNCH", run.LAUNCH.replace("libc.unshare(NEW)", "-1"))
     level, text = said(config, tmp_path, "reward")
     assert level == "error" and text.startswith("code needs a sandbox, and none can be had here: new namespaces: ")
+
+
+def test_a_reward_that_reads_references_and_rewritten_prompts_that_have_none(tmp_path):
+    policy = model(tmp_path / "policy")
+    for source, why in (
+        ("kind: instructions", "a rewritten prompt has no reference"),
+        ("kind: rules, rules: [{rule: json}]", ""),
+    ):
+        config = settings(tmp_path, policy, f"reward={{source: {{{source}}}}}", "evolve.every=2")
+        found = [f.text for f in sources(config, tmp_path) if f.about == "evolve.every"]
+        assert len(found) == bool(why) and all(why in text for text in found)
 
 
 def test_an_unknown_instruction_is_named_with_its_prompt(tmp_path):
