@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from reward.kinds import Kind
 from selfplay import seeds
 from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
 from selfplay.prompts.formats import Part, canonical, hash_of, messages_of, names
-from selfplay.prompts.references import reference_of
+from selfplay.prompts.references import readers, reference_of, unreadable
 from selfplay.prompts.workers import each
 from selfplay.types import Split
 
@@ -37,7 +38,9 @@ class Seen:
     parents: dict[int, str]
     """The parent that a row names, by its place among the n."""
     bad: Counter[str]
-    """Rows without a conversation, by reason."""
+    """Rows without a conversation, or without a reference where the reward needs one, by reason."""
+    refused: str | None
+    """What is wrong with the first reference that the reward cannot read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +75,22 @@ def survey(
     workers: int,
     on_part: OnPart = lambda done, total: None,
 ) -> Survey:
-    """Read all rows once, and decide which come into the pool and on which side. Raises InputError for an empty source.
+    """Read all rows once, and decide which come into the pool and on which side. Raises InputError for an empty source, and
+    for a reference that the reward of the run cannot read.
 
     A conversation comes once; of equal ones the first counts. What is held out, or descends from the same oldest ancestor
     as a held-out prompt, is not trained on.
     """
     settings, set_aside = config.prompts, Counter[str]()
     seen: list[Seen] = []
-    for found in each(look, [*train, *heldout], workers):
+    kinds = {held_out: readers(config, held_out=held_out) for held_out in (False, True)}
+    looked = [(part, kinds[False]) for part in train] + [(part, kinds[True]) for part in heldout]
+    for (part, _), found in zip(looked, each(_look, looked, workers), strict=True):
+        if found.refused is not None:
+            raise InputError(
+                f"{part.path}: {found.refused}",
+                "correct the row, or take it out; docs/rewards.md says what each reward reads",
+            )
         seen.append(found)
         on_part(len(seen), len(train) + len(heldout))
     ours = _Side(settings.source, train, seen[: len(train)], set_aside)
@@ -104,12 +115,17 @@ def survey(
     return Survey(chosen=chosen, splits=splits, set_aside=+set_aside)
 
 
-def look(part: Part) -> Seen:
-    """What the rows of a part are."""
+def _look(item: tuple[Part, Sequence[Kind]]) -> Seen:
+    return look(*item)
+
+
+def look(part: Part, kinds: Sequence[Kind] = ()) -> Seen:
+    """What the rows of a part are. `kinds`: the rewards that have to be able to read the references."""
     hashes: list[int] = []
     rows: list[int] = []
     parents: dict[int, str] = {}
     bad = Counter[str]()
+    refused: str | None = None
     for number, row in enumerate(part.rows()):
         messages = row if isinstance(row, str) else messages_of(row)
         if isinstance(messages, str):
@@ -127,11 +143,18 @@ def look(part: Part) -> Seen:
         if (meta or parent or reference or "\\ud" in text) and (why := why_not_stored(kept)):
             bad[why] += 1
             continue
+        if (why := unreadable(reference, kinds)) is not None and reference is None:
+            bad[why] += 1
+            continue
+        if why is not None:
+            refused = refused or f"the prompt {messages[-1]['content'][:60]!r}: {why}"
         if parent:
             parents[len(hashes)] = str(parent)
         hashes.append(seeds.derive(text))
         rows.append(number)
-    return Seen(hashes=np.array(hashes, np.int64), rows=np.array(rows, np.int32), parents=parents, bad=bad)
+    return Seen(
+        hashes=np.array(hashes, np.int64), rows=np.array(rows, np.int32), parents=parents, bad=bad, refused=refused
+    )
 
 
 def why_not_stored(value: object) -> str | None:
