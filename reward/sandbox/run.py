@@ -103,6 +103,7 @@ def running(
     given = {
         "python": os.path.realpath(sys._base_executable),  # type: ignore[attr-defined]
         "prefix": sys.base_prefix,
+        "parent": os.getpid(),
         "program": [program, *arguments],
         "fds": list(fds),
         "files": limits.files,
