@@ -166,12 +166,12 @@ def test_what_does_not_end_is_ended(scorer, code, most):
     began = time.monotonic()
     assert printed(scorer, code) == 0.0
     assert time.monotonic() - began < most
-    assert left() == []
+    within(1, lambda: left() == [])  # the kernel takes a moment
 
 
 def test_what_goes_on_behind_its_program_is_ended_with_it(scorer):
     assert printed(scorer, "import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass\nprint(42)") == 1.0
-    assert left() == []
+    within(1, lambda: left() == [])  # the kernel takes a moment
 
 
 def left():
