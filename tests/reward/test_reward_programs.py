@@ -196,7 +196,10 @@ def test_a_sandbox_that_cannot_be_had_is_refused(monkeypatch):
 @pytest.mark.service
 def test_nothing_outlives_a_server_that_is_killed():
     settings = json.dumps({**LIMITS, "seconds": 60, "cpu_seconds": 60, "value": "share"})
-    with process_of("--kind", "code", "--settings", settings) as (server, line), RewardClient(line["url"], deadline=20) as client:
+    with (
+        process_of("--kind", "code", "--settings", settings) as (server, line),
+        RewardClient(line["url"], deadline=20) as client,
+    ):
         messages = [{"role": "user", "content": "Write it."}]
         assert client.score([(messages, RIGHT), (messages, "")], references=[ADD, ADD]) == [1.0, 0.0]
         asked = [(messages, "while True: pass")]
