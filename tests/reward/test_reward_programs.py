@@ -151,6 +151,7 @@ def test_the_sandbox_keeps_off_what_it_says(scorer, monkeypatch, tmp_path):
     assert {code: printed(scorer, code, said) for code, said in attempts.items()} == dict.fromkeys(attempts, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "most"),
     [
