@@ -12,7 +12,7 @@ from reward_world import process_of
 
 from reward import programs
 from reward.client import RewardClient, RewardUnavailable
-from reward.programs import Programs, code_of, tests_of
+from reward.programs import Programs, code_of
 from reward.sandbox import run
 from reward.schema import Item
 from reward.scorer import ModelRefused, Score
@@ -224,5 +224,5 @@ def within(seconds, holds):
 def test_the_code_of_a_response():
     assert code_of("a\n```python\nx\n```\nb\n```py\ny\n```\nc\n```text\nz\n```") == "y\n"
     assert code_of("print(1)") == "print(1)"
-    assert tests_of("assert f(1)").statements == ("assert f(1)",)
+    assert programs.tests_of("assert f(1)").statements == ("assert f(1)",)
     assert programs.HERE.is_dir() and sys.platform == "linux"
