@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from reward.kinds import Kind
 from selfplay.prompts.formats import messages_of, prompt_id
 from selfplay.prompts.held_out import HeldOut, same
 from selfplay.prompts.parts import Render
-from selfplay.prompts.references import reference_of
+from selfplay.prompts.references import reference_of, unreadable
 from selfplay.prompts.survey import why_not_stored
 from selfplay.types import Prompt
 
@@ -37,16 +38,18 @@ def admit(
     overlap: float,
     source: str,
     joined: int,
+    kinds: Sequence[Kind] = (),
 ) -> list[Prompt | str]:
     """For each row the prompt that may join the pool, or why it may not.
 
     rows: {"prompt"} or {"messages"}, with "parent" (a prompt_id), "source" and a reference where they have them; `source`
     is for the others. max_tokens: longest rendered prompt. ngram, overlap: see HeldOut. joined: first round that may draw them.
-    Refused are rows without a conversation, what the pool has already (the same words), what meets a held-out prompt or
+    kinds: the rewards that have to be able to check answers by the reference.
+    Refused are rows without a conversation, what the reward cannot check, what the pool has already (the same words), what meets a held-out prompt or
     has its ancestor, what the chat template refuses, and what is too long. Nothing is written.
     """
     roots = pool.ancestors(str(row["parent"]) for row in rows if row.get("parent") is not None)
-    found: list[Prompt | str] = [_draft(row, roots, source, joined) for row in rows]
+    found: list[Prompt | str] = [_draft(row, roots, source, joined, kinds) for row in rows]
     drafts = {i: draft for i, draft in enumerate(found) if isinstance(draft, Prompt)}
     if not drafts:
         return found
@@ -71,7 +74,9 @@ def admit(
     return found
 
 
-def _draft(row: Mapping[str, Any], roots: Mapping[str, str], source: str, joined: int) -> Prompt | str:
+def _draft(
+    row: Mapping[str, Any], roots: Mapping[str, str], source: str, joined: int, kinds: Sequence[Kind]
+) -> Prompt | str:
     """The prompt of a row before it is rendered, or why it has none."""
     messages = messages_of(row)
     if isinstance(messages, str):
@@ -84,6 +89,8 @@ def _draft(row: Mapping[str, Any], roots: Mapping[str, str], source: str, joined
         return f"its reference is no JSON ({type(error).__name__})"
     if why_not_stored([messages, parent, origin, reference]):
         return "half a surrogate pair"
+    if (why := unreadable(reference, kinds)) is not None:
+        return why
     root = roots.get(parent, parent) if parent is not None else None
     return Prompt(
         prompt_id=prompt_id(messages), messages=messages, prompt_ids=[], split="train", parent=parent,

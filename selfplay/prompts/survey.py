@@ -85,10 +85,10 @@ def survey(
     seen: list[Seen] = []
     kinds = {held_out: readers(config, held_out=held_out) for held_out in (False, True)}
     looked = [(part, kinds[False]) for part in train] + [(part, kinds[True]) for part in heldout]
-    for (part, _), found in zip(looked, each(_look, looked, workers), strict=True):
+    for (read, _), found in zip(looked, each(_look, looked, workers), strict=True):
         if found.refused is not None:
             raise InputError(
-                f"{part.path}: {found.refused}",
+                f"{read.path}: {found.refused}",
                 "correct the row, or take it out; docs/rewards.md says what each reward reads",
             )
         seen.append(found)

@@ -21,6 +21,7 @@ from selfplay.processes.child import Child, ChildDied
 from selfplay.processes.logs import last_line
 from selfplay.processes.reaping import reap
 from selfplay.progress import Display, Line
+from selfplay.prompts import references
 from selfplay.prompts.draws import Draws
 from selfplay.prompts.importer import INITIAL
 from selfplay.prompts.orders import Orders
@@ -283,6 +284,7 @@ class Run:
             render=self.render,
             settings=self.config.prompts,
             joined=self.next_round,
+            kinds=references.readers(self.config, held_out=False),
         )
 
     def add_prompts(self, rows: Sequence[Mapping[str, Any]], source: str) -> Counter[str]:
@@ -294,6 +296,7 @@ class Run:
             render=self.render,
             settings=self.config.prompts,
             joined=self.next_round,
+            kinds=references.readers(self.config, held_out=False),
             on_event=self.event,
         )
 

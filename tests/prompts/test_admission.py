@@ -2,6 +2,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_pool import conversation, opened, prompt
 
+from reward.instructions import Instructions
 from selfplay.prompts.admission import admit as admitted
 from selfplay.prompts.formats import prompt_id
 from selfplay.types import Prompt
@@ -87,3 +88,15 @@ def test_nothing_to_render_asks_nobody(tmp_path):
     settings = {"max_tokens": 1, "ngram": 8, "overlap": 1, "source": "", "joined": 1}
     assert admitted([], known, never, **settings) == []
     assert admitted([{"prompt": "how do plants grow?"}], known, never, **settings) == ["duplicate"]
+
+
+def test_a_prompt_that_the_reward_cannot_check_may_not_join(tmp_path):
+    def row(name):
+        return {"prompt": f"Write with {name}.", "instruction_id_list": [name], "kwargs": [{}]}
+
+    rows = [row("punctuation:no_comma"), row("punctuation:none"), {"prompt": "Write anything."}]
+    known = opened(tmp_path, [prompt("How do plants grow?")])
+    found = admit(rows, known, kinds=[Instructions()])
+    assert found[0].reference == '{"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}'
+    assert found[1].startswith("unknown instruction id 'punctuation:none'") and found[2].startswith("no reference")
+    assert all(isinstance(fate, Prompt) for fate in admit(rows, known))
