@@ -1,3 +1,6 @@
+import hashlib
+from datetime import date
+
 import pytest
 from reward_world import CONTROL, HEADERS, tokenizer_with
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -182,3 +185,20 @@ def test_a_template_for_one_turn_only_is_enough() -> None:
     )
     encoder = ChatEncoder(tokenizer_with(one_turn), 256)
     assert ids_of(encoder, item("Hello.")) == ids_of(ChatEncoder(TOKENIZERS["headers"], 256), item("Hello."))
+
+
+def test_variables_and_date_reach_the_template_and_its_hash():
+    template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{{ mood | default('.') }}{% endfor %}"
+    dated, plain = tokenizer_with(template), tokenizer_with("{% for m in messages %}{{ m.content }}{% endfor %}")
+    day = date(2020, 5, 17)
+
+    def encoder(tokenizer, **variables):
+        return ChatEncoder(tokenizer, 256, variables, day)
+
+    (ids,) = ids_of(encoder(dated, mood="!"), item("Yes", "Well"))
+    assert dated.decode(ids) == "2020Well!Yes!"
+    hashes = {encoder(dated).template_sha256, encoder(dated, mood="!").template_sha256}
+    hashes |= {ChatEncoder(dated, 256, {}, date(2021, 1, 1)).template_sha256, encoder(plain, mood="!").template_sha256}
+    assert len(hashes) == 4  # one for each thing that a score may depend on
+    # without any of them it is the hash of the template alone, as in caches that are there
+    assert encoder(plain).template_sha256 == hashlib.sha256(plain.chat_template.encode()).hexdigest()
