@@ -8,7 +8,7 @@ oom, disk or internal. Prompts come from files and answers go to files, so that 
                      trust_remote_code, sleep_mode}                         → what runs (version, device, block size, …)
     generate         {prompts, start, count, seeds: one a prompt, policy: the version that answers, out,
                      sampling: {n, temperature, top_p, top_k, max_tokens, stop_token_ids},
-                     thinking: {start, end, hidden}, or null where the policy does not think}
+                     thinking: {start, end, hidden}; null or left out: the policy does not think}
                      → n answers to each of `count` prompts are in the file `out`: {rows, tokens, seconds}
     answer_logps     {prompts, answers, start, count, per_prompt}           → summed nats of `count` answers, each
     logps            {sequences: [{token_ids, start}]}                      → summed nats of tokens start … T-1, each
@@ -167,7 +167,7 @@ class Engine:
                     logprobs=0,
                 )
             )
-        thinking = Thinking(self._engine.get_tokenizer(), **order["thinking"]) if order["thinking"] else None
+        thinking = Thinking(self._engine.get_tokenizer(), **order["thinking"]) if order.get("thinking") else None
         self.flights.launch(
             self._engine,
             order,

@@ -283,6 +283,28 @@ def test_models_are_built_without_memory_and_compared_with_their_files(mini_worl
     assert found["reward.model loads"] == ("ok", "its files fit its config, and its chat template works")
 
 
+@pytest.mark.slow
+def test_what_a_chat_template_does_by_itself_is_said(mini_world, tmp_path):
+    """It prints the date, opens thoughts, and knows nothing of a variable."""
+    folder = tmp_path / "policy"
+    shutil.copytree(mini_world / "policy", folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}" + template + "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    given = [*overrides(mini_world), f"policy.model={folder}", "policy.chat_template_kwargs={enable_thinkin: true}"]
+    told = [f.text for f in loads(load(TINY, given)) if f.about == "policy.model template"]
+    assert told == [
+        "policy.chat_template_kwargs: the template reads no enable_thinkin",
+        "it prints the date, in all rounds that of the day on which the run begins (policy.template_date)",
+        "its prompts end with <think>, and rewards will read the thoughts: set policy.thinking to {} to hide them",
+    ]
+    known = loads(load(TINY, [*given, "policy.thinking={}", "policy.template_date=2026-01-01"]))
+    told = {f.text: f.level for f in known if f.about == "policy.model template"}
+    assert told["its prompts end with the start of thoughts, which end with policy.thinking.end"] == "ok"
+    assert told["it prints the date, in all rounds the given one (policy.template_date)"] == "ok"
+
+
 def test_what_retention_keeps_counts_for_the_disk(tmp_path):
     policy = model(tmp_path / "policy")  # tiny.yaml: 3 + 4 and 2 rejected ones
     assert "9 policies and two saves" in said(settings(tmp_path, policy), tmp_path, "disk")[1]

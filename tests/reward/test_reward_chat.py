@@ -1,4 +1,5 @@
 import hashlib
+import json
 from datetime import date
 
 import pytest
@@ -7,7 +8,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from reward.chat import ChatEncoder
-from reward.schema import Item
+from reward.dialects import dialect
+from reward.openrlhf import Unrender
+from reward.schema import GetRewardRequest, Item
 
 # a finished turn is plain, the last answer gets a think block, as Qwen 3 has it
 CHATML = (
@@ -202,3 +205,17 @@ def test_variables_and_date_reach_the_template_and_its_hash():
     assert len(hashes) == 4  # one for each thing that a score may depend on
     # without any of them it is the hash of the template alone, as in caches that are there
     assert encoder(plain).template_sha256 == hashlib.sha256(plain.chat_template.encode()).hexdigest()
+
+
+def test_openrlhf_renders_and_takes_off_with_the_same_variables(tmp_path):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{{ opening | default('') }}{% endif %}"
+    )
+    tokenizer_with(template).save_pretrained(tmp_path)
+    sent = dialect("openrlhf", tokenizer=str(tmp_path), model=None, variables={"opening": "<think></think>"})
+    ((query, prompt, _),) = sent.parts([item("Yes.", "Well?")])
+    assert json.loads(prompt) == "<user>Well?<assistant><think></think>"
+    asked = GetRewardRequest(query=[json.loads(query)], prompts=[json.loads(prompt)])
+    (got,) = Unrender(str(tmp_path), {"opening": "<think></think>"}).items(asked)
+    assert got == item("Yes.", "Well?")
