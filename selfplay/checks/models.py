@@ -142,11 +142,11 @@ def _look(row: dict[str, Any]) -> list[tuple[str, str, str]]:
     if why := _why_not(row):
         return [("error", f"{row['key']} loads", why)]
     found = [("ok", f"{row['key']} loads", "its files fit its config, and its chat template works")]
-    return found + [(level, f"{row['key']} template", text) for level, text in _about_template(row)]
+    return found + [(level, f"{row['key']} template", text) for text, level in _about_template(row)]
 
 
 def _about_template(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Level and text of what is to be known of a chat template that works."""
+    """What is to be known of a chat template that works, and the level of it."""
     from selfplay.models.rendering import Renderer, Template, load_tokenizer
     from selfplay.models.thinking import Thinking
 
@@ -154,24 +154,22 @@ def _about_template(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
     section = row["key"].removesuffix(".model")
     template = Template(kwargs=row["kwargs"], today=date.today())
     if unread := template.unread(tokenizer):
-        yield "warning", f"{section}.chat_template_kwargs: the template reads no {', '.join(unread)}"
+        yield f"{section}.chat_template_kwargs: the template reads no {', '.join(unread)}", "warning"
     if template.prints_date(tokenizer):
         day = "the given one" if row["dated"] else "that of the day on which the run begins"
-        yield "ok", f"it prints the date, in all rounds {day} ({section}.template_date)"
+        yield f"it prints the date, in all rounds {day} ({section}.template_date)", "ok"
     if not row["policy"]:
         return
     (ids,) = Renderer(tokenizer, template)([[{"role": "user", "content": "Hello"}]])
     thinking = Thinking(tokenizer, **(row["thinking"] or {"start": "<think>", "end": "</think>", "hidden": True}))
     assert not isinstance(ids, str), "this conversation was rendered before"
-    if thinking.opened(ids.tolist()):
-        yield (
-            ("ok", "its prompts end with the start of thoughts, which end with policy.thinking.end")
-            if row["thinking"]
-            else (
-                "warning",
-                "its prompts end with <think>, and rewards will read the thoughts: set policy.thinking to {} to hide them",
-            )
-        )
+    if not thinking.opened(ids.tolist()):
+        return
+    if row["thinking"]:
+        yield "its prompts end with the start of thoughts, which end with policy.thinking.end", "ok"
+    else:
+        hint = "set policy.thinking to {} to hide them"
+        yield f"its prompts end with <think>, and rewards will read the thoughts: {hint}", "warning"
 
 
 def _why_not(row: dict[str, Any]) -> str | None:

@@ -13,10 +13,11 @@ from mini import ROOT, TINY, overrides
 
 from reward.sandbox import run
 from selfplay.checks.check import LOOKS, check
-from selfplay.checks.models import loads
+from selfplay.checks.models import _about_template, loads
 from selfplay.checks.plan import plan
 from selfplay.checks.reward import sources
 from selfplay.config import load
+from selfplay.config.policy import ThinkingConfig
 from selfplay.errors import InputError
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.run import Run
@@ -292,17 +293,19 @@ def test_what_a_chat_template_does_by_itself_is_said(mini_world, tmp_path):
     (folder / "chat_template.jinja").write_text(
         "{{ strftime_now('%d %b %Y') }}" + template + "{% if add_generation_prompt %}<think>{% endif %}"
     )
-    given = [*overrides(mini_world), f"policy.model={folder}", "policy.chat_template_kwargs={enable_thinkin: true}"]
-    told = [f.text for f in loads(load(TINY, given)) if f.about == "policy.model template"]
-    assert told == [
-        "policy.chat_template_kwargs: the template reads no enable_thinkin",
-        "it prints the date, in all rounds that of the day on which the run begins (policy.template_date)",
-        "its prompts end with <think>, and rewards will read the thoughts: set policy.thinking to {} to hide them",
-    ]
-    known = loads(load(TINY, [*given, "policy.thinking={}", "policy.template_date=2026-01-01"]))
-    told = {f.text: f.level for f in known if f.about == "policy.model template"}
-    assert told["its prompts end with the start of thoughts, which end with policy.thinking.end"] == "ok"
-    assert told["it prints the date, in all rounds the given one (policy.template_date)"] == "ok"
+    row = {"key": "policy.model", "model": str(folder), "policy": True, "trust_remote_code": False}
+    found = dict(_about_template(row | {"kwargs": {"enable_thinkin": True}, "dated": False, "thinking": None}))
+    assert found == {
+        "policy.chat_template_kwargs: the template reads no enable_thinkin": "warning",
+        "it prints the date, in all rounds that of the day on which the run begins (policy.template_date)": "ok",
+        "its prompts end with <think>, and rewards will read the thoughts: set policy.thinking to {} to hide them": "warning",
+    }
+    thinking = ThinkingConfig().model_dump()
+    found = dict(_about_template(row | {"kwargs": {}, "dated": True, "thinking": thinking}))
+    assert found == {
+        "it prints the date, in all rounds the given one (policy.template_date)": "ok",
+        "its prompts end with the start of thoughts, which end with policy.thinking.end": "ok",
+    }
 
 
 def test_what_retention_keeps_counts_for_the_disk(tmp_path):
