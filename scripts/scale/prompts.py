@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar

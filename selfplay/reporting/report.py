@@ -202,7 +202,7 @@ def answered(run: Run) -> list[dict[str, Any]]:
                 for before, said, parts in zip(
                     [None, *line.said],
                     line.said,
-                    word_diff.along(said and _short(said.text) for said in line.said),
+                    word_diff.along(_short(said.text) if said else None for said in line.said),
                     strict=False,
                 )
             ],

@@ -213,7 +213,7 @@ class Display(progress.Display):
             table.add_column(f"{column.title}\nmean {number(column.reward, '.3f')}", overflow="fold", ratio=3)
         for line in found.lines:
             asked = line.messages[-1]["content"] if line.messages else line.prompt_id
-            parts = word_diff.along(said and _shortened(said.text) for said in line.said)
+            parts = word_diff.along(_shortened(said.text) if said else None for said in line.said)
             cells = [self._marked(word_diff.reveal([("same", _shortened(asked))]))]
             for before, said, own in zip([None, *line.said], line.said, parts, strict=False):
                 what = Text(f"{about(said, before)}\n" if said else "not asked", "dim")

@@ -4,7 +4,7 @@ from datetime import date
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from selfplay.config.policy import PolicyConfig
@@ -123,15 +123,16 @@ def test_the_date_of_a_template_is_that_of_the_run(with_bos):
     """The ids are the same on every day, and those of the library on that day."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=with_bos.backend_tokenizer, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = DATED
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     policy = PolicyConfig(model="x")
     of_the_run = Template.read(policy.template("2024-02-29T23:59:59.000+00:00"))
     odd = [*CONVERSATIONS[:2], [{"role": "user"}]]  # one without content has each rendered alone
     (first, *_), together = Renderer(tokenizer, of_the_run)(odd), Renderer(tokenizer, of_the_run)(CONVERSATIONS)
-    assert tokenizer.decode(together[0]) == "Today: 29 Feb 2024.<|user|>Hello there!<|assistant|>"
+    assert tokenizer.decode(together[0]) == " Today: 29 Feb 2024.<|user|> Hello there!<|assistant|>"
     assert first.tolist() == together[0].tolist()
     given = PolicyConfig(model="x", template_date="2020-01-02", chat_template_kwargs={"enable_thinking": False})
     ids = Renderer(tokenizer, Template.read(given.template("2024-02-29")))(CONVERSATIONS)
-    assert tokenizer.decode(ids[0]) == "Today: 02 Jan 2020.<|user|>Hello there!<|assistant|><think></think>"
+    assert tokenizer.decode(ids[0]) == " Today: 02 Jan 2020.<|user|> Hello there!<|assistant|> <think></think>"
     assert of_the_run.prints_date(tokenizer) and not of_the_run.prints_date(with_bos)
     pinned = Template(kwargs={"date_string": "26 Jul 2024", "enable_thinkin": True}, today=of_the_run.today)
     assert not pinned.prints_date(tokenizer) and pinned.unread(tokenizer) == ["enable_thinkin"]

@@ -35,8 +35,8 @@ def test_thoughts_are_hidden_and_counted_and_their_tokens_stay(world):
     thought = "<think>the lazy dog: 1 < 2</think>"
     ids, text = said(f"{thought}\n\nThe fox </think> ✓ <think>jumps<eos>")
     read = reader(found).read(ids, text, opened=False)
-    tail = " ✓ jumps" if "<think>" in found.all_special_tokens else "</think> ✓ <think>jumps"
-    assert read.text.replace("  ", " ") == f"The fox {tail}".replace("  ", " ") and read.left
+    _, rest = said("The fox </think> ✓ <think>jumps<eos>")  # what is a special token is in no text
+    assert (read.text, read.left) == (rest, True) and rest.startswith("The fox ") and rest.endswith("jumps")
     assert found.decode(ids[: read.thinking]).rstrip() in (thought, f"{thought}\n\n".rstrip())
     assert 0 < read.thinking < len(ids)
     shown = reader(found, hidden=False).read(ids, text, opened=False)

@@ -47,7 +47,7 @@ def browser(view: View) -> None:
 
     def read() -> tuple[AnswerPage, list[list[list[word_diff.Part]]]]:
         found = view.answers(rounds.here, COLUMNS, prompts.here or 0, PROMPTS)
-        return found, [word_diff.along(said and said.text for said in row.answers) for row in found.prompts]
+        return found, [word_diff.along(said.text if said else None for said in row.answers) for row in found.prompts]
 
     later(show)
 
