@@ -50,7 +50,7 @@ class Thinking:
         ended = self._ended(token_ids)
         if ended is None:
             return Said(text="" if self._hidden else text, thinking=len(token_ids), left=False)
-        return Said(text=self._after(token_ids, ended) if self._hidden else text, thinking=ended, left=True)
+        return Said(text=self._after(token_ids[ended:], text) if self._hidden else text, thinking=ended, left=True)
 
     def _ended(self, token_ids: NDArray[np.int32]) -> int | None:
         """How many tokens there are up to the first end mark; None where there is none."""
@@ -61,10 +61,12 @@ class Thinking:
         at = bisect.bisect_left(lengths, True, key=lambda n: self._end in self._decode(token_ids[:n]))
         return lengths[at] if at < len(lengths) else None
 
-    def _after(self, token_ids: NDArray[np.int32], ended: int) -> str:
-        """The text behind the end mark, whose last token may hold the beginning of it."""
-        rest = self._decode(token_ids[:ended]).partition(self._end)[2] if self._end_id is None else ""
-        return (rest + self._decode(token_ids[ended:], skip=True)).lstrip()
+    def _after(self, token_ids: NDArray[np.int32], text: str) -> str:
+        """The part of an answer behind the end mark; token_ids: those behind it."""
+        if self._end_id is None:  # its last token may hold the beginning of what follows
+            return text.partition(self._end)[2].lstrip()
+        # The engine's text lacks a last character of which only some bytes were said.
+        return self._decode(token_ids, skip=True).rstrip("\ufffd").lstrip()
 
     def _decode(self, token_ids: Sequence[int] | NDArray[np.int32], skip: bool = False) -> str:
         """skip: without special tokens. A mark may be one."""
