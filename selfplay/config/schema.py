@@ -141,6 +141,9 @@ class Config(Section):
             "policy.model": self.policy.model,
             "policy.revision": self.policy.revision,
             "policy.dtype": self.policy.dtype,
+            # None, as in the ledgers of runs that began before there were these settings
+            "policy.chat_template_kwargs": self.policy.chat_template_kwargs or None,
+            "policy.template_date": self.policy.template_date and self.policy.template_date.isoformat(),
             **{
                 f"prompts.{name}": getattr(self.prompts, name)
                 for name in ("source", "split", "column", "heldout", "heldout_fraction", "audit_fraction", "max_tokens")
@@ -160,7 +163,7 @@ def _is_same(a: RewardSource, b: RewardSource) -> bool:
             not {u.rstrip("/") for u in a.url}.isdisjoint(u.rstrip("/") for u in b.url)
             and a.served_model == b.served_model
         )
-    differ = {"dtype", "trust_remote_code"}
+    differ = {"dtype", "trust_remote_code", "chat_template_kwargs"}
     return {k: v for k, v in a.which().items() if k not in differ} == {
         k: v for k, v in b.which().items() if k not in differ
     }

@@ -2,11 +2,12 @@
 
 A process of its own because it needs a tokenizer and the initial model, which the controller never loads. Orders:
 
-    {"order": "import", "config": …, "out": folder, "work": folder}   the pool and what policy 0 needs
-    {"order": "render", "policy": folder, "trust_remote_code": …, "conversations": […]}
+    {"order": "import", "config": …, "template": …, "out": folder, "work": folder}
+                                                                      the pool and what policy 0 needs
+    {"order": "render", "policy": folder, "trust_remote_code": …, "template": …, "conversations": […]}
                                                                       token ids of each, or why it has none
 
-The import reads its sources twice (`survey.py`, `parts.py`), in as many processes as the importer may use processors. Its
+`template` is what conversations are rendered with (`PolicyConfig.template`). The import reads its sources twice (`survey.py`, `parts.py`), in as many processes as the importer may use processors. Its
 progress is {"text", "done", "total"}. Finished parts stay in `work` until the pool is whole.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 from selfplay import seeds
 from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
-from selfplay.models.rendering import Renderer, load_tokenizer, run_render
+from selfplay.models.rendering import Renderer, Template, load_tokenizer, run_render
 from selfplay.processes.protocol import protocol, quick_imports
 from selfplay.prompts import formats, parts, pool, references
 from selfplay.prompts import survey as surveys
@@ -136,15 +137,18 @@ def canary_ids(prompts: pool.Pool, config: Config, vocabulary: int) -> list[list
     return [(p.prompt_ids + filler[: max(0, 8 - len(p.prompt_ids))])[:CANARY_TOKENS] for p in rows]
 
 
-def run_import(config: Config, out: Path, work: Path, on_progress: OnProgress) -> dict[str, Any]:
+def run_import(config: Config, template: Template, out: Path, work: Path, on_progress: OnProgress) -> dict[str, Any]:
     """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
     source = initial_folder(config.policy.model, config.policy.revision)
     tokenizer = load_tokenizer(source, config.policy.trust_remote_code)
     given = [source for source in (config.prompts.source, config.prompts.heldout) if source is not None]
     if all(map(formats.is_file, given)):  # the loader of a Hub dataset may need it
         tables.leave_pandas_out()
+    about = _renders(source)
+    if dated := template.prints_date(tokenizer):  # what was rendered on another day is rendered anew
+        about["today"] = template.today.isoformat()
     splits, set_aside = import_pool(
-        config, Renderer(tokenizer), out, work, about=_renders(source), on_progress=on_progress
+        config, Renderer(tokenizer, template), out, work, about=about, on_progress=on_progress
     )
     on_progress("canaries of the initial policy", 0, 1)
     import torch  # after the workers were forked
@@ -160,7 +164,7 @@ def run_import(config: Config, out: Path, work: Path, on_progress: OnProgress) -
         {"source": str(source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(set_aside)},
     )
     shutil.rmtree(work)
-    return {"prompts": dict(splits), "set_aside": dict(set_aside)}
+    return {"prompts": dict(splits), "set_aside": dict(set_aside), "dated": dated}
 
 
 def _renders(policy: Path) -> dict[str, str]:
@@ -192,7 +196,8 @@ def main() -> None:
                 channel.result(order, run_render(order))
             else:
                 config = Config.model_validate(order["config"])
-                channel.result(order, run_import(config, Path(order["out"]), Path(order["work"]), progress))
+                template = Template.read(order["template"])
+                channel.result(order, run_import(config, template, Path(order["out"]), Path(order["work"]), progress))
         except SelfplayError as error:
             channel.error(order, "input", str(error), error.hint)
         except Exception as error:  # the boundary: the controller hears of whatever it is
