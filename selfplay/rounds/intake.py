@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from selfplay.config import PromptsConfig
-from selfplay.prompts import admission
+from selfplay.prompts import admission, benchmarks
 from selfplay.prompts.parts import Render
 from selfplay.prompts.pool import Pool
 from selfplay.types import Prompt
@@ -35,6 +35,7 @@ def admit(
         overlap=settings.leak_overlap,
         source=source,
         joined=joined,
+        benchmarks=benchmarks.read(settings.benchmarks),
     )
 
 
