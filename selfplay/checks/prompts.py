@@ -8,6 +8,7 @@ from pathlib import Path
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.prompts import importer
+from selfplay.prompts.survey import ALSO
 
 FILES = (".jsonl", ".json", ".parquet")
 
@@ -18,14 +19,16 @@ def files(config: Config, run_dir: Path) -> Iterator[Finding]:
     How long a prompt is, only the policy's tokenizer can tell, at the import.
     """
     settings, evaluation = config.prompts, config.evaluate
-    for key, source in (("prompts.source", settings.source), ("prompts.heldout", settings.heldout)):
+    named = {"source": settings.source, "heldout": settings.heldout, "audit": settings.audit}
+    for name, source in named.items():
+        key = f"prompts.{name}"
         if source is None or Path(source).is_file():
             continue
         if Path(source).suffix in FILES or source.startswith((".", "/")):
             yield Finding.error(key, f"{source}: no such file")
         else:
             yield Finding.ok(key, f"{source} is taken for a Hub dataset, which is loaded when the run starts")
-    if not all(Path(source).is_file() for source in (settings.source, settings.heldout) if source is not None):
+    if not all(Path(source).is_file() for source in named.values() if source is not None):
         return
     found = importer.survey(config)
     splits, counts = found.splits, found.set_aside
@@ -33,7 +36,7 @@ def files(config: Config, run_dir: Path) -> Iterator[Finding]:
     if counts:
         said += f"; set aside: {', '.join(f'{n} × {why}' for why, n in counts.items())}"
     said += "; prompts longer than prompts.max_tokens will be left out too"
-    bad = counts.keys() - {"duplicate", "also held out"}
+    bad = counts.keys() - {"duplicate", *ALSO.values()}
     yield Finding.warning("prompts", said) if bad else Finding.ok("prompts", said)
     asked = [
         ("train", "prompts.per_round", settings.per_round, "every round draws them all"),

@@ -146,8 +146,18 @@ class Config(Section):
             "policy.template_date": self.policy.template_date and self.policy.template_date.isoformat(),
             **{
                 f"prompts.{name}": getattr(self.prompts, name)
-                for name in ("source", "split", "column", "heldout", "heldout_fraction", "audit_fraction", "max_tokens")
+                for name in (
+                    "source",
+                    "split",
+                    "column",
+                    "heldout",
+                    "heldout_fraction",
+                    "audit",
+                    "audit_fraction",
+                    "max_tokens",
+                )
             },
+            "prompts.benchmarks": self.prompts.benchmarks or None,
             "run.seed": self.run.seed,
         }
 

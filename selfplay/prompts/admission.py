@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reward.kinds import Kind
+from selfplay.prompts.benchmarks import Benchmarks, also_in
 from selfplay.prompts.formats import messages_of, prompt_id
 from selfplay.prompts.held_out import HeldOut, same
 from selfplay.prompts.parts import Render
@@ -38,6 +39,7 @@ def admit(
     overlap: float,
     source: str,
     joined: int,
+    benchmarks: Benchmarks,
     kinds: Sequence[Kind] = (),
 ) -> list[Prompt | str]:
     """For each row the prompt that may join the pool, or why it may not.
@@ -45,8 +47,9 @@ def admit(
     rows: {"prompt"} or {"messages"}, with "parent" (a prompt_id), "source" and a reference where they have them; `source`
     is for the others. max_tokens: longest rendered prompt. ngram, overlap: see HeldOut. joined: first round that may draw them.
     kinds: the rewards that have to be able to check answers by the reference.
-    Refused are rows without a conversation, what the reward cannot check, what the pool has already (the same words), what meets a held-out prompt or
-    has its ancestor, what the chat template refuses, and what is too long. Nothing is written.
+    Refused are rows without a conversation, what the reward cannot check, what the pool has already (the same words), what
+    meets a held-out prompt or has its ancestor, what meets a prompt of one of the `benchmarks`, what the chat template
+    refuses, and what is too long. Nothing is written.
     """
     roots = pool.ancestors(str(row["parent"]) for row in rows if row.get("parent") is not None)
     found: list[Prompt | str] = [_draft(row, roots, source, joined, kinds) for row in rows]
@@ -54,12 +57,13 @@ def admit(
     if not drafts:
         return found
     meets = pool.held_out().meets(list(drafts.values()), ngram, overlap)
+    public = also_in([draft.messages for draft in drafts.values()], benchmarks, ngram, overlap)
     sameness = [same(draft.messages) for draft in drafts.values()]
     known = pool.has_same(np.array(sameness, np.int64))
     said = set[int]()
-    for i, met, number, there in zip(list(drafts), meets, sameness, known.tolist(), strict=True):
-        if met or there or number in said:
-            found[i] = "held out" if met else "duplicate"
+    for i, met, name, number, there in zip(list(drafts), meets, public, sameness, known.tolist(), strict=True):
+        if met or name or there or number in said:
+            found[i] = "held out" if met else f"also in {name}" if name else "duplicate"
             del drafts[i]
         else:
             said.add(number)

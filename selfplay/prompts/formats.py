@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,10 @@ class Part:
     first: int
     last: int
 
-    def rows(self) -> Iterator[Row]:
-        """The rows of this part. Raises InputError for a file that cannot be read as what its name says."""
-        return self._of_lines() if self.path.suffix in LINES else self._of_groups()
+    def rows(self, columns: Sequence[str] = COLUMNS) -> Iterator[Row]:
+        """The rows of this part; of a Parquet file these columns. Raises InputError for a file that cannot be read as what
+        its name says."""
+        return self._of_lines() if self.path.suffix in LINES else self._of_groups(columns)
 
     def _of_lines(self) -> Iterator[Row]:
         with self.path.open("rb") as file:
@@ -66,9 +67,9 @@ class Part:
                 else:
                     yield row if isinstance(row, dict) else "not an object"
 
-    def _of_groups(self) -> Iterator[Row]:
+    def _of_groups(self, wanted: Sequence[str]) -> Iterator[Row]:
         with _parquet(self.path) as file:
-            groups, columns = list(range(self.first, self.last)), _columns(file)
+            groups, columns = list(range(self.first, self.last)), _columns(file, wanted)
             if not columns:  # Arrow does not say how many rows without a column it has read
                 yield from ({} for group in groups for _ in range(file.metadata.row_group(group).num_rows))
                 return
@@ -89,10 +90,10 @@ def parts(path: Path) -> list[Part]:
     raise InputError(f"{path} is neither JSONL nor Parquet", "name it *.jsonl or *.parquet and write it in that format")
 
 
-def read_file(path: Path) -> Iterator[Row]:
+def read_file(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Row]:
     """The rows of a JSONL or Parquet file; a row that cannot be read comes as the reason (a string)."""
     for part in parts(path):
-        yield from part.rows()
+        yield from part.rows(columns)
 
 
 def is_file(source: str) -> bool:
@@ -201,8 +202,8 @@ def _parquet(path: Path) -> pq.ParquetFile:
         raise _unreadable(path, error) from None
 
 
-def _columns(file: pq.ParquetFile) -> list[str]:
-    return [name for name in COLUMNS if name in file.schema_arrow.names]
+def _columns(file: pq.ParquetFile, wanted: Sequence[str] = COLUMNS) -> list[str]:
+    return [name for name in wanted if name in file.schema_arrow.names]
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

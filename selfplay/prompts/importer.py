@@ -34,6 +34,7 @@ from selfplay.prompts.draw import subset
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.workers import cores
 from selfplay.storage import folders, hashes, tables
+from selfplay.types import Split
 
 INITIAL = "initial.json"
 CANARY_TOKENS = 64
@@ -45,9 +46,16 @@ OnProgress = Callable[[str, int, int], None]
 
 def survey(config: Config, workers: int | None = None) -> surveys.Survey:
     """What the files of prompts hold, without rendering any. Raises InputError."""
-    sources = [Path(source) for source in (config.prompts.source, config.prompts.heldout) if source is not None]
-    train, *heldout = [formats.parts(path) for path in sources]
-    return surveys.survey(config, train, heldout[0] if heldout else [], workers or cores())
+    sources = {split: formats.parts(Path(source)) for split, source in _sources(config).items()}
+    return surveys.survey(config, sources, workers or cores())
+
+
+def _sources(config: Config) -> dict[Split, str]:
+    """The files or datasets that prompts are read from, by what their prompts are for."""
+    given: dict[Split, str | None] = {
+        "train": config.prompts.source, "heldout": config.prompts.heldout, "audit": config.prompts.audit,
+    }  # fmt: skip
+    return {split: source for split, source in given.items() if source is not None}
 
 
 def import_pool(
@@ -68,11 +76,11 @@ def import_pool(
     workers = workers or cores()
     settings, seed = config.prompts, config.run.seed
     folder = _work_folder(config, work, about)
-    given = [source for source in (settings.source, settings.heldout) if source is not None]
-    train, *heldout = [formats.parts(_file(source, i, config, folder)) for i, source in enumerate(given)]
-    found = surveys.survey(
-        config, train, heldout[0] if heldout else [], workers, lambda n, of: on_progress("reading", n, of)
-    )
+    sources = {
+        split: formats.parts(_file(source, i, config, folder))
+        for i, (split, source) in enumerate(_sources(config).items())
+    }
+    found = surveys.survey(config, sources, workers, lambda n, of: on_progress("reading", n, of))
     made = parts.make(
         found.chosen, settings, seed, render, folder, workers, lambda n, of: on_progress("rendering", n, of)
     )
@@ -96,7 +104,7 @@ def _file(source: str, number: int, config: Config, work: Path) -> Path:
 
 def _work_folder(config: Config, work: Path, about: object) -> Path:
     """Where the parts of these sources and settings are kept; parts of others are deleted."""
-    sources = [Path(source) for source in (config.prompts.source, config.prompts.heldout) if source is not None]
+    sources = [Path(source) for source in (*_sources(config).values(), *config.prompts.benchmarks)]
     stats = [(s.st_size, s.st_mtime_ns, s.st_ino) for path in sources if path.is_file() for s in [path.stat()]]
     read_by = [references.which(references.readers(config, held_out=held_out)) for held_out in (False, True)]
     key = json.dumps([FORMAT, config.fixed(), stats, about, read_by], sort_keys=True, default=str)
@@ -141,8 +149,7 @@ def run_import(config: Config, template: Template, out: Path, work: Path, on_pro
     """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
     source = initial_folder(config.policy.model, config.policy.revision)
     tokenizer = load_tokenizer(source, config.policy.trust_remote_code)
-    given = [source for source in (config.prompts.source, config.prompts.heldout) if source is not None]
-    if all(map(formats.is_file, given)):  # the loader of a Hub dataset may need it
+    if all(map(formats.is_file, _sources(config).values())):  # the loader of a Hub dataset may need it
         tables.leave_pandas_out()
     about = _renders(source)
     if dated := template.prints_date(tokenizer):  # what was rendered on another day is rendered anew

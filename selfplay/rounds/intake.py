@@ -8,7 +8,7 @@ from typing import Any
 
 from reward.kinds import Kind
 from selfplay.config import PromptsConfig
-from selfplay.prompts import admission
+from selfplay.prompts import admission, benchmarks
 from selfplay.prompts.parts import Render
 from selfplay.prompts.pool import Pool
 from selfplay.types import Prompt
@@ -38,6 +38,7 @@ def admit(
         source=source,
         joined=joined,
         kinds=kinds,
+        benchmarks=benchmarks.read(settings.benchmarks),
     )
 
 
