@@ -10,7 +10,7 @@ from selfplay.config import EvaluateConfig
 from selfplay.errors import RewardError
 from selfplay.evaluation.stage import EVALUATE, audit_metrics, evaluate
 from selfplay.storage import folders, tables
-from selfplay.types import Policy, Scored
+from selfplay.types import Policy, Prompt, Scored
 
 
 def test_the_audit_counts_ties_half_and_leaves_out_what_has_no_score():
