@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib.metadata
 import json
 import os
 import queue
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from selfplay.processes.guard import GUARDED, PR_SET_PDEATHSIG
+from selfplay.processes.installed import packages_distributions
 
 Event = dict[str, Any]
 
@@ -128,11 +130,13 @@ def quick_imports() -> Iterator[None]:
     """
     blocked = {"sklearn", "scipy"} - sys.modules.keys()
     sys.modules.update(dict.fromkeys(blocked))  # type: ignore[arg-type]
+    slow, importlib.metadata.packages_distributions = importlib.metadata.packages_distributions, packages_distributions
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+        importlib.metadata.packages_distributions = slow
         for name in blocked:
             del sys.modules[name]
