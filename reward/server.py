@@ -153,6 +153,7 @@ def serve(options: argparse.Namespace, out: TextIO) -> int:
         listener.close()
         return 2
     finally:
+        gc.freeze()  # nor do later collections look at it
         gc.enable()
     health = scorers[0].health
     log.info("serving %s at %s with %d workers", health.model_dump_json(exclude={"files"}), url(listener), len(scorers))

@@ -166,12 +166,12 @@ def raw(job: dict[str, Any]) -> None:
     """vLLM by itself: answers all prompts at each line on stdin, and prints tokens a second."""
     from selfplay.generation.engine import CPU_BATCHED_TOKENS, CPU_BLOCK, cpu_build, prepare
 
-    prepare(cpu_build(), 1, 1)
+    prepare(cpu_build(), 1)
     import vllm
 
     on_cpu = {
         "enforce_eager": True, "block_size": CPU_BLOCK, "enable_chunked_prefill": False,
-        "max_num_batched_tokens": CPU_BATCHED_TOKENS,
+        "max_num_batched_tokens": CPU_BATCHED_TOKENS, "kv_cache_memory_bytes": 2**30,
     } if cpu_build() else {}  # fmt: skip
     llm = vllm.LLM(
         model=job["model"], dtype="float32", max_model_len=job["context"], max_num_seqs=job["max_num_seqs"],

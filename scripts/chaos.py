@@ -34,8 +34,8 @@ from selfplay.storage.ledger import Store  # noqa: E402
 from selfplay.storage.lock import RunLock  # noqa: E402
 
 SETTINGS = [
-    "prompts.per_round=32", "generate.candidates=4", "generate.shard_prompts=8", "generate.engine.restarts=50", "pairs.keep=1.0",
-    "train.batch_pairs=8", "train.micro_batch_pairs=8", "train.save_steps=1",
+    "prompts.per_round=32", "generate.candidates=4", "generate.shard_prompts=8", "generate.engine.restarts=50",
+    "generate.engine.cpu_kv_cache_gib=0.125", "pairs.keep=1.0", "train.batch_pairs=8", "train.micro_batch_pairs=8", "train.save_steps=1",
     "evaluate.prompts=24", "evaluate.audit_prompts=16", "evaluate.gate.win_rate_lower=0", "evaluate.gate.reward_up=false",
     "evaluate.gate.max_length_ratio=9", "evaluate.gate.max_cut_off=1", "retention.last=1000", "service.port=0",
     "service.retries=1000", "service.retry_seconds=0.1", "track=none",

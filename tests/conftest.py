@@ -1,4 +1,5 @@
 import fcntl
+import gc
 import os
 import re
 import shutil
@@ -20,6 +21,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.fsync = lambda fd: None
 
 
+# Collection imports a million objects, none of which is garbage.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out files whose tests `-m "not …"` drops all: importing what they need takes longer than the quick tests of a package."""
     left_out = set(re.findall(r"not (\w+)", config.option.markexpr))
@@ -31,15 +41,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the mini world; put the longest files first, so that neither of two workers ends alone with one."""
-    longest: dict[Path, tuple[float, bool]] = {}
+    """Mark what uses the mini world; put the longest files first, so that no worker ends alone with one.
+
+    Of those that are equally long the ones that need the calm run come last: they would wait until the first has made it.
+    """
+    longest: dict[Path, tuple[float, bool, bool]] = {}
     for item in items:
         if "mini_world" in getattr(item, "fixturenames", ()):
             item.add_marker("service")
         limit = item.get_closest_marker("timeout")
-        known = longest.get(item.path, (0.0, False))
-        own = (limit.args[0] if limit else 0.0, item.get_closest_marker("slow") is not None)
-        longest[item.path] = max(known, own)
+        heavy = any(item.get_closest_marker(name) is not None for name in ("slow", "service"))
+        seconds, was_heavy, alone = longest.get(item.path, (0.0, False, True))
+        longest[item.path] = (
+            max(seconds, limit.args[0] if limit else 0.0),
+            was_heavy or heavy,
+            alone and "calm" not in getattr(item, "fixturenames", ()),
+        )
     items.sort(key=lambda item: longest[item.path], reverse=True)
 
 

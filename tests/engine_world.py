@@ -32,7 +32,7 @@ def config(run_dir: Path, **engine: object) -> Config:
             "run": {"name": run_dir.name, "dir": str(run_dir.parent)},
             "policy": {"model": "unused", "dtype": "float32"},
             "prompts": {"source": "unused", "max_tokens": 64},
-            "generate": {"candidates": 4, "max_tokens": 48, "engine": engine},
+            "generate": {"candidates": 4, "max_tokens": 48, "engine": {"cpu_kv_cache_gib": 0.125, **engine}},
             "reward": {"url": ["http://unused"]},
         }
     )

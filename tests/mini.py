@@ -34,6 +34,7 @@ def overrides(world: Path) -> list[str]:
         "prompts.per_round=32",
         "generate.candidates=4",
         "generate.shard_prompts=8",
+        "generate.engine.cpu_kv_cache_gib=0.125",
         "pairs.keep=1.0",
         "train.batch_pairs=8",
         "train.micro_batch_pairs=8",

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 START = 600  # seconds; most of it are imports
+KV_CACHE = 1 << 27  # bytes
 
 
 @contextmanager
@@ -24,8 +25,17 @@ def vllm_server(folder: Path, *options: str) -> Iterator[str]:
         port = free.getsockname()[1]
     log = folder.with_name(f"{folder.name}-vllm.log")
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    argv += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", *options]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    argv += [
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--kv-cache-memory-bytes",
+        str(KV_CACHE),
+        *options,
+    ]
+    env = {"OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:  # its engine is a process of its own, which outlives it: both are in one group
         process = subprocess.Popen(
             argv, env=os.environ | env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True

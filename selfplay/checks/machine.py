@@ -78,7 +78,7 @@ def memory(config: Config, run_dir: Path) -> Iterator[Finding]:
         yield Finding.ok("memory", f"{total / GIB:.0f} GiB of host memory")
         return
     if shutil.which("nvidia-smi"):
-        need = count * 2 * MASTERS  # policy and reference are loaded there, and compared after training
+        need: float = count * 2 * MASTERS  # policy and reference are loaded there, and compared after training
     else:  # trainer, reference, engine and reward model share it
         need = count * (MASTERS + REFERENCE + OPTIMIZER + DTYPE_BYTES[config.policy.dtype])
         need += config.generate.engine.cpu_kv_cache_gib * GIB

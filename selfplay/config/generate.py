@@ -20,7 +20,7 @@ class EngineConfig(Section):
     """Sequences decoded at a time."""
     cpu_threads: Positive = 1
     """OpenMP threads of the engine (CPU only)."""
-    cpu_kv_cache_gib: Positive = 1
+    cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """Memory for the KV cache (GiB, CPU only)."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """Times a dead engine is started again within one call, with back-off."""

@@ -61,15 +61,15 @@ CPU_BATCHED_TOKENS = 4096  # vLLM's own budget of a step on a CPU
 SEEDS = 2**62  # seeds are taken modulo this, so that seed + n fits 64 bits with a sign
 
 
-def prepare(cpu: bool, threads: int, kv_cache_gib: int) -> None:
+def prepare(cpu: bool, threads: int) -> None:
     """Settings that have to be there before torch and vLLM are imported."""
     os.environ.update(VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
     if cpu:
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would go before the size that `load` gives
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING=os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
             OMP_NUM_THREADS=str(threads),  # without it every process takes all cores, and they fight
             VLLM_CPU_OMP_THREADS_BIND="nobind",
-            VLLM_CPU_KVCACHE_SPACE=str(kv_cache_gib),
             # Kernels are made for each number of tokens in a step. oneDNN would keep 1,024 of them, hundreds of MiB after
             # some hundred rounds, beside those that vLLM keeps for each layer.
             ONEDNN_PRIMITIVE_CACHE_CAPACITY="16",
@@ -87,9 +87,10 @@ def cpu_build() -> bool:
 class Engine:
     """A vLLM engine and the orders it knows."""
 
-    def __init__(self, channel: Channel, cpu: bool) -> None:
+    def __init__(self, channel: Channel, cpu: bool, kv_cache_bytes: int) -> None:
+        """`kv_cache_bytes`: on a CPU alone; vLLM takes them at once, and writes zeros to all of them."""
         self.flights = Flights(channel)
-        self._cpu = cpu
+        self._cpu, self._kv_cache_bytes = cpu, kv_cache_bytes
         self._llm: Any = None
         self._sleep_mode = False
 
@@ -106,6 +107,7 @@ class Engine:
             settings = {
                 "enforce_eager": True,
                 "block_size": CPU_BLOCK,
+                "kv_cache_memory_bytes": self._kv_cache_bytes,
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, length),
             }
@@ -344,13 +346,14 @@ def main() -> None:
     channel = protocol()
     parser = argparse.ArgumentParser(description="vLLM engine that takes orders as JSON lines on stdin")
     parser.add_argument("--cpu-threads", type=int, default=1, help="OpenMP threads (CPU only)")
-    parser.add_argument("--cpu-kv-cache-gib", type=int, default=1, help="memory for the KV cache (GiB, CPU only)")
+    parser.add_argument("--cpu-kv-cache-gib", type=float, default=1.0, help="memory for the KV cache (GiB, CPU only)")
     options = parser.parse_args()
     cpu = cpu_build()
-    prepare(cpu, options.cpu_threads, options.cpu_kv_cache_gib)
+    prepare(cpu, options.cpu_threads)
     # Imports are most of the start, and overlap with what the controller does meanwhile.
     with quick_imports():
         import vllm
+        from vllm import LLM, SamplingParams  # noqa: F401  vLLM itself imports them when they are asked for
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if cpu:
@@ -358,7 +361,7 @@ def main() -> None:
 
     tables.leave_pandas_out()
     print(f"vLLM {vllm.__version__} is imported", file=sys.stderr)
-    engine = Engine(channel, cpu)
+    engine = Engine(channel, cpu, int(options.cpu_kv_cache_gib * 2**30))
     known: dict[str, Callable[[Event], Any]] = {
         "load": engine.load,
         "generate": engine.generate,

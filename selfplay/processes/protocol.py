@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib.metadata
 import json
 import os
 import queue
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from selfplay.processes.guard import GUARDED, PR_SET_PDEATHSIG
+from selfplay.processes.installed import packages_distributions
 
 Event = dict[str, Any]
 
@@ -123,14 +125,18 @@ def quick_imports() -> Iterator[None]:
     """Import transformers in this block without scikit-learn, pandas and scipy, and without garbage collection.
 
     transformers needs these three only for assisted decoding and for the losses of object detection, and they take
-    seconds to import. Imports make no garbage, and looking for it takes a sixth of their time.
+    seconds to import. Imports make no garbage, and looking for it takes a sixth of their time. What was imported stays
+    out of later collections too: it is a million objects, and vLLM asks for five whole collections while it loads.
     """
     blocked = {"sklearn", "scipy"} - sys.modules.keys()
     sys.modules.update(dict.fromkeys(blocked))  # type: ignore[arg-type]
+    slow, importlib.metadata.packages_distributions = importlib.metadata.packages_distributions, packages_distributions
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()
+        importlib.metadata.packages_distributions = slow
         for name in blocked:
             del sys.modules[name]

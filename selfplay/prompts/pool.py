@@ -13,6 +13,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -29,6 +30,7 @@ from selfplay.types import Prompt, Split
 
 PROMPTS, FACTS, ADDED, ORDERS, OLD = "prompts", "facts.arrow", "added", "orders", "pool.parquet"
 CHUNK = 4096  # prompts that are read at a time
+READERS = 4  # files that are read at a time
 assert set(parts.SPLITS) == set(get_args(Split))
 
 
@@ -158,14 +160,18 @@ class Pool:
         return tables.records(self._table(places), Prompt)
 
     def _table(self, places: NDArray[np.int64]) -> pa.Table:
-        """These rows, in this order. They are read in the order of the files."""
+        """These rows, in this order. They are read in the order of the files, several files at a time."""
         order = np.argsort(places, kind="stable")
         ordered = places[order]
         files = np.searchsorted(self._ends, ordered, side="right")
-        found = [tables.schema(Prompt).empty_table()]
-        for file in np.unique(files).tolist():
+
+        def read(file: int) -> pa.Table:
             start = int(self._ends[file - 1]) if file else 0
-            found.append(rows.take(self._files[file], ordered[files == file] - start))
+            return rows.take(self._files[file], ordered[files == file] - start)
+
+        # Most of it is unpacking, for which Arrow needs no lock of Python.
+        with ThreadPoolExecutor(READERS) as readers:
+            found = [tables.schema(Prompt).empty_table(), *readers.map(read, np.unique(files).tolist())]
         back = np.empty(len(places), np.int64)
         back[order] = np.arange(len(places))
         return pa.concat_tables(found).combine_chunks().take(pa.array(back))

@@ -33,9 +33,8 @@ def models(folder):
 
 
 def started(folder):
-    child = Child(
-        "generator", [sys.executable, "-m", "selfplay.generation.engine"], run_dir=folder, log=folder / "engine.log"
-    )
+    argv = [sys.executable, "-m", "selfplay.generation.engine", "--cpu-kv-cache-gib", "0.125"]
+    child = Child("generator", argv, run_dir=folder, log=folder / "engine.log")
     child.start()
     child.wait_for("ready")
     return child

@@ -13,7 +13,7 @@ from selfplay.generation.generator import Generator
 from selfplay.generation.liveness import gone, was_killed
 from selfplay.processes import reaping
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.timeout(900)]
 
 NOTICED = 10.0  # seconds on a busy machine; vLLM alone would wait for ever
 

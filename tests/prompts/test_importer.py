@@ -167,6 +167,7 @@ def messy():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_many_parts_in_several_processes_make_the_pool_that_one_makes(tmp_path, monkeypatch, name):
     heldout = jsonl(tmp_path / "h.jsonl", [{"prompt": f"question {i}"} for i in (3, 77, 401)])

@@ -6,7 +6,7 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mini import ROOT
+from mini import CALM, ROOT, sets
 
 from selfplay.storage.ledger import Store
 
@@ -16,10 +16,11 @@ import chaos
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_random_moments_a_served_run_ends_the_same(mini_world, tmp_path):
+def test_killed_at_random_moments_a_served_run_ends_the_same(calm, mini_world, tmp_path):
+    """The calm run had one engine and no service around it; it ends with the same bytes all the same."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--kills", "4", "--rounds", "2", "--share", "0.2", "--seed", "1",
-         "--set", "generate.engines=2", "--out", str(tmp_path)],
+         "--calm", str(calm[0]), *sets(*CALM, "generate.engines=2", "evaluate.judge=null"), "--out", str(tmp_path)],
         capture_output=True, text=True, timeout=1700,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,7 +12,7 @@ from mini import CALM, Command, nothing_left, sets, state
 
 from selfplay.storage.ledger import RESTARTS, Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def fill(file: Path) -> None:

@@ -17,7 +17,7 @@ from selfplay.storage import policies
 from selfplay.storage.ledger import Store
 from selfplay.types import Candidate, Pair
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_two_rounds_from_prompts_to_the_swap(calm):

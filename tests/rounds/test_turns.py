@@ -23,8 +23,9 @@ def test_a_role_that_takes_its_turn_waits_for_the_one_before_it():
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_the_reward_of_a_round_by_turns_ends_and_the_one_that_comes_back_is_the_same(mini_world, tmp_path):
-    opened = Opened(mini_world, tmp_path / "run", "placement=shared", "prompts.per_round=16", "evaluate.prompts=8")
+def test_the_reward_of_a_round_by_turns_ends_and_the_one_that_comes_back_is_the_same(calm, mini_world):
+    """The third round of the calm run."""
+    opened = Opened(mini_world, calm[0], "placement=shared", "prompts.per_round=16", "evaluate.prompts=8")
     seen: dict[str, set[int]] = {}  # stage → reward servers that ran meanwhile
 
     def breathe(where: str) -> None:
@@ -39,7 +40,7 @@ def test_the_reward_of_a_round_by_turns_ends_and_the_one_that_comes_back_is_the_
         said = opened.round()
         assert "promoted" in said
         turns = [event["text"] for event in run.store.events() if event["kind"] == "turn"]
-        assert "generate/overlap_seconds" not in run.store.metrics(1), "nothing is scored while the engine samples"
+        assert "generate/overlap_seconds" not in run.store.metrics(3), "nothing is scored while the engine samples"
     taken = [(text.split()[0], text.partition("; ")[2].split()[0:1]) for text in turns]
     assert taken == [
         ("engine", []), ("reward", ["engine"]), ("trainer", ["reward"]), ("engine", ["trainer"]), ("reward", ["engine"]),
@@ -48,6 +49,6 @@ def test_the_reward_of_a_round_by_turns_ends_and_the_one_that_comes_back_is_the_
     assert not seen["generate"] and not seen["train"] and len(seen["score"]) == 1
     assert not seen["score"] & seen["evaluate"], "the server that judges is another process"
     score, judge = (
-        folders.read_json(run.dir / "rounds" / "0001" / name) for name in ("score/reward.json", "evaluate/judge.json")
+        folders.read_json(run.dir / "rounds" / "0003" / name) for name in ("score/reward.json", "evaluate/judge.json")
     )
     assert score["identities"] == judge["identities"]

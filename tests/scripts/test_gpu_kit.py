@@ -24,6 +24,7 @@ def kit(*options: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.service
+@pytest.mark.timeout(900)
 def test_every_part_runs_in_miniature(tmp_path: Path) -> None:
     code, printed = kit("--small", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
     found = json.loads((tmp_path / "out" / "measurements-gpu.json").read_text())

@@ -49,6 +49,7 @@ def test_a_chart_of_a_long_run_keeps_every_peak_and_makes_nothing_up(run):
     assert {index for index, row in found.items() if "a/rare" in row} == set(range(50, 701, 50))
 
 
+@pytest.mark.slow
 def test_the_bounds_of_a_band_come_of_the_same_rounds(run):
     store, values = run
     found = figures.trends(store, ("a/low", "a/high"), [("a/low", "a/high")])

@@ -23,10 +23,11 @@ def address(process: "subprocess.Popen[str]") -> str:
 
 
 @pytest.mark.skipif(chromium.found() is None, reason="no chromium here (Debian: apt-get install chromium)")
-def test_a_round_appears_while_it_runs_and_pause_and_resume_work(mini_world: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
+def test_a_round_appears_while_it_runs_and_pause_and_resume_work(calm: tuple[Path, str], mini_world: Path) -> None:
+    """The third round of the calm run."""
+    run_dir, _ = calm
     longer = ["train.epochs=10", "train.learning_rate=1e-5"]  # long enough to be seen and paused
-    settings = [*overrides(mini_world), "service.port=0", "schedule.end.rounds=2", *longer]
+    settings = [*overrides(mini_world), "service.port=0", "schedule.end.rounds=3", *longer]
     argv = [sys.executable, "-m", "selfplay.cli", "serve", "--config", str(TINY), "--run-dir", str(run_dir)]
     argv += [word for each in settings for word in ("--set", each)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
@@ -34,15 +35,15 @@ def test_a_round_appears_while_it_runs_and_pause_and_resume_work(mini_world: Pat
         with chromium.browser() as tab:
             tab.size(1280, 900)
             tab.open(address(process))
-            tab.wait("/round 1: \\w+/.test(document.body.innerText)", 300)
-            tab.wait("!!document.querySelector('a[href=\"/rounds/1\"]')")
+            tab.wait("/round 3: \\w+/.test(document.body.innerText)", 300)
+            tab.wait("!!document.querySelector('a[href=\"/rounds/3\"]')")
             tab.click("Pause")
             tab.click("after the stage")
             tab.wait(f"{CHIP} === 'paused'", 300)
-            assert not (run_dir / "rounds" / "0001" / "promote").exists()
+            assert not (run_dir / "rounds" / "0003" / "promote").exists()
             tab.click("Resume")
             tab.wait(f"{CHIP} === 'running'", 60)
-            tab.wait("/\\b2 (promoted|rejected)|1 promoted, 1 rejected/.test(document.body.innerText)", 300)
+            tab.wait("/\\b3 promoted|2 promoted, 1 rejected/.test(document.body.innerText)", 300)
             tab.wait(f"{CHIP} === 'ended'", 60)
             assert tab.errors == []
     finally:
