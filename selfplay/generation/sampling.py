@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from selfplay.config import GenerateConfig
-from selfplay.generation.generator import Ask, Generator, Shard
+from selfplay.generation.generator import Ask, Generator, Sampling, Shard
 from selfplay.models import thinking
 from selfplay.progress import Line
 from selfplay.stage import Metrics, Stage, samples
@@ -86,6 +86,8 @@ class Request:
     candidates: int = 1
     max_tokens: int | None = None
     """The longest answer; by default what the generator is set to."""
+    sampling: Sampling | None = None
+    """By default what the generator is set to."""
 
 
 def ask(
@@ -119,6 +121,7 @@ def ask(
                     policy=request.policy,
                     candidates=request.candidates,
                     max_tokens=request.max_tokens,
+                    sampling=request.sampling,
                 )
             )
     on_progress(there)
