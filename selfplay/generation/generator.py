@@ -125,9 +125,7 @@ class Generator(Engines):
 
     def _sampling(self, ask: Ask, shard: Shard, done: Callable[[Any], None], progress: Callable[[int], None]) -> Piece:
         settings, policy = self._config.generate, ask.policy or self.policy
-        how = ask.sampling or Sampling(
-            temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k
-        )
+        how = ask.sampling or Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
         assert self.info is not None and policy is not None, "load a policy first"
         candidates = ask.candidates or settings.candidates
         stops = settings.stop_token_ids if settings.stop_token_ids is not None else self.info.eos_ids
