@@ -97,6 +97,19 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteAnswer:
+    """What a policy makes of one row of a benchmark."""
+
+    prompt_id: str  # of a task: its name and the number of the document
+    text: str  # the answer; of multiple choice the choice that counts
+    n_tokens: int | None  # None where several sequences were asked for, or none was sampled
+    finish_reason: str | None
+    policy: int
+    reward: float | None  # the score; None: this row could not be scored
+    reward_parts: dict[str, float] = field(default_factory=dict)  # every metric that there is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceLogp:
     prompt_id: str
     index: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from selfplay.checks import functions, gpus, machine, models, prompts, reward, service, timeline, webhook
+from selfplay.checks import functions, gpus, machine, models, prompts, reward, service, suites, timeline, webhook
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import SelfplayError
@@ -24,6 +24,7 @@ LOOKS: tuple[tuple[str, Look], ...] = (
     ("evaluate.gold", functions.rubric),
     ("evolve.rewriter", functions.rewriter),
     ("reward", reward.sources),
+    ("evaluate.suites", suites.benchmarks),
     ("run folder", service.run_folder),
     ("schedule", service.schedule),
     ("track", service.tracker),

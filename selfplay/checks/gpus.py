@@ -79,7 +79,7 @@ def roles(config: Config, count: int) -> Roles:
         trainer=trainer[: launch.read(config.train.accelerate).processes],
         scorers={
             key: used
-            for key, source in (config.reward_sources() | config.judge_sources()).items()
+            for key, source in config.all_sources().items()
             if source.model is not None and (used := _scorer(config, source, everyone))
         },
     )
@@ -184,7 +184,7 @@ def held(config: Config, there: Sequence[Gpu]) -> dict[int, dict[str, dict[str, 
     place, use = config.placement, roles(config, len(there))
     engine = config.generate.engine.gpu_memory_utilization
     trainer = sum(trainer_parts(config).values())
-    scorers = {key: scorer_bytes(source) for key, source in (config.reward_sources() | config.judge_sources()).items()}
+    scorers = {key: scorer_bytes(source) for key, source in config.all_sources().items()}
     found: dict[int, dict[str, dict[str, float]]] = {}
     for i, gpu in enumerate(there):
         sampling = {"engine": engine * gpu.total} if any(i in group for group in use.engines) else {}

@@ -27,14 +27,14 @@ SECONDS = 300.0  # for the imports of the process that loads; a model itself tak
 
 def named(config: Config) -> dict[str, str]:
     """All models that a configuration names: key → folder or Hub id."""
-    rewards = config.reward_sources() | config.judge_sources()
+    rewards = config.all_sources()
     models = {"policy.model": config.policy.model, **{f"{key}.model": source.model for key, source in rewards.items()}}
     return {key: model for key, model in models.items() if model is not None}
 
 
 def folders(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Whether each model is there with all its files, a tokenizer and a chat template among them."""
-    rewards = config.reward_sources() | config.judge_sources()
+    rewards = config.all_sources()
     for key, model in named(config).items():
         source = rewards.get(key.removesuffix(".model"))
         labels = 1 if source and not source.heads and not source.trust_remote_code else None
@@ -98,6 +98,9 @@ def context(config: Config, run_dir: Path) -> Iterator[Finding]:
         "generate.engine.max_model_len": config.generate.engine.max_model_len or 0,
         "train.max_length": config.train.max_length,
     }
+    if config.longest_answer > config.generate.max_tokens:
+        needed = config.prompts.max_tokens + config.longest_answer + 1
+        asked["prompts.max_tokens + the largest max_tokens of evaluate.suites + 1"] = needed
     over = [f"{name} is {length}" for name, length in asked.items() if length > limit]
     said = f"the policy reads up to {limit} tokens" + (f", but {', '.join(over)}" if over else "")
     yield Finding("error" if over else "ok", "context", said)
@@ -105,7 +108,7 @@ def context(config: Config, run_dir: Path) -> Iterator[Finding]:
 
 def loads(config: Config) -> list[Finding]:
     """A finding for each model that is a folder: does it load? It takes some seconds, since PyTorch is imported."""
-    rewards = config.reward_sources() | config.judge_sources()
+    rewards = config.all_sources()
     asked = []
     for key, model in named(config).items():
         source = rewards.get(key.removesuffix(".model"))

@@ -24,7 +24,7 @@ MAKE_RULES = "import sys; from reward import kinds; kinds.load('rules', sys.argv
 
 def sources(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Findings for each source of the reward and of the judge, and whether the judge is independent."""
-    for key, source in (config.reward_sources() | config.judge_sources()).items():
+    for key, source in config.all_sources().items():
         own = source.served()
         for name in (source.api_key_env, getattr(own[1], "api_key_env", None) if own else None):
             if name and not os.environ.get(name):

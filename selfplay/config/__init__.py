@@ -5,7 +5,7 @@ An unknown key is an error that names the nearest valid one.
 """
 
 from selfplay.config.base import Section
-from selfplay.config.evaluate import EvaluateConfig, GateConfig, JudgeConfig
+from selfplay.config.evaluate import EvaluateConfig, GateConfig
 from selfplay.config.generate import EngineConfig, GenerateConfig
 from selfplay.config.guard import GuardConfig, Limits
 from selfplay.config.loading import load
@@ -14,11 +14,20 @@ from selfplay.config.placement import PlacementConfig
 from selfplay.config.policy import PolicyConfig, SwapConfig
 from selfplay.config.prompts import BreadthConfig, EvolveConfig, PromptsConfig
 from selfplay.config.retention import RetentionConfig
-from selfplay.config.reward import CacheConfig, EnsembleConfig, MemberConfig, RewardConfig, RewardSource, ShapingConfig
+from selfplay.config.reward import (
+    CacheConfig,
+    EnsembleConfig,
+    JudgeConfig,
+    MemberConfig,
+    RewardConfig,
+    RewardSource,
+    ShapingConfig,
+)
 from selfplay.config.run import RunConfig
 from selfplay.config.schedule import EndConfig, ScheduleConfig
 from selfplay.config.schema import Config
 from selfplay.config.service import ServiceConfig
+from selfplay.config.suites import SuiteConfig, SuiteGate
 from selfplay.config.train import EveryN, LoraConfig, TrainConfig
 
 __all__ = [
@@ -51,6 +60,8 @@ __all__ = [
     "Section",
     "ServiceConfig",
     "ShapingConfig",
+    "SuiteConfig",
+    "SuiteGate",
     "SwapConfig",
     "TrainConfig",
     "load",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from selfplay.config.base import Positive, Section, Share
-from selfplay.config.reward import EnsembleConfig, RewardSource
+from selfplay.config.reward import JudgeConfig
+from selfplay.config.suites import SuiteConfig
 
 
 class GateConfig(Section):
@@ -25,11 +27,6 @@ class GateConfig(Section):
     """Limit of the share of answers that hit the token limit, unless the champion's share is as high."""
 
 
-class JudgeConfig(RewardSource):
-    ensemble: EnsembleConfig | None = None
-    """Several rewards as one judge, instead of `model` or `url`; their scale is fixed on the first answers it judges."""
-
-
 class EvaluateConfig(Section):
     prompts: Positive = 128
     """Held-out prompts answered by candidate and champion, drawn anew each round."""
@@ -45,3 +42,13 @@ class EvaluateConfig(Section):
     """Bootstrap samples."""
     gate: GateConfig = GateConfig()
     """When a candidate becomes the current policy."""
+    suites: list[SuiteConfig] = []
+    """Benchmarks between rounds: what is asked, how it is scored, and by how much a score may fall (docs/suites.md)."""
+
+    @field_validator("suites")
+    @classmethod
+    def _own_names(cls, suites: list[SuiteConfig]) -> list[SuiteConfig]:
+        counts = Counter(suite.name for suite in suites)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"two suites are called {twice[0]!r}")
+        return suites

@@ -190,6 +190,11 @@ class EnsembleConfig(Section):
         return self
 
 
+class JudgeConfig(RewardSource):
+    ensemble: EnsembleConfig | None = None
+    """Several rewards as one judge, instead of `model` or `url`; their scale is fixed on the first answers it judges."""
+
+
 class ShapingConfig(Section):
     """What is taken off the external reward before pairs are made; each part is recorded in reward_parts."""
 

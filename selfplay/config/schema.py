@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from selfplay import kinds
 from selfplay.config.base import Section
-from selfplay.config.evaluate import EvaluateConfig, JudgeConfig
+from selfplay.config.evaluate import EvaluateConfig
 from selfplay.config.generate import GenerateConfig
 from selfplay.config.guard import GuardConfig
 from selfplay.config.pairs import DepthConfig, PairsConfig
@@ -19,10 +19,11 @@ from selfplay.config.placement import PlacementConfig
 from selfplay.config.policy import PolicyConfig, SwapConfig
 from selfplay.config.prompts import BreadthConfig, EvolveConfig, PromptsConfig
 from selfplay.config.retention import RetentionConfig
-from selfplay.config.reward import WHICH, RewardConfig, RewardSource
+from selfplay.config.reward import WHICH, JudgeConfig, RewardConfig, RewardSource
 from selfplay.config.run import RunConfig
 from selfplay.config.schedule import ScheduleConfig
 from selfplay.config.service import ServiceConfig
+from selfplay.config.suites import SuiteConfig
 from selfplay.config.train import EveryN, TrainConfig
 
 Tracker = Annotated[
@@ -83,6 +84,12 @@ class Config(Section):
             raise ValueError(
                 f"prompts.max_tokens + generate.max_tokens + 1 = {longest + 1} is more than generate.engine.max_model_len = {context}"
             )
+        needed = self.prompts.max_tokens + self.longest_answer + 1
+        if context is not None and needed > context:
+            raise ValueError(
+                f"prompts.max_tokens + the largest max_tokens of evaluate.suites + 1 = {needed} is more than "
+                f"generate.engine.max_model_len = {context}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -134,6 +141,22 @@ class Config(Section):
         """What judges at the gate, in the same way; empty where that is the reward that trains."""
         judge = self.evaluate.judge
         return {} if judge is None else _sources("evaluate.judge", judge, self.reward)
+
+    def suite_sources(self, suite: SuiteConfig) -> dict[str, RewardSource]:
+        """What scores the answers of a suite, in the same way; empty where nothing has to."""
+        return (
+            {} if suite.reward is None else _sources(f"evaluate.suites.{suite.name}.reward", suite.reward, self.reward)
+        )
+
+    def all_sources(self) -> dict[str, RewardSource]:
+        """Everything that scores: the reward, the judge and the rewards of the suites."""
+        suites = [self.suite_sources(suite) for suite in self.evaluate.suites]
+        return {k: s for some in (self.reward_sources(), self.judge_sources(), *suites) for k, s in some.items()}
+
+    @property
+    def longest_answer(self) -> int:
+        """The most tokens that the engine samples for one answer, of a round or of a suite."""
+        return max([self.generate.max_tokens, *(suite.max_tokens or 0 for suite in self.evaluate.suites)])
 
     def fixed(self) -> dict[str, Any]:
         """What cannot change within a run folder: policy, data split, seed."""

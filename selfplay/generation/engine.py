@@ -7,10 +7,11 @@ oom, disk or internal. Prompts come from files and answers go to files, so that 
     load             {model, dtype, seed, max_model_len, max_num_seqs, gpu_memory_utilization, tensor_parallel,
                      trust_remote_code, sleep_mode}                         → what runs (version, device, block size, …)
     generate         {prompts, start, count, seeds: one a prompt, policy: the version that answers, out,
-                     sampling: {n, temperature, top_p, top_k, max_tokens, stop_token_ids},
+                     sampling: {n, temperature, top_p, top_k, stop, max_tokens, stop_token_ids},
                      thinking: {start, end, hidden}; null or left out: the policy does not think}
                      → n answers to each of `count` prompts are in the file `out`: {rows, tokens, seconds}
-    answer_logps     {prompts, answers, start, count, per_prompt}           → summed nats of `count` answers, each
+    answer_logps     {prompts, answers, start, count, per_prompt, greedy}   → summed nats of `count` answers, each; with
+                     `greedy` pairs of them and of whether every token was the likeliest
     logps            {sequences: [{token_ids, start}]}                      → summed nats of tokens start … T-1, each
     reload           {path}                                                 → the weights are replaced in place
     reset            {}                                                     → the prefix cache is empty
@@ -157,18 +158,7 @@ class Engine:
             self._check(ids, self._room - sampling["max_tokens"], f"prompt {name} (number {start + len(names)})")
             names.append(name)
             prompts.append(ids.tolist())
-            params.append(
-                SamplingParams(
-                    n=sampling["n"],
-                    temperature=sampling["temperature"],
-                    top_p=sampling["top_p"],
-                    top_k=sampling["top_k"],
-                    max_tokens=sampling["max_tokens"],
-                    stop_token_ids=sampling["stop_token_ids"],
-                    seed=seed % SEEDS,
-                    logprobs=0,
-                )
-            )
+            params.append(SamplingParams(**sampling, seed=seed % SEEDS, logprobs=0))
         thinking = Thinking(self._engine.get_tokenizer(), **order["thinking"]) if order.get("thinking") else None
         self.flights.launch(
             self._engine,
@@ -180,8 +170,8 @@ class Engine:
         )
         return LATER
 
-    def answer_logps(self, order: Event) -> list[float]:
-        found: list[float] = []
+    def answer_logps(self, order: Event) -> list[float] | list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = []
         groups = answers.with_prompts(
             Path(order["prompts"]),
             Path(order["answers"]),
@@ -193,7 +183,7 @@ class Engine:
             for ids, _ in sequences:
                 self._check(ids, self._room - 1, "an answer behind its prompt")
             found += self._logps(order, [(ids.tolist(), begin) for ids, begin in sequences], len(found), order["count"])
-        return found
+        return found if order["greedy"] else [logp for logp, _ in found]
 
     def logps(self, order: Event) -> list[float]:
         sequences = [(sequence["token_ids"], sequence["start"]) for sequence in order["sequences"]]
@@ -201,17 +191,22 @@ class Engine:
             self._check(np.array(ids), self._room - 1, f"sequence (number {i})")
             if not 1 <= begin < len(ids):
                 raise OrderError("input", f"start {begin} leaves no token of {len(ids)}")
-        return self._logps(order, sequences, 0, len(sequences))
+        return [logp for logp, _ in self._logps(order, sequences, 0, len(sequences))]
 
-    def _logps(self, order: Event, sequences: Sequence[tuple[list[int], int]], before: int, total: int) -> list[float]:
-        """Summed nats of the tokens from `start` on of each (token_ids, start)."""
+    def _logps(
+        self, order: Event, sequences: Sequence[tuple[list[int], int]], before: int, total: int
+    ) -> list[tuple[float, bool]]:
+        """Of each (token_ids, start): summed nats of the tokens from `start` on, and whether each of them was the likeliest."""
         from vllm import SamplingParams
 
         # Such a request never reads the prefix cache.
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         ids = [ids for ids, _ in sequences]
         found = self._run(order, ids, [params.clone() for _ in ids], _prompt_logps, before, total)
-        return [_finite(math.fsum(each[begin - 1 :])) for each, (_, begin) in zip(found, sequences, strict=True)]
+        return [
+            (_finite(math.fsum(logps[begin - 1 :])), bool((ranks[begin - 1 :] == 1).all()))
+            for (logps, ranks), (_, begin) in zip(found, sequences, strict=True)
+        ]
 
     def reload(self, order: Event) -> dict[str, Any]:
         began = time.monotonic()
@@ -320,10 +315,11 @@ def _answer(completion: Any, said: Said | None = None) -> Answer:
     )
 
 
-def _prompt_logps(output: Any) -> NDArray[np.float64]:
-    """Nats (T − 1,) of the tokens 1 … T−1 of a prompt."""
+def _prompt_logps(output: Any) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Nats (T − 1,) of the tokens 1 … T−1 of a prompt, and their ranks (T − 1,), 1 for the likeliest."""
     ids, steps = output.prompt_token_ids, output.prompt_logprobs
-    return np.array([steps[t][ids[t]].logprob for t in range(1, len(ids))])
+    said = [steps[t][ids[t]] for t in range(1, len(ids))]
+    return np.array([each.logprob for each in said]), np.array([each.rank for each in said])
 
 
 def _finite(logp: float) -> float:

@@ -279,6 +279,6 @@ def _assigned(
 def _made_from(config: Config) -> tuple[object, ...]:
     """What engines are started with: it cannot change under those that run."""
     place, generate = config.placement, config.generate
-    lengths = (config.prompts.max_tokens, generate.max_tokens)  # they decide on their context
+    lengths = (config.prompts.max_tokens, config.longest_answer)  # they decide on their context
     policy = config.policy.model_copy(update={"thinking": None})  # which is told with each order
     return policy, config.run.seed, lengths, generate.engine, generate.engines, place.generator, place.colocated

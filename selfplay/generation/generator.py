@@ -35,6 +35,18 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen, where that is not as the section `generate` says."""
+
+    temperature: float
+    """0 takes the likeliest token each time."""
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, and are no part of its text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """Shards of a file of `Prompt` rows that a policy is to answer."""
 
@@ -46,6 +58,8 @@ class Ask:
     """Answers to each prompt; by default `generate.candidates`."""
     max_tokens: int | None = None
     """The longest of them; by default `generate.max_tokens`."""
+    sampling: Sampling | None = None
+    """By default as in the section `generate`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +68,9 @@ class Range:
 
     start: int
     count: int
-    done: Callable[[list[float]], None]
-    """Takes their log-probabilities."""
+    done: Callable[[list[Any]], None]
+    """Takes their log-probabilities, or with `greedy` a pair [log-probability, whether each token was the likeliest] of each."""
+    greedy: bool = False
     policy: Policy | None = None
     """None for the one that serves."""
 
@@ -110,6 +125,7 @@ class Generator(Engines):
 
     def _sampling(self, ask: Ask, shard: Shard, done: Callable[[Any], None], progress: Callable[[int], None]) -> Piece:
         settings, policy = self._config.generate, ask.policy or self.policy
+        how = ask.sampling or Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
         assert self.info is not None and policy is not None, "load a policy first"
         candidates = ask.candidates or settings.candidates
         stops = settings.stop_token_ids if settings.stop_token_ids is not None else self.info.eos_ids
@@ -124,9 +140,10 @@ class Generator(Engines):
                 "out": str(_partial(shard)),
                 "sampling": {
                     "n": candidates,
-                    "temperature": settings.temperature,
-                    "top_p": settings.top_p,
-                    "top_k": settings.top_k,
+                    "temperature": how.temperature,
+                    "top_p": how.top_p,
+                    "top_k": how.top_k,
+                    "stop": list(how.stop),
                     "max_tokens": ask.max_tokens or settings.max_tokens,
                     "stop_token_ids": stops,
                 },
@@ -187,7 +204,7 @@ class Generator(Engines):
         """The same for several ranges of answers and under several policies. What they find comes in any order."""
         progress = _Count(on_progress)
 
-        def done(piece: Range, found: list[float]) -> None:
+        def done(piece: Range, found: list[Any]) -> None:
             piece.done(found)
             progress.done(piece, len(found))
 
@@ -195,7 +212,7 @@ class Generator(Engines):
         for each in ranges:
             policy = each.policy or self.policy
             assert policy is not None, "load a policy first"
-            fields = {"start": each.start, "count": each.count, "per_prompt": per_prompt}
+            fields = {"start": each.start, "count": each.count, "per_prompt": per_prompt, "greedy": each.greedy}
             pieces.append(
                 Piece(
                     order="answer_logps",

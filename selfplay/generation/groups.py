@@ -42,7 +42,7 @@ def shares_gpus(config: Config, gpus: int | None = None) -> bool:
     if config.placement.shared:  # then a reward model has left the GPUs before an engine loads
         return False
     there = range(count_gpus() if gpus is None else gpus)
-    sources = (config.reward_sources() | config.judge_sources()).values()
+    sources = config.all_sources().values()
     if not there or all(source.url for source in sources):
         return False
     engines = {gpu for group in groups(config, len(there)) for gpu in (there if group is None else group)}

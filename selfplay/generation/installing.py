@@ -273,7 +273,7 @@ class WarmEngine:
     def _context(self, model: dict[str, Any], canaries: Canaries) -> int:
         """Context of the engine (tokens): room for a prompt, its response, one scored token more, and the canaries."""
         config = self.config
-        needed = config.prompts.max_tokens + config.generate.max_tokens
+        needed = config.prompts.max_tokens + config.longest_answer
         room = 1 + max(len(ids) for ids in canaries.token_ids)
         limit = model.get("max_position_embeddings")
         context = config.generate.engine.max_model_len
@@ -282,8 +282,8 @@ class WarmEngine:
             context = min(context, limit) if isinstance(limit, int) else context
         if context < max(needed + 1, room):
             raise ConfigError(
-                f"the engine's context is {context} tokens; prompts.max_tokens + generate.max_tokens + 1 take {needed + 1}, the "
-                f"canaries {room}",
+                f"the engine's context is {context} tokens; prompts.max_tokens + generate.max_tokens (or a suite's) + 1 take "
+                f"{needed + 1}, the canaries {room}",
                 f"the model's own limit is {limit}: lower the first two, or raise generate.engine.max_model_len",
             )
         return context

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from selfplay.config import GenerateConfig
-from selfplay.generation.generator import Ask, Generator, Shard
+from selfplay.generation.generator import Ask, Generator, Sampling, Shard
 from selfplay.models import thinking
 from selfplay.progress import Line
 from selfplay.stage import Metrics, Stage, samples
@@ -86,6 +86,8 @@ class Request:
     candidates: int = 1
     max_tokens: int | None = None
     """The longest answer; by default what the generator is set to."""
+    sampling: Sampling | None = None
+    """By default what the generator is set to."""
 
 
 def ask(
@@ -108,7 +110,7 @@ def ask(
         if request.rows:
             tables.write_rows(asked, request.rows, Prompt)
         seeds = [request.seed(row.prompt_id) for row in request.rows]
-        every, missing = _shards(request.shards, seeds, shard_prompts)
+        every, missing = cut(request.shards, seeds, shard_prompts)
         files.append([shard.file for shard in every])
         there += len(seeds) - sum(len(shard.seeds) for shard in missing)
         if missing:
@@ -119,6 +121,7 @@ def ask(
                     policy=request.policy,
                     candidates=request.candidates,
                     max_tokens=request.max_tokens,
+                    sampling=request.sampling,
                 )
             )
     on_progress(there)
@@ -151,7 +154,7 @@ def sample(
     """
     folders.make(shards)
     seeds = [seed(prompt_id) for prompt_id in tables.read_column(prompts, "prompt_id")]
-    every, missing = _shards(shards, seeds, shard_prompts)
+    every, missing = cut(shards, seeds, shard_prompts)
     left = {shard.start for shard in missing}
     there = 0
     for shard in every:
@@ -169,7 +172,7 @@ def sample(
     return [shard.file for shard in every]
 
 
-def _shards(folder: Path, seeds: Sequence[int], size: int) -> tuple[list[Shard], list[Shard]]:
+def cut(folder: Path, seeds: Sequence[int], size: int) -> tuple[list[Shard], list[Shard]]:
     """All shards of some prompts, and those of them that have no file yet."""
     every = [
         Shard(start=start, seeds=seeds[start : start + size], file=folder / f"{start:08d}.parquet")

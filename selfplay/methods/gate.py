@@ -12,6 +12,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+AT_ONCE = 1 << 20  # values that a bootstrap draws at a time: a benchmark may have ten thousand rows
+
 
 def wins(candidate: ArrayLike, champion: ArrayLike) -> NDArray[np.float64]:
     """1 where the candidate's score is higher, ½ at ties, 0 else; (N,) each."""
@@ -21,9 +23,11 @@ def wins(candidate: ArrayLike, champion: ArrayLike) -> NDArray[np.float64]:
 
 def bootstrap(values: ArrayLike, samples: int, confidence: float, seed: int) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` (N,), over prompts."""
-    v = np.asarray(values, np.float64)
-    draws = np.random.default_rng(seed).integers(0, v.size, (samples, v.size))
-    low, high = np.quantile(v[draws].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    v, random = np.asarray(values, np.float64), np.random.default_rng(seed)
+    step = max(1, AT_ONCE // v.size)  # in parts, the draws are the same
+    sizes = [min(step, samples - start) for start in range(0, samples, step)]
+    means = np.concatenate([v[random.integers(0, v.size, (size, v.size))].mean(axis=1) for size in sizes])
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -122,6 +122,13 @@ def _plain_backend(tokenizer: Any) -> Any | None:
     return tokenizer.backend_tokenizer
 
 
+def run_encode(order: dict[str, Any]) -> list[list[int]]:
+    """The order «encode» of a child: token ids of each text, as a part of an answer."""
+    tokenizer = load_tokenizer(Path(order["policy"]), order["trust_remote_code"])
+    found: list[list[int]] = tokenizer(order["texts"], add_special_tokens=False)["input_ids"]
+    return found
+
+
 def run_render(order: dict[str, Any]) -> list[list[int] | str]:
     """The order «render» of a child: token ids of each conversation, or why it has none."""
     tokenizer = load_tokenizer(Path(order["policy"]), order["trust_remote_code"])

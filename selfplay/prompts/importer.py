@@ -6,6 +6,7 @@ A process of its own because it needs a tokenizer and the initial model, which t
                                                                       the pool and what policy 0 needs
     {"order": "render", "policy": folder, "trust_remote_code": …, "template": …, "conversations": […]}
                                                                       token ids of each, or why it has none
+    {"order": "encode", "policy": folder, "trust_remote_code": …, "texts": […]}     token ids of each
 
 `template` is what conversations are rendered with (`PolicyConfig.template`). The import reads its sources twice (`survey.py`, `parts.py`), in as many processes as the importer may use processors. Its
 progress is {"text", "done", "total"}. Finished parts stay in `work` until the pool is whole.
@@ -26,7 +27,7 @@ from typing import Any
 from selfplay import seeds
 from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
-from selfplay.models.rendering import Renderer, Template, load_tokenizer, run_render
+from selfplay.models.rendering import Renderer, Template, load_tokenizer, run_encode, run_render
 from selfplay.processes.protocol import protocol, quick_imports
 from selfplay.prompts import formats, parts, pool, references
 from selfplay.prompts import survey as surveys
@@ -201,6 +202,8 @@ def main() -> None:
         try:
             if order["order"] == "render":
                 channel.result(order, run_render(order))
+            elif order["order"] == "encode":
+                channel.result(order, run_encode(order))
             else:
                 config = Config.model_validate(order["config"])
                 template = Template.read(order["template"])

@@ -47,11 +47,12 @@ def readers(config: Config, *, held_out: bool) -> list[Kind]:
     """
     trains, judges = config.reward_sources(), config.judge_sources() or config.reward_sources()
     both = [*trains.values(), *judges.values()] if config.prompts.heldout is None else []
-    found = [_reader(source) for source in both or (judges if held_out else trains).values()]
+    found = [reader(source) for source in both or (judges if held_out else trains).values()]
     return [kind for kind in found if kind is not None]
 
 
-def _reader(source: RewardSource) -> Kind | None:
+def reader(source: RewardSource) -> Kind | None:
+    """The settings of a reward that checks answers by a reference; None for any other."""
     served = source.served()
     return served[1] if served is not None and type(served[1]).unreadable is not Kind.unreadable else None
 

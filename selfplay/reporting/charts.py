@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any
 
 from selfplay.planning.gantt import length
-from selfplay.reporting import gold, who_worked
+from selfplay.reporting import gold, suites, who_worked
 from selfplay.reporting.drawing import MANY, C, Chart, beyond, histogram, hollow, line, stacked
 from selfplay.reporting.history import Run
 
@@ -40,6 +40,19 @@ def draw_gold(ax: Any, run: Run) -> None:
     _, metric = gold.initial_and_candidate("total")
     line(ax, run, metric, "total, audit", PART_COLOURS[0], **AUDIT)
     ax.set_ylabel("gold score (mean)")
+
+
+def draw_suites(ax: Any, run: Run) -> None:
+    """Each suite's score with its interval where the rounds are few, and the champion's where it was asked."""
+    for name, colour in zip(suites.names(run.figures), cycle(PART_COLOURS)):
+        _, metric = suites.champion_and_candidate(name)
+        known = [r for r in run.spread if f"{metric}_low" in r.metrics]
+        if len(known) <= MANY:
+            bounds = [[r.metrics[f"{metric}_{bound}"] for r in known] for bound in ("low", "high")]
+            ax.vlines([r.index for r in known], *bounds, color=C[colour], linewidth=1, alpha=0.5)
+        line(ax, run, metric, name, colour)
+        hollow(ax, run, metric, colour)
+    ax.set_ylabel("score (mean)")
 
 
 def draw_win_rate(ax: Any, run: Run) -> None:
@@ -192,6 +205,10 @@ def charts(run: Run) -> list[Chart]:
             title="Gold", draw=draw_gold,
             caption=f"Mean score of the candidate by {rubric}, which never trains nor gates: on the prompts of the gate, and the total "
             "on the fixed audit set too.")),
+        (bool(suites.names(run.figures)), Chart(
+            title="Suites", draw=draw_suites,
+            caption="Mean score of the candidate on benchmarks between rounds, with its interval by bootstrap. A hollow point was "
+            "rejected.")),
         (run.has("evaluate/win_rate"), Chart(
             title="Win rate", draw=draw_win_rate,
             caption="Share of held-out prompts where the candidate's answer has the higher reward. Ties count half. The interval is "

@@ -19,7 +19,7 @@ import jinja2
 
 from selfplay.errors import SelfplayError
 from selfplay.processes.protocol import die_with_parent
-from selfplay.reporting import gold, word_diff
+from selfplay.reporting import gold, suites, word_diff
 from selfplay.reporting.answers import about
 from selfplay.reporting.charts import charts
 from selfplay.reporting.drawing import COLOURS, Chart
@@ -118,7 +118,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def columns(run: Run) -> list[tuple[str, Names, str]]:
     """The columns of the table of rounds that have something to show: name, metrics, and the format of a number."""
-    parts = gold.parts(run.figures)
+    parts, benchmarks = gold.parts(run.figures), suites.names(run.figures)
     found: list[tuple[str, Names, str]] = [
         ("candidates", "generate/candidates", ".0f"),
         ("sampled reward", "score/reward_mean", ".3f"),
@@ -142,6 +142,8 @@ def columns(run: Run) -> list[tuple[str, Names, str]]:
         ("cut off", "evaluate/cut_off", ".1%"),
         ("thinks", "evaluate/thinking_share", ".1%"),
         ("thinking tokens", "evaluate/thinking_tokens", ".0f"),
+        *((f"suite {name}", suites.champion_and_candidate(name), ".3f") for name in benchmarks),
+        *((f"{name}: difference", suites.difference(name), "") for name in benchmarks),
         ("audit win rate", "evaluate/audit_win_rate", ""),
         *((f"audit gold {part}", gold.initial_and_candidate(part), ".3f") for part in parts),
         ("ties", "guard/ties", ".1%"),

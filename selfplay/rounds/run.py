@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from selfplay.config import Config, EnsembleConfig, RewardSource
+from selfplay.config import Config, EnsembleConfig, RewardSource, SuiteConfig
 from selfplay.errors import InputError, RewardError, SelfplayError
 from selfplay.evaluation.rubric import Rubric
 from selfplay.generation.generator import Generator
@@ -33,6 +33,7 @@ from selfplay.rewards.scorer import Scorer
 from selfplay.rounds import intake
 from selfplay.rounds.importing import ask_importer
 from selfplay.rounds.requirements import load_function, packages, require_models
+from selfplay.rounds.suites import require_suites
 from selfplay.rounds.turns import Turns
 from selfplay.storage import folders
 from selfplay.storage.ledger import RESTARTS, Store
@@ -65,11 +66,14 @@ class Run:
         self._cache: ScoreCache | None = None
         self.early: EarlyScoring | None = None
         """Scores of the open round that were asked for while it sampled, or are now."""
+        self.suite_scorers: list[Scorer] = []
+        """Rewards of the suites that are asked now."""
         self.turns = Turns(
             {
                 "engine": lambda: self.generator.sleep() if self.serving.loaded else None,
                 "reward": lambda: self.reward.make_room(),
                 "judge": lambda: self.judge.make_room(),
+                "suites": self._make_room_of_suites,
                 "trainer": lambda: self.trainer.make_room(),
             },
             lambda: self.config.placement.shared,
@@ -80,6 +84,7 @@ class Run:
         """Look for what the configuration names, before anything starts. Raises InputError or ConfigError."""
         require_models(self.config)
         groups(self.config)
+        require_suites(self.config)
         trackers.require(self.config.track)
         self.gold = load_function("evaluate.gold", self.config.evaluate.gold)
         rewriter = self.config.evolve.rewriter
@@ -160,24 +165,38 @@ class Run:
             self._cache = None
             self.event("warning", f"{error}; nothing is kept in it. {error.hint}")
 
-        today = date.fromisoformat(self.store.created()[:10])
+        self.reward = self._scorer(config, "reward", config.reward_sources(), config.reward.ensemble)
+        self.judge = self._scorer(config, "judge", config.judge_sources(), judge.ensemble) if judge else self.reward
 
-        def scorer(role: str, sources: Mapping[str, RewardSource], ensemble: EnsembleConfig | None) -> Scorer:
-            place = config.placement
-            return Scorer(
-                role,
-                [source.dated(today) for source in sources.values()],
-                ensemble,
-                self.dir,
-                cache=self._cache,
-                gpus=place.reward,
-                shared=place.shared,
-                turn=self.turns.take,
-                on_event=self.event,
-            )
+    def _scorer(
+        self, config: Config, role: str, sources: Mapping[str, RewardSource], ensemble: EnsembleConfig | None,
+        turn: str | None = None,
+    ) -> Scorer:  # fmt: skip
+        """`turn`: the role whose turn it takes on shared GPUs, by default its own."""
+        place, today = config.placement, date.fromisoformat(self.store.created()[:10])
+        return Scorer(
+            role,
+            [source.dated(today) for source in sources.values()],
+            ensemble,
+            self.dir,
+            cache=self._cache,
+            gpus=place.reward,
+            shared=place.shared,
+            turn=lambda own: self.turns.take(turn or own),
+            on_event=self.event,
+        )
 
-        self.reward = scorer("reward", config.reward_sources(), config.reward.ensemble)
-        self.judge = scorer("judge", config.judge_sources(), judge.ensemble) if judge else self.reward
+    def _make_room_of_suites(self) -> None:
+        for scorer in self.suite_scorers:
+            scorer.make_room()
+
+    def suite_scorer(self, suite: SuiteConfig) -> Scorer:
+        """The reward of a suite, whose server starts when it is asked; it is for the caller to stop."""
+        assert suite.reward is not None
+        sources = self.config.suite_sources(suite)
+        scorer = self._scorer(self.config, f"suite-{suite.name}", sources, suite.reward.ensemble, turn="suites")
+        self.suite_scorers.append(scorer)
+        return scorer
 
     def _import(self, out: Path, line: Line) -> None:
         found = ask_importer(
@@ -259,28 +278,30 @@ class Run:
     # prompts
 
     def render(self, conversations: Sequence[list[Message]]) -> list[list[int] | str]:
-        """Token ids of each conversation by the policy's chat template, or why it has none.
+        """Token ids of each conversation by the policy's chat template, or why it has none."""
+        found: list[list[int] | str] = self._tokenize("render", conversations=list(conversations))
+        return found
 
-        A trainer that waits does it at once; without one it takes a child of its own, and seconds.
-        """
-        policy, trusted, template = self.policy(0).path, self.config.policy.trust_remote_code, self._template
-        found: list[list[int] | str]
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, as a part of an answer."""
+        found: list[list[int]] = self._tokenize("encode", texts=list(texts))
+        return found
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """What a child loads the policy's tokenizer by, and renders conversations with."""
+        trusted = self.config.policy.trust_remote_code
+        return {"policy": self.policy(0).path, "trust_remote_code": trusted, "template": self._template}
+
+    def _tokenize(self, order: str, **fields: Any) -> Any:
+        """A trainer that waits does it at once; without one it takes a child of its own, and seconds."""
+        fields |= self.tokenizer
         if self.trainer.alive:
             try:
-                found = self.trainer.render(Path(policy), trusted, template, conversations)
-                return found
+                return self.trainer.tokenize(order, **fields)
             except ChildDied as error:
-                self.event("warning", f"{error}; another process renders")
-        found = ask_importer(
-            self.dir,
-            "render",
-            self.event,
-            policy=policy,
-            trust_remote_code=trusted,
-            template=template,
-            conversations=list(conversations),
-        )
-        return found
+                self.event("warning", f"{error}; another process does «{order}»")
+        return ask_importer(self.dir, order, self.event, **fields)
 
     @property
     def _template(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The stages of a round, in their order. What each declares stands beside its function."""
 
 from selfplay.evaluation.stage import EVALUATE
+from selfplay.evaluation.suites import SUITE
 from selfplay.generation.sampling import GENERATE
 from selfplay.pairs.deepening import DEPTH
 from selfplay.pairs.stage import PAIRS
@@ -22,7 +23,8 @@ __all__ = [
     "PROMPTS",
     "SCORE",
     "STAGES",
+    "SUITE",
     "TRAIN",
 ]
 
-STAGES = (PROMPTS, GENERATE, SCORE, GUARD, PAIRS, EVOLVE, DEPTH, TRAIN, EVALUATE, PROMOTE)
+STAGES = (PROMPTS, GENERATE, SCORE, GUARD, PAIRS, EVOLVE, DEPTH, TRAIN, EVALUATE, SUITE, PROMOTE)

@@ -9,6 +9,7 @@ import functools
 from pathlib import Path
 
 from selfplay.evaluation.stage import evaluate
+from selfplay.evaluation.suites import suites
 from selfplay.generation.reference import reference_logps, score_anew
 from selfplay.generation.sampling import generate
 from selfplay.pairs.deepening import depth
@@ -17,6 +18,7 @@ from selfplay.progress import Line
 from selfplay.prompts.draw import Embed, prompts
 from selfplay.prompts.evolve import Rewriting, by_function, by_policy, evolve, join
 from selfplay.rounds import reference
+from selfplay.rounds import suites as benchmarks
 from selfplay.rounds.ahead import Ahead
 from selfplay.rounds.answers import Answers
 from selfplay.rounds.frame import Frame
@@ -25,7 +27,7 @@ from selfplay.rounds.promotion import promote
 from selfplay.rounds.requirements import packages, size
 from selfplay.rounds.rewarding import Rewarding
 from selfplay.rounds.run import Run
-from selfplay.rounds.stages import EVOLVE, STAGES, TRAIN
+from selfplay.rounds.stages import EVOLVE, PROMOTE, STAGES, SUITE, TRAIN
 from selfplay.stage import Metrics
 from selfplay.storage import folders, policies, tables
 from selfplay.training.embedding import representatives
@@ -252,6 +254,25 @@ class Steps:
             self.rewarding.probe_or_forget()
         return metrics
 
+    @property
+    def does_suites(self) -> bool:
+        """Whether this round has suites: those that are due now, or were when they were asked. What is promoted stays so."""
+        due = benchmarks.due(self.config, self.index) and not self.frame.done(PROMOTE)
+        return self.frame.done(SUITE) or bool(due)
+
+    def suites(self, out: Path, line: Line) -> Metrics:
+        with benchmarks.opened(self.run, self.frame, benchmarks.due(self.config, self.index)) as due:
+            return suites(
+                out,
+                line,
+                due=due,
+                candidate=self.run.policy(self.index),
+                champion=self.run.policy(self.champion),
+                known=benchmarks.known(self.history.artifact, self.index, self.champion),
+                settings=self.config.evaluate,
+                seed=functools.partial(self.frame.seed, "suite"),
+            )
+
     def promote(self, out: Path, line: Line) -> Metrics:
         promoted = self.promoted
         return promote(
@@ -265,13 +286,19 @@ class Steps:
 
     @property
     def promoted(self) -> bool:
-        """Whether the gate lets the candidate through."""
-        return bool(folders.read_json(self.frame.path("evaluate/verdict.json"))["promoted"])
+        """Whether the gate lets the candidate through, and no suite vetoes."""
+        return not self._vetoes and bool(folders.read_json(self.frame.path("evaluate/verdict.json"))["promoted"])
 
     @property
     def reasons(self) -> list[str]:
-        """Why the gate does not."""
+        """Why the gate does not, and the vetoes of the suites."""
         found: list[str] = folders.read_json(self.frame.path("evaluate/verdict.json"))["reasons"]
+        return found + self._vetoes
+
+    @property
+    def _vetoes(self) -> list[str]:
+        path = self.frame.path("suite/verdict.json")
+        found: list[str] = folders.read_json(path)["vetoes"] if path.is_file() else []
         return found
 
     # what they use

@@ -93,6 +93,14 @@ def table(
     )
 
 
+def continuation(prompt_id: str, token_ids: list[int]) -> Candidate:
+    """Given tokens as an answer, to be scored behind a prompt. Nobody has sampled them."""
+    return Candidate(
+        prompt_id=prompt_id, index=0, text="", token_ids=token_ids, logp=0.0, n_tokens=len(token_ids),
+        finish_reason="stop", policy=0, digest=digest(np.array(token_ids, np.int32)),
+    )  # fmt: skip
+
+
 def each_prompt(path: Path, start: int, count: int) -> Iterator[tuple[str, NDArray[np.int32]]]:
     """`prompt_id` and rendered ids (T,) of the prompts start … start + count − 1 of a file of `Prompt` rows."""
     for rows in tables.each_group(path, ["prompt_id", "prompt_ids"], row_type=Prompt, start=start, count=count):

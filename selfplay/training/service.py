@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from selfplay.processes import gpus
 from selfplay.processes.child import Child, ChildDied, ChildError
 from selfplay.processes.logs import last_line
 from selfplay.training.jobs import CLUSTERS
-from selfplay.types import Message
 
 STARTS = 2  # a trainer that dies is started once more; it resumes from its last save
 
@@ -145,19 +144,11 @@ class Trainer:
         if self._child is not None:
             self._child.hear()
 
-    def render(
-        self, policy: Path, trust_remote_code: bool, template: dict[str, Any], conversations: Sequence[list[Message]]
-    ) -> Any:
-        """Token ids of each conversation by the policy's chat template, or why it has none. Raises ChildDied."""
+    def tokenize(self, order: str, **fields: Any) -> Any:
+        """What the order «render» or «encode» gives (models/rendering.py). Raises ChildDied."""
         assert self._child is not None, "the trainer runs"
         try:
-            return self._child.order(
-                "render",
-                policy=str(policy),
-                trust_remote_code=trust_remote_code,
-                template=template,
-                conversations=list(conversations),
-            )
+            return self._child.order(order, **fields)
         except ChildError as error:
             raise InputError(str(error), error.hint) from error
 

@@ -6,6 +6,7 @@ the first one comes. Orders, each answered with one result or one error (see `se
     {"order": "train", "job": TrainJob}        pairs → checks → ε-DPO → an exported policy and what is known of it
     {"order": "embed", "job": EmbedJob}        embeddings of prompts, and which of them stand for all
     {"order": "render", …}                     conversations to token ids, as the importer does (see models/rendering.py)
+    {"order": "encode", …}                     texts to token ids
     {"order": "features", "job": FeaturesJob}  projected gradients of pairs, their clusters, and closeness to these
     {"order": "canaries", "job": CanaryJob}    log-probabilities of fixed sequences under a checkpoint
     {"order": "exit"}
@@ -85,12 +86,16 @@ def obey(order: Event, channel: Channel, rank: int, kept: Kept) -> bool:
             result = train_job.canaries(CanaryJob.model_validate(order["job"])) if rank == 0 else None
         elif order["order"] == "render":
             result = rendering.run_render(order) if rank == 0 else None
+        elif order["order"] == "encode":
+            result = rendering.run_encode(order) if rank == 0 else None
         elif order["order"] == "embed":
             job = EmbedJob.model_validate(order["job"])
             result = embed_job.embed(job, done, kept) if rank == 0 else None
         else:
             raise TrainError(
-                "input", f"unknown order {order['order']!r}", "known: train, features, embed, render, canaries, exit"
+                "input",
+                f"unknown order {order['order']!r}",
+                "known: train, features, embed, render, encode, canaries, exit",
             )
     except Exception as error:  # the boundary: whatever it is, the one who ordered hears of it
         logger.exception("order %s failed", order["id"])

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from selfplay.config import GuardConfig, Limits
+from selfplay.reporting import suites
 from selfplay.storage import figures, paging
 from selfplay.storage.ledger import RESTARTS
 from selfplay.web.view import View
@@ -93,12 +94,38 @@ class RunCollector(Collector):
             for row in paging.stages(store, last.round):
                 newest.add_metric([row["stage"]], row["seconds"])
             yield newest
+        yield from self._suites()
         for name, what, label, metrics in GAUGES:
             gauge = GaugeMetricFamily(f"selfplay_{name}", what, labels=[label])
             for value, metric in metrics.items():
                 if metric in latest:
                     gauge.add_metric([value], latest[metric])
             yield gauge
+
+    def _suites(self) -> Iterator[Metric]:
+        """The newest scores of the suites, with their bounds."""
+        store = self._view.store
+        names = suites.recorded(store)
+        sides = ("candidate", "champion", "difference")
+        score = {
+            (name, side): metric
+            for name in names
+            for side, metric in zip(
+                sides, (*suites.champion_and_candidate(name)[::-1], suites.difference(name)), strict=True
+            )
+        }
+        bounds = {"mean": "", "low": "_low", "high": "_high"}
+        latest = figures.latest(store, [f"{metric}{suffix}" for metric in score.values() for suffix in bounds.values()])
+        gauge = GaugeMetricFamily(
+            "selfplay_suite_score",
+            "Mean score on a benchmark: of candidate, champion and their difference, with its interval",
+            labels=["suite", "of", "bound"],
+        )
+        for (name, side), metric in score.items():
+            for bound, suffix in bounds.items():
+                if f"{metric}{suffix}" in latest:
+                    gauge.add_metric([name, side, bound], latest[f"{metric}{suffix}"])
+        yield gauge
 
 
 def registry(view: View) -> CollectorRegistry:

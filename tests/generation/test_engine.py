@@ -18,7 +18,7 @@ from selfplay.types import Candidate, Prompt
 
 pytestmark = pytest.mark.service
 
-SAMPLING = {"n": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 48, "stop_token_ids": [EOS]}
+SAMPLING = {"n": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop": [], "max_tokens": 48, "stop_token_ids": [EOS]}
 LONG = [i % 250 + 3 for i in range(100)]  # three blocks of the KV cache and a bit
 
 
@@ -124,7 +124,7 @@ def test_answers_are_scored_behind_their_prompts(engine):
     def score(start, count, answered=folder / "answers.parquet", **fields):
         return engine.order(
             "answer_logps", seen.append, prompts=str(folder / "asked.parquet"), answers=str(answered), start=start,
-            count=count, **{"per_prompt": 4, **fields},
+            count=count, **{"per_prompt": 4, "greedy": False, **fields},
         )  # fmt: skip
 
     assert tables.count_rows(folder / "answers.parquet") == 320 > tables.GROUP_ROWS

@@ -16,6 +16,13 @@ def test_the_bootstrap_interval_of_a_share():
     assert gate.bootstrap([1.0] * 9, 200, 0.95, 0) == (1.0, 1.0)
 
 
+def test_a_bootstrap_in_parts_draws_the_same(monkeypatch):
+    values = np.random.default_rng(1).random(129)
+    whole = gate.bootstrap(values, 500, 0.9, 5)
+    monkeypatch.setattr(gate, "AT_ONCE", 1000)
+    assert gate.bootstrap(values, 500, 0.9, 5) == whole
+
+
 def test_the_length_controlled_win_rate_takes_length_out():
     """Wins made with a known logit 0.4 + 2·Δlog length: at equal length σ(.4) = .599, raw much higher for long answers."""
     rng = np.random.default_rng(0)

@@ -178,8 +178,8 @@ def test_what_is_made_from_a_stage_follows_from_what_the_stages_read():
 
     assert after(PROMPTS) == [stage.name for stage in STAGES]
     assert after(PROMOTE) == ["promote"]
-    assert after(TRAIN) == ["train", "evaluate", "promote"]
-    assert set(after(SCORE)) == {"score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "promote"}
+    assert after(TRAIN) == ["train", "evaluate", "suite", "promote"]
+    assert set(after(SCORE)) == {"score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "suite", "promote"}
     for stage in STAGES:
         for path in stage.reads:  # each reads what an earlier one declares that it writes
             name, _, file = path.partition("/")

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from nicegui import ui
 
 from selfplay.planning.gantt import Span
-from selfplay.reporting import gold, who_worked, word_diff
+from selfplay.reporting import gold, suites, who_worked, word_diff
 from selfplay.reporting.words import NOT_INDEPENDENT
 from selfplay.storage import figures, paging
 from selfplay.storage.ledger import LedgerError
@@ -211,7 +211,7 @@ def charts(view: View) -> None:
 
 def charted(view: View) -> tuple[list[page_charts.Chart], page_charts.Metrics, list[int]]:
     """The charts, the metrics by round that they show (of a long run some rounds only), and which rounds were rejected."""
-    shown = page_charts.charts(gold.recorded(view.store))
+    shown = page_charts.charts(gold.recorded(view.store), suites.recorded(view.store))
     bands = [chart.band for chart in shown if chart.band is not None]
     metrics = figures.trends(view.store, page_charts.names(shown), bands)
     return shown, metrics, figures.rejected(view.store, metrics)

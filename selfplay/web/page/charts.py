@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfplay.planning.gantt import Span, length
-from selfplay.reporting import gold
+from selfplay.reporting import gold, suites
 from selfplay.reporting import who_worked as who
 from selfplay.web.api_models import Histogram
 
@@ -83,17 +83,39 @@ GOLD_PLACE = 2  # of the chart of gold scores among the others
 PART_COLOURS = ("orange", "green", "blue", "purple", "teal", "red")  # of the rubric's parts, total first
 
 
-def charts(parts: Sequence[str]) -> list[Chart]:
-    """All charts of a run whose rubric has these parts."""
+def charts(parts: Sequence[str], benchmarks: Sequence[str] = ()) -> list[Chart]:
+    """All charts of a run whose rubric has these parts, and which has these suites."""
+    added = [found for found in (_gold(parts), _suites(benchmarks)) if found is not None]
+    return [*CHARTS[:GOLD_PLACE], *added, *CHARTS[GOLD_PLACE:]]
+
+
+def _suites(benchmarks: Sequence[str]) -> Chart | None:
+    """The scores of the suites; of a single one the interval and the champion's score too."""
+    scores = [suites.champion_and_candidate(name) for name in benchmarks]
+    if not scores:
+        return None
+    lines = [
+        Line(candidate, name, colour)
+        for name, (_, candidate), colour in zip(benchmarks, scores, itertools.cycle(PART_COLOURS), strict=False)
+    ]
+    if len(scores) > 1:
+        return Chart("Suites", "mean score of the candidate on benchmarks between rounds", tuple(lines))
+    champion, candidate = scores[0]
+    return Chart(
+        "Suites", "mean score of candidate and champion on a benchmark between rounds, with the candidate's interval",
+        (*lines, Line(champion, "champion", "grey", "dashed")), band=(f"{candidate}_low", f"{candidate}_high"),
+    )  # fmt: skip
+
+
+def _gold(parts: Sequence[str]) -> Chart | None:
     if not parts:
-        return [*CHARTS]
+        return None
     lines = [
         Line(gold.champion_and_candidate(part)[1], part, colour)
         for part, colour in zip(parts, itertools.cycle(PART_COLOURS))
     ]
     lines.append(Line(gold.initial_and_candidate("total")[1], "total, audit", PART_COLOURS[0], "dotted"))
-    chart = Chart("Gold", "mean by the gold rubric, which never trains nor gates", tuple(lines))
-    return [*CHARTS[:GOLD_PLACE], chart, *CHARTS[GOLD_PLACE:]]
+    return Chart("Gold", "mean by the gold rubric, which never trains nor gates", tuple(lines))
 
 
 def names(shown: Sequence[Chart]) -> list[str]:
@@ -129,7 +151,7 @@ def options(chart: Chart, metrics: Metrics, rejected: Sequence[int] = ()) -> dic
         }  # fmt: skip
     points = shown[0][1]
     hollow = [p for p in points if p[0] in set(rejected)]
-    if hollow and chart.title in ("Reward", "Win rate", "Length", "KL"):
+    if hollow and chart.title in ("Reward", "Win rate", "Length", "KL", "Suites"):
         drawn.append(
             {"name": "rejected", "type": "scatter", "data": hollow, "symbolSize": 7, "z": 5, "itemStyle": {
                 "color": "transparent", "borderColor": COLOURS["red"], "borderWidth": 1.6, "opacity": 1}}

@@ -1,0 +1,68 @@
+"""Looks at the benchmarks between rounds."""
+
+import json
+
+import pytest
+from mini import TINY
+
+from selfplay.checks.suites import benchmarks
+from selfplay.config import Config, load
+from selfplay.errors import ConfigError, InputError
+
+RULES = {"rules": [{"rule": "length", "max": 3}]}
+CHOICE = {"question": "Which?", "choices": ["x", "y"], "answer": 0}
+
+
+@pytest.fixture
+def look(tmp_path):
+    def found(*rows, **settings):
+        path = tmp_path / "suite.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        suite = {"name": "s", **({"file": str(path)} if "task" not in settings else {}), **settings}
+        config = load(TINY, [f"evaluate.suites={json.dumps([suite])}"])
+        assert Config.model_validate(config.model_dump(mode="json")) == config  # as processes hand it on
+        return [(finding.level, finding.about, finding.text) for finding in benchmarks(config, tmp_path)]
+
+    return found
+
+
+def test_a_suite_that_can_be_asked(look):
+    assert look(CHOICE, CHOICE) == [
+        ("ok", "evaluate.suites s", "2 of 2 rows of multiple choice, every round; it is reported only")
+    ]
+    ((_, _, text),) = look({"prompt": "?"}, reward=RULES, prompts=8, every=3, gate={"max_drop": 0.02})
+    assert text == (
+        "1 of 1 rows whose answers a reward scores, every 3 rounds; it vetoes a fall of more than 0.02 at 95% confidence"
+    )
+
+
+def test_settings_of_the_other_kind_are_named(look):
+    with pytest.raises(ConfigError, match=r"evaluate.suites s: .* is multiple choice, which needs no reward"):
+        look(CHOICE, reward=RULES)
+    with pytest.raises(ConfigError, match="need a `reward`"):
+        look({"prompt": "?"})
+    with pytest.raises(ConfigError, match="multiple choice has no metric 'f1'"):
+        look(CHOICE, metric="f1")
+    unknown = {"prompt": "?", "instruction_id_list": ["length:of_a_mile"], "kwargs": [{}]}
+    with pytest.raises(InputError, match=r"suite s: .*suite.jsonl, row 1: .*length:of_a_mile"):
+        look(unknown, reward={"source": {"kind": "instructions"}})
+    with pytest.raises(InputError, match="has no rows"):
+        look(reward=RULES)
+    with pytest.raises(ConfigError, match="`chat` has no meaning for a suite with a `file`"):
+        look(CHOICE, chat=False)
+    with pytest.raises(ConfigError, match="is no folder"):
+        look(task="t", include_path="/nowhere")
+
+
+@pytest.mark.slow
+def test_a_task_that_needs_a_download_is_named(look, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    (tmp_path / "remote.yaml").write_text(
+        "task: mini_remote\ndataset_path: someone/questions\ntest_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+    )
+    ((level, about, text),) = look(task="mini_remote", include_path=str(tmp_path))
+    assert (level, about) == ("error", "evaluate.suites s")
+    assert "the task mini_remote cannot be loaded: ConnectionError" in text
+    assert "HF_HUB_OFFLINE is set" in text
