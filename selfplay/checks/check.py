@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from selfplay.checks import functions, gpus, machine, models, prompts, reward, service, timeline, webhook
+from selfplay.checks import functions, gpus, machine, models, prompts, reward, service, shown, timeline, webhook
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import SelfplayError
@@ -25,6 +25,7 @@ LOOKS: tuple[tuple[str, Look], ...] = (
     ("evolve.rewriter", functions.rewriter),
     ("reward", reward.sources),
     ("run folder", service.run_folder),
+    ("answers", shown.answers),
     ("schedule", service.schedule),
     ("track", service.tracker),
     ("token", service.token),
