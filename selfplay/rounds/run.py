@@ -74,6 +74,7 @@ class Run:
             },
             lambda: self.config.placement.shared,
             self.event,
+            self.display.note,
         )
 
     def require(self) -> None:
