@@ -27,7 +27,8 @@ def mean_rewards(rewards: ArrayLike, starts: ArrayLike) -> NDArray[np.float64]:
     counts = np.concatenate([[0], np.cumsum(finite)])
     n = counts[bounds[1:]] - counts[bounds[:-1]]
     total = sums[bounds[1:]] - sums[bounds[:-1]]
-    return np.divide(total, n, out=np.full(len(n), math.nan), where=n > 0)
+    means: NDArray[np.float64] = np.divide(total, n, out=np.full(len(n), math.nan), where=n > 0)
+    return means
 
 
 def easiest(means: ArrayLike, share: float) -> NDArray[np.bool_]:
