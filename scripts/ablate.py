@@ -12,6 +12,10 @@ with depth draws half the prompts, and samples twice the candidates and keeps tw
 each prompt. `lower-beta` is DPO with the β that ε-DPO has on average. In `others`, depth follows a closeness that leaves the
 pair itself out. In `ahead`, every round but the first is sampled by the policy before the current one (`schedule.ahead`).
 
+**Neighbours** are methods of other papers, each added to `plain`: `easiest` (pairs of the easier half of the prompts alone, arXiv
+2510.05534), `two-sigma` (the rejected answer at μ − 2σ, 2502.16825), `fused` (both margins as one probability, 2502.14560),
+`replay` (a fifth of the pairs are of earlier rounds, but in round 1) and `ema` (the reference follows the policies as a moving average).
+
 **Worlds and seeds.** A world is a base policy with its own reward model, prompts and rubric (`make_tiny.py --seed`). A seed
 decides which prompts are drawn and what is sampled. With `--pool redundant`, seven of eight prompts that a run can draw ask
 one of twenty questions in other words. With `--pool learnable`, none of them is one that the policy cannot learn to answer
@@ -35,7 +39,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ablation.arms import ARMS, CONTROLS, POOLS, REDUNDANT, overrides
+from ablation.arms import ARMS, CONTROLS, NEIGHBOURS, POOLS, REDUNDANT, overrides
 from ablation.report import report
 from ablation.runs import run_all, unit
 
@@ -45,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--arms",
         nargs="+",
-        help=f"the first is what others are held against; controls: {' '.join(CONTROLS)}",
+        help=f"the first is what others are held against; controls: {' '.join(CONTROLS)}; neighbours: {' '.join(NEIGHBOURS)}",
     )
     parser.add_argument("--seeds", type=int, default=7, help="run seeds for each world (default: 7)")
     parser.add_argument("--first-seed", type=int, default=1000, help="the first run seed (default: 1000)")

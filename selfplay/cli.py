@@ -135,7 +135,7 @@ def check(
     console.print(table)
     console.print("\na round", style="bold")
     rows = Table(box=None, show_header=False, padding=(0, 1))
-    for what, how_much in plan(settings):
+    for what, how_much in plan(settings, run_dir or settings.run_dir):
         rows.add_row(what, how_much)
     console.print(rows)
     if any(finding.level == "error" for finding in findings):

@@ -15,6 +15,7 @@ SELECTIONS = {
     "explicit": "selfplay.methods.selection.explicit",
     "implicit": "selfplay.methods.selection.implicit",
     "random": "selfplay.methods.selection.random",
+    "fused": "selfplay.methods.selection.fused",
 }
 """`pairs.selection`: what base pairs are ranked by. A module with `score(margins)`; see `methods/selection`."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -63,3 +63,18 @@ class Display(Protocol):
 
     def run_table(self, store: Store, last: int = 20) -> None:
         """Show the last rounds of a run."""
+
+
+@contextmanager
+def waiting(line: Line, what: str) -> Iterator[None]:
+    """Say what a stage waits for, while it does."""
+    line.update(text=f"waits for {what}")
+    yield
+    line.update(text="")
+
+
+def left(seconds: float) -> str:
+    """How long something will take yet, in words: «40 s left», «3 min left», «1.5 h left»."""
+    if seconds < 90:
+        return f"{max(seconds, 0):.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"

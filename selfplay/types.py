@@ -167,6 +167,15 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What a round is trained against."""
+
+    version: int | None  # of the policy that it is; None for a moving average of policies
+    path: str  # folder of a plain Hugging Face checkpoint
+    sha256: str  # over its files of weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     promoted: bool
     reasons: list[str]  # why not; empty when promoted

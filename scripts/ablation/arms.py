@@ -9,6 +9,7 @@ from typing import Any
 ALL = "potential+epsilon+breadth+gradient"
 ARMS = ["plain", "potential", "epsilon", "breadth+uniform", "breadth+gradient", ALL]
 CONTROLS = ["deep", "uniform", "gradient", "others", "lower-beta", "ahead"]
+NEIGHBOURS = ["easiest", "two-sigma", "fused", "replay", "ema"]
 POOLS = ("redundant", "learnable")
 REDUNDANT = [
     "plain", "deep", "uniform", "breadth+deep", "breadth-last+deep", "breadth-last+uniform", "breadth-last+gradient"
@@ -62,6 +63,13 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "others": {"depth.method": "gradient", "depth.pairs_per_prompt": 2, "depth.closeness": "others"} | DEEP,
     "lower-beta": {"train.beta": 0.08},
     "ahead": {"schedule.ahead": 1},
+    # Methods next to ours. `easiest` ranks what is left by chance and keeps as many pairs as the others: all of the easier half.
+    "easiest": {"pairs.easiest": 0.5, "pairs.keep": 1.0},
+    "two-sigma": {"pairs.rejected": "two_sigma"},
+    "fused": {"pairs.selection": "fused", "pairs.signed": True},
+    # As many pairs as the others in every round but the first, which has nothing to replay.
+    "replay": {"train.replay": 0.25, "pairs.keep": 0.4},
+    "ema": {"train.reference": {"ema": 0.6}},
 }
 BASE = {
     "pairs.selection": "random",

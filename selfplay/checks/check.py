@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from selfplay.checks import functions, gpus, machine, models, prompts, reward, service, suites, timeline, webhook
+from selfplay.checks import (
+    functions,
+    gpus,
+    machine,
+    models,
+    prompts,
+    reward,
+    service,
+    shown,
+    suites,
+    timeline,
+    webhook,
+)
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import SelfplayError
@@ -26,6 +38,7 @@ LOOKS: tuple[tuple[str, Look], ...] = (
     ("reward", reward.sources),
     ("evaluate.suites", suites.benchmarks),
     ("run folder", service.run_folder),
+    ("answers", shown.answers),
     ("schedule", service.schedule),
     ("track", service.tracker),
     ("token", service.token),

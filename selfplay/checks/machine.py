@@ -13,7 +13,7 @@ from pathlib import Path
 from selfplay.checks import sizes
 from selfplay.checks.finding import Finding, Level
 from selfplay.checks.gpus import DTYPE_BYTES
-from selfplay.config import Config
+from selfplay.config import Config, Ema
 from selfplay.planning.memory import GIB
 from selfplay.training import launch
 
@@ -60,6 +60,8 @@ def disk(config: Config, run_dir: Path) -> Iterator[Finding]:
     kept += rounds // rule.every if rule.every and rounds is not None else 0
     each = policy_bytes(config, count)
     trainer = 0 if config.train.lora else 2 * SAVE * count
+    if isinstance(config.train.reference, Ema):  # the average of this round, and that of the round before
+        trainer += 2 * MASTERS * count
     need = kept * each + trainer
     said = (
         f"{free / GIB:.1f} GiB free in {where}; {kept} policies and two saves of the trainer need {need / GIB:.2f} GiB"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+from pathlib import Path
 
 from selfplay.checks import sizes, timeline
 from selfplay.checks.machine import policy_bytes
+from selfplay.checks.shown import shown, words
 from selfplay.config import Config
 from selfplay.errors import SelfplayError
 from selfplay.methods import gate
@@ -15,10 +17,14 @@ from selfplay.planning.memory import GIB
 TOKEN_BYTES = 16  # that a sampled token takes in the artifacts, with its text
 
 
-def plan(config: Config) -> list[tuple[str, str]]:
-    """Rows (what, how much) about a round. They are upper bounds where the length of the answers decides."""
+def plan(config: Config, run_dir: Path | None = None) -> list[tuple[str, str]]:
+    """Rows (what, how much) about a round. They are upper bounds where the length of the answers decides.
+
+    Where the run has answers already, the plan says what they showed, and counts with their length.
+    """
+    seen = None if run_dir is None else shown(run_dir)
     prompts, k, evaluate = config.prompts.per_round, config.generate.candidates, config.evaluate
-    kept = max(1, int(config.pairs.keep * prompts))
+    kept = max(1, int(config.pairs.keep * config.pairs.easiest * prompts))
     trained = timeline.trained_pairs(config)
     steps = math.ceil(trained / config.train.batch_pairs) * config.train.epochs
     answers = 2 * evaluate.prompts
@@ -42,8 +48,11 @@ def plan(config: Config) -> list[tuple[str, str]]:
         ),
         ("evaluation", evaluation),
     ]
+    if seen is not None:
+        usual = prompts * k * min(seen.length, longest)
+        rows.insert(2, ("answers", f"about {usual:,.0f} tokens for candidates, if they are as in {words(seen)}"))
     if rewrites:
-        rows.insert(3, ("rewrites", f"{rewrites} prompts, every {config.evolve.every} rounds"))
+        rows.insert(-1, ("rewrites", f"{rewrites} prompts, every {config.evolve.every} rounds"))
     try:
         count = sizes.parameters(config.policy.model, config.policy.revision)
     except SelfplayError:  # the look at the models says what is wrong with the folder
@@ -57,5 +66,5 @@ def plan(config: Config) -> list[tuple[str, str]]:
     )
     rows.append(("gate", f"chance to pass by true win rate, at {evaluate.prompts} prompts: {chances}"))
     with contextlib.suppress(SelfplayError, ValueError):  # as above, and for processes and GPUs
-        rows += timeline.rows(config)
+        rows += timeline.rows(config, seen)
     return rows

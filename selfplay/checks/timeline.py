@@ -10,6 +10,7 @@ from pathlib import Path
 from selfplay.checks import gpus, sizes
 from selfplay.checks.finding import Finding
 from selfplay.checks.machine import MASTERS, SAVE, policy_bytes
+from selfplay.checks.shown import Shown, shown
 from selfplay.config import Config
 from selfplay.errors import SelfplayError
 from selfplay.planning import devices, gantt, seconds
@@ -30,6 +31,7 @@ class Timeline:
 
     device: Device
     count: int  # GPUs
+    lengths: tuple[float, float] = (0.0, 0.0)  # mean tokens of a prompt and of an answer
     now: float = 0.0
     spans: list[Span] = field(default_factory=list)
 
@@ -57,18 +59,20 @@ def lane(gpu: int) -> str:
     return f"GPU {gpu}"
 
 
-def tokens(config: Config) -> tuple[float, float]:
-    """The mean length of a prompt and of an answer that is counted with."""
-    return PROMPT * config.prompts.max_tokens, ANSWER * config.generate.max_tokens
+def tokens(config: Config, seen: Shown | None = None) -> tuple[float, float]:
+    """The mean length of a prompt and of an answer that is counted with. Answers are as long as those that the run showed."""
+    longest = config.generate.max_tokens
+    return PROMPT * config.prompts.max_tokens, ANSWER * longest if seen is None else min(seen.length, longest)
 
 
 def trained_pairs(config: Config) -> int:
-    """Pairs that a round trains on, at most."""
-    kept = max(1, int(config.pairs.keep * config.prompts.per_round))
-    return kept if config.depth.method == "none" else round(kept * config.depth.pairs_per_prompt)
+    """Pairs that a round trains on, at most, with those of earlier rounds."""
+    kept = max(1, int(config.pairs.keep * config.pairs.easiest * config.prompts.per_round))
+    own = kept if config.depth.method == "none" else round(kept * config.depth.pairs_per_prompt)
+    return own + round(config.train.replay * own)
 
 
-def timeline(config: Config, there: Sequence[gpus.Gpu]) -> Timeline | None:
+def timeline(config: Config, there: Sequence[gpus.Gpu], seen: Shown | None = None) -> Timeline | None:
     """The plan of a round; None without a GPU, or where the size of the policy is not known."""
     policy = sizes.shape(config.policy.model, config.policy.revision)
     if not there or policy is None:
@@ -78,7 +82,7 @@ def timeline(config: Config, there: Sequence[gpus.Gpu]) -> Timeline | None:
     engines = tuple(i for group in use.engines for i in group)
     if not engines or not use.trainer:  # `placement` names GPUs that are not there
         return None
-    prompt, answer = tokens(config)
+    prompt, answer = plan.lengths = tokens(config, seen)
     asked = config.prompts.per_round * config.generate.candidates
 
     def sampling(answers: int) -> float:
@@ -167,7 +171,7 @@ def _train(plan: Timeline, config: Config, policy: Shape, use: gpus.Roles, lengt
 
 def _evaluate(plan: Timeline, config: Config, policy: Shape, use: gpus.Roles, sampling: Sampling) -> None:
     """The candidate answers, the champion and the initial policy weigh its answers, the judge scores both, the winner serves."""
-    evaluate, (prompt, answer) = config.evaluate, tokens(config)
+    evaluate, (prompt, answer) = config.evaluate, plan.lengths
     engines = tuple(i for group in use.engines for i in group)
     audited = evaluate.audit_prompts / evaluate.audit_every if evaluate.audit_every else 0.0
     plan.now += seconds.SWAP
@@ -183,20 +187,20 @@ def _evaluate(plan: Timeline, config: Config, policy: Shape, use: gpus.Roles, sa
     plan.now += seconds.SWAP
 
 
-def rows(config: Config) -> Iterator[tuple[str, str]]:
+def rows(config: Config, seen: Shown | None = None) -> Iterator[tuple[str, str]]:
     """The plan in words: how long a round takes, a line a GPU, and what was counted with."""
     there = gpus.visible()
-    plan = timeline(config, there)
+    plan = timeline(config, there, seen)
     if plan is None:
         return
-    prompt, answer = tokens(config)
+    prompt, answer = plan.lengths
     yield "time", f"about {plan.now / 60:.0f} min, of which the GPUs work {plan.share:.0%} (an estimate)"
     for i in range(plan.count):
         yield lane(i), f"{gantt.line(plan.spans, lane(i), plan.now, WIDTH)} {plan.busy(i):.0%}"
     yield "", "g sample · s score · d depth · t train · e evaluate"
     yield (
         "counted with",
-        f"prompts of {prompt:.0f} and answers of {answer:.0f} tokens; {plan.device.name}: {plan.device.flops / 1e12:.0f} TFLOP/s, "
+        f"prompts of {prompt:.0f} and answers of {answer:.0f} tokens{f' as {seen.where} had' if seen else ''}; {plan.device.name}: {plan.device.flops / 1e12:.0f} TFLOP/s, "
         f"{plan.device.bandwidth / 1e12:g} TB/s; of them sampling reaches {seconds.DECODE:.0%} and {seconds.READ:.0%}, scoring "
         f"{seconds.SCORE:.0%}, depth {seconds.DEPTH:.0%}, training {seconds.TRAIN:.0%}; disks of {seconds.DISK / 1e9:g} GB/s; rewards "
         "that are no model of ours answer at once",
@@ -206,7 +210,7 @@ def rows(config: Config) -> Iterator[tuple[str, str]]:
 def idle(config: Config, run_dir: Path) -> Iterator[Finding]:
     """A warning where GPUs do nothing for most of a round."""
     try:
-        plan = timeline(config, gpus.visible())
+        plan = timeline(config, gpus.visible(), shown(run_dir))
     except (SelfplayError, ValueError):  # the looks at models, processes and GPUs say what is wrong
         return
     if plan is None:

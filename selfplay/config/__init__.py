@@ -28,13 +28,14 @@ from selfplay.config.schedule import EndConfig, ScheduleConfig
 from selfplay.config.schema import Config
 from selfplay.config.service import ServiceConfig
 from selfplay.config.suites import SuiteConfig, SuiteGate
-from selfplay.config.train import EveryN, LoraConfig, TrainConfig
+from selfplay.config.train import Ema, EveryN, LoraConfig, TrainConfig
 
 __all__ = [
     "BreadthConfig",
     "CacheConfig",
     "Config",
     "DepthConfig",
+    "Ema",
     "EndConfig",
     "EngineConfig",
     "EnsembleConfig",

@@ -18,8 +18,9 @@ class EngineConfig(Section):
     """GPUs that one copy of the policy is split over."""
     max_num_seqs: Positive = 256
     """Sequences decoded at a time."""
-    cpu_threads: Positive = 1
-    """OpenMP threads of the engine (CPU only)."""
+    cpu_threads: Positive | None = None
+    """OpenMP threads of each engine (CPU only); null for the cores that it has to itself: all that this process may use, without
+    one for each reward model of ours, which scores meanwhile, shared among the engines."""
     cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """Memory for the KV cache (GiB, CPU only)."""
     restarts: Annotated[int, Field(ge=0)] = 3

@@ -1,4 +1,4 @@
-"""The section `guard`: from which values on the reward is taken to go wrong."""
+"""The section `guard`: from which values on the reward, or what is to be trained on, is taken to go wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Limits(Section):
 
 
 class GuardConfig(Section):
-    """When the reward is taken to go wrong. The values are metrics of every round, `guard/…`."""
+    """When the reward, or what is to be trained on, is taken to go wrong. The values are metrics of every round, `guard/…`."""
 
     ties: Limits = Limits(warn=0.5)
     """Share of the pairs of a prompt's different answers whose rewards differ by no more than reward.noise."""
@@ -32,6 +32,16 @@ class GuardConfig(Section):
     gold_drop: Limits = Limits(warn=0.05)
     """Fall of the gold score from its best of earlier rounds while the reward rose; where evaluate.gold is set. It has no
     `stop`: gold is reported and decides nothing."""
+    cut_off: Limits = Limits(warn=0.3)
+    """Share of the answers that hit generate.max_tokens."""
+    length_gap: Limits = Limits(warn=0.5)
+    """Share by which chosen answers are shorter than rejected ones, or the other way round (mean tokens of the base pairs)."""
+    decided_by_length: Limits = Limits(warn=0.9)
+    """Share of the base pairs in which the longer answer wins, or the shorter one; 0.5 where length says nothing."""
+    duplicates: Limits = Limits(warn=0.5)
+    """Share of the answers whose tokens are those of another answer to the same prompt."""
+    repetition: Limits = Limits(warn=0.3)
+    """Mean share of an answer's 4-grams of tokens that it has said before, over some thousand answers."""
     probe_change: Limits = Limits(warn=0.01, stop=0.1)
     """Change of the score of a text that did not change, in standard deviations of the probes' first scores."""
     probe_missing: Limits = Limits(warn=0.1, stop=0.25)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from selfplay import kinds
 from selfplay.config.base import Positive, Section
@@ -23,10 +23,16 @@ ImplicitReward = Annotated[
 
 class PairsConfig(Section):
     selection: Selection = "potential"
-    """What pairs are ranked by: alignment potential (`potential`), or one of its baselines `explicit`, `implicit` and
-    `random`. `kinds.SELECTIONS` lists them."""
+    """What pairs are ranked by: alignment potential (`potential`), one of its baselines `explicit`, `implicit` and `random`, or
+    `fused`, both margins as one preference probability (BeeS; it goes with `signed`). `kinds.SELECTIONS` lists them."""
     keep: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the base pairs that is kept."""
+    easiest: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the round's prompts that may give a pair: those whose answers have the highest mean rewards. 1 is all of them.
+    Training on the easiest 30 % alone did best in arXiv 2510.05534. `keep` is a share of what is left."""
+    rejected: Literal["lowest", "two_sigma"] = "lowest"
+    """The rejected response of a base pair: the one with the lowest reward, or the one nearest to two standard deviations
+    below the mean of the prompt's rewards (arXiv 2502.16825). With few candidates both are mostly the same."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """w of the alignment potential: weight of the implicit margin."""
     implicit: ImplicitReward = "simpo"
@@ -41,6 +47,15 @@ class PairsConfig(Section):
     """Responses that hit the token limit: in no pair, or only as the rejected one."""
     history: Annotated[int, Field(ge=0)] = 3
     """Earlier rounds whose pairs join the statistics when a round has fewer than 64 pairs."""
+
+    @model_validator(mode="after")
+    def _fused_is_signed(self) -> PairsConfig:
+        if self.selection == "fused" and not self.signed:
+            raise ValueError(
+                "selection = fused goes with signed: true, because a pair that the policy has the wrong way round would count "
+                "as one that it is sure of"
+            )
+        return self
 
 
 class DepthConfig(Section):

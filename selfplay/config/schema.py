@@ -24,7 +24,7 @@ from selfplay.config.run import RunConfig
 from selfplay.config.schedule import ScheduleConfig
 from selfplay.config.service import ServiceConfig
 from selfplay.config.suites import SuiteConfig
-from selfplay.config.train import EveryN, TrainConfig
+from selfplay.config.train import Ema, EveryN, TrainConfig
 
 Tracker = Annotated[
     str,
@@ -100,6 +100,11 @@ class Config(Section):
                 f"pairs.implicit = {self.pairs.implicit} with train.reference = previous: the reference is the policy that "
                 "samples, so every implicit reward is 0; set train.reference to initial or {every: n}, or pairs.implicit to "
                 "simpo"
+            )
+        if compares and isinstance(self.train.reference, Ema):
+            raise ValueError(
+                f"pairs.implicit = {self.pairs.implicit} with train.reference = {{ema: …}}: a moving average is never in the "
+                "engine, which would have to score the candidates; set pairs.implicit to simpo"
             )
         return self
 

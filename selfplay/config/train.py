@@ -24,6 +24,12 @@ class EveryN(Section):
     """Rounds between refreshes of the reference."""
 
 
+class Ema(Section):
+    ema: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the policy that samples a round in the reference of this round; the rest is the reference of the round before,
+    at first the initial policy. TRL's soft updates have 0.6."""
+
+
 class TrainConfig(Section):
     lora: LoraConfig | None = None
     """Train an adapter and merge it in fp32; without it all weights are trained."""
@@ -56,8 +62,14 @@ class TrainConfig(Section):
     max_chosen_drop: Annotated[float, Field(gt=0)] | None = 50.0
     """A warning is recorded when chosen and rejected responses both lose more than this to the reference (nats a response,
     mean of the last ten steps): the policy then avoids the data instead of telling its pairs apart. null for none."""
-    reference: Literal["previous", "initial"] | EveryN = "previous"
-    """The reference: the policy that sampled the round, the initial one, or one refreshed `every: n` rounds."""
+    reference: Literal["previous", "initial"] | EveryN | Ema = "previous"
+    """The reference: the policy that sampled the round, the initial one, one refreshed `every: n` rounds, or a moving average
+    of the policies (`ema: share`), which moves once a round."""
+    replay: Annotated[float, Field(ge=0)] = 0.0
+    """Pairs of earlier rounds that are trained on again, for each pair of the round; 0: none. A seed draws them from what the
+    last `replay_rounds` rounds trained on. Retention never deletes these files."""
+    replay_rounds: Positive = 3
+    """Earlier rounds that `replay` draws from, those aside that were given up."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

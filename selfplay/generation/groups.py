@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from selfplay.config import Config
 from selfplay.errors import ConfigError
+from selfplay.processes import cores
 from selfplay.processes.gpus import count as count_gpus
 
 Group = tuple[int, ...] | None  # None: whatever is visible
@@ -26,7 +25,7 @@ def groups(config: Config, gpus: int | None = None) -> list[Group]:
     if count == 1:
         return [None if given is None else tuple(given)]
     if not there and given is None:
-        _require_cores(count, settings.engine.cpu_threads)
+        _require_cores(count, cores.engine_threads(config))
         return [None] * count
     free = list(range(there)) if given is None else given
     if count * size > len(free):
@@ -65,10 +64,10 @@ def _require_named(wanted: list[list[int]], given: list[int] | None, there: int)
 
 
 def _require_cores(count: int, threads: int) -> None:
-    cores = len(os.sched_getaffinity(0))
-    if count * threads > cores:
+    there = cores.usable()
+    if count * threads > there:
         raise ConfigError(
             f"generate.engines: {count} engines of {threads} threads each need {count * threads} cores, this process may use "
-            f"{cores}",
+            f"{there}",
             "lower generate.engines or generate.engine.cpu_threads",
         )

@@ -29,7 +29,7 @@ from selfplay.generation.swap import (
     prefix_prompt,
     tolerance,
 )
-from selfplay.processes import gpus
+from selfplay.processes import cores, gpus
 from selfplay.processes.child import Child
 from selfplay.processes.protocol import Event
 from selfplay.types import Policy
@@ -105,7 +105,12 @@ class WarmEngine:
             return
         engine = self.config.generate.engine
         argv = [sys.executable, *ENGINE]
-        argv += ["--cpu-threads", str(engine.cpu_threads), "--cpu-kv-cache-gib", str(engine.cpu_kv_cache_gib)]
+        argv += [
+            "--cpu-threads",
+            str(cores.engine_threads(self.config)),
+            "--cpu-kv-cache-gib",
+            str(engine.cpu_kv_cache_gib),
+        ]
         self.child = Child(
             self.name,
             argv,

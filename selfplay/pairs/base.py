@@ -13,7 +13,7 @@ from selfplay.methods import margins
 from selfplay.pairs.responses import Response, usable
 from selfplay.types import RankedPair
 
-UNFIT = ("noise", "disagreement")  # why a base pair has no part in the statistics that pairs are ranked by
+UNFIT = ("noise", "disagreement", "difficult")  # why a base pair has no part in the statistics that pairs are ranked by
 
 ImplicitReward = Callable[[Response], float]
 
@@ -41,15 +41,23 @@ def make_pair(prompt_id: str, chosen: Response, rejected: Response, implicit: Im
     )
 
 
-def ends(responses: Sequence[Response]) -> tuple[int, int] | None:
-    """Places of the highest and the lowest reward of usable responses. The chosen one is never one that was cut off."""
+def ends(responses: Sequence[Response], rejected: str = "lowest") -> tuple[int, int] | None:
+    """Places of the chosen and the rejected one among usable responses. The chosen one is never one that was cut off.
+
+    The chosen one has the highest reward. rejected: `pairs.rejected`.
+    """
     values = [response.reward for response in responses]
     found = margins.base_pair(values)
-    if found is None or responses[found[0]].whole:
-        return found
-    whole = [i for i, response in enumerate(responses) if response.whole]
-    best = max(whole, key=lambda i: (values[i], -i), default=None)
-    return None if best is None or values[best] <= values[found[1]] else (best, found[1])
+    if found is None:
+        return None
+    best, worst = found
+    if not responses[best].whole:
+        whole = [i for i, response in enumerate(responses) if response.whole]
+        if not whole:
+            return None
+        best = max(whole, key=lambda i: (values[i], -i))
+    other = margins.two_sigma(values, best) if rejected == "two_sigma" else worst
+    return None if other is None or values[best] <= values[other] else (best, other)
 
 
 def disputed(chosen: Response, rejected: Response, limit: float | None) -> bool:
@@ -69,7 +77,7 @@ def base_pairs(
     lost: Counter[str] = Counter(prompts_cut_off=0, prompts_unscored=0, prompts_equal=0, prompts_tied=0)
     for prompt_id, responses in prompts:
         good = usable(responses, settings.cut_off)
-        found = ends(good)
+        found = ends(good, settings.rejected)
         if found is None:
             lost[_why_none(responses, good)] += 1
             continue

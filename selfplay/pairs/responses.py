@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from selfplay.errors import CheckpointError
+from selfplay.methods.difficulty import mean_rewards
 from selfplay.storage import tables
 from selfplay.storage.candidates import CandidateColumns, read_candidates, read_rewards
 from selfplay.types import DISAGREEMENT
@@ -69,6 +70,11 @@ class Responses:
         starts = self.candidates.starts.tolist()
         for place, prompt_id in enumerate(self.candidates.prompt_ids):
             yield prompt_id, self.of(starts[place], starts[place + 1])
+
+    def mean_rewards(self) -> dict[str, float]:
+        """The mean reward of each prompt's responses, by prompt_id; NaN where none has one."""
+        means = mean_rewards(self._columns[1], self.candidates.starts)
+        return dict(zip(self.candidates.prompt_ids, means.tolist(), strict=True))
 
     def of(self, start: int, end: int) -> list[Response]:
         """The responses in the rows start … end − 1."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from selfplay import seeds
 from selfplay.config import PairsConfig
 from selfplay.kinds import SELECTIONS, resolve
+from selfplay.methods.difficulty import easiest
 from selfplay.methods.potential import keep_top
 from selfplay.methods.selection import Margins
 from selfplay.pairs.base import UNFIT
@@ -77,6 +78,18 @@ def select(
     return result
 
 
+def easier_alone(pairs: Sequence[RankedPair], means: Mapping[str, float], share: float) -> list[RankedPair]:
+    """The same pairs, without those of prompts that are not of the easier share (`pairs.easiest`).
+
+    means: the mean reward of every prompt of the round, by prompt_id. A pair that was dropped before keeps its reason.
+    """
+    easy = dict(zip(means, easiest(list(means.values()), share).tolist(), strict=True))
+    return [
+        pair if easy[pair.prompt_id] or pair.dropped_because else dataclasses.replace(pair, dropped_because="difficult")
+        for pair in pairs
+    ]
+
+
 def metrics(pairs: Sequence[RankedPair], lost: Counter[str]) -> dict[str, float]:
     """Counts of pairs and of prompts without one, and mean margins of the kept pairs and of all («base_»)."""
     kept = [pair for pair in pairs if pair.kept_because]
@@ -99,6 +112,7 @@ REASONS = {
     "prompts_equal": "with equal answers",
     "prompts_tied": "with equal rewards",
     "dropped_noise": "margins within the reward's noise",
+    "dropped_difficult": "pairs of harder prompts",
     "dropped_disagreement": "pairs that the ensemble disputes",
     "dropped_nonfinite": "values that are not finite",
 }

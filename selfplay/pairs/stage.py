@@ -11,7 +11,7 @@ from selfplay.config import PairsConfig
 from selfplay.kinds import IMPLICIT_REWARDS, resolve
 from selfplay.pairs.base import base_pairs
 from selfplay.pairs.responses import Responses
-from selfplay.pairs.selection import NO_MARGINS, metrics, read_margins, select
+from selfplay.pairs.selection import NO_MARGINS, easier_alone, metrics, read_margins, select
 from selfplay.pairs.writing import write_pairs
 from selfplay.progress import Line
 from selfplay.stage import Metrics, Stage, samples
@@ -52,6 +52,8 @@ def pairs(
         score_by_reference(reference)
     responses = Responses.read(candidates, scored, reference)
     base, lost = base_pairs(responses, settings, noise, beta)
+    if settings.easiest < 1:
+        base = easier_alone(base, responses.mean_rewards(), settings.easiest)
     earlier = [read_margins(path, settings.signed) for path in recent]
     margins = (
         (np.concatenate([a for a, _ in earlier]), np.concatenate([b for _, b in earlier])) if earlier else NO_MARGINS

@@ -189,7 +189,7 @@ def _model_card(run_dir: Path, manifest: policies.Manifest) -> str:
 | | |
 |---|---|
 | round | {manifest.round} |
-| parent, reference | {_policy(manifest.parent)}, {_policy(manifest.reference)} |
+| parent, reference | {_policy(manifest.parent)}, {_reference(manifest)} |
 | β at the end | {"none" if manifest.beta is None else manifest.beta} |
 | update | {update} |
 | config fingerprint | {manifest.fingerprint} |
@@ -198,6 +198,11 @@ def _model_card(run_dir: Path, manifest: policies.Manifest) -> str:
 {made} SHA-256 of every file is in the run's manifest.
 """
     )
+
+
+def _reference(manifest: policies.Manifest) -> str:
+    averaged = manifest.reference is None and manifest.reference_sha256 is not None
+    return f"a moving average of policies ({manifest.reference_sha256})" if averaged else _policy(manifest.reference)
 
 
 def _policy(version: int | None) -> str:

@@ -1,4 +1,7 @@
-"""The stage `guard`: does the reward still tell good from better? What looks wrong is told, or stops the round."""
+"""The stage `guard`: does the reward still tell good from better, and would the pairs teach more than a length?
+
+What looks wrong is told before anything is trained, or stops the round.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from selfplay.config import GuardConfig
 from selfplay.errors import GuardError
 from selfplay.methods import signs
 from selfplay.progress import Line
-from selfplay.rewards.alarms import alarms
+from selfplay.rewards.alarms import Alarm, alarms
+from selfplay.rewards.early_signs import NAMES as EARLY
+from selfplay.rewards.early_signs import advice, early_signs
 from selfplay.rewards.probes import PROBED, Say
 from selfplay.stage import Metrics, Stage
 from selfplay.storage import folders
@@ -55,18 +60,26 @@ def guard(
     folders.write_json(out / "guard.json", {name: known.get(name) for name in values})
     limits = {sign: getattr(settings, sign) for sign in values}
     # The probes have told of their own change.
-    found = alarms({name: value for name, value in values.items() if name not in PROBED}, limits)
+    ours = {name: value for name, value in values.items() if name not in PROBED}
+    found = alarms(ours, limits, lambda name, value: advice(name, value, cut_off))
     for alarm in found:
         warn(f"guard: {alarm}")
     if stops := [alarm for alarm in found if alarm.level == "stop"]:
         stopped(known)
         raise GuardError(
-            f"the reward looks wrong: {'; '.join(map(str, stops))}",
-            f"nothing was trained on. Look at {scored}; then mend the reward and give the round up (selfplay cancel), or "
-            "raise the limit to go on with it",
+            f"the {_wrong(stops)} wrong: {'; '.join(map(str, stops))}",
+            f"nothing was trained on. Look at {scored}; then mend what the message names and give the round up (selfplay "
+            "cancel), or raise the limit to go on with it",
         )
-    line.update(text=f"{len(found)} warnings" if found else "nothing above a limit")
+    line.update(text=f"{len(found)} warning{'s' if len(found) > 1 else ''}" if found else "nothing above a limit")
     return values
+
+
+def _wrong(stops: Sequence[Alarm]) -> str:
+    """What the alarms that stop a round are about."""
+    if all(alarm.name in EARLY for alarm in stops):
+        return "answers look"
+    return "answers and the reward look" if any(alarm.name in EARLY for alarm in stops) else "reward looks"
 
 
 def measure(
@@ -80,7 +93,7 @@ def measure(
 ) -> Metrics:
     """The guard's numbers by their names in the configuration; NaN where a number has no meaning yet.
 
-    They are the external reward's, before shaping, which would hide what goes wrong.
+    Those about the reward are the external reward's, before shaping, which would hide what goes wrong.
     """
     columns = read_candidates(candidates)
     rewards = read_rewards(scored, columns)
@@ -100,4 +113,5 @@ def measure(
         "shift": signs.shift(np.concatenate(before) if before else [], external),
         "disagreement": float(apart.mean()) if apart.size else math.nan,
         "gold_drop": signs.gold_drop([reward for reward, _ in past], [gold for _, gold in past], window),
+        **early_signs(candidates, columns, rewards, cut_off),
     }

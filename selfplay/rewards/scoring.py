@@ -120,11 +120,15 @@ def _given(
         for content, rows in zip(inside, _ranges(tables.count_rows(candidates), shard_items), strict=True):
             if not known.path(content).exists():
                 breathe("shard")
-                known.ask(content, texts.read(rows), lambda done, start=rows.start: line.update(done=start + done))  # type: ignore[misc]
+
+                def progress(done: int, start: int = rows.start) -> None:
+                    line.update(done=start + done, text="")
+
+                known.ask(content, texts.read(rows), progress)
             scores, why = known.read(content)
             found.append(scores)
             reasons += why
-            line.update(done=rows.stop)
+            line.update(done=rows.stop, text="")
     return np.concatenate(found, axis=1) if found else np.zeros((len(known.identities), 0)), reasons
 
 

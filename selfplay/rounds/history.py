@@ -28,10 +28,17 @@ class History:
         return {row["round"] for row in self._store.query("SELECT round FROM rounds WHERE state = 'cancelled'")}
 
     def pairs(self, count: int) -> list[Path]:
-        """Pairs of the last `count` rounds that have any."""
+        """Base pairs of the last `count` rounds that have any."""
+        return self._of_the_last(count, "pairs/pairs.parquet")
+
+    def trained_on(self, count: int) -> list[Path]:
+        """Pairs that the last `count` rounds trained on."""
+        return self._of_the_last(count, "depth/pairs.parquet")
+
+    def _of_the_last(self, count: int, name: str) -> list[Path]:
         first = max(1, self._index - count)
         wanted = sorted(set(range(first, self._index)) - self.cancelled()) if count else []
-        return [path for i in wanted if (path := self.artifact(i, "pairs/pairs.parquet")).is_file()]
+        return [path for i in wanted if (path := self.artifact(i, name)).is_file()]
 
     def scored_alike(self) -> list[int]:
         """Earlier rounds whose rewards the same reward gave: another one has another range, and likes other things."""

@@ -49,8 +49,9 @@ class Rewarding:
     def score(self, out: Path, line: Line) -> Metrics:
         settings = self.config.generate
         if self.run.early is not None:
-            line.update(done=self.run.early.scored)
+            line.update(done=self.run.early.scored, text="waits for what was asked while it sampled")
             self.run.early.finish(self.run.breathe)
+        line.update(text="waits for the reward")
         return score(
             out,
             line,

@@ -117,6 +117,7 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
         needed_policies={version for version in needed if version is not None},
         needed_rounds=max(run.config.guard.history, run.config.pairs.history),
     )
+    reference.forget(run, index, given_up=outcome == "cancelled")
     store.close_round(index, outcome, current.version, list(reasons))
     store.event(outcome, "; ".join(reasons) or f"policy {current.version} is current", index)
     ended = report(store, index)

@@ -78,6 +78,7 @@ class Run:
             },
             lambda: self.config.placement.shared,
             self.event,
+            self.display.note,
         )
 
     def require(self) -> None:

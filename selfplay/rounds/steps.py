@@ -14,7 +14,7 @@ from selfplay.generation.reference import reference_logps, score_anew
 from selfplay.generation.sampling import generate
 from selfplay.pairs.deepening import depth
 from selfplay.pairs.stage import pairs
-from selfplay.progress import Line
+from selfplay.progress import Line, waiting
 from selfplay.prompts.draw import Embed, prompts
 from selfplay.prompts.evolve import Rewriting, by_function, by_policy, evolve, join
 from selfplay.rounds import reference
@@ -33,7 +33,7 @@ from selfplay.storage import folders, policies, tables
 from selfplay.training.embedding import representatives
 from selfplay.training.gradients import gradients
 from selfplay.training.stage import train
-from selfplay.types import Policy
+from selfplay.types import Policy, Reference
 
 
 class Steps:
@@ -99,7 +99,8 @@ class Steps:
         sampler = Ahead(self.run, self.answers).sampler(self.champion, prompt_ids)
         self.run.store.set_sampler(self.index, sampler)
         shards = self.answers.shards("generate", sampler, prompt_ids)
-        engine = self.run.serving.engine()
+        with waiting(line, "the engine"):
+            engine = self.run.serving.engine()
         early = self.rewarding.begin_early()
 
         def on_shard(start: int, file: Path) -> None:
@@ -201,9 +202,11 @@ class Steps:
 
     def train(self, out: Path, line: Line) -> Metrics:
         against, sampled_ahead = self._reference(), dict[str, float]()
+        settings = self.config.train
 
         def meanwhile() -> None:
-            self._champion_answers()
+            with waiting(line, "the champion's answers to the held-out prompts"):
+                self._champion_answers()
             if self.config.schedule.ahead:
                 following = Steps(self.run, self.index + 1, self.champion).answers
                 sampled_ahead.update(Ahead(self.run, following).sample(self.champion, line, self.run.trainer.hear))
@@ -213,10 +216,10 @@ class Steps:
             line,
             trainer=self.run.trainer,
             pairs=self.frame.path("depth/pairs.parquet"),
+            earlier=self.history.trained_on(settings.replay_rounds) if settings.replay else [],
             work=self.frame.path("train.work"),
             policy=self._verified(self.champion),
             reference=against,
-            reference_sha256=policies.weights_sha256(policies.read(self.run.policies.folder(against.version))),
             initial=self.run.policy(0),
             version=self.index,
             beta=self._first_beta(),
@@ -355,11 +358,11 @@ class Steps:
         policies.verify(self.run.policies.folder(version))
         return self.run.policy(version)
 
-    def _reference(self) -> Policy:
+    def _reference(self) -> Reference:
         """This round's reference, whose files were checked."""
-        found = reference.policy(self.config.train, self.index, self.run.store, self.run.policies)
-        policies.verify(self.run.policies.folder(found.version))
-        return found
+        # Where they share a GPU the engine sleeps from the first order of these on.
+        colocated = self.config.placement.colocated
+        return reference.of_round(self.run, self.index, self._champion_answers if colocated else lambda: None)
 
     def _first_beta(self) -> float:
         return reference.first_beta(self.config.train, self.index, self.run.policy(self.champion))

@@ -10,7 +10,8 @@ class Turns:
     """Whose turn it is. Only for the thread that runs the rounds.
 
     `make_room`: how each role gives the memory of all GPUs back. The roles are the engine, the reward, the judge and the
-    trainer. `shared`: whether they take turns at all; elsewhere nothing here happens. `tell`: records an event.
+    trainer. `shared`: whether they take turns at all; elsewhere nothing here happens. `tell`: records an event. `say`: shows what
+    is waited for.
     """
 
     def __init__(
@@ -18,8 +19,9 @@ class Turns:
         make_room: Mapping[str, Callable[[], object]],
         shared: Callable[[], bool],
         tell: Callable[[str, str], None],
+        say: Callable[[str], None],
     ) -> None:
-        self._make_room, self._shared, self._tell = make_room, shared, tell
+        self._make_room, self._shared, self._tell, self._say = make_room, shared, tell, say
         self._role: str | None = None
 
     def take(self, role: str) -> None:
@@ -31,6 +33,7 @@ class Turns:
         if before is None:
             self._tell("turn", f"{role} uses the GPUs")
             return
+        self._say(f"{role} waits for its turn on the GPUs: {before} makes room")
         began = time.monotonic()
         self._make_room[before]()
         self._tell("turn", f"{role} uses the GPUs; {before} made room in {time.monotonic() - began:.1f} s")

@@ -56,6 +56,12 @@ def hash_files(root: Path, ignore: Iterable[str] = (MANIFEST,)) -> dict[str, str
     return dict(zip(names, sha256_of(files), strict=True))
 
 
+def of_weights(files: Mapping[str, str]) -> str:
+    """One SHA-256 over the files of weights among those of a manifest (name → SHA-256)."""
+    found = (sha256 for name, sha256 in sorted(files.items()) if name.endswith(".safetensors"))
+    return hashlib.sha256("".join(found).encode()).hexdigest()
+
+
 def verify_files(root: Path, files: Mapping[str, str], error: type[SelfplayError]) -> None:
     """Raise `error` naming the first file below `root` that is missing or is not what its hash says."""
     for name in files:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -102,8 +101,7 @@ def checkpoint_files(path: Path) -> dict[str, str]:
 
 def weights_sha256(manifest: Manifest) -> str:
     """One SHA-256 over the weights files named in a manifest."""
-    hashes = (h for n, h in sorted(manifest.files.items()) if n.endswith(".safetensors"))
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return hashes.of_weights(manifest.files)
 
 
 class Policies:

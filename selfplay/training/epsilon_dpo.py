@@ -113,6 +113,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         self._sums = torch.zeros(len(SUMS))
         self._step_sums: dict[str, float] = {}
         self._step_pairs = 0  # of the running optimizer step, in all processes
+        self.tokens: Any = 0  # trained on by this process, prompts included
         self._logratios: deque[list[float]] = deque(maxlen=DROP_STEPS)
         self.ref_model = ref_model  # where it is sharded, that comes before TRL has set it
         super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
@@ -177,6 +178,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         micro-batch of an epoch may have fewer pairs than the others.
         """
         loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.tokens += inputs["attention_mask"].sum()
         if self.model.training and self._step_pairs:
             rows = len(inputs["weights"]) * self.accelerator.num_processes
             loss = loss * (rows * self.current_gradient_accumulation_steps / self._step_pairs)

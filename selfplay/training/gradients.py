@@ -12,7 +12,7 @@ from selfplay.progress import Line
 from selfplay.stage import Metrics
 from selfplay.training.jobs import FeaturesJob, LoraJob
 from selfplay.training.service import Trainer
-from selfplay.types import Policy
+from selfplay.types import Policy, Reference
 
 
 def gradients(
@@ -23,7 +23,7 @@ def gradients(
     trainer: Trainer,
     pairs: Path,
     policy: Policy,
-    reference: Policy,
+    reference: Reference,
     beta: float,
     config: Config,
     seed: int,

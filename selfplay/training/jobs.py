@@ -31,6 +31,9 @@ class TrainJob(BaseModel):
     pairs: Path
     """Parquet file: prompt_id, prompt_ids, chosen_ids, rejected_ids (list of int), chosen_logp, rejected_logp (float64,
     the generator's summed log-probabilities)."""
+    replayed: Path | None = None
+    """The same of earlier rounds, to be trained on together with those. The agreement check leaves them out, since other
+    policies sampled them."""
     policy: Path
     """Checkpoint to start from; its `masters/` where it has one."""
     reference: Path
@@ -81,6 +84,24 @@ class TrainJob(BaseModel):
     min_update: Annotated[float, Field(ge=0)] = 0.0
     """Smallest relative norm of the update that counts as one."""
     canary_ids: list[list[int]] = []
+    trust_remote_code: bool = False
+
+
+class BlendJob(BaseModel):
+    """A moving average of weights: the reference of before has moved towards a policy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    before: Path
+    """Checkpoint of the reference of before."""
+    policy: Path
+    """Checkpoint that it moves to."""
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the policy in the average."""
+    initial: Path
+    """Checkpoint whose tokenizer and chat template the average carries."""
+    out: Path
+    """Folder of the average, in float32; appears whole or not at all."""
     trust_remote_code: bool = False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pydantic import BaseModel
 
 from selfplay.config import Config
 from selfplay.errors import InputError, TrainError
-from selfplay.processes import gpus
+from selfplay.processes import cores, gpus
 from selfplay.processes.child import Child, ChildDied, ChildError
 from selfplay.processes.logs import last_line
 from selfplay.training.jobs import CLUSTERS
@@ -108,25 +107,19 @@ class Trainer:
         if settings.accelerate is None and gpus.count():
             given = (given or [0])[:1]  # of several GPUs that one process sees it would make another kind of trainer
         # Threads that wait for work sleep: the cores belong to whatever runs meanwhile.
-        env = {"OMP_NUM_THREADS": str(self._threads), "OMP_WAIT_POLICY": "PASSIVE", **gpus.environment(given)}
+        env = {
+            "OMP_NUM_THREADS": str(cores.trainer_threads(self.config)),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **gpus.environment(given),
+        }
         clusters = self.config.depth.method == "gradient" or self.config.breadth.method == "clusters"
         argv = [*launcher, "-m", "selfplay.training.trainer", *([CLUSTERS] if clusters else [])]
         return _Launch(argv=argv, env=env, silence=settings.silence)
 
     @property
-    def _threads(self) -> int:
-        return self.config.train.cpu_threads or len(os.sched_getaffinity(0))
-
-    @property
     def apart(self) -> bool:
-        """Whether the engine must not work beside the trainer: both on one GPU, or on the same cores.
-
-        Two processes with two threads each on two cores take seven times as long.
-        """
-        if self.config.placement.colocated:
-            return True
-        generate, cores = self.config.generate, len(os.sched_getaffinity(0))
-        return not gpus.count() and self._threads + generate.engine_count * generate.engine.cpu_threads > cores
+        """Whether the engine must not work beside the trainer: both on one GPU, or on the same cores."""
+        return self.config.placement.colocated or not (gpus.count() or cores.fit_together(self.config))
 
     def make_room(self) -> None:
         """Leave the GPUs to others, between orders. A process that stays has given all back but its context."""

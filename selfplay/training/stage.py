@@ -8,21 +8,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfplay.config import Config, TrainConfig
+from selfplay.config import Config, Ema, TrainConfig
 from selfplay.errors import Interrupted
-from selfplay.progress import Line
+from selfplay.progress import Line, left
 from selfplay.stage import Metrics, Stage
-from selfplay.storage import folders, hashes, policies
+from selfplay.storage import folders, hashes, policies, tables
 from selfplay.training import launch
 from selfplay.training.jobs import STOP, LoraJob, TrainJob
+from selfplay.training.replay import write_replayed
 from selfplay.training.service import Trainer
-from selfplay.types import Policy
+from selfplay.types import Policy, Reference
+
+REPLAYED = "replayed.parquet"  # pairs of earlier rounds that were trained on again
 
 
 def _space(config: Config, weights: int) -> int:
-    """Bytes of an exported policy with its float32 masters, and of two saves of the trainer."""
+    """Bytes of an exported policy with its float32 masters, of two saves of the trainer, and of a reference of its own."""
     masters = 2 * weights
-    return 2 * masters + (0 if config.train.lora else 2 * 3 * masters)
+    average = masters if isinstance(config.train.reference, Ema) else 0
+    return 2 * masters + average + (0 if config.train.lora else 2 * 3 * masters)
 
 
 TRAIN = Stage(
@@ -41,10 +45,10 @@ def train(
     *,
     trainer: Trainer,
     pairs: Path,
+    earlier: Sequence[Path],
     work: Path,
     policy: Policy,
-    reference: Policy,
-    reference_sha256: str,
+    reference: Reference,
     initial: Policy,
     version: int,
     beta: float,
@@ -58,12 +62,16 @@ def train(
 ) -> Metrics:
     """Train policy `version` from `policy` into out/policy, with its manifest, and write history.json.
 
-    work: the folder for the trainer's saves, from which it resumes. reference_sha256: hash of the reference's weights.
-    initial: the policy whose tokenizer every export carries. beta: at the start (`train.beta`, or where an earlier round
+    earlier: pairs that earlier rounds trained on, for `train.replay`. work: the folder for the trainer's saves, from which it
+    resumes. initial: the policy whose tokenizer every export carries. beta: at the start (`train.beta`, or where an earlier round
     against the same reference left it). meanwhile: work for the engine while the trainer works. breathe: called at each
     step; when it raises Interrupted, the trainer saves its state first. Raises TrainError.
     """
-    job = train_job(out, pairs, work, policy, reference, initial, beta, canary_ids, config, seed)
+    replayed, again = None, round(config.train.replay * tables.count_rows(pairs)) if earlier else 0
+    if again:
+        replayed = out / REPLAYED
+        again = write_replayed(replayed, earlier, again, seed)
+    job = train_job(out, pairs, replayed, work, policy, reference, initial, beta, canary_ids, config, seed)
     warned: set[str] = set()
     wants_to_stop: list[Interrupted] = []
 
@@ -79,6 +87,7 @@ def train(
             if stop.now or trainer.apart:  # then the trainer has not begun
                 raise
             save(stop)
+        line.update(text="waits for the trainer")
 
     def progress(event: dict[str, Any]) -> None:
         try:
@@ -92,10 +101,9 @@ def train(
             if name not in warned:  # once a round: what has begun mostly lasts
                 warned.add(name)
                 warn(f"training step {event['step']}: {text}")
-        loss, now = metrics.get("train/loss"), metrics.get("train/beta")
-        text = f"loss {loss:.3f}, β {now:.4g}" if loss is not None and now is not None else ""
-        line.update(done=event["step"], total=event["steps"], text=text)
+        line.update(done=event["step"], total=event["steps"], text=words(metrics, event.get("pace", {})))
 
+    line.update(text="waits for the trainer")
     result = trainer.order("train", job, progress, work_of_engine)
     if "stopped" in result:
         raise wants_to_stop[0] if wants_to_stop else Interrupted("the trainer was asked to stop")
@@ -105,7 +113,7 @@ def train(
         round=version,
         beta=result["beta"],
         reference=reference.version,
-        reference_sha256=reference_sha256,
+        reference_sha256=reference.sha256,
         fingerprint=config.fingerprint(),
         packages=packages,
         update=result["update"],
@@ -114,7 +122,7 @@ def train(
     )
     folders.write_json(job.out / folders.MANIFEST, dataclasses.asdict(manifest))
     folders.write_json(out / "history.json", result["history"])
-    found = metrics(result, beta)
+    found = metrics(result, beta) | ({"replayed": float(again)} if config.train.replay else {})
     line.update(text=f"β {beta:g} → {found['beta']:.4g}, update {found['update_relative_norm']:.2e}")
     return found
 
@@ -122,9 +130,10 @@ def train(
 def train_job(
     out: Path,
     pairs: Path,
+    replayed: Path | None,
     work: Path,
     policy: Policy,
-    reference: Policy,
+    reference: Reference,
     initial: Policy,
     beta: float,
     canary_ids: list[list[int]],
@@ -137,6 +146,7 @@ def train_job(
     exact = serving == "float32"
     return TrainJob(
         pairs=pairs,
+        replayed=replayed,
         policy=Path(policy.path),
         reference=Path(reference.path),
         initial=Path(initial.path),
@@ -161,6 +171,21 @@ def train_job(
             )
         },
     )  # fmt: skip
+
+
+def words(metrics: Mapping[str, float | None], pace: Mapping[str, float]) -> str:
+    """How far the trainer is: the metrics of the step that ended, or the place within a long one; the pace, and what is left."""
+    said = []
+    if "compared" in pace:
+        said.append(f"compares itself with the engine: {pace['compared']:.0f} of {pace['to_compare']:.0f} pairs")
+    loss, beta = metrics.get("train/loss"), metrics.get("train/beta")
+    if loss is not None and beta is not None:
+        said.append(f"loss {loss:.3f}, β {beta:.4g}")
+    if "micro_batch" in pace:
+        said.append(f"micro-batch {pace['micro_batch']:.0f} of {pace['micro_batches']:.0f}")
+    if "tokens_per_second" in pace:
+        said.append(f"{pace['tokens_per_second']:,.0f} tokens/s, {left(pace['seconds_left'])}")
+    return ", ".join(said)
 
 
 def warnings(metrics: Mapping[str, float | None], settings: TrainConfig) -> dict[str, str]:

@@ -4,11 +4,9 @@ import copy
 import gc
 import hashlib
 import logging
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,13 @@ from selfplay.models import weights
 from selfplay.models.kept import Kept
 from selfplay.storage import folders
 from selfplay.training import sharding
-from selfplay.training.data import check_pairs
+from selfplay.training.data import COLUMNS, check_pairs
 from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
 from selfplay.training.jobs import STOP, CanaryJob, LoraJob, TrainJob
+from selfplay.training.pace import Report, Reporter, flat
 
 logger = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()
-
-Report = Callable[[int, int, dict[str, float | None]], None]  # step, steps, metrics
 
 
 def train(job: TrainJob, report: Report, kept: Kept | None = None) -> dict[str, Any] | None:
@@ -69,7 +66,7 @@ def train(job: TrainJob, report: Report, kept: Kept | None = None) -> dict[str, 
 
     dtype = getattr(torch, job.serving_dtype)
     device, beta, steps = trainer.args.device, trainer.beta, trainer.state.global_step
-    history = [_metrics(logs) | {"step": logs["step"]} for logs in trainer.state.log_history if "loss" in logs]
+    history = [flat(logs) | {"step": logs["step"]} for logs in trainer.state.log_history if "loss" in logs]
     found = check.found
     model = _trained(job, trainer)
     if not rank_zero:
@@ -140,7 +137,7 @@ def _build(job: TrainJob, report: Report, kept: Kept) -> EpsilonDPOTrainer:
         save_strategy="steps" if job.save_steps else "no", save_steps=job.save_steps or 1, save_total_limit=2,
         seed=job.seed % 2**32, data_seed=job.seed % 2**32, trust_remote_code=job.trust_remote_code,
     )  # fmt: skip
-    pairs = _read_pairs(job.pairs)
+    pairs = _read_pairs(job.pairs, job.replayed)
     check_pairs(pairs, job.max_length)
     policy = kept.own(weights.masters(job.policy), job.trust_remote_code)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
@@ -154,12 +151,13 @@ def _build(job: TrainJob, report: Report, kept: Kept) -> EpsilonDPOTrainer:
     shares = world if sharding.is_sharded() else 1
     weights.require_memory(policy, reference, of_policy=4 if job.lora is None else 1, processes=shares)
     trainer = EpsilonDPOTrainer(
-        policy, reference, args=args, train_dataset=pairs, callbacks=[_Reporter(report)],
+        policy, reference, args=args, train_dataset=pairs,
         processing_class=AutoTokenizer.from_pretrained(job.initial, trust_remote_code=job.trust_remote_code),
         peft_config=lora_config(job.lora),
     )  # fmt: skip
     assert trainer.accelerator.num_processes == world, "the processes do not know of each other"
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Reporter(report, trainer))
     return trainer
 
 
@@ -170,15 +168,23 @@ def lora_config(lora: LoraJob | None) -> Any:
                       task_type="CAUSAL_LM")  # fmt: skip
 
 
-def _read_pairs(path: Path) -> Any:
-    """The pairs file as a Dataset in memory. Raises TrainError (kind «input») for a file that is not one."""
+def _read_pairs(path: Path, replayed: Path | None = None) -> Any:
+    """The pairs of a file as a Dataset in memory, those of `replayed` behind them. Raises TrainError («input»)."""
+    if replayed is None:
+        return Dataset(InMemoryTable(_read_table(path)))
+    names = [*COLUMNS, "chosen_logp", "rejected_logp"]
+    return Dataset(InMemoryTable(pa.concat_tables([_read_table(one).select(names) for one in (path, replayed)])))
+
+
+def _read_table(path: Path) -> pa.Table:
+    """A file of pairs. Raises TrainError (kind «input») for a file that is not one."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise TrainError("input", f"{path} is no Parquet file of pairs: {error}", "write it again") from error
     if missing := [name for name in ("chosen_logp", "rejected_logp") if name not in table.column_names]:
         raise TrainError("input", f"{path} lacks {', '.join(missing)}", "write the generator's log-probabilities too")
-    return Dataset(InMemoryTable(table))
+    return table
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
@@ -195,6 +201,7 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
     """
     elsewhere = {
         "out",
+        "replayed",
         "agreement_mean",
         "agreement_p99",
         "agreement_pairs",
@@ -207,6 +214,9 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
     settings["world"] = trainer.accelerator.num_processes
     with job.pairs.open("rb") as file:
         settings["pairs"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if job.replayed is not None:
+        with job.replayed.open("rb") as file:
+            settings["replayed"] = hashlib.file_digest(file, "sha256").hexdigest()
     mark = job.work / "job.json"
     if trainer.accelerator.is_main_process:
         folders.make(job.work)
@@ -235,17 +245,6 @@ def _trained(job: TrainJob, trainer: EpsilonDPOTrainer) -> Any:
         model = get_peft_model(model, lora_config(job.lora))
     model.load_state_dict(state)
     return model
-
-
-class _Reporter(TrainerCallback):
-    """Passes the metrics of each optimizer step on."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "loss" in logs and state.is_world_process_zero:
-            self._report(state.global_step, state.max_steps, _metrics(logs))
 
 
 class _StopOnRequest(TrainerCallback):
@@ -299,29 +298,24 @@ class _AgreementCheck(TrainerCallback):
         self.found = found
 
     def _measured(self) -> dict[str, float]:
-        everything = self._trainer.train_dataset
-        count = min(self._job.agreement_pairs, len(everything))
-        rows = np.random.default_rng(self._job.seed % 2**63).choice(len(everything), count, replace=False)
+        everything, own = self._trainer.train_dataset, pq.read_metadata(self._job.pairs).num_rows
+        count = min(self._job.agreement_pairs, own)
+        rows = np.random.default_rng(self._job.seed % 2**63).choice(own, count, replace=False)
         sample = everything.select(np.sort(rows))
-        ours = torch.cat(self._trainer.reference_logps(sample, self._tell)).double().numpy()
+        batch, done = self._job.micro_batch_pairs * self._trainer.accelerator.num_processes, 0
+
+        def tell() -> None:
+            nonlocal done
+            done = min(done + batch, count)
+            if self._trainer.accelerator.is_main_process:
+                self._report(0, self._trainer.state.max_steps, {}, {"compared": done, "to_compare": count})
+
+        ours = torch.cat(self._trainer.reference_logps(sample, tell)).double().numpy()
         table: pa.Table = sample.with_format("arrow")[:]
         sides = ("chosen", "rejected")
         theirs = np.concatenate([table[f"{side}_logp"].to_numpy() for side in sides])
         tokens = np.concatenate([pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in sides])
         return agreement(ours, theirs, tokens)
-
-    def _tell(self) -> None:
-        if self._trainer.accelerator.is_main_process:
-            self._report(0, self._trainer.state.max_steps, {})
-
-
-def _metrics(logs: dict[str, float]) -> dict[str, float | None]:
-    """Flat `train/name` floats of a log entry; None for what is not finite, which JSON cannot hold."""
-    return {
-        f"train/{name.replace('/', '_')}": float(value) if math.isfinite(value) else None
-        for name, value in logs.items()
-        if name != "step"
-    }
 
 
 class _Clock:

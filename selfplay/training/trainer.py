@@ -8,6 +8,7 @@ the first one comes. Orders, each answered with one result or one error (see `se
     {"order": "render", …}                     conversations to token ids, as the importer does (see models/rendering.py)
     {"order": "encode", …}                     texts to token ids
     {"order": "features", "job": FeaturesJob}  projected gradients of pairs, their clusters, and closeness to these
+    {"order": "blend", "job": BlendJob}        a reference that has moved towards a policy
     {"order": "canaries", "job": CanaryJob}    log-probabilities of fixed sequences under a checkpoint
     {"order": "exit"}
 
@@ -31,7 +32,7 @@ from pydantic import ValidationError
 
 from selfplay.errors import DiskError, InputError, TrainError
 from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
-from selfplay.training.jobs import CLUSTERS, CanaryJob, EmbedJob, FeaturesJob, TrainJob
+from selfplay.training.jobs import CLUSTERS, BlendJob, CanaryJob, EmbedJob, FeaturesJob, TrainJob
 
 if TYPE_CHECKING:
     from selfplay.models.kept import Kept
@@ -67,10 +68,10 @@ def failure(error: Exception) -> TrainError:
 def obey(order: Event, channel: Channel, rank: int, kept: Kept) -> bool:
     """Carry out one order and answer it, once its memory was given back; False after an error."""
     from selfplay.models import rendering
-    from selfplay.training import between, depth_job, embed_job, train_job
+    from selfplay.training import between, blend_job, depth_job, embed_job, train_job
 
-    def report(step: int, steps: int, metrics: dict[str, float | None]) -> None:
-        channel.progress(order, step=step, steps=steps, metrics=metrics)
+    def report(step: int, steps: int, metrics: dict[str, float | None], pace: dict[str, float]) -> None:
+        channel.progress(order, step=step, steps=steps, metrics=metrics, pace=pace)
 
     def done(count: int) -> None:
         channel.progress(order, done=count)
@@ -82,6 +83,8 @@ def obey(order: Event, channel: Channel, rank: int, kept: Kept) -> bool:
         elif order["order"] == "features":
             pairs = FeaturesJob.model_validate(order["job"])
             result = depth_job.features(pairs, done, kept)
+        elif order["order"] == "blend":
+            result = blend_job.blend(BlendJob.model_validate(order["job"]), kept) if rank == 0 else None
         elif order["order"] == "canaries":
             result = train_job.canaries(CanaryJob.model_validate(order["job"])) if rank == 0 else None
         elif order["order"] == "render":
@@ -95,7 +98,7 @@ def obey(order: Event, channel: Channel, rank: int, kept: Kept) -> bool:
             raise TrainError(
                 "input",
                 f"unknown order {order['order']!r}",
-                "known: train, features, embed, render, encode, canaries, exit",
+                "known: train, features, embed, blend, render, encode, canaries, exit",
             )
     except Exception as error:  # the boundary: whatever it is, the one who ordered hears of it
         logger.exception("order %s failed", order["id"])

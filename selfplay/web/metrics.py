@@ -26,7 +26,7 @@ GAUGES: list[tuple[str, str, str, dict[str, str]]] = [
     ("beta", "β of ε-DPO", "at", {"start": "train/beta_start", "end": "train/beta"}),
     ("win_rate", "Share of held-out prompts where the candidate wins (ties half), with its interval", "bound", {"mean": "evaluate/win_rate", "low": "evaluate/win_rate_low", "high": "evaluate/win_rate_high"}),
     ("kl_nats", "Estimated KL of the candidate policy, nats an answer", "to", {"current": "evaluate/kl_current", "initial": "evaluate/kl_initial"}),
-    ("guard", "Signs that the reward goes wrong, by their names in the section guard of the configuration", "sign", {name: f"guard/{name}" for name, field in GuardConfig.model_fields.items() if field.annotation is Limits}),
+    ("guard", "Signs that the reward or the answers go wrong, by their names in the section guard of the configuration", "sign", {name: f"guard/{name}" for name, field in GuardConfig.model_fields.items() if field.annotation is Limits}),
     ("length_ratio", "Mean answer length of the candidate over the champion's", "answers", {"heldout": "evaluate/length_ratio"}),
 ]  # fmt: skip
 

@@ -21,8 +21,10 @@ from selfplay.config.policy import ThinkingConfig
 from selfplay.errors import InputError
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.run import Run
+from selfplay.storage import tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.lock import RunLock
+from selfplay.types import Candidate
 
 
 def model(folder, *, template=True, tokenizer=True, **settings):
@@ -373,3 +375,42 @@ def test_a_policy_that_neither_disk_nor_memory_can_hold(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")  # no nvidia-smi
     config = settings(tmp_path, policy)
     assert said(config, tmp_path, "disk")[0] == said(config, tmp_path, "memory")[0] == "error"
+
+
+def answered(path, count, cut, length=20):
+    rows = [
+        Candidate(
+            prompt_id=f"p{i}", index=0, text="x", token_ids=[5] * length, logp=-1.0, n_tokens=length,
+            finish_reason="length" if i < cut else "stop", policy=0,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    path.parent.mkdir(parents=True)
+    tables.write_rows(path, rows, Candidate)
+
+
+def test_check_and_plan_say_what_the_newest_answers_showed(tmp_path):
+    """40 of 64 answers of the first shard were cut off. 192 prompts × 8 answers of 20 tokens are 30,720."""
+    config = settings(tmp_path, model(tmp_path / "policy"))
+    assert said(config, tmp_path, "answers") is None and "answers" not in dict(plan(config, tmp_path / "run"))
+    answered(tmp_path / "run" / "rounds" / "0001" / "generate" / "candidates.parquet", 10, 1)
+    assert said(config, tmp_path, "answers") == ("ok", "round 1: 20 tokens an answer, 10% cut off")
+    answered(tmp_path / "run" / "rounds" / "0002" / "generate-ab.shards" / "00000000.parquet", 64, 40)
+    (tmp_path / "run" / "rounds" / "0003").mkdir()
+    level, text = said(config, tmp_path, "answers")
+    assert level == "warning" and text.startswith(
+        "the first 64 answers of round 2: 20 tokens an answer, 62% cut off, more than "
+    )
+    assert "guard.cut_off allows (30%): raise generate.max_tokens" in text
+    rejecting = settings(tmp_path, tmp_path / "policy", "pairs.cut_off=reject")
+    assert "set pairs.cut_off: drop" in said(rejecting, tmp_path, "answers")[1]
+    rows = dict(plan(config, tmp_path / "run"))
+    assert rows["answers"].startswith(
+        "about 30,720 tokens for candidates, if they are as in the first 64 answers of round 2"
+    )
+
+
+def test_the_plan_counts_pairs_of_earlier_rounds_and_of_the_easier_prompts_alone():
+    """⌊.5 · .5 · 192⌋ = 48 kept, and 12 of earlier rounds: 60 in 4 steps of 16, twice."""
+    found = dict(plan(load(TINY, ["pairs.keep=0.5", "pairs.easiest=0.5", "train.replay=0.25"])))
+    assert found["pairs"] == "up to 192 base pairs, 48 kept, 60 trained on in 8 steps of 16"

@@ -118,3 +118,25 @@ def test_ordered_pairs_leave_out_neighbours_in_rank():
     assert margins.ordered_pairs([8.0, 7.0, 0.0]) == [(0, 2), (1, 2)]
     assert margins.ordered_pairs([1.0, 1.0]) == []
     assert margins.ordered_pairs([]) == []
+
+
+def test_the_rejected_response_may_be_the_one_nearest_to_two_sigma_below_the_mean():
+    """Of 19 rewards of 0 … 18 and one of −30: μ = 7.05, σ = 9.97 (population), μ − 2σ = −12.9, and 0 is nearest to it."""
+    rewards = [float(i) for i in range(19)] + [-30.0]
+    responses = [response(reward, index=i) for i, reward in enumerate(rewards)]
+    assert (pair := base(responses)[0][0]).rejected_index == 19
+    assert pair.chosen_index == 18
+    found = base(responses, rejected="two_sigma")[0][0]
+    assert (found.chosen_index, found.rejected_index, found.explicit_margin) == (18, 0, 18.0)
+    few = [response(reward, index=i) for i, reward in enumerate([1.0, 5.0, 2.0, 4.0])]
+    assert base(few, rejected="two_sigma")[0] == base(few)[0]  # of four rewards none is further down than √3 σ
+
+
+def test_the_nearest_to_two_sigma_is_below_the_chosen_one_that_is_whole():
+    """The highest reward was cut off: the chosen one has 1.0, and only 0.5 is below it."""
+    responses = [response(9.0, index=0, whole=False), response(1.0, index=1), response(0.5, index=2, whole=False)]
+    found = base(responses, rejected="two_sigma", cut_off="reject")[0][0]
+    assert (found.chosen_index, found.rejected_index) == (1, 2)
+    lowest = [response(9.0, index=0, whole=False), response(0.5, index=1)]
+    pairs, lost = base(lowest, rejected="two_sigma", cut_off="reject")
+    assert pairs == [] and lost["prompts_tied"] == 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 from pairs_world import Files, Told
+from pydantic import ValidationError
 
 from selfplay.config import PairsConfig
 from selfplay.errors import CheckpointError
@@ -138,3 +139,21 @@ def test_the_same_seed_gives_the_same_bytes(files, tmp_path):
     for name in ("one", "two"):
         run(files, tmp_path / name, selection="random", keep=0.5)
     assert (tmp_path / "one" / "pairs.parquet").read_bytes() == (tmp_path / "two" / "pairs.parquet").read_bytes()
+
+
+def test_pairs_of_the_easier_prompts_alone(files, tmp_path):
+    """Mean rewards: a 8/3, b 3, c 2, d 1, e 1.00025, f 5.5. Half of the six prompts: f, b and a; b is tied."""
+    found, metrics, _ = run(files, tmp_path / "out", easiest=0.5, keep=1.0, selection="explicit")
+    assert [(p.prompt_id, p.dropped_because) for p in found] == [
+        ("a", None), ("c", "difficult"), ("e", "noise"), ("f", None)
+    ]  # fmt: skip
+    assert (metrics["base"], metrics["kept"], metrics["dropped_difficult"]) == (4, 2, 1)
+
+
+def test_pairs_ranked_by_both_margins_fused(files, tmp_path):
+    with pytest.raises(ValidationError, match="fused goes with signed: true"):
+        PairsConfig(selection="fused")
+    found, metrics, _ = run(files, tmp_path / "out", selection="fused", signed=True, keep=0.34)
+    # f: margin 3, and r̂ −3/2 + 5/4 … all are within rounding of each other but c, whose chosen one is the likelier by most
+    assert [p.dropped_because for p in found if p.dropped_because] == ["fused", "noise", "fused"]
+    assert metrics["kept"] == 1

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 from steps_world import LINE, Opened, write_sampled
 
 from selfplay.errors import GuardError, StageFailed
+from selfplay.rewards.early_signs import NAMES
 from selfplay.rounds.stages import GUARD, SCORE
 from selfplay.storage import folders, tables
 from selfplay.types import Candidate, Prompt, Reward
@@ -55,7 +57,7 @@ def test_numbers_of_a_round_and_those_before_it(run, tmp_path):
     run.store.record_stage(4, "score", 1.0, {"reward_mean": 2.0})  # its artifacts were deleted
     run.store.record_stage(4, "evaluate", 1.0, {"gold_total_champion": 0.6})
     steps = write(run, 5, [0.0, 1.0, 1.0, 1.0], disagreement=0.25, probe_change=0.001)
-    found = steps.guard(tmp_path, LINE)
+    found = {name: value for name, value in steps.guard(tmp_path, LINE).items() if name not in NAMES}
     assert math.isnan(found.pop("probe_missing"))
     # prompt p: rewards −.5 .5 and lengths −.5 .5 around their means; prompt q: 0 0 and −.5 .5: 0.5 / √(.5 · 1)
     assert found.pop("length_correlation") == pytest.approx(math.sqrt(0.5))
@@ -108,4 +110,59 @@ def test_of_a_stop_the_signs_stay_in_the_ledger_and_no_stage(tmp_path):
     assert stopped.startswith("stopped before training; all signs: ties 0.5, saturation 0.75, ")
     assert failed.startswith("guard: the reward looks wrong: ")
     assert (run.store.metrics(1)["guard/ties"], run.store.metrics(1)["guard/saturation"]) == (0.5, 0.75)
+    assert not steps.frame.path("guard").exists()
+
+
+def cut_off_round(run):
+    """128 prompts × 8, of which 58 % hit the limit of 80 tokens, and lose to those that ended."""
+    rng = np.random.default_rng(3)
+    prompts = [
+        Prompt(prompt_id=f"p{i}", messages=[{"role": "user", "content": str(i)}], prompt_ids=[1], split="train")
+        for i in range(128)
+    ]
+    rows, rewards = [], []
+    for prompt in prompts:
+        for k in range(8):
+            ends = rng.random() >= 0.58
+            ids = rng.integers(3, 900, int(rng.integers(5, 40)) if ends else 80).tolist()
+            rows.append(
+                Candidate(
+                    prompt_id=prompt.prompt_id, index=k, text="x", token_ids=ids, logp=-1.0, n_tokens=len(ids),
+                    finish_reason="stop" if ends else "length", policy=0,
+                )
+            )  # fmt: skip
+            rewards.append(Reward(prompt_id=prompt.prompt_id, index=k, reward=float(rng.random() + ends)))
+    steps = run.steps(1)
+    write_sampled(steps, prompts, rows)
+
+    def score(out, line):
+        tables.write_rows(out / "scored.parquet", rewards, Reward)
+        folders.write_json(out / "reward.json", {})
+        return {}
+
+    steps.frame.do(SCORE, score)
+    return steps
+
+
+def test_answers_that_are_cut_off_and_rejected_are_told_before_the_round_trains(tmp_path):
+    run = Opened(tmp_path, "pairs.cut_off=reject", "guard.length_correlation={}", "guard.saturation={}")
+    steps = cut_off_round(run)
+    steps.frame.do(GUARD, steps.guard)
+    assert not steps.frame.path("train").exists()
+    cut, gap, decided = run.warned
+    assert "answers that were cut off (share) 0.5" in cut and "(guard.cut_off.warn)" in cut
+    assert "raise generate.max_tokens" in cut and "pairs.cut_off: drop" in cut
+    assert "(guard.length_gap.warn)" in gap and "(guard.decided_by_length.warn)" in decided
+    assert all("reward.shaping.length_control" in text for text in (gap, decided))
+    assert run.events(1) == [text.removeprefix("warning: round 1: ") for text in run.warned]
+    assert run.store.metrics(1)["guard/cut_off"] == pytest.approx(0.58, abs=0.04)
+
+
+def test_answers_that_are_cut_off_stop_a_round_where_they_are_to(tmp_path):
+    run = Opened(tmp_path, "pairs.cut_off=reject", "guard.cut_off={warn: 0.3, stop: 0.5}")
+    steps = cut_off_round(run)
+    with pytest.raises(StageFailed, match="the answers look wrong: answers that were cut off") as error:
+        steps.frame.do(GUARD, steps.guard)
+    assert "nothing was trained on" in error.value.__cause__.hint
+    assert run.store.metrics(1)["guard/cut_off"] == pytest.approx(0.58, abs=0.04)
     assert not steps.frame.path("guard").exists()

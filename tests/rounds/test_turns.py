@@ -10,15 +10,21 @@ from selfplay.storage import folders
 def test_a_role_that_takes_its_turn_waits_for_the_one_before_it():
     done = []
     rooms = {role: lambda role=role: done.append(role) for role in ("engine", "reward")}
-    turns = Turns(rooms, lambda: True, lambda kind, text: done.append(f"{kind}: {text.partition(';')[0]}"))
+    turns = Turns(
+        rooms,
+        lambda: True,
+        lambda kind, text: done.append(f"{kind}: {text.partition(';')[0]}"),
+        lambda text: done.append(text),
+    )
     for role in ("engine", "engine", "reward", "engine"):
         turns.take(role)
     assert done == [
         "turn: engine uses the GPUs",
-        "engine", "turn: reward uses the GPUs",
-        "reward", "turn: engine uses the GPUs",
+        "reward waits for its turn on the GPUs: engine makes room", "engine", "turn: reward uses the GPUs",
+        "engine waits for its turn on the GPUs: reward makes room", "reward", "turn: engine uses the GPUs",
     ]  # fmt: skip
-    Turns(rooms, lambda: False, lambda kind, text: pytest.fail("it is nobody's turn")).take("engine")
+    quiet = Turns(rooms, lambda: False, lambda kind, text: pytest.fail("it is nobody's turn"), pytest.fail)
+    quiet.take("engine")
 
 
 @pytest.mark.slow

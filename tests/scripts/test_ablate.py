@@ -15,7 +15,7 @@ from selfplay.config import load
 from selfplay.worlds.tiny import questions, rewriter
 from selfplay.worlds.tiny.skills import SKILLS
 
-ARMS = sorted({*arms.ARMS, *arms.CONTROLS, *arms.REDUNDANT})
+ARMS = sorted({*arms.ARMS, *arms.CONTROLS, *arms.NEIGHBOURS, *arms.REDUNDANT})
 
 
 def arguments(file: Path, *names: str, **changes: object) -> argparse.Namespace:
@@ -34,8 +34,8 @@ def arguments(file: Path, *names: str, **changes: object) -> argparse.Namespace:
 def test_every_arm_has_the_same_budgets(arm: str) -> None:
     config = load(ROOT / "configs" / "tiny.yaml", arms.assignments(arms.overrides(arm)))
     assert config.prompts.per_round * config.generate.candidates == 192 * 8
-    kept = config.pairs.keep * config.prompts.per_round
-    assert kept * (1 if config.depth.method == "none" else config.depth.pairs_per_prompt) == 96
+    kept = config.pairs.keep * config.pairs.easiest * config.prompts.per_round * (1 + config.train.replay)
+    assert kept * (1 if config.depth.method == "none" else config.depth.pairs_per_prompt) == pytest.approx(96)
 
 
 def test_controls_differ_from_their_arms_in_the_method_alone() -> None:
@@ -46,6 +46,8 @@ def test_controls_differ_from_their_arms_in_the_method_alone() -> None:
     assert differ("gradient", "others") == {"depth.closeness"}
     assert differ("gradient", "uniform") == {"depth.method"}
     assert differ("plain", "lower-beta") == {"train.beta"}
+    assert differ("plain", "ema") == {"train.reference"} and differ("plain", "two-sigma") == {"pairs.rejected"}
+    assert differ("plain", "replay") == {"train.replay", "pairs.keep"}
     assert differ("deep", "uniform") == {"pairs.keep", "depth.method", "depth.pairs_per_prompt"}
     with pytest.raises(SystemExit, match="unknown component 'other'"):
         arms.overrides("potential+other")

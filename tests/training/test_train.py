@@ -190,6 +190,8 @@ def test_without_epsilon_it_is_the_sigmoid_loss_of_trl(tmp_path: Path) -> None:
 
     ours = make(tmp_path, epsilon=0.0)
     ours.train()
+    lengths = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in pairs()]
+    assert int(ours.tokens) == 2 * sum(lengths)  # two epochs
     names = ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "beta",
              "learning_rate", "lr_scheduler_type", "save_strategy", "logging_steps", "disable_tqdm", "use_cpu", "seed",
              "data_seed", "bf16", "gradient_checkpointing", "max_length")  # fmt: skip

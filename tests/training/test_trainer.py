@@ -20,11 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from selfplay.errors import TrainError
 from selfplay.models import weights
+from selfplay.models.kept import Kept
 from selfplay.models.weights import sequence_logps
 from selfplay.processes.child import Child, ChildDied, ChildError
 from selfplay.processes.reaping import descendants, marked
+from selfplay.training import pace
+from selfplay.training.blend_job import blend
 from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOTrainer
-from selfplay.training.jobs import CanaryJob, LoraJob, TrainJob
+from selfplay.training.jobs import BlendJob, CanaryJob, LoraJob, TrainJob
 from selfplay.training.train_job import agreement, canaries, train
 
 pytestmark = pytest.mark.service
@@ -113,7 +116,12 @@ def job_of(world: Path, folder: Path, **changes: Any) -> TrainJob:
 
 def run(job: TrainJob) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     seen: list[tuple[int, int]] = []
-    result = train(job, lambda step, steps, metrics: seen.append((step, steps)))
+
+    def report(step: int, steps: int, metrics: dict[str, Any], pace: dict[str, float]) -> None:
+        if "micro_batch" not in pace:  # a step that takes longer than a second, on a busy machine
+            seen.append((step, steps))
+
+    result = train(job, report)
     assert result is not None
     json.dumps(result, allow_nan=False)
     return result, seen
@@ -374,7 +382,7 @@ def test_a_killed_trainer_resumes_to_the_same_bytes(
         order(victim, job, on_event=kill)
     assert not job.out.exists() and (job.work / "checkpoint-6" / STATE_FILE).is_file()
     seen: list[int] = []
-    resumed = order(child, job, on_event=lambda event: seen.append(event["step"]))
+    resumed = order(child, job, on_event=lambda event: seen.append(event["step"]) if event["metrics"] else None)
     assert seen[0] in (7, 9) and seen[-1] == 12  # from the save after step 6, or 8 where it was faster than the kill
     assert bytes_of(job.out) == bytes_of(calm.out)
     for name in ("beta", "canaries", "update", "agreement"):
@@ -456,3 +464,82 @@ def test_behind_accelerates_launcher_the_trainer_works_and_dies_with_what_starte
     while (left := marked(tmp_path / "launched")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
+
+
+# --- what is told from within a step --------------------------------------------------------------------------------
+
+
+def test_a_step_of_many_micro_batches_tells_of_them_and_of_what_is_left(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 pairs, 4 a step, one a micro-batch: the last of each step comes with the step's own report."""
+    monkeypatch.setattr(pace, "SECONDS", 0.0)
+    told: list[tuple[int, dict[str, float | None], dict[str, float]]] = []
+    job = job_of(world, tmp_path, micro_batch_pairs=1, epochs=1)
+    result = train(job, lambda step, steps, metrics, pace: told.append((step, metrics, pace)))
+    assert result is not None
+    compared = [p["compared"] for _, _, p in told if "compared" in p]
+    assert compared == list(range(1, 13))
+    places = [(step, p.get("micro_batch")) for step, _, p in told if "compared" not in p]
+    assert places == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, None),
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (2, None),
+        (2, 1),
+        (2, 2),
+        (2, 3),
+        (3, None),
+    ]
+    assert all(p["micro_batches"] == 4 for _, _, p in told if "micro_batch" in p)
+    assert all(bool(metrics) == ("micro_batch" not in p) for _, metrics, p in told if "compared" not in p)
+    assert told[-1][2]["seconds_left"] == 0 and told[-1][2]["tokens_per_second"] > 0
+    left = [p["seconds_left"] for _, _, p in told if "seconds_left" in p]
+    assert left[0] > left[-1] and min(left) >= 0
+
+
+# --- pairs of earlier rounds, and a reference that follows ------------------------------------------------------------
+
+
+def test_pairs_of_earlier_rounds_are_trained_on_and_not_compared_with_the_generator(
+    world: Path, tmp_path: Path
+) -> None:
+    """Their log-probabilities are those of another policy: 3 nats a token off, which the check would refuse."""
+    replayed = write_pairs(tmp_path / "earlier.parquet", world / "policy", n=4, off=3.0, seed=9)
+    one, _ = run(job_of(world, tmp_path / "one", replayed=replayed, epochs=1))
+    assert one["steps"] == 4 and one["agreement"]["mean"] < 1e-5  # 12 + 4 pairs, 4 a step
+    assert one["history"] != run(job_of(world, tmp_path / "without", epochs=1))[0]["history"]
+    mark = json.loads((tmp_path / "one" / "work" / "job.json").read_text())
+    assert (
+        len(mark["replayed"]) == 64
+    )  # by its content: a file that is written again under another name is the same job
+    with pytest.raises(TrainError, match="differ from the generator's"):
+        run(job_of(world, tmp_path / "two", pairs=replayed))
+
+
+def test_a_reference_that_follows_is_the_average_of_all_weights(world: Path, tmp_path: Path) -> None:
+    policy = checkpoint(tmp_path / "policy", seed=4)
+    job = BlendJob(before=world / "policy", policy=policy, share=0.25, initial=world / "policy", out=tmp_path / "out")
+    found = blend(job, Kept(keeps=False))
+    before, after, made = (load_file(f / "model.safetensors") for f in (world / "policy", policy, tmp_path / "out"))
+    for name, tensor in made.items():
+        assert torch.allclose(tensor, 0.75 * before[name] + 0.25 * after[name], atol=1e-7), name
+    apart = sum(float((made[n] - after[n]).norm()) ** 2 for n in made) / sum(
+        float(t.norm()) ** 2 for t in after.values()
+    )
+    assert found["distance"] == pytest.approx(apart**0.5, rel=1e-5)
+    again = job.model_copy(update={"out": tmp_path / "again"})
+    blend(again, Kept())
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
+    other = checkpoint(tmp_path / "other", hidden_size=64)
+    with pytest.raises(TrainError, match="the reference of before has no"):
+        blend(job.model_copy(update={"before": other, "out": tmp_path / "none"}), Kept(keeps=False))
+    assert not (tmp_path / "none").exists()
+    trained, _ = run(
+        job_of(world, tmp_path / "round", reference=tmp_path / "out", agreement_mean=None, agreement_p99=None)
+    )
+    assert trained["history"][0]["train/epsilon_zero"] < 1.0  # the policy is not its own reference

@@ -13,13 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 from selfplay.config import TrainConfig, load
 from selfplay.errors import InputError, Interrupted, TrainError
 from selfplay.processes.child import ChildDied, ChildError
-from selfplay.storage import folders, hashes, policies
+from selfplay.storage import folders, hashes, policies, tables
 from selfplay.training import service
 from selfplay.training.gradients import gradients
 from selfplay.training.jobs import CLUSTERS, STOP, CanaryJob, FeaturesJob, TrainJob
 from selfplay.training.service import STARTS, Trainer
-from selfplay.training.stage import TRAIN, train, warnings
-from selfplay.types import Policy
+from selfplay.training.stage import REPLAYED, TRAIN, train, warnings, words
+from selfplay.types import Pair, Policy, Reference
 
 QUIET = {"train/beta": 0.1, "train/beta_at_limit": 0.0, "train/chosen_drop": 49.0}
 
@@ -296,6 +296,10 @@ def policy(version: int, beta: float | None = None) -> Policy:
     return Policy(version=version, path=f"/p/{version}", parent=None, round=version, beta=beta, reference=None)
 
 
+def reference(version: int | None) -> Reference:
+    return Reference(version=version, path=f"/p/{version}", sha256="abc")
+
+
 def trained(*steps: dict[str, Any], **changes: Any) -> Any:
     """An end of the order `train`: it tells its steps, exports a policy and answers."""
 
@@ -323,9 +327,8 @@ def stage(w: World, out: Path, **changes: Any) -> tuple[dict[str, float], list[s
     warned: list[str] = []
     line = Told()
     given: dict[str, Any] = {
-        "trainer": w.trainer, "pairs": out / "none.parquet", "work": out.parent / "train.work", "policy": policy(3),
-        "reference": policy(3), "reference_sha256": "abc", "initial": policy(0), "version": 4, "beta": 0.1,
-        "canary_ids": [[1, 2]], "packages": {"trl": "1"}, "config": w.config, "seed": 11, "meanwhile": lambda: None,
+        "trainer": w.trainer, "pairs": out / "none.parquet", "earlier": [], "work": out.parent / "train.work",
+        "policy": policy(3), "reference": reference(3), "initial": policy(0), "version": 4, "beta": 0.1, "canary_ids": [[1, 2]], "packages": {"trl": "1"}, "config": w.config, "seed": 11, "meanwhile": lambda: None,
         "breathe": lambda where: None, "warn": warned.append,
     }  # fmt: skip
     metrics = train(out, line, **{**given, **changes})
@@ -367,12 +370,95 @@ def test_the_job_follows_the_configuration_and_is_checked_only_against_a_referen
 
     w = world("train.agreement_pairs=7", "policy.dtype=bfloat16", "train.epsilon=0.02").ends(end, end)
     stage(w, tmp_path / "one")
-    stage(w, tmp_path / "two", reference=policy(1))
+    stage(w, tmp_path / "two", reference=reference(1))
     assert [job["agreement_pairs"] for job in jobs] == [7, 7]
     assert (jobs[0]["agreement_mean"], jobs[0]["agreement_p99"]) == (5e-2, 2.5e-1)
     assert (jobs[1]["agreement_mean"], jobs[1]["agreement_p99"]) == (None, None)
     assert (jobs[0]["policy"], jobs[1]["reference"], jobs[1]["initial"]) == ("/p/3", "/p/1", "/p/0")
     assert (jobs[0]["seed"], jobs[0]["beta"], jobs[0]["epsilon"]) == (11, 0.1, 0.02)
+
+
+def pairs_of(path: Path, index: int, count: int) -> Path:
+    """A file of pairs as a round trained on them."""
+    rows = [
+        Pair(
+            prompt_id=f"r{index}p{i}", chosen_index=0, rejected_index=1, chosen_reward=1.0, rejected_reward=0.0,
+            chosen_logp=-1.0 - index, rejected_logp=-2.0, explicit_margin=1.0, implicit_margin=0.5, implicit_signed=0.5,
+            prompt_ids=[1], chosen="a", rejected="b", chosen_ids=[5, 2], rejected_ids=[6, 2],
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    tables.write_rows(path, rows, Pair)
+    return path
+
+
+def test_pairs_of_earlier_rounds_are_trained_on_again_the_same_ones_at_every_start(world: Any, tmp_path: Path) -> None:
+    jobs: list[TrainJob] = []
+
+    def end(order: str, fields: dict[str, Any], tell: Any) -> Any:
+        jobs.append(TrainJob(**fields["job"]))
+        return trained(*STEPS)(order, fields, tell)
+
+    w = world("train.replay=0.25").ends(end, end, end, end)
+    own = pairs_of(tmp_path / "own.parquet", 3, 40)
+    earlier = [pairs_of(tmp_path / f"{i}.parquet", i, 300) for i in (1, 2)]
+    found, _, _ = stage(w, tmp_path / "one", pairs=own, earlier=earlier)
+    assert found["replayed"] == 10 and jobs[0].pairs == own
+    written = tables.read_rows(tmp_path / "one" / REPLAYED, Pair)
+    assert jobs[0].replayed == tmp_path / "one" / REPLAYED and len({p.prompt_id for p in written}) == 10
+    assert {p.prompt_id[:2] for p in written} == {"r1", "r2"}  # by the seed of this test
+    assert all(p.chosen_logp == -1.0 - int(p.prompt_id[1]) for p in written)
+    stage(w, tmp_path / "two", pairs=own, earlier=earlier)
+    assert (tmp_path / "two" / REPLAYED).read_bytes() == (tmp_path / "one" / REPLAYED).read_bytes()
+    stage(w, tmp_path / "other", pairs=own, earlier=earlier, seed=12)
+    assert tables.read_rows(tmp_path / "other" / REPLAYED, Pair) != written
+    found, _, _ = stage(w, tmp_path / "first", pairs=own, earlier=[])
+    assert found["replayed"] == 0 and jobs[-1].replayed is None and not (tmp_path / "first" / REPLAYED).exists()
+
+
+def test_an_average_of_policies_is_a_reference_that_no_generator_sampled_from(world: Any, tmp_path: Path) -> None:
+    jobs: list[TrainJob] = []
+
+    def end(order: str, fields: dict[str, Any], tell: Any) -> Any:
+        jobs.append(TrainJob(**fields["job"]))
+        return trained(*STEPS)(order, fields, tell)
+
+    stage(world("train.reference={ema: 0.6}").ends(end), tmp_path / "train", reference=reference(None))
+    manifest = policies.read(tmp_path / "train" / "policy")
+    assert (manifest.reference, manifest.reference_sha256) == (None, "abc")
+    assert (jobs[0].agreement_mean, jobs[0].agreement_p99) == (None, None)
+
+
+def test_a_long_step_tells_where_it_is_and_how_long_it_will_take() -> None:
+    pace = {"tokens_per_second": 1234.4, "seconds_left": 185.0}
+    assert (
+        words({}, {"micro_batch": 12, "micro_batches": 64, **pace})
+        == "micro-batch 12 of 64, 1,234 tokens/s, 3 min left"
+    )
+    assert words({"train/loss": 0.5, "train/beta": 0.1}, pace) == "loss 0.500, β 0.1, 1,234 tokens/s, 3 min left"
+    assert words({}, {"compared": 8, "to_compare": 256}) == "compares itself with the engine: 8 of 256 pairs"
+    assert words({"train/loss": None}, {}) == ""
+
+
+def test_the_stage_shows_what_it_waits_for_and_then_the_micro_batches(world: Any, tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    def end(order: str, fields: dict[str, Any], tell: Any) -> Any:
+        shown.append(line.text)
+        tell({"step": 0, "steps": 2, "metrics": {}, "pace": {"micro_batch": 1, "micro_batches": 8}})
+        shown.append(line.text)
+        return trained(*STEPS)(order, fields, tell)
+
+    line = Told()
+    w = world().ends(end)
+    out = tmp_path / "train"
+    out.mkdir()
+    train(
+        out, line, trainer=w.trainer, pairs=out / "none.parquet", earlier=[], work=tmp_path / "train.work", policy=policy(3),
+        reference=reference(3), initial=policy(0), version=4, beta=0.1, canary_ids=[[1, 2]], packages={}, config=w.config,
+        seed=11, meanwhile=lambda: None, breathe=lambda where: None, warn=lambda text: None,
+    )  # fmt: skip
+    assert shown == ["waits for the trainer", "micro-batch 1 of 8"]
 
 
 def test_what_a_person_should_know_of_a_step_is_told_once_a_round(world: Any, tmp_path: Path) -> None:
@@ -422,7 +508,7 @@ def test_gradients_of_the_kept_pairs_leave_the_trainer_to_the_training(world: An
     w = world(*COLOCATED, "depth.method=gradient").ends(end)
     found = gradients(
         tmp_path / "out.parquet", 25, line, trainer=w.trainer, pairs=tmp_path / "pairs.parquet", policy=policy(2),
-        reference=policy(1), beta=0.2, config=w.config, seed=3, meanwhile=lambda: w.log.append("engine works"),
+        reference=reference(1), beta=0.2, config=w.config, seed=3, meanwhile=lambda: w.log.append("engine works"),
         breathe=lambda where: None,
     )  # fmt: skip
     assert found["clusters"] == 5 and found["closeness"] != found["closeness"]

@@ -74,6 +74,10 @@ CHARTS = (
         Line("guard/disagreement", "disagreement", "green"), Line("guard/gold_drop", "fall of gold", "red"),
         Line("guard/probe_change", "change of the probes", "grey", "dashed"),
         Line("guard/probe_missing", "probes without a score", "purple", "dashed"))),
+    Chart("Answers before training", "signs that pairs would teach a length, or to say the same again; limits are in the section guard", (
+        Line("guard/cut_off", "cut off", "red"), Line("guard/length_gap", "length of chosen against rejected", "blue"),
+        Line("guard/decided_by_length", "pairs decided by length", "orange"), Line("guard/duplicates", "duplicates", "grey", "dashed"),
+        Line("guard/repetition", "repeated 4-grams", "teal"))),
     Chart("Margins", "mean of the kept pairs: explicit in reward units, implicit in nats a token", (
         Line("pairs/explicit_margin", "explicit", "blue"), Line("pairs/implicit_margin", "implicit", "purple"))),
     Chart("Pairs", "base pairs, those kept, those trained on", (
