@@ -315,34 +315,60 @@ def pin(
     _order("pin", {"version": version, "pinned": not off}, config, set_, run_dir)
 
 
+@app.command()
+def prompts(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a glob, like prompts.source.")],
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the prompt; by default it is recognised.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Folder or Hub id of a policy: lengths in its tokens.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration whose `prompts` and policy are used.")] = None,
+    set_: Set = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Show what is read of a file of prompts: format, counts, lengths, examples."""
+    import dataclasses
+
+    from selfplay.config import PromptsConfig, load
+    from selfplay.errors import InputError
+    from selfplay.prompts.files import is_local
+    from selfplay.prompts.formats import Reading
+    from selfplay.prompts.preview import preview
+    from selfplay.reporting.terminal import Display
+
+    if not is_local(source):
+        raise InputError(f"{source}: no such file", "name a file, a folder or a glob; a Hub dataset is loaded when a run starts")
+    loaded = load(config, set_) if config is not None else None
+    settings = loaded.prompts if loaded is not None else PromptsConfig(source=source)
+    reading = Reading.of(settings)
+    if column is not None:
+        reading = dataclasses.replace(reading, prompt=column, format=None)
+    policy, length = model or (loaded.policy.model if loaded is not None else None), None
+    if policy is not None:
+        from selfplay.prompts.lengths import in_tokens
+
+        trusted = loaded.policy if loaded is not None and model is None else None
+        length = in_tokens(policy, trusted.revision if trusted else None, trusted.trust_remote_code if trusted else False)
+    most = settings.max_tokens if loaded is not None else None
+    display = Display()
+    for line in preview(source, reading, settings.split, settings.config, length, most):
+        display.note(line)
+
+
 @app.command("add-prompts")
 def add_prompts(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="JSONL or Parquet, like prompts.source.", exists=True, dir_okay=False)
-    ],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a glob, like prompts.source.")],
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the prompt; by default it is recognised.")] = None,
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
     """Add prompts of a file to those that later rounds draw from."""
-    from collections import Counter
-
     from selfplay.errors import InputError
-    from selfplay.prompts.formats import read_file
-    from selfplay.service.orders import MAX_PROMPTS, why_not_stored
+    from selfplay.prompts.adding import rows_of
+    from selfplay.prompts.files import is_local
+    from selfplay.prompts.formats import Reading
+    from selfplay.service.orders import MAX_PROMPTS
 
-    rows: list[dict[str, Any]] = []
-    unreadable = Counter[str]()
-    for row in read_file(file):
-        if isinstance(row, str):
-            unreadable[row] += 1
-        elif why := why_not_stored(row):
-            unreadable[f"cannot be stored ({why})"] += 1
-        else:
-            rows.append(row)
-    said = ", ".join(f"{n} × {why}" for why, n in unreadable.items())
-    if not rows:
-        raise InputError(f"{file} has no prompt" + (f" ({said})" if said else ": it is empty"))
-    if said:
-        print(f"set aside: {said}")
+    if not is_local(file):
+        raise InputError(f"{file}: no such file", "name a file, a folder or a glob")
+    rows, said = rows_of(file, Reading(prompt=column))
+    print(said)
     parts = [rows[start : start + MAX_PROMPTS] for start in range(0, len(rows), MAX_PROMPTS)]
     _orders([("add_prompts", {"rows": part}) for part in parts], config, set_, run_dir)
 

@@ -143,8 +143,13 @@ class Config(Section):
             "policy.dtype": self.policy.dtype,
             **{
                 f"prompts.{name}": getattr(self.prompts, name)
-                for name in ("source", "split", "column", "heldout", "heldout_fraction", "audit_fraction", "max_tokens")
-            },
+                for name in (
+                    "source", "config", "split", "format", "filter", "heldout", "heldout_fraction", "audit_fraction", "max_tokens",
+                )
+            },  # fmt: skip
+            # Absent values are null: what a run began with before there was a setting is still the same.
+            "prompts.column": self.prompts.columns.prompt,
+            "prompts.columns": self.prompts.columns.model_dump(exclude={"prompt"}, exclude_defaults=True) or None,
             "run.seed": self.run.seed,
         }
 

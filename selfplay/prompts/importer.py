@@ -27,16 +27,18 @@ from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
 from selfplay.models.rendering import Renderer, load_tokenizer, run_render
 from selfplay.processes.protocol import protocol, quick_imports
-from selfplay.prompts import formats, parts, pool
+from selfplay.prompts import files, parts, pool
 from selfplay.prompts import survey as surveys
 from selfplay.prompts.draw import subset
+from selfplay.prompts.files import copies
+from selfplay.prompts.formats import Reading
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.workers import cores
 from selfplay.storage import folders, hashes, tables
 
 INITIAL = "initial.json"
 CANARY_TOKENS = 64
-FORMAT = 2  # of a part: another number, and parts that were written before are made again
+FORMAT = 3  # of a part: another number, and parts that were written before are made again
 
 OnProgress = Callable[[str, int, int], None]
 """What is done, how much of it, and of how much."""
@@ -44,9 +46,16 @@ OnProgress = Callable[[str, int, int], None]
 
 def survey(config: Config, workers: int | None = None) -> surveys.Survey:
     """What the files of prompts hold, without rendering any. Raises InputError."""
-    sources = [Path(source) for source in (config.prompts.source, config.prompts.heldout) if source is not None]
-    train, *heldout = [formats.parts(path) for path in sources]
+    settings = config.prompts
+    train, *heldout = [
+        files.all_parts(source, Reading.of(settings), settings.split, settings.config) for source in _sources(config)
+    ]
     return surveys.survey(config, train, heldout[0] if heldout else [], workers or cores())
+
+
+def _sources(config: Config) -> list[str]:
+    """Where prompts are read from."""
+    return [source for source in (config.prompts.source, config.prompts.heldout) if source is not None]
 
 
 def import_pool(
@@ -58,20 +67,28 @@ def import_pool(
     about: object = None,
     workers: int | None = None,
     on_progress: OnProgress = lambda text, done, total: None,
+    on_recognised: Callable[[str], None] = lambda said: None,
 ) -> tuple[Counter[str], Counter[str]]:
     """Read, split and render all prompts, and make their pool in the folder `out`. Raises InputError.
 
     `work`: where finished parts are kept; the next call goes on with them where it has the same sources and settings, and
-    says the same `about` what renders. Returns how many prompts each split has, and how many rows were set aside for what.
+    says the same `about` what renders. `on_recognised` is told what each source is, in words. Returns how many prompts each
+    split has, and how many rows were set aside for what.
     """
     workers = workers or cores()
     settings, seed = config.prompts, config.run.seed
     folder = _work_folder(config, work, about)
-    given = [source for source in (settings.source, settings.heldout) if source is not None]
-    train, *heldout = [formats.parts(_file(source, i, config, folder)) for i, source in enumerate(given)]
+    train, *heldout = [
+        copies.in_parts(
+            source, Reading.of(settings), settings.split, settings.config, folder / f"source-{i}", workers
+        )
+        for i, source in enumerate(_sources(config))
+    ]
     found = surveys.survey(
         config, train, heldout[0] if heldout else [], workers, lambda n, of: on_progress("reading", n, of)
     )
+    for said in found.recognised:
+        on_recognised(said)
     made = parts.make(
         found.chosen, settings, seed, render, folder, workers, lambda n, of: on_progress("rendering", n, of)
     )
@@ -85,18 +102,11 @@ def import_pool(
     return splits, set_aside
 
 
-def _file(source: str, number: int, config: Config, work: Path) -> Path:
-    """The file with the prompts of a source. That of a Hub dataset, or with large row groups, is a copy in `work`."""
-    copy = work / f"source-{number}.parquet"
-    if formats.is_file(source):
-        return formats.in_small_groups(Path(source), copy)
-    return formats.from_hub(source, config.prompts.split, config.prompts.column, copy)
-
-
 def _work_folder(config: Config, work: Path, about: object) -> Path:
     """Where the parts of these sources and settings are kept; parts of others are deleted."""
-    sources = [Path(source) for source in (config.prompts.source, config.prompts.heldout) if source is not None]
-    stats = [(s.st_size, s.st_mtime_ns, s.st_ino) for path in sources if path.is_file() for s in [path.stat()]]
+    found = [files.files_of(source, config.prompts.split, config.prompts.config) for source in _sources(config)]
+    paths = [path for source in found if source is not None for path in source.paths]
+    stats = [(str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path in paths for s in [path.stat()]]
     key = json.dumps([FORMAT, config.fixed(), stats, about], sort_keys=True, default=str)
     folder = work / hashlib.sha256(key.encode()).hexdigest()[:16]
     for other in work.iterdir() if work.is_dir() else ():
@@ -139,12 +149,13 @@ def run_import(config: Config, out: Path, work: Path, on_progress: OnProgress) -
     """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
     source = initial_folder(config.policy.model, config.policy.revision)
     tokenizer = load_tokenizer(source, config.policy.trust_remote_code)
-    given = [source for source in (config.prompts.source, config.prompts.heldout) if source is not None]
-    if all(map(formats.is_file, given)):  # the loader of a Hub dataset may need it
+    if all(map(files.is_local, _sources(config))):  # the loader of a Hub dataset may need it
         tables.leave_pandas_out()
+    recognised: list[str] = []
     splits, set_aside = import_pool(
-        config, Renderer(tokenizer), out, work, about=_renders(source), on_progress=on_progress
-    )
+        config, Renderer(tokenizer), out, work, about=_renders(source), on_progress=on_progress,
+        on_recognised=recognised.append,
+    )  # fmt: skip
     on_progress("canaries of the initial policy", 0, 1)
     import torch  # after the workers were forked
 
@@ -159,7 +170,7 @@ def run_import(config: Config, out: Path, work: Path, on_progress: OnProgress) -
         {"source": str(source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(set_aside)},
     )
     shutil.rmtree(work)
-    return {"prompts": dict(splits), "set_aside": dict(set_aside)}
+    return {"prompts": dict(splits), "set_aside": dict(set_aside), "recognised": recognised}
 
 
 def _renders(policy: Path) -> dict[str, str]:

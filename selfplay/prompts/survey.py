@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from selfplay import seeds
 from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
-from selfplay.prompts.formats import Part, canonical, hash_of, messages_of, names
-from selfplay.prompts.references import reference_of
+from selfplay.prompts.files import Part
+from selfplay.prompts.formats import canonical, hash_of, names
+from selfplay.prompts.formats.report import Recognised, counted
 from selfplay.prompts.workers import each
 from selfplay.types import Split
 
@@ -38,6 +39,7 @@ class Seen:
     """The parent that a row names, by its place among the n."""
     bad: Counter[str]
     """Rows without a conversation, by reason."""
+    recognised: Recognised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,8 @@ class Survey:
     """Prompts of each split, those included that cannot be rendered or are too long."""
     set_aside: Counter[str]
     """Rows that were left out, by reason."""
+    recognised: list[str]
+    """What each source is, in words."""
 
 
 def survey(
@@ -101,7 +105,8 @@ def survey(
     for part in chosen:
         splits.update(split_of(settings, config.run.seed, part.roots.get(own, own), part.held_out) for own in part.ids)
     require_both_sides(splits, +set_aside)
-    return Survey(chosen=chosen, splits=splits, set_aside=+set_aside)
+    recognised = [side.said for side in (ours, apart) if side is not None]
+    return Survey(chosen=chosen, splits=splits, set_aside=+set_aside, recognised=recognised)
 
 
 def look(part: Part) -> Seen:
@@ -110,28 +115,32 @@ def look(part: Part) -> Seen:
     rows: list[int] = []
     parents: dict[int, str] = {}
     bad = Counter[str]()
+    recognised = Recognised()
     for number, row in enumerate(part.rows()):
-        messages = row if isinstance(row, str) else messages_of(row)
-        if isinstance(messages, str):
-            bad[messages] += 1
+        found = row if isinstance(row, str) else part.reading.read(row)
+        if isinstance(found, str):
+            bad[found] += 1
+            if isinstance(row, dict):
+                recognised.not_found(row, found)
             continue
-        assert not isinstance(row, str)
-        text, meta, parent = canonical(messages), row.get("meta"), row.get("parent")
-        try:
-            reference = reference_of(row)
-        except Exception as error:
-            bad[f"its reference is no JSON ({type(error).__name__})"] += 1
-            continue
+        text = canonical(found.messages)
         # Only half of a surrogate pair is no text, and whole pairs are rare as well.
-        kept = [messages, meta, parent, reference]
-        if (meta or parent or reference or "\\ud" in text) and (why := why_not_stored(kept)):
+        kept = [found.messages, found.parent, found.reference]
+        if (found.parent or found.reference or "\\ud" in text) and (why := why_not_stored(kept)):
             bad[why] += 1
             continue
-        if parent:
-            parents[len(hashes)] = str(parent)
+        if found.parent:
+            parents[len(hashes)] = found.parent
+        recognised.found(found)
         hashes.append(seeds.derive(text))
         rows.append(number)
-    return Seen(hashes=np.array(hashes, np.int64), rows=np.array(rows, np.int32), parents=parents, bad=bad)
+    return Seen(
+        hashes=np.array(hashes, np.int64),
+        rows=np.array(rows, np.int32),
+        parents=parents,
+        bad=bad,
+        recognised=recognised,
+    )
 
 
 def why_not_stored(value: object) -> str | None:
@@ -178,14 +187,22 @@ class _Side:
     def __init__(self, source: str, parts: Sequence[Part], seen: Sequence[Seen], set_aside: Counter[str]) -> None:
         """Rows without a conversation, and those that come again, are added to `set_aside`."""
         self._source, self._parts = source, parts
+        bad, recognised = Counter[str](), Recognised()
         for found in seen:
-            set_aside.update(found.bad)
+            bad.update(found.bad)
+            recognised.add(found.recognised)
+        set_aside.update(bad)
         every = np.concatenate([np.empty(0, np.int64), *(found.hashes for found in seen)])
+        keys, hint = recognised.why_not()
         if not len(every):
-            bad = ", ".join(f"{n} × {why}" for why, n in set_aside.items())
-            raise InputError(f"{source} has no usable prompt" + (f" ({bad})" if bad else ": it is empty"))
+            why = f" ({counted(bad)})" + (f"; {keys}" if keys else "") if bad else ": it is empty"
+            raise InputError(f"{source} has no usable prompt{why}", hint)
         first = np.sort(np.unique(every, return_index=True)[1])
-        set_aside["duplicate"] += len(every) - len(first)
+        bad["duplicate"] = len(every) - len(first)
+        set_aside["duplicate"] += bad["duplicate"]
+        self.said = f"{source}: {recognised.words()}"
+        if +bad:
+            self.said += f", {bad.total():,} set aside: {counted(+bad)}" + (f"; {keys} ({hint})" if keys else "")
         starts = np.cumsum([0, *(len(found.hashes) for found in seen)])
         self.hashes = every[first]
         """(n,) of the conversations, in the order they came."""

@@ -30,7 +30,7 @@ from selfplay.rewards.early import EarlyScoring
 from selfplay.rewards.scorer import Scorer
 from selfplay.rounds import intake
 from selfplay.rounds.importing import ask_importer
-from selfplay.rounds.requirements import load_function, packages, require_models
+from selfplay.rounds.requirements import packages, require_models
 from selfplay.rounds.turns import Turns
 from selfplay.storage import folders
 from selfplay.storage.ledger import RESTARTS, Store
@@ -186,6 +186,9 @@ class Run:
             out=str(out),
             work=str(self.dir / "pool.parts"),
         )
+        for said in found["recognised"]:
+            self.event("prompts", said)
+            self.display.note(f"prompts: {said}")
         if found["set_aside"]:
             self.event(
                 "warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())
