@@ -334,7 +334,9 @@ def prompts(
     from selfplay.reporting.terminal import Display
 
     if not is_local(source):
-        raise InputError(f"{source}: no such file", "name a file, a folder or a glob; a Hub dataset is loaded when a run starts")
+        raise InputError(
+            f"{source}: no such file", "name a file, a folder or a glob; a Hub dataset is loaded when a run starts"
+        )
     loaded = load(config, set_) if config is not None else None
     settings = loaded.prompts if loaded is not None else PromptsConfig(source=source)
     reading = Reading.of(settings)
@@ -345,7 +347,9 @@ def prompts(
         from selfplay.prompts.lengths import in_tokens
 
         trusted = loaded.policy if loaded is not None and model is None else None
-        length = in_tokens(policy, trusted.revision if trusted else None, trusted.trust_remote_code if trusted else False)
+        length = in_tokens(
+            policy, trusted.revision if trusted else None, trusted.trust_remote_code if trusted else False
+        )
     most = settings.max_tokens if loaded is not None else None
     display = Display()
     for line in preview(source, reading, settings.split, settings.config, length, most):

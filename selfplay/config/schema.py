@@ -32,6 +32,12 @@ Tracker = Annotated[
 ]
 
 
+FIXED = (
+    "source", "config", "split", "format", "filter", "heldout", "heldout_fraction", "audit_fraction", "max_tokens",
+)  # fmt: skip
+"""Settings of `prompts` that decide on the pool, and so on all that comes of it."""
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     """Name, folder and seed."""
@@ -141,12 +147,7 @@ class Config(Section):
             "policy.model": self.policy.model,
             "policy.revision": self.policy.revision,
             "policy.dtype": self.policy.dtype,
-            **{
-                f"prompts.{name}": getattr(self.prompts, name)
-                for name in (
-                    "source", "config", "split", "format", "filter", "heldout", "heldout_fraction", "audit_fraction", "max_tokens",
-                )
-            },  # fmt: skip
+            **{f"prompts.{name}": getattr(self.prompts, name) for name in FIXED},
             # Absent values are null: what a run began with before there was a setting is still the same.
             "prompts.column": self.prompts.columns.prompt,
             "prompts.columns": self.prompts.columns.model_dump(exclude={"prompt"}, exclude_defaults=True) or None,

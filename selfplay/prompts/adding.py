@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from selfplay.errors import InputError
 from selfplay.prompts.files import all_parts
 from selfplay.prompts.formats import Found, Reading
-from selfplay.prompts.formats.report import Recognised, counted
+from selfplay.prompts.formats.report import Recognised, counted, nothing_in
 from selfplay.prompts.survey import why_not_stored
 
 
@@ -24,21 +23,23 @@ def rows_of(source: str, reading: Reading) -> tuple[list[dict[str, Any]], str]:
                 if isinstance(row, dict):
                     recognised.not_found(row, found)
                 continue
-            added = _row(found) | ({"source": str(row["source"])} if isinstance(row, dict) and row.get("source") else {})
+            added = _row(found) | (
+                {"source": str(row["source"])} if isinstance(row, dict) and row.get("source") else {}
+            )
             if why := why_not_stored(added):
                 bad[why] += 1
             else:
                 recognised.found(found)
                 rows.append(added)
-    keys, hint = recognised.why_not()
-    said = f"; set aside: {counted(bad)}" if bad else ""
     if not rows:
-        why = f" ({counted(bad)})" + (f"; {keys}" if keys else "") if bad else ": it is empty"
-        raise InputError(f"{source} has no prompt{why}", hint.replace("prompts.columns, such as {prompt: ", "--column (").replace("}", ")"))
+        raise nothing_in(source, recognised, bad)
+    said = f"; set aside: {counted(bad)}" if bad else ""
     return rows, f"{source}: {recognised.words()}{said}"
 
 
 def _row(found: Found) -> dict[str, Any]:
     alone = len(found.messages) == 1 and found.messages[0]["role"] == "user"
     row: dict[str, Any] = {"prompt": found.messages[0]["content"]} if alone else {"messages": found.messages}
-    return row | {name: value for name, value in (("parent", found.parent), ("reference", found.reference)) if value is not None}
+    return row | {
+        name: value for name, value in (("parent", found.parent), ("reference", found.reference)) if value is not None
+    }

@@ -79,9 +79,7 @@ def import_pool(
     settings, seed = config.prompts, config.run.seed
     folder = _work_folder(config, work, about)
     train, *heldout = [
-        copies.in_parts(
-            source, Reading.of(settings), settings.split, settings.config, folder / f"source-{i}", workers
-        )
+        copies.in_parts(source, Reading.of(settings), settings.split, settings.config, folder / f"source-{i}", workers)
         for i, source in enumerate(_sources(config))
     ]
     found = surveys.survey(

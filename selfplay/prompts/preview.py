@@ -10,7 +10,7 @@ import numpy as np
 from selfplay import seeds
 from selfplay.prompts.files import all_parts, files_of, kinds
 from selfplay.prompts.formats import Found, Reading, canonical
-from selfplay.prompts.formats.report import Recognised, counted
+from selfplay.prompts.formats.report import Recognised, counted, nothing_in
 from selfplay.types import Message
 
 SAMPLE = 2000  # prompts whose lengths are looked at
@@ -54,18 +54,18 @@ def preview(
                     sample = dict(sorted(sample.items())[:SAMPLE])
                     limit = max(sample)
     chosen = [found for _, found in sorted(sample.items())[:SAMPLE]]
+    if not chosen:
+        raise nothing_in(source, recognised, bad)
     what = {kinds.NAMES[kind] for kind in map(kinds.kind_of, files.paths)}
     keys, hint = recognised.why_not()
     said = [
         ("files", f"{len(files.paths):,}, {' and '.join(sorted(what))}" + (f"; {files.left:,} of other splits left out" if files.left else "")),
-        ("format", recognised.words() if chosen else "not recognised"),
+        ("format", recognised.words()),
         ("rows", f"{rows:,}: {recognised.formats.total():,} prompts, {bad.total():,} set aside" + (f": {counted(bad)}" if bad else "")),
     ]  # fmt: skip
     if keys:
         said.append(("set aside", f"{keys}: {hint}"))
-    if chosen:
-        said.append(("duplicates", f"{twice:,}"))
-        said.append(("length", _lengths(chosen, length, max_tokens)))
+    said += [("duplicates", f"{twice:,}"), ("length", _lengths(chosen, length, max_tokens))]
     lines = [f"{name:<11} {text}" for name, text in said]
     for number, found in enumerate(chosen[:EXAMPLES], 1):
         lines += [f"\nexample {number}", *_example(found)]
@@ -93,7 +93,9 @@ def _example(found: Found) -> list[str]:
         text = message["content"]
         cut = text[:LETTERS].split("\n")[:LINES]
         more = len(text) - len("\n".join(cut))
-        lines += [f"  {message['role']}: " + "\n    ".join(cut) + (f" … ({more:,} more characters)" if more > 0 else "")]
+        lines += [
+            f"  {message['role']}: " + "\n    ".join(cut) + (f" … ({more:,} more characters)" if more > 0 else "")
+        ]
     if found.reference is not None:
         reference = " ".join(found.reference.split())
         lines.append(f"  reference: {reference[:LETTERS]}")

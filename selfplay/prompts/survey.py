@@ -19,7 +19,7 @@ from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
 from selfplay.prompts.files import Part
 from selfplay.prompts.formats import canonical, hash_of, names
-from selfplay.prompts.formats.report import Recognised, counted
+from selfplay.prompts.formats.report import Recognised, counted, nothing_in
 from selfplay.prompts.workers import each
 from selfplay.types import Split
 
@@ -193,15 +193,14 @@ class _Side:
             recognised.add(found.recognised)
         set_aside.update(bad)
         every = np.concatenate([np.empty(0, np.int64), *(found.hashes for found in seen)])
-        keys, hint = recognised.why_not()
         if not len(every):
-            why = f" ({counted(bad)})" + (f"; {keys}" if keys else "") if bad else ": it is empty"
-            raise InputError(f"{source} has no usable prompt{why}", hint)
+            raise nothing_in(source, recognised, bad)
         first = np.sort(np.unique(every, return_index=True)[1])
         bad["duplicate"] = len(every) - len(first)
         set_aside["duplicate"] += bad["duplicate"]
         self.said = f"{source}: {recognised.words()}"
         if +bad:
+            keys, hint = recognised.why_not()
             self.said += f", {bad.total():,} set aside: {counted(+bad)}" + (f"; {keys} ({hint})" if keys else "")
         starts = np.cumsum([0, *(len(found.hashes) for found in seen)])
         self.hashes = every[first]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.config import Config, EnsembleConfig, RewardSource
+from selfplay.config.functions import load_function
 from selfplay.errors import InputError, RewardError, SelfplayError
 from selfplay.evaluation.rubric import Rubric
 from selfplay.generation.generator import Generator

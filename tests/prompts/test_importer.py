@@ -103,7 +103,11 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b"", "no usable prompt: it is empty"),
-        ("a.jsonl", b"\xff\xfe\n{}\n", r"no usable prompt \(1 × invalid UTF-8, 1 × no column that is known to hold prompts\); its rows have no keys"),
+        (
+            "a.jsonl",
+            b"\xff\xfe\n{}\n",
+            r"no usable prompt \(1 × invalid UTF-8, 1 × no column that is known to hold prompts\); its rows have no keys",
+        ),
         ("a.xlsx", b"PK\x03\x04", "a ZIP archive or an Excel sheet"),
         ("a.toml", b"prompt = 1", "neither text nor Parquet nor Arrow"),
         ("a.parquet", b"not parquet", "cannot be read as Parquet"),
@@ -195,7 +199,11 @@ def test_many_parts_in_several_processes_make_the_pool_that_one_makes(tmp_path, 
         assert told[-1][1] == told[-1][2]
     (one, counts), *others = made.values()
     assert all(other == (one, counts) for other in others)
-    assert (counts["duplicate"], counts["also held out"], counts["no column that is known to hold prompts"]) == (9, 3, 1)
+    assert (counts["duplicate"], counts["also held out"], counts["no column that is known to hold prompts"]) == (
+        9,
+        3,
+        1,
+    )
     assert [p.messages[-1]["content"] for p in one][:3] == ["question 0", "question 1", "question 2"]
     assert len([p for p in one if p.parent]) == 10
     assert len(list((tmp_path / "2000-3" / "pool" / "prompts").iterdir())) > 5
@@ -213,7 +221,9 @@ def test_a_hub_dataset_is_copied_and_read_like_a_file(tmp_path, monkeypatch, sma
     with pytest.raises(InputError, match="no column 'answer'; it has question, other"):
         built(settings("some/where", "prompts.column=answer"), tmp_path / "pool")
     rows = datasets.Dataset.from_list([{"body_text": "why?", "other": 1}])
-    with pytest.raises(InputError, match="no known format of prompts is in some/where; it has the columns body_text, other"):
+    with pytest.raises(
+        InputError, match="no known format of prompts is in some/where; it has the columns body_text, other"
+    ):
         built(settings("some/where"), tmp_path / "parts")
 
 

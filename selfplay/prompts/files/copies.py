@@ -22,9 +22,7 @@ from selfplay.prompts.workers import each
 from selfplay.storage.folders import whole
 
 
-def in_parts(
-    source: str, reading: Reading, split: str, config: str | None, copies: Path, workers: int
-) -> list[Part]:
+def in_parts(source: str, reading: Reading, split: str, config: str | None, copies: Path, workers: int) -> list[Part]:
     """All rows of a source in parts that are small. Copies are written to files whose names begin as `copies`; finished
     ones are used again. Raises InputError."""
     found = files_of(source, split, config)

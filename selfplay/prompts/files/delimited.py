@@ -29,7 +29,9 @@ def rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
     try:
         header = [name.strip() for name in next(reader)]
     except csv.Error as error:
-        raise InputError(f"{path} has no header that can be read: {error}", "its first line has to name the columns") from None
+        raise InputError(
+            f"{path} has no header that can be read: {error}", "its first line has to name the columns"
+        ) from None
     if twice := {name for name in header if name and header.count(name) > 1}:
         raise InputError(f"{path} names the column {min(twice)!r} twice", "give each column a name of its own")
     while True:

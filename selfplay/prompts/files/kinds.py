@@ -21,7 +21,10 @@ FOREIGN = {
     b"PK\x03\x04": ("a ZIP archive or an Excel sheet", "unpack it, or save the sheet as CSV"),
     b"SQLite format 3": ("an SQLite database", "export its table as CSV or JSON Lines"),
     b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "fetch the file: git lfs pull"),
-    b"<!DOCTYPE html": ("a page in HTML", "fetch the file itself: its address is behind the download button of that page"),
+    b"<!DOCTYPE html": (
+        "a page in HTML",
+        "fetch the file itself: its address is behind the download button of that page",
+    ),
     b"<html": ("a page in HTML", "fetch the file itself: its address is behind the download button of that page"),
     b"\x80\x04\x95": ("a Python pickle", "write its rows as JSON Lines or Parquet"),
     b"%PDF": ("a PDF document", "write its texts as JSON Lines"),
@@ -52,7 +55,9 @@ def kind_of(path: Path) -> str:
         with streams.opened(path) as content:
             start = content.read(streams.HEAD)
         if start.startswith((b"PAR1", b"ARROW1")):
-            raise InputError(f"{path} is a compressed {'Parquet' if start[:1] == b'P' else 'Arrow'} file", "decompress it first")
+            raise InputError(
+                f"{path} is a compressed {'Parquet' if start[:1] == b'P' else 'Arrow'} file", "decompress it first"
+            )
         if start[257:262] == b"ustar":
             raise InputError(f"{path} is an archive of files", "unpack it, and name the folder")
     if start.startswith(b"PAR1"):
@@ -62,7 +67,9 @@ def kind_of(path: Path) -> str:
     named = SUFFIXES.get(suffix(path))
     if named is None or (named in (LINES, TEXT, TABLE) and b"\0" in start and not streams.is_wide(start)):
         known = ", ".join(sorted(name for name in SUFFIXES if name))
-        raise InputError(f"{path} is neither text nor Parquet nor Arrow", f"files with these names are read: {known}, compressed too")
+        raise InputError(
+            f"{path} is neither text nor Parquet nor Arrow", f"files with these names are read: {known}, compressed too"
+        )
     if named in (PARQUET, ARROW):
         return named  # it does not begin as one: the reader says so
     if named == TABLE:
@@ -80,7 +87,11 @@ def _json_kind(start: bytes, otherwise: str) -> str:
     if start[:1] not in (b"{", b"[", b'"'):
         return otherwise
     lines = start.split(b"\n")
-    whole = [line for line in lines[:-1] if line.strip()] if len(start) >= streams.HEAD - 64 else [line for line in lines if line.strip()]
+    whole = (
+        [line for line in lines[:-1] if line.strip()]
+        if len(start) >= streams.HEAD - 64
+        else [line for line in lines if line.strip()]
+    )
     if not whole:
         return VALUES  # a line longer than what was looked at
     first = whole[0].strip()

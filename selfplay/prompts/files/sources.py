@@ -44,7 +44,12 @@ def files_of(source: str, split: str = "train", config: str | None = None) -> Fi
         if not found:
             raise InputError(f"{source}: no file has such a name", HINT)
         return Files(paths=tuple(found))
-    if kinds.is_data(path) or path.suffix.lower() in kinds.PACKED or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if (
+        kinds.is_data(path)
+        or path.suffix.lower() in kinds.PACKED
+        or source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+    ):
         raise InputError(f"{source}: no such file", HINT)
     return None
 
@@ -61,13 +66,18 @@ def _of_folder(folder: Path, split: str, config: str | None) -> Files:
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if config not in inside:
             there = ", ".join(inside) or "none"
-            raise InputError(f"{folder} has no configuration {config!r}", f"folders inside of it: {there} (prompts.config)")
+            raise InputError(
+                f"{folder} has no configuration {config!r}", f"folders inside of it: {there} (prompts.config)"
+            )
         folder = folder / config
     found = [path for path in sorted(folder.rglob("*")) if _has_rows(path, folder)]
     found = [path for path in found if kinds.suffix(path) != ".txt"] or found
     if not found:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise InputError(f"{folder} has no files of prompts; it holds {there}", "name a folder with files such as *.jsonl or *.parquet")
+        raise InputError(
+            f"{folder} has no files of prompts; it holds {there}",
+            "name a folder with files such as *.jsonl or *.parquet",
+        )
     splits = {path: _split(path.relative_to(folder)) for path in found}
     mine = SPLITS.get(split, split)
     if mine in splits.values() and len(set(splits.values())) > 1:
@@ -78,7 +88,11 @@ def _of_folder(folder: Path, split: str, config: str | None) -> Files:
 
 def _has_rows(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-    about = path.name in ABOUT or path.name.startswith("cache-") or path.name.lower().startswith(("readme", "license", "requirements"))
+    about = (
+        path.name in ABOUT
+        or path.name.startswith("cache-")
+        or path.name.lower().startswith(("readme", "license", "requirements"))
+    )
     return kinds.is_data(path) and not hidden and not about and path.is_file()
 
 
@@ -115,10 +129,15 @@ def _of_card(folder: Path, card: list[dict[str, Any]], split: str, config: str |
     if not by_split:
         return None if not one.get("data_dir") else _of_folder(base, split, None)
     if split not in by_split:
-        raise InputError(f"{folder} has no split {split!r}; it has {', '.join(by_split)}", "name one of them in prompts.split")
+        raise InputError(
+            f"{folder} has no split {split!r}; it has {', '.join(by_split)}", "name one of them in prompts.split"
+        )
     found = sorted({path for pattern in by_split[split] for path in base.glob(pattern) if path.is_file()})
     if not found:
-        raise InputError(f"{folder}: no file is there of those that its card names ({', '.join(by_split[split])})", "fetch the whole dataset")
+        raise InputError(
+            f"{folder}: no file is there of those that its card names ({', '.join(by_split[split])})",
+            "fetch the whole dataset",
+        )
     return Files(paths=tuple(found))
 
 

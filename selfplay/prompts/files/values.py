@@ -117,7 +117,9 @@ class _Scanner:
             except json.JSONDecodeError as error:
                 # A value that goes on in the next block looks broken at the end of this one, or is a text without an end.
                 if self._ended or (len(self._text) - error.pos > 16 and not error.msg.startswith("Unterminated")):
-                    raise self._broken("it ends in the middle" if self._ended and error.pos >= len(self._text) - 1 else error.msg) from None
+                    raise self._broken(
+                        "it ends in the middle" if self._ended and error.pos >= len(self._text) - 1 else error.msg
+                    ) from None
             except RecursionError:
                 raise self._broken("its values are nested too deeply") from None
             else:

@@ -88,7 +88,11 @@ def _tree(row: Row) -> Asked | str | None:
 
 def _tree_row(row: Row) -> Asked | str | None:
     """Open-Assistant, a message a row. The roots of its trees are prompts; the other messages need those before them."""
-    if not isinstance(row.get("role"), str) or "text" not in row or not ("parent_id" in row or "message_tree_id" in row):
+    if (
+        not isinstance(row.get("role"), str)
+        or "text" not in row
+        or not ("parent_id" in row or "message_tree_id" in row)
+    ):
         return None
     if row.get("parent_id") is not None and row.get("parent_id") != "":
         return "a later message of its tree"
@@ -150,7 +154,9 @@ def _question(row: Row) -> Asked | str | None:
     name = next((name for name in QUESTIONS if not is_blank(row.get(name)) and not _is_numeric(row[name])), None)
     if name is None:
         return asked_by(row["user"]) if isinstance(row.get("user"), str) and "assistant" in row else None
-    about = next((row[other] for other in WITH_QUESTION if isinstance(row.get(other), str) and row[other].strip()), None)
+    about = next(
+        (row[other] for other in WITH_QUESTION if isinstance(row.get(other), str) and row[other].strip()), None
+    )
     if about is not None and isinstance(row[name], str):
         return one_message(_joined(row[name], about))
     return asked_by(row[name])
@@ -245,4 +251,6 @@ def _has_turns(text: str) -> bool:
 
 
 def _is_numeric(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, list) and bool(value) and isinstance(value[0], int | float))
+    return isinstance(value, int | float) or (
+        isinstance(value, list) and bool(value) and isinstance(value[0], int | float)
+    )

@@ -128,7 +128,11 @@ class Reading:
     def _why_not(self, row: Mapping[str, Any]) -> str:
         if self.format is not None:
             return f"not of the format {self.format!r}"
-        return EMPTY if any(is_blank(row[name]) for name in ("prompt", "messages", *known.QUESTIONS) if name in row) else NO_FORMAT
+        return (
+            EMPTY
+            if any(is_blank(row[name]) for name in ("prompt", "messages", *known.QUESTIONS) if name in row)
+            else NO_FORMAT
+        )
 
     def _takes(self, row: Mapping[str, Any]) -> bool:
         try:

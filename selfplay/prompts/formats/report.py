@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from selfplay.errors import InputError
 from selfplay.prompts.formats.known import WHOLE
 from selfplay.prompts.formats.reading import NO_FORMAT, Found
 
@@ -60,7 +61,11 @@ class Recognised:
 
     def words(self) -> str:
         """«ShareGPT, 2 of 3 roles mapped (human → user, gpt → assistant), 9,812 prompts, 9,800 answers dropped»."""
-        said = [", ".join(f"{n:,} × {name}" for name, n in self.formats.most_common()) if len(self.formats) > 1 else "".join(self.formats)]
+        said = [
+            ", ".join(f"{n:,} × {name}" for name, n in self.formats.most_common())
+            if len(self.formats) > 1
+            else "".join(self.formats)
+        ]
         mapped = sorted((there, here) for there, here in self.roles if there != here)
         if mapped:
             how = ", ".join(f"{_short(there)} → {here}" for there, here in mapped[:8])
@@ -80,8 +85,16 @@ class Recognised:
         guess = self.guess or "…"
         return (
             f"its rows have {'the keys ' + names if names else 'no keys'}",
-            f"name the column with the prompt in prompts.columns, such as {{prompt: {guess}}}; `selfplay prompts` shows what is read",
+            f"name the column with the prompt in prompts.columns, such as {{prompt: {guess}}} (add-prompts: --column {guess}); "
+            "`selfplay prompts` shows what is read",
         )
+
+
+def nothing_in(source: str, recognised: Recognised, bad: Mapping[str, int]) -> InputError:
+    """What is said of a source without a prompt; `bad`: its rows by reason."""
+    keys, hint = recognised.why_not()
+    why = f" ({counted(bad)})" + (f"; {keys}" if keys else "") if bad else ": it is empty"
+    return InputError(f"{source} has no usable prompt{why}", hint or "docs/prompts.md lists what is read")
 
 
 def counted(counts: Mapping[str, int]) -> str:
