@@ -85,7 +85,7 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to write.")],
     model: Annotated[str, typer.Option(help="The model to align: folder or Hub id of an instruct model.")],
     reward: Annotated[str, typer.Option(help="Reward model, a folder or Hub id; or the URL of a reward server.")],
-    prompts: Annotated[str, typer.Option(help="Prompts: a JSONL or Parquet file, or the id of a Hub dataset.")],
+    prompts: Annotated[str, typer.Option(help="Prompts: a file, a folder or a glob, or the id of a Hub dataset.")],
 ) -> None:
     """Write a configuration for your model, reward and prompts."""
     from selfplay.config import load

@@ -10,6 +10,7 @@ import numpy as np
 from selfplay import seeds
 from selfplay.prompts.files import all_parts, files_of, kinds
 from selfplay.prompts.formats import Found, Reading, canonical
+from selfplay.prompts.formats.reading import NO_FORMAT
 from selfplay.prompts.formats.report import Recognised, counted, nothing_in
 from selfplay.types import Message
 
@@ -63,7 +64,7 @@ def preview(
         ("format", recognised.words()),
         ("rows", f"{rows:,}: {recognised.formats.total():,} prompts, {bad.total():,} set aside" + (f": {counted(bad)}" if bad else "")),
     ]  # fmt: skip
-    if keys:
+    if NO_FORMAT in bad:
         said.append(("set aside", f"{keys}: {hint}"))
     said += [("duplicates", f"{twice:,}"), ("length", _lengths(chosen, length, max_tokens))]
     lines = [f"{name:<11} {text}" for name, text in said]

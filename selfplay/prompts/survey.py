@@ -19,6 +19,7 @@ from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
 from selfplay.prompts.files import Part
 from selfplay.prompts.formats import canonical, hash_of, names
+from selfplay.prompts.formats.reading import NO_FORMAT
 from selfplay.prompts.formats.report import Recognised, counted, nothing_in
 from selfplay.prompts.workers import each
 from selfplay.types import Split
@@ -201,7 +202,9 @@ class _Side:
         self.said = f"{source}: {recognised.words()}"
         if +bad:
             keys, hint = recognised.why_not()
-            self.said += f", {bad.total():,} set aside: {counted(+bad)}" + (f"; {keys} ({hint})" if keys else "")
+            self.said += f", {bad.total():,} set aside: {counted(+bad)}" + (
+                f"; {keys} ({hint})" if NO_FORMAT in bad else ""
+            )
         starts = np.cumsum([0, *(len(found.hashes) for found in seen)])
         self.hashes = every[first]
         """(n,) of the conversations, in the order they came."""

@@ -144,6 +144,17 @@ def test_columns_that_nothing_needs_cost_nothing_and_break_nothing(tmp_path):
     assert second.meta["when"].startswith("1970-01-01")
 
 
+def test_a_table_of_unknown_columns_is_refused_by_their_names(tmp_path):
+    whole = pa.table({"nr": [1, 2], "vector": [[0.1], [0.2]], "body_text": ["a long question", "b"], "id": ["1", "2"]})
+    pq.write_table(whole, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="its rows have the keys body_text, id") as error:
+        importer.survey(settings(tmp_path / "a.parquet"))
+    assert "{prompt: body_text}" in error.value.hint
+    with pytest.raises(InputError, match=r"2 × no column 'ask'\); its rows have the keys body_text, id"):
+        built(settings(tmp_path / "a.parquet", "prompts.columns={prompt: ask}"), tmp_path)
+    assert read(tmp_path / "a.parquet", prompt="body_text", meta=("nr",)) == ["a long question", "b"]
+
+
 def test_texts_a_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\n two é \r\nthree".encode())
     assert read(tmp_path / "a.txt") == ["one", "two é", "three"]

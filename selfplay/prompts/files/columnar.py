@@ -12,8 +12,10 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
 from selfplay.errors import InputError
+from selfplay.prompts import references
 from selfplay.prompts.files import kinds
 from selfplay.prompts.formats import Reading, Row
+from selfplay.prompts.formats.reading import NAMED
 
 BATCH_ROWS = 256
 NOT_NAMES = (OSError, ValueError, KeyError, NotImplementedError)  # what pyarrow raises for a file that it cannot read
@@ -101,11 +103,15 @@ def wanted(layout: pa.Schema, reading: Reading) -> list[str]:
     found = reading.columns(layout.names)
     if reading.filter is not None:
         return found
-    own = {reading.prompt, reading.reference, *reading.meta, *ALWAYS}
-    return [name for name in found if name in own or not _numbers(layout.field(name).type)]
+    prompts = [name for name in reading.prompts(layout.names) if not _numbers(layout.field(name).type)]
+    if not prompts:
+        found = layout.names[:NAMED]  # as for a file that has none: a message names them
+    unused = {name for name in found if name not in prompts and _numbers(layout.field(name).type)}
+    return [name for name in found if name not in unused - set(KEPT) - {reading.reference, *reading.meta}]
 
 
-ALWAYS = ("meta", "reference", "answer", "solution", "ground_truth", "kwargs", "parent", "parent_id")
+KEPT = ("meta", *references.COLUMNS)
+"""Columns beside a prompt that may hold numbers."""
 
 
 @contextlib.contextmanager

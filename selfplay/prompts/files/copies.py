@@ -12,12 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfplay.errors import InputError
-from selfplay.prompts import references
 from selfplay.prompts.files import columnar, kinds, part, streams
 from selfplay.prompts.files.part import COPIED, Part, parts, ranges
 from selfplay.prompts.files.sources import files_of
 from selfplay.prompts.formats import Reading
-from selfplay.prompts.formats.reading import BESIDE
 from selfplay.prompts.workers import each
 from selfplay.storage.folders import whole
 
@@ -71,7 +69,7 @@ def _copy_rows(source: Part, copy: Path) -> None:
             if keys not in wanted:
                 if len(wanted) >= 1024:
                     wanted.clear()
-                wanted[keys] = list(keys) if len(keys) == 1 else source.reading.columns(keys) or list(keys)[:8]
+                wanted[keys] = source.reading.columns(keys)
             out.write(json.dumps({"row": {name: row[name] for name in wanted[keys]}}) + "\n")
 
 
@@ -106,7 +104,7 @@ def from_hub(name: str, config: str | None, split: str, reading: Reading, copy: 
     wanted = reading.columns(there)
     if reading.prompt is not None and not {reading.prompt, reading.prompt.partition(".")[0]} & set(there):
         raise InputError(f"{name} has no column {reading.prompt!r}; it has {', '.join(there)}", "mend prompts.columns")
-    if not set(wanted) - {*BESIDE, *references.COLUMNS}:
+    if not reading.prompts(there):
         raise InputError(
             f"no known format of prompts is in {name}; it has the columns {', '.join(there)}",
             f"name the column with the prompt in prompts.columns, such as {{prompt: {there[0]}}}",

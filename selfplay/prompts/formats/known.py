@@ -26,6 +26,8 @@ QUESTIONS = (
     "question", "query", "problem", "problem_statement", "question_text", "question_content", "user_prompt", "user_query",
     "user_input", "human", "prompt_text", "prompts", "request", "goal", "post", "inputs", "input", "input_text",
 )  # fmt: skip
+MAIN = ("prompt", "messages", *CONVERSATIONS, "turns", "instruction", *QUESTIONS, "chosen")
+"""Columns that hold prompts and nothing else: where one is there and empty, the prompt is."""
 WITH_INSTRUCTION = ("input", "context", "inputs", "question")
 WITH_QUESTION = ("context", "passage")
 INSIDE = ("row", "body", "data", "example", "json")

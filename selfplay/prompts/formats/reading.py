@@ -19,6 +19,7 @@ from selfplay.types import Message
 
 Row = dict[str, Any] | str
 """A row, or in a word why it cannot be read. A row that is no object is under the key `known.WHOLE`."""
+NAMED = 12  # columns that are read so that a message can name them
 BESIDE = (*known.SYSTEM, "meta", "parent", "source")
 NO_FORMAT, EMPTY = "no column that is known to hold prompts", "an empty prompt"
 FILTERED = "left out by prompts.filter"
@@ -59,22 +60,32 @@ class Reading:
             format=settings.format, filter=settings.filter,
         )  # fmt: skip
 
+    def prompts(self, there: Iterable[str]) -> list[str]:
+        """Those of the columns that are there in which a prompt may be."""
+        there = list(there)
+        if self.prompt is not None:
+            return [name for name in there if name in (self.prompt, self.prompt.partition(".")[0])]
+        formats = known.FORMATS if self.format is None else (known.BY_NAME[self.format],)
+        usual = {name for one in formats if not one.only for name in one.columns}
+        if self.format is not None or not usual & set(map(_plain, there)):
+            usual |= {name for one in formats for name in one.columns}
+        return [name for name in there if _plain(name) in usual]
+
     def columns(self, there: Iterable[str]) -> list[str]:
-        """Those of the columns that are there which count. With a filter, which may ask for any, these are all."""
+        """Those of the columns that are there which count. With a filter, which may ask for any, these are all.
+
+        Where no column may hold a prompt, some are read all the same: a message names them.
+        """
         there = list(there)
         if self.filter is not None:
             return there
-        named = {name for name in (self.prompt, self.system, self.reference, *self.meta) if name is not None}
-        if self.prompt is None:
-            formats = known.FORMATS if self.format is None else (known.BY_NAME[self.format],)
-            usual = {name for one in formats if not one.only for name in one.columns}
-            if self.format is not None or not usual & set(map(_plain, there)):
-                usual |= {name for one in formats for name in one.columns}
-        else:
-            usual = set()
-        usual |= {*BESIDE, *references.COLUMNS}
-        first = {name.partition(".")[0] for name in named}
-        return [name for name in there if name in named or name in first or _plain(name) in usual]
+        found = set(self.prompts(there))
+        if not found:
+            return there[:NAMED]
+        named = {name for name in (self.system, self.reference, *self.meta) if name is not None}
+        named |= {name.partition(".")[0] for name in named}
+        beside = {*BESIDE, *references.COLUMNS}
+        return [name for name in there if name in found or name in named or _plain(name) in beside]
 
     def read(self, row: Mapping[str, Any]) -> Found | str:
         """What a row asks, or why it asks nothing. Raises InputError where the filter fails."""
@@ -128,11 +139,7 @@ class Reading:
     def _why_not(self, row: Mapping[str, Any]) -> str:
         if self.format is not None:
             return f"not of the format {self.format!r}"
-        return (
-            EMPTY
-            if any(is_blank(row[name]) for name in ("prompt", "messages", *known.QUESTIONS) if name in row)
-            else NO_FORMAT
-        )
+        return EMPTY if any(is_blank(row[name]) for name in known.MAIN if name in row) else NO_FORMAT
 
     def _takes(self, row: Mapping[str, Any]) -> bool:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from selfplay.errors import InputError
 from selfplay.prompts.formats.known import WHOLE
-from selfplay.prompts.formats.reading import NO_FORMAT, Found
+from selfplay.prompts.formats.reading import EMPTY, NO_FORMAT, Found
 
 MOST_KEYS, MOST_LETTERS = 12, 40  # of a row, that a message names
 MOST_KINDS = 64  # different sets of keys that are counted
@@ -40,7 +40,7 @@ class Recognised:
             self.roles |= found.roles
 
     def not_found(self, row: Mapping[str, Any], why: str) -> None:
-        if why != NO_FORMAT and not why.startswith(("no column", "not of the format")):
+        if not why.startswith((NO_FORMAT, EMPTY, "no column", "not of the format")):
             return
         names = ", ".join(_short(name) for name in list(row)[:MOST_KEYS])
         names += f" and {len(row) - MOST_KEYS} more" if len(row) > MOST_KEYS else ""
@@ -94,7 +94,9 @@ def nothing_in(source: str, recognised: Recognised, bad: Mapping[str, int]) -> I
     """What is said of a source without a prompt; `bad`: its rows by reason."""
     keys, hint = recognised.why_not()
     why = f" ({counted(bad)})" + (f"; {keys}" if keys else "") if bad else ": it is empty"
-    return InputError(f"{source} has no usable prompt{why}", hint or "docs/prompts.md lists what is read")
+    return InputError(
+        f"{source} has no usable prompt{why}", hint or ("docs/prompts.md lists what is read" if bad else "")
+    )
 
 
 def counted(counts: Mapping[str, int]) -> str:
