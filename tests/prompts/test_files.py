@@ -81,6 +81,7 @@ CONTENTS = {
     "semicolons.csv": table(";"),
     "table.tsv": table("\t"),
     "bars.csv": table("|"),
+    "excel.csv": b"sep=;\r\n" + table(";"),
     "table.csv.gz": gzip.compress(table()),
 }  # fmt: skip
 
@@ -215,6 +216,7 @@ def test_folders_globs_and_cards(tmp_path):
         ("a.arrow", b"ARROW1 and no more", "cannot be read as Arrow"),
         ("a.json", json.dumps(ROWS, indent=1).encode()[:-90], r"no valid JSON after 58 rows: it ends in the middle \(line "),
         ("a.json", b'[\n{"prompt": "a"},\n{"prompt" "b"},\n{"prompt": "c"}\n]' + b" " * 99, r"no valid JSON after 1 rows: «:» is missing|after 1 rows: Expecting ':'"),
+        ("a.csv", b'prompt,x\na,b\n"c,d\ne,f\n', "a quoted cell that begins in line 3 or later has no end"),
         ("a.csv", b"prompt,prompt\na,b\n", "names the column 'prompt' twice"),
         ("a.jsonl", b'{"body_text": "a long question", "id": "1"}\n' * 3, "its rows have the keys body_text, id"),
     ],

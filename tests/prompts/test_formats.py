@@ -73,6 +73,11 @@ ASKS_ONCE = {
     "a transcript (Guanaco)": ("text", {"text": f"### Human: {Q}### Assistant: {A}".replace("### A", "\n### A")}),
     "a transcript (ChatML)": ("text", {"text": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{A}<|im_end|>\n"}),
     "MBPP": ("text", {"text": Q, "task_id": 2, "test_list": ["assert f() == 4"]}),
+    "a red-team transcript": ("text", {"transcript": f"\n\nHuman: {Q}\n\nAssistant: {A}", "rating": 1}),
+    "SHP": ("text", {"history": Q, "human_ref_A": A, "human_ref_B": "No."}),
+    "an Open-Assistant prompt without a parent": ("tree-rows", {"message_id": "x", "message_tree_id": "x", "text": Q, "role": "prompter"}),
+    "messages that go on after a call of a tool": ("messages", {"messages": [FULL, {"role": "assistant", "content": None, "tool_calls": [{}]}, ANSWER, FULL]}),
+    "prompt in an object with a list": ("prompt", {"prompt": {"text": Q, "images": []}}),
     "a text a row": ("lines", {"": Q}),
     "a list of messages a row": ("lines", {"": [FULL, ANSWER]}),
 }  # fmt: skip
@@ -103,6 +108,8 @@ def test_a_row_of_a_public_format(kind):
         ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": Q}]}, [SYSTEM, FULL]),
         ({"history": [[Q, A]], "instruction": "Why?"}, SECOND),
         ({"question": Q, "context": "A page.", "answers": {"text": ["4"]}}, [{"role": "user", "content": f"{Q}\n\nA page."}]),
+        ({"question": Q, "choices": ["4", "5"], "answer": 0}, [{"role": "user", "content": f"{Q}\n\nA. 4\nB. 5"}]),
+        ({"question": Q, "choices": {"text": ["4", "5"], "label": ["1", "2"]}}, [{"role": "user", "content": f"{Q}\n\n1. 4\n2. 5"}]),
         ({"messages": [FULL, {"role": "observation", "content": "x"}, FULL]}, [FULL, {"role": "tool", "content": "x"}, FULL]),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +25,11 @@ def rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
         header_line = text.readline()
     if not header_line:
         return
-    delimiter = max(DELIMITERS, key=lambda one: len(_cells(header_line, one)))
+    declared = re.fullmatch(r"sep=(.)\s*", header_line)  # as Excel writes it
+    if declared:
+        header_line = text.readline()
+    guess = max(DELIMITERS, key=lambda one: len(_cells(header_line, one)))
+    delimiter = declared[1] if declared else guess
     reader = csv.reader(_with(header_line, text), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader)]
@@ -35,11 +40,15 @@ def rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
     if twice := {name for name in header if name and header.count(name) > 1}:
         raise InputError(f"{path} names the column {min(twice)!r} twice", "give each column a name of its own")
     while True:
+        line = reader.line_num + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
+            if "end of data" in str(error):
+                why = f"{path}: a quoted cell that begins in line {line:,} or later has no end"
+                raise InputError(why, "close its quotes") from None
             yield f"a broken CSV row ({error})"
             continue
         if not any(cells):

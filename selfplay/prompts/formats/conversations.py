@@ -65,9 +65,10 @@ def asked_by(value: Any) -> Asked | str:
         if turns is None:
             return one_message(value) if value.strip() else "an empty prompt"
         return cut(turns, frozenset())
+    if isinstance(value, Mapping) and isinstance(text := text_of(value), str):
+        return asked_by(text)
     if isinstance(value, Mapping) and not any(isinstance(inner, list) for inner in value.values()):
-        text = text_of(value)
-        return "a prompt that is no text" if text is None else asked_by(text)
+        return "a prompt that is no text"
     if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         return asked_by(value[0])  # turns of the user alone: the second one asks about an answer to the first
     if isinstance(value, list | Mapping):
@@ -106,20 +107,26 @@ def conversation(value: Any) -> Asked | str:
 
 
 def cut(turns: Sequence[Turn], roles: frozenset[tuple[str, str]]) -> Asked | str:
-    """The prompt that turns are: all up to the last one of the user. Blank system messages are left out."""
-    end = max((i for i, (role, _) in enumerate(turns, 1) if role == "user"), default=0)
-    if not end:
-        return "no message of a user"
+    """The prompt that turns are: all up to the last one of the user. Blank system messages are left out.
+
+    Where a message before it is empty or no text, such as a call of a tool, the last one of the user before that counts.
+    """
     messages: list[Message] = []
-    for role, text in turns[:end]:
-        if text is None:
-            return "a message that is no text"
-        if text.strip():
-            messages.append({"role": role, "content": text})
-        elif role != "system":
-            return "an empty message"
-    answered = any(text is None or text.strip() for _, text in turns[end:])
-    return Asked(messages, answered, roles)
+    end, why = 0, ""  # messages of the prompt, and what is wrong with the first message behind them
+    used = 0
+    for number, (role, text) in enumerate(turns, 1):
+        if text is None or not text.strip():
+            if role == "system" and text is not None:
+                continue
+            why = "a message that is no text" if text is None else "an empty message"
+            break
+        messages.append({"role": role, "content": text})
+        if role == "user":
+            end, used = len(messages), number
+    if not end:
+        return why if any(role == "user" for role, _ in turns) else "no message of a user"
+    answered = any(text is None or text.strip() for _, text in turns[used:])
+    return Asked(messages[:end], answered, roles)
 
 
 def with_system(asked: Asked, system: Any) -> Asked:

@@ -24,12 +24,16 @@ CONVERSATIONS = (
 )  # fmt: skip
 QUESTIONS = (
     "question", "query", "problem", "problem_statement", "question_text", "question_content", "user_prompt", "user_query",
-    "user_input", "human", "prompt_text", "prompts", "request", "goal", "post", "inputs", "input", "input_text",
+    "user_input", "human", "prompt_text", "prompts", "request", "instruct_prompt", "goal", "behavior", "post", "inputs", "input", "input_text",
 )  # fmt: skip
 MAIN = ("prompt", "messages", *CONVERSATIONS, "turns", "instruction", *QUESTIONS, "chosen")
 """Columns that hold prompts and nothing else: where one is there and empty, the prompt is."""
 WITH_INSTRUCTION = ("input", "context", "inputs", "question")
 WITH_QUESTION = ("context", "passage")
+CHOICES = ("choices", "options")
+PLACES = ("parent_id", "message_tree_id", "message_id")
+"""Where a message of Open-Assistant stands in its tree."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INSIDE = ("row", "body", "data", "example", "json")
 """Keys under which a row lies inside another one."""
 
@@ -90,13 +94,12 @@ def _tree(row: Row) -> Asked | str | None:
 
 def _tree_row(row: Row) -> Asked | str | None:
     """Open-Assistant, a message a row. The roots of its trees are prompts; the other messages need those before them."""
-    if (
-        not isinstance(row.get("role"), str)
-        or "text" not in row
-        or not ("parent_id" in row or "message_tree_id" in row)
-    ):
+    if not isinstance(row.get("role"), str) or "text" not in row or not any(name in row for name in PLACES):
         return None
-    if row.get("parent_id") is not None and row.get("parent_id") != "":
+    is_root = is_blank(row.get("parent_id"))
+    if "parent_id" not in row and "message_tree_id" in row:
+        is_root = row["message_tree_id"] == row.get("message_id")
+    if not is_root:
         return "a later message of its tree"
     if row["role"].lower() not in ("prompter", "user", "human"):
         return "no message of a user"
@@ -159,8 +162,9 @@ def _question(row: Row) -> Asked | str | None:
     about = next(
         (row[other] for other in WITH_QUESTION if isinstance(row.get(other), str) and row[other].strip()), None
     )
-    if about is not None and isinstance(row[name], str):
-        return one_message(_joined(row[name], about))
+    choices = next((listed for other in CHOICES if (listed := _choices(row.get(other)))), None)
+    if isinstance(row[name], str) and (about is not None or choices is not None):
+        return one_message(_joined(_joined(row[name], about), choices))
     return asked_by(row[name])
 
 
@@ -185,10 +189,10 @@ def _preference(row: Row) -> Asked | str | None:
 
 def _text(row: Row) -> Asked | str | None:
     """`text` may be anything. It is a prompt where it is a transcript, or a question of a benchmark."""
-    value = row.get("text")
-    if not isinstance(value, str) or not value.strip():
+    value = next((row[name] for name in ("text", "transcript", "history") if isinstance(row.get(name), str)), "")
+    if not value.strip():
         return None
-    is_question = any(name in row for name in ("question_id", "test_list"))
+    is_question = any(name in row for name in ("question_id", "test_list", "human_ref_a"))
     return asked_by(value) if is_question or _has_turns(value) else None
 
 
@@ -215,15 +219,15 @@ FORMATS = (
     Format("messages", "messages", ("messages",), _messages),
     Format("sharegpt", "ShareGPT", CONVERSATIONS, _sharegpt),
     Format("conversations", "conversations", CONVERSATIONS, _conversations),
-    Format("tree-rows", "Open-Assistant messages", ("text", "role", "parent_id", "message_tree_id"), _tree_row),
+    Format("tree-rows", "Open-Assistant messages", ("text", "role", *PLACES), _tree_row),
     Format("turns", "turns of a user (MT-Bench)", ("turns",), _turns),
     Format("alpaca", "instructions (Alpaca)", ("instruction", *WITH_INSTRUCTION, "instances", "history"), _alpaca),
-    Format("question", "questions", (*QUESTIONS, *WITH_QUESTION, "user", "assistant"), _question),
+    Format("question", "questions", (*QUESTIONS, *WITH_QUESTION, *CHOICES, "user", "assistant"), _question),
     Format(
         "preference", "preferences without a prompt", ("chosen", "rejected", "chosen_messages", "rejected_messages"),
         _preference, only=True,
     ),
-    Format("text", "transcripts", ("text", "question_id", "test_list"), _text, only=True),
+    Format("text", "transcripts", ("text", "transcript", "history", "question_id", "test_list", "human_ref_a"), _text, only=True),
     Format("inside", "rows inside of rows", INSIDE, _inside, only=True),
     Format("lines", "a text or a list a row", (WHOLE,), _whole),
 )  # fmt: skip
@@ -246,6 +250,19 @@ def read(row: Row, format: str | None = None) -> tuple[Format, Asked | str] | No
 def _joined(text: str, about: Any) -> str:
     more = text_of(about)
     return f"{text}\n\n{more}" if more is not None and more.strip() else text
+
+
+def _choices(value: Any) -> str | None:
+    """The choices of a question, a line each with its letter; they are a list, or have their labels beside them."""
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
+        labels, texts = list(value.get("label") or LETTERS), value["text"]
+    elif isinstance(value, Mapping):
+        labels, texts = list(value), list(value.values())
+    else:
+        labels, texts = list(LETTERS), value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        return None
+    return "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=False))
 
 
 def _has_turns(text: str) -> bool:
