@@ -33,6 +33,8 @@ PAIRS = (
     ("prompt", "response"), ("instruction", "response"), ("instruction", "output"), ("query", "response"), ("user", "bot"),
 )  # fmt: skip
 """Keys of an object that holds two turns: what the user says, and the answer."""
+USUAL = ("user", "assistant", "system", "tool")
+_LISTED = re.compile(r'\s*(\[\s*[\[{"\']|\{\s*["\'])')  # how a list or an object begins that is written as text
 _WORD = re.compile(r"[A-Za-z_-]{1,32}")
 NO_MESSAGE = "a message without role and content"
 
@@ -82,17 +84,21 @@ def conversation(value: Any) -> Asked | str:
     if isinstance(value, str):
         decoded = _decoded(value, texts=True)
         if decoded is None:
-            return asked_by(value)
+            return "a conversation that is no JSON" if _LISTED.match(value) else asked_by(value)
         value = decoded
     if isinstance(value, Mapping):
         value = _in_rows(value)
     if not isinstance(value, list) or not value:
         return "an empty conversation"
     if all(isinstance(item, str) for item in value):
+        if all(item.startswith("{") for item in value):
+            return conversation(f"[{','.join(value)}]")
         return cut([("assistant" if i % 2 else "user", text) for i, text in enumerate(value)], frozenset())
     if all(isinstance(item, list) for item in value):
         if len(value) == 1 and value[0] and isinstance(value[0][0], Mapping):
             return conversation(value[0])
+        if all(len(pair) == 2 and isinstance(pair[0], str) and _role(pair[0]) in USUAL for pair in value):
+            return conversation([{"role": role, "content": text} for role, text in value])
         texts = [text_of(text) for pair in value for text in pair]
         return cut([("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)], frozenset())
     turns: list[Turn] = []
@@ -152,7 +158,8 @@ def _turns(item: Mapping[str, Any], roles: set[tuple[str, str]]) -> list[Turn]:
             roles.update({(user, "user"), (assistant, "assistant")})
             given = [("user", text_of(item[user])), ("assistant", text_of(item.get(assistant)))]
             return given if given[1][1] is not None else given[:1]
-    return []
+    small = {str(key).lower(): inner for key, inner in item.items()}
+    return _turns(small, roles) if small.keys() != item.keys() else []
 
 
 def _role(name: str) -> str:
@@ -177,15 +184,20 @@ def _decoded(text: str, texts: bool = False) -> Any | None:
     `texts`: a list of texts is a conversation too, and not a prompt that happens to be a list.
     """
     start = text.lstrip()
-    if not re.match(r'\[\s*[\[{"\']|\{\s*["\']', start):
+    if not _LISTED.match(start):
         return None
-    for decode in (json.loads, ast.literal_eval):
+    for decode in (json.loads, ast.literal_eval, _of_numpy):
         try:
             found = decode(start)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         return found if _is_conversation(found, texts) else None
     return None
+
+
+def _of_numpy(text: str) -> Any:
+    """An array of objects as numpy prints it: without commas between them."""
+    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text))
 
 
 def _is_conversation(value: Any, texts: bool) -> bool:

@@ -20,7 +20,7 @@ WHOLE = ""
 """The key of a row that is no object: a text or a list, in a file that has one a line."""
 SYSTEM = ("system", "system_prompt", "system_message")
 CONVERSATIONS = (
-    "conversations", "conversation", "dialog", "dialogue", "dialogs", "dialogues", "chat", "contents", "conversation_a",
+    "conversations", "conversation", "dialog", "dialogue", "dialogs", "dialogues", "chat", "contents", "thread", "conversation_a",
 )  # fmt: skip
 QUESTIONS = (
     "question", "query", "problem", "problem_statement", "question_text", "question_content", "user_prompt", "user_query",
@@ -165,6 +165,8 @@ def _question(row: Row) -> Asked | str | None:
     choices = next((listed for other in CHOICES if (listed := _choices(row.get(other)))), None)
     if isinstance(row[name], str) and (about is not None or choices is not None):
         return one_message(_joined(_joined(row[name], about), choices))
+    if isinstance(row[name], list) and len(row[name]) > 1 and all(isinstance(text, str) for text in row[name]):
+        return "several texts in one column"
     return asked_by(row[name])
 
 

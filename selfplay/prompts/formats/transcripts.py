@@ -7,6 +7,7 @@ import re
 STYLES = (
     re.compile(r"(?:^|\n\n)[ \t]*(?:(?P<user>Human|H)|(?P<assistant>Assistant|A)|(?P<system>System)):[ \t]?"),
     re.compile(r"(?:^|\n)### ?(?:(?P<user>Human|User|Instruction|Question)|(?P<assistant>Assistant|Response|Answer)|(?P<system>System)): ?\n?"),
+    re.compile(r"(?P<user>(?:<s>)?\s*\[INST\] ?)|(?P<assistant> ?\[/INST\])"),
     re.compile(r"<\|im_start\|>(?:(?P<user>user)|(?P<assistant>assistant)|(?P<system>system))\n"),
     re.compile(r"<\|(?:(?P<user>user|prompter)|(?P<assistant>assistant)|(?P<system>system))\|>\n?"),
     re.compile(r"(?:^|\s)(?:(?P<user>USER)|(?P<assistant>ASSISTANT)|(?P<system>SYSTEM)): ?"),
@@ -21,7 +22,7 @@ def turns_of(text: str) -> list[tuple[str, str]] | None:
     So a prompt that only quotes a transcript stays a prompt.
     """
     start = text.lstrip()
-    if not start.startswith(("Human", "H:", "###", "<|", "USER", "System", "SYSTEM")):
+    if not start.startswith(("Human", "H:", "###", "<", "[INST]", "USER", "System", "SYSTEM")):
         return None
     for style in STYLES:
         marks = list(style.finditer(start))
