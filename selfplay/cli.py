@@ -28,6 +28,8 @@ RunDir = Annotated[
         "--run-dir", metavar="FOLDER", help="Run folder; by default <run.dir>/<run.name> of the configuration."
     ),
 ]
+Source = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a glob, like prompts.source.")]
+Column = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the prompt, where it is not recognised.")]
 Version = Annotated[int, typer.Argument(metavar="N", min=0, help="Number of a policy.")]
 TINY = Path("configs/tiny.yaml")
 
@@ -317,60 +319,31 @@ def pin(
 
 @app.command()
 def prompts(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a glob, like prompts.source.")],
-    column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the prompt; by default it is recognised.")] = None,
+    source: Source, column: Column = None,
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="Folder or Hub id of a policy: lengths in its tokens.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration whose `prompts` and policy are used.")] = None,
     set_: Set = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Show what is read of a file of prompts: format, counts, lengths, examples."""
-    import dataclasses
-
-    from selfplay.config import PromptsConfig, load
-    from selfplay.errors import InputError
-    from selfplay.prompts.files import is_local
-    from selfplay.prompts.formats import Reading
-    from selfplay.prompts.preview import preview
+    from selfplay.config import load
+    from selfplay.prompts.preview import shown
     from selfplay.reporting.terminal import Display
 
-    if not is_local(source):
-        raise InputError(
-            f"{source}: no such file", "name a file, a folder or a glob; a Hub dataset is loaded when a run starts"
-        )
-    loaded = load(config, set_) if config is not None else None
-    settings = loaded.prompts if loaded is not None else PromptsConfig(source=source)
-    reading = Reading.of(settings)
-    if column is not None:
-        reading = dataclasses.replace(reading, prompt=column, format=None)
-    policy, length = model or (loaded.policy.model if loaded is not None else None), None
-    if policy is not None:
-        from selfplay.prompts.lengths import in_tokens
-
-        trusted = loaded.policy if loaded is not None and model is None else None
-        length = in_tokens(
-            policy, trusted.revision if trusted else None, trusted.trust_remote_code if trusted else False
-        )
-    most = settings.max_tokens if loaded is not None else None
     display = Display()
-    for line in preview(source, reading, settings.split, settings.config, length, most):
+    for line in shown(source, column, model, None if config is None else load(config, set_)):
         display.note(line)
 
 
 @app.command("add-prompts")
 def add_prompts(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a glob, like prompts.source.")],
-    column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the prompt; by default it is recognised.")] = None,
+    file: Source, column: Column = None,
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
     """Add prompts of a file to those that later rounds draw from."""
-    from selfplay.errors import InputError
     from selfplay.prompts.adding import rows_of
-    from selfplay.prompts.files import is_local
     from selfplay.prompts.formats import Reading
     from selfplay.service.orders import MAX_PROMPTS
 
-    if not is_local(file):
-        raise InputError(f"{file}: no such file", "name a file, a folder or a glob")
     rows, said = rows_of(file, Reading(prompt=column))
     print(said)
     parts = [rows[start : start + MAX_PROMPTS] for start in range(0, len(rows), MAX_PROMPTS)]

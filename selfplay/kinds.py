@@ -31,11 +31,14 @@ TRACKERS = {
 }
 """`track`: where metrics go. A module with `PACKAGE`, `SECRETS`, `require()` and `open_run(…)`; see `tracking/trackers`."""
 
-FORMATS = (
-    "tree", "trl", "prompt", "messages", "sharegpt", "conversations", "tree-rows", "turns", "alpaca", "question",
-    "preference", "text", "inside", "lines",
+FORMATS = dict.fromkeys(
+    (
+        "tree", "trl", "prompt", "messages", "sharegpt", "conversations", "tree-rows", "turns", "alpaca", "question",
+        "preference", "text", "inside", "lines",
+    ),
+    "selfplay.prompts.formats.known",
 )  # fmt: skip
-"""`prompts.format`: what a row of a prompt file may look like. Their readers are in `prompts/formats/known.py`."""
+"""`prompts.format`: what a row of a prompt file may look like. The module has all of them in its own FORMATS."""
 
 
 def resolve(table: Mapping[str, str], name: str) -> ModuleType:

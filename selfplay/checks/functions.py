@@ -14,7 +14,8 @@ from selfplay.checks.finding import Finding
 from selfplay.config import Config, PromptsConfig
 from selfplay.config.functions import load_function
 from selfplay.evaluation.rubric import grade
-from selfplay.prompts import files
+from selfplay.prompts.files.part import all_parts
+from selfplay.prompts.files.sources import is_local
 from selfplay.prompts.formats import Reading
 from selfplay.types import Message
 
@@ -30,7 +31,7 @@ def rubric(config: Config, run_dir: Path) -> Iterator[Finding]:
         return
     function = load_function("evaluate.gold", name)
     path = config.prompts.heldout or config.prompts.source
-    if not files.is_local(path):
+    if not is_local(path):
         said = f"{name} can be imported; it was not tried, because the held-out prompts are not in a file here"
         yield Finding.ok("evaluate.gold", said)
         return
@@ -54,7 +55,7 @@ def rubric(config: Config, run_dir: Path) -> Iterator[Finding]:
 def _examples(source: str, settings: PromptsConfig) -> list[tuple[int, list[Message], dict[str, Any]]]:
     """A few prompts of a source, with `meta` and without: (place in the source, from 1; messages; meta)."""
     found: dict[bool, list[tuple[int, list[Message], dict[str, Any]]]] = {True: [], False: []}
-    parts = files.all_parts(source, Reading.of(settings), settings.split, settings.config)
+    parts = all_parts(source, Reading.of(settings), settings.split, settings.config)
     for number, row in enumerate(islice(chain.from_iterable(part.read() for part in parts), ROWS), 1):
         if isinstance(row, str):
             continue  # it cannot be read, and is set aside by the import

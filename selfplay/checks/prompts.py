@@ -9,7 +9,7 @@ from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.prompts import importer
-from selfplay.prompts.files import files_of
+from selfplay.prompts.files.sources import files_of
 from selfplay.prompts.formats.report import counted
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from selfplay.prompts.files import all_parts
+from selfplay.prompts.files.part import all_parts
 from selfplay.prompts.formats import Found, Reading
 from selfplay.prompts.formats.report import Recognised, counted, nothing_in
 from selfplay.prompts.survey import why_not_stored

@@ -27,10 +27,12 @@ from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
 from selfplay.models.rendering import Renderer, load_tokenizer, run_render
 from selfplay.processes.protocol import protocol, quick_imports
-from selfplay.prompts import files, parts, pool
+from selfplay.prompts import parts, pool
 from selfplay.prompts import survey as surveys
 from selfplay.prompts.draw import subset
 from selfplay.prompts.files import copies
+from selfplay.prompts.files.part import all_parts
+from selfplay.prompts.files.sources import files_of, is_local
 from selfplay.prompts.formats import Reading
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.workers import cores
@@ -48,7 +50,7 @@ def survey(config: Config, workers: int | None = None) -> surveys.Survey:
     """What the files of prompts hold, without rendering any. Raises InputError."""
     settings = config.prompts
     train, *heldout = [
-        files.all_parts(source, Reading.of(settings), settings.split, settings.config) for source in _sources(config)
+        all_parts(source, Reading.of(settings), settings.split, settings.config) for source in _sources(config)
     ]
     return surveys.survey(config, train, heldout[0] if heldout else [], workers or cores())
 
@@ -102,7 +104,7 @@ def import_pool(
 
 def _work_folder(config: Config, work: Path, about: object) -> Path:
     """Where the parts of these sources and settings are kept; parts of others are deleted."""
-    found = [files.files_of(source, config.prompts.split, config.prompts.config) for source in _sources(config)]
+    found = [files_of(source, config.prompts.split, config.prompts.config) for source in _sources(config)]
     paths = [path for source in found if source is not None for path in source.paths]
     stats = [(str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path in paths for s in [path.stat()]]
     key = json.dumps([FORMAT, config.fixed(), stats, about], sort_keys=True, default=str)
@@ -147,7 +149,7 @@ def run_import(config: Config, out: Path, work: Path, on_progress: OnProgress) -
     """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
     source = initial_folder(config.policy.model, config.policy.revision)
     tokenizer = load_tokenizer(source, config.policy.trust_remote_code)
-    if all(map(files.is_local, _sources(config))):  # the loader of a Hub dataset may need it
+    if all(map(is_local, _sources(config))):  # the loader of a Hub dataset may need it
         tables.leave_pandas_out()
     recognised: list[str] = []
     splits, set_aside = import_pool(

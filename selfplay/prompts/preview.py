@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from selfplay import seeds
-from selfplay.prompts.files import all_parts, files_of, kinds
+from selfplay.config import Config, PolicyConfig, PromptsConfig
+from selfplay.prompts.files import kinds
+from selfplay.prompts.files.part import all_parts
+from selfplay.prompts.files.sources import local_files
 from selfplay.prompts.formats import Found, Reading, canonical
 from selfplay.prompts.formats.reading import NO_FORMAT
 from selfplay.prompts.formats.report import Recognised, counted, nothing_in
@@ -22,6 +26,25 @@ Length = Callable[[list[Message]], int | str]
 """How long a prompt is, or why that cannot be said."""
 
 
+def shown(source: str, column: str | None, model: str | None, config: Config | None) -> list[str]:
+    """`preview` by the settings and the policy of a configuration, or by the defaults. Raises InputError.
+
+    column: of the prompt, in place of what is recognised; model: a policy, in place of that of the configuration.
+    """
+    settings = config.prompts if config is not None else PromptsConfig(source=source)
+    reading = Reading.of(settings)
+    if column is not None:
+        reading = dataclasses.replace(reading, prompt=column, format=None)
+    length = None
+    if model is not None or config is not None:
+        from selfplay.prompts.lengths import in_tokens  # transformers takes seconds
+
+        policy = PolicyConfig(model=model) if model is not None or config is None else config.policy
+        length = in_tokens(policy.model, policy.revision, policy.trust_remote_code)
+    most = settings.max_tokens if config is not None else None
+    return preview(source, reading, settings.split, settings.config, length, most)
+
+
 def preview(
     source: str, reading: Reading, split: str, config: str | None, length: Length | None, max_tokens: int | None
 ) -> list[str]:
@@ -29,8 +52,7 @@ def preview(
 
     Lengths and examples are of a sample that depends on the prompts alone. Raises InputError.
     """
-    files = files_of(source, split, config)
-    assert files is not None, "a Hub dataset has no files here"
+    files = local_files(source, split, config)
     recognised, bad = Recognised(), Counter[str]()
     seen = set[int]()
     rows = twice = 0

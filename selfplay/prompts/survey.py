@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from selfplay import seeds
 from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
-from selfplay.prompts.files import Part
+from selfplay.prompts.files.part import Part
 from selfplay.prompts.formats import canonical, hash_of, names
 from selfplay.prompts.formats.reading import NO_FORMAT
 from selfplay.prompts.formats.report import Recognised, counted, nothing_in

@@ -20,7 +20,9 @@ from test_importer import built, settings
 
 from selfplay.errors import InputError
 from selfplay.prompts import importer
-from selfplay.prompts.files import all_parts, files_of, part, read_file
+from selfplay.prompts.files import part
+from selfplay.prompts.files.part import all_parts, read_file
+from selfplay.prompts.files.sources import files_of
 from selfplay.prompts.formats import Reading
 
 ROWS = [{"prompt": f"question {i}: «é», 1,5?\nand more", "score": 0.5} for i in range(60)]
@@ -53,16 +55,16 @@ CONTENTS = {
     "blank-lines.jsonl": LINES.replace(b"\n", b"\n\n  \n"),
     "commas.jsonl": LINES.replace(b"}\n", b"},\n"),
     "wide.jsonl": WIDE,
-    "packed.jsonl.gz": gzip.compress(LINES),
-    "two-members.jsonl.gz": gzip.compress(LINES[:1000]) + gzip.compress(LINES[1000:]),
+    "packed.jsonl.gz": gzip.compress(LINES, mtime=0),
+    "two-members.jsonl.gz": gzip.compress(LINES[:1000], mtime=0) + gzip.compress(LINES[1000:], mtime=0),
     "packed.jsonl.zst": zstd(LINES),
     "packed.json.bz2": bz2.compress(LINES),
     "packed.jsonl.xz": lzma.compress(LINES),
-    "packed-without-saying.jsonl": gzip.compress(LINES),
+    "packed-without-saying.jsonl": gzip.compress(LINES, mtime=0),
     "array.json": json.dumps(ROWS, indent=1).encode(),
     "array-on-a-line.json": json.dumps(ROWS).encode(),
     "array.jsonl": json.dumps(ROWS, ensure_ascii=False, indent=4).encode(),
-    "array.json.gz": gzip.compress(json.dumps(ROWS, indent=1).encode()),
+    "array.json.gz": gzip.compress(json.dumps(ROWS, indent=1).encode(), mtime=0),
     "marked-array.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
     "data.json": json.dumps({"version": 1, "data": ROWS, "n": 60}).encode(),
     "rows.json": json.dumps({"features": [{"name": "prompt"}], "rows": [{"row_idx": i, "row": r} for i, r in enumerate(ROWS)]}, indent=2).encode(),
@@ -82,7 +84,7 @@ CONTENTS = {
     "table.tsv": table("\t"),
     "bars.csv": table("|"),
     "excel.csv": b"sep=;\r\n" + table(";"),
-    "table.csv.gz": gzip.compress(table()),
+    "table.csv.gz": gzip.compress(table(), mtime=0),
 }  # fmt: skip
 
 
@@ -181,7 +183,7 @@ def test_folders_globs_and_cards(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         content = json.dumps({"prompt": name}).encode()
-        path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        path.write_bytes(gzip.compress(content, mtime=0) if name.endswith("gz") else content)
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "README.md").write_text("# no front matter")
     train = ["data/train-00000.jsonl", "data/train-00001.jsonl.gz"]
@@ -211,7 +213,7 @@ def test_folders_globs_and_cards(tmp_path):
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
         ("a.jsonl", b"<!DOCTYPE html><html>", "a page in HTML"),
         ("a.json", b"\0\1\2", "neither text nor Parquet nor Arrow"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-20], "cannot be read to its end"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "cannot be read to its end"),
         ("a.parquet", b"PAR1 and no more", "cannot be read as Parquet"),
         ("a.arrow", b"ARROW1 and no more", "cannot be read as Arrow"),
         ("a.json", json.dumps(ROWS, indent=1).encode()[:-90], r"no valid JSON after 58 rows: it ends in the middle \(line "),

@@ -190,4 +190,4 @@ def test_a_filter_is_given_the_row_as_it_is(monkeypatch):
 
 
 def test_every_format_is_a_setting():
-    assert tuple(one.name for one in known.FORMATS) == FORMATS
+    assert tuple(one.name for one in known.FORMATS) == tuple(FORMATS)

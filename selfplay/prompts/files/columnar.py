@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 from selfplay.errors import InputError
 from selfplay.prompts import references
 from selfplay.prompts.files import kinds
-from selfplay.prompts.formats import Reading, Row
-from selfplay.prompts.formats.reading import NAMED
+from selfplay.prompts.formats.reading import NAMED, Reading, Row
 
 BATCH_ROWS = 256
 NOT_NAMES = (OSError, ValueError, KeyError, NotImplementedError)  # what pyarrow raises for a file that it cannot read

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from selfplay.errors import InputError
 from selfplay.prompts.files import columnar, delimited, kinds, streams
+from selfplay.prompts.files.sources import local_files
 from selfplay.prompts.files.values import BrokenJson, values
 from selfplay.prompts.formats import DEFAULT, Found, Reading, Row
 from selfplay.prompts.formats.known import WHOLE
@@ -93,6 +94,18 @@ def parts(path: Path, reading: Reading = DEFAULT, split: str = "train") -> list[
     return [Part(path=path, kind=kind, reading=reading, split=split)]
 
 
+def all_parts(source: str, reading: Reading = DEFAULT, split: str = "train", config: str | None = None) -> list[Part]:
+    """All rows of a file, a folder or a glob in parts. Raises InputError."""
+    found = local_files(source, split, config)
+    return [one for path in found.paths for one in parts(path, reading, split)]
+
+
+def read_file(path: Path, reading: Reading = DEFAULT) -> Iterator[Row]:
+    """The rows of a file; a row that cannot be read comes as the reason (a string). Raises InputError."""
+    for part in parts(path, reading):
+        yield from part.rows()
+
+
 def ranges(path: Path, kind: str, reading: Reading) -> list[Part]:
     """Byte ranges that begin and end with a line."""
     size, starts = path.stat().st_size, [0]
@@ -149,6 +162,6 @@ def _with_comma(text: str) -> Row:
     """The row of a line that ends with a comma, as in an array whose brackets were taken off."""
     start = text.rstrip()
     try:
-        return row_of(json.loads(start[:-1])) if start[-1] == "," else "invalid JSON"
+        return row_of(json.loads(start[:-1])) if start.endswith(",") else "invalid JSON"
     except (ValueError, RecursionError):
         return "invalid JSON"

@@ -54,14 +54,23 @@ def files_of(source: str, split: str = "train", config: str | None = None) -> Fi
     return None
 
 
+def local_files(source: str, split: str = "train", config: str | None = None) -> Files:
+    """The files that a source names. Raises InputError where they are not there, or it is the id of a Hub dataset."""
+    found = files_of(source, split, config)
+    if found is None:
+        hint = "name a file, a folder or a glob; a Hub dataset is loaded when a run starts"
+        raise InputError(f"{source}: no such file", hint)
+    return found
+
+
 def is_local(source: str) -> bool:
     """Whether `source` names files; it is taken for a Hub dataset otherwise. Raises InputError for a file that is missing."""
     return Path(source).expanduser().is_dir() or files_of(source) is not None
 
 
 def _of_folder(folder: Path, split: str, config: str | None) -> Files:
-    if (card := _card(folder)) and (found := _of_card(folder, card, split, config)) is not None:
-        return found
+    if (card := _card(folder)) and (named := _of_card(folder, card, split, config)) is not None:
+        return named
     if config is not None:
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if config not in inside:

@@ -12,15 +12,16 @@ from selfplay.config import PromptsConfig
 from selfplay.config.functions import load_function
 from selfplay.errors import InputError
 from selfplay.prompts import references
-from selfplay.prompts.formats import known
 from selfplay.prompts.formats.conversations import Asked, asked_by, with_system
+from selfplay.prompts.formats.known import BY_NAME, FORMATS, MAIN, SYSTEM, WHOLE
+from selfplay.prompts.formats.known import read as read_row
 from selfplay.prompts.formats.texts import is_blank
 from selfplay.types import Message
 
 Row = dict[str, Any] | str
-"""A row, or in a word why it cannot be read. A row that is no object is under the key `known.WHOLE`."""
+"""A row, or in a word why it cannot be read. A row that is no object is under the key `WHOLE`."""
 NAMED = 12  # columns that are read so that a message can name them
-BESIDE = (*known.SYSTEM, "meta", "parent", "source")
+BESIDE = (*SYSTEM, "meta", "parent", "source")
 NO_FORMAT, EMPTY = "no column that is known to hold prompts", "an empty prompt"
 FILTERED = "left out by prompts.filter"
 MAPPED = "the column of prompts.columns"
@@ -65,7 +66,7 @@ class Reading:
         there = list(there)
         if self.prompt is not None:
             return [name for name in there if name in (self.prompt, self.prompt.partition(".")[0])]
-        formats = known.FORMATS if self.format is None else (known.BY_NAME[self.format],)
+        formats = FORMATS if self.format is None else (BY_NAME[self.format],)
         usual = {name for one in formats if not one.only for name in one.columns}
         if self.format is not None or not usual & set(map(_plain, there)):
             usual |= {name for one in formats for name in one.columns}
@@ -99,7 +100,7 @@ class Reading:
                 return f"no column {self.prompt!r}" if self.prompt not in row else EMPTY
             name, asked = MAPPED, asked_by(value)
         else:
-            recognised = known.read(plain, self.format)
+            recognised = read_row(plain, self.format)
             if recognised is None:
                 return self._why_not(plain)
             name, asked = recognised[0].says, recognised[1]
@@ -108,7 +109,7 @@ class Reading:
         if self.system is not None:
             asked = with_system(asked, _at(row, self.system))
         elif self.prompt is not None:
-            for system in known.SYSTEM:
+            for system in SYSTEM:
                 asked = with_system(asked, plain.get(system))
         try:
             reference = self._reference(row, plain)
@@ -139,11 +140,11 @@ class Reading:
     def _why_not(self, row: Mapping[str, Any]) -> str:
         if self.format is not None:
             return f"not of the format {self.format!r}"
-        return EMPTY if any(is_blank(row[name]) for name in known.MAIN if name in row) else NO_FORMAT
+        return EMPTY if any(is_blank(row[name]) for name in MAIN if name in row) else NO_FORMAT
 
     def _takes(self, row: Mapping[str, Any]) -> bool:
         try:
-            return bool(_filter(str(self.filter))(row[known.WHOLE] if known.WHOLE in row else dict(row)))
+            return bool(_filter(str(self.filter))(row[WHOLE] if WHOLE in row else dict(row)))
         except Exception as error:  # the user's own code
             raise InputError(
                 f"prompts.filter: {self.filter} fails on a row with the keys {', '.join(map(str, row))}: "
