@@ -329,9 +329,7 @@ def prompts(
     from selfplay.prompts.preview import shown
     from selfplay.reporting.terminal import Display
 
-    display = Display()
-    for line in shown(source, column, model, None if config is None else load(config, set_)):
-        display.note(line)
+    Display().note("\n".join(shown(source, column, model, None if config is None else load(config, set_))))
 
 
 @app.command("add-prompts")
@@ -346,8 +344,8 @@ def add_prompts(
 
     rows, said = rows_of(file, Reading(prompt=column))
     print(said)
-    parts = [rows[start : start + MAX_PROMPTS] for start in range(0, len(rows), MAX_PROMPTS)]
-    _orders([("add_prompts", {"rows": part}) for part in parts], config, set_, run_dir)
+    starts = range(0, len(rows), MAX_PROMPTS)
+    _orders([("add_prompts", {"rows": rows[at : at + MAX_PROMPTS]}) for at in starts], config, set_, run_dir)
 
 
 @app.command()
