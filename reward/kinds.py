@@ -11,6 +11,8 @@ such as torch, therefore has them inside of `scorers`.
 import difflib
 import hashlib
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -29,6 +31,9 @@ KINDS = {
     "model": "reward.settings:ModelSettings",
     "rules": "reward.settings:RulesSettings",
     "judge": "reward.settings:JudgeSettings",
+    "instructions": "reward.instructions:Instructions",
+    "math": "reward.mathematics:Mathematics",
+    "code": "reward.programs:Programs",
 }
 
 
@@ -40,6 +45,14 @@ class Kind(BaseModel):
 
     access: ClassVar[frozenset[str]] = frozenset()
     """Settings that only say how fast or by which key scores are made. They have no part in which reward this is."""
+    made_of: ClassVar[tuple[str, ...]] = ()
+    """Further modules of this package, and other packages, that decide on a score beside the kind's own module."""
+
+    def require(self) -> None:
+        """See that this machine has what the kind needs, such as a package. Raises ModelRefused, which says what to do."""
+
+    def unreadable(self, reference: str | None) -> str | None:
+        """Why no answer can be checked by this reference; None where it can be, or where the kind reads none."""
 
     def scorers(self) -> Sequence[Scorer]:
         """What scores: one Scorer, or several that score at the same time. Raises ModelRefused and ValueError."""
@@ -57,6 +70,7 @@ class Kind(BaseModel):
         """
         module = sys.modules[type(self).__module__]
         files = {module.__name__: _sha256(Path(module.__file__).read_bytes())} if module.__file__ else {}
+        files |= {name: _version(name) for name in self.made_of}
         settings = self.model_dump(mode="json", exclude=set(self.access))
         made_of = json.dumps([type(self).__qualname__, settings, files], sort_keys=True)
         return Health(
@@ -126,6 +140,15 @@ def _readable(error: Any, known: Sequence[str]) -> InitErrorDetails:
     message = message.removeprefix("Value error, ")
     context = {"error": ValueError(message)}
     return InitErrorDetails(type="value_error", loc=error["loc"], input=error["input"], ctx=context)
+
+
+def _version(name: str) -> str:
+    """The SHA-256 of a module of ours, or the version of a package."""
+    if not name.startswith("reward."):
+        return importlib.metadata.version(name)
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    return _sha256(Path(spec.origin).read_bytes())
 
 
 def _sha256(content: bytes) -> str:

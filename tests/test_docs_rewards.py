@@ -100,6 +100,13 @@ def test_parts_of_a_configuration_are_valid(block: str, tmp_path: Path) -> None:
     assert load(tmp_path / "given.yaml").pairs.max_disagreement == 1.0
 
 
+@pytest.mark.parametrize("name", ["instructions", "math", "code"])
+def test_every_setting_of_a_kind_that_checks_answers_is_in_the_docs(name: str) -> None:
+    (part,) = [p for p in re.split(r"^##+ ", TEXT, flags=re.MULTILINE) if f"{{kind: {name}," in p]
+    said = dict(re.findall(r"^\| `(\w+)` \| `(\S+)` \|", part, re.MULTILINE))
+    assert said == {key: str(field.default) for key, field in kinds.find(name).model_fields.items()}
+
+
 def test_every_sign_of_the_guard_is_in_the_docs() -> None:
     signs = [name for name, field in GuardConfig.model_fields.items() if field.annotation is Limits]
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", SELFPLAY.partition("## Guard")[2], re.MULTILINE)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextlib
 import json
 import resource
 import sys
@@ -83,6 +84,8 @@ def _config(prompts: int, candidates: int, source: Path, reward: str, judge: str
             "prompts.source=unused.jsonl",
             f"prompts.per_round={prompts}",
             f"generate.candidates={candidates}",
+            "generate.engines=2",  # as many as two cores take
+            "generate.min_engines=1",
             "reward.model=null",
             f"reward.url=[{reward}]",
             "evaluate.judge.model=null",
@@ -128,12 +131,18 @@ class StandIn:
     """Answers the orders of a trainer without training: a policy with other weights, clusters by chance."""
 
     alive = True
+    apart = False  # it needs no core
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.config: Config | None = None
+        self.for_a_round = contextlib.nullcontext
 
     def start(self) -> None: ...
+
+    def make_room(self) -> None: ...
+
+    def hear(self) -> None: ...
 
     def stop(self) -> None: ...
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import httpx
 
 from reward.client import UNNAMED, RewardClient, RewardRefused, RewardUnavailable
+from reward.scorer import ModelRefused
 from reward.settings import JudgeSettings, Rule
 from selfplay.checks.finding import Finding
 from selfplay.config import Config, RewardSource
+from selfplay.prompts.references import readers
 
 SECONDS = 10.0  # for an answer
 MAKE_RULES = "import sys; from reward import kinds; kinds.load('rules', sys.argv[1]).scorers()"
@@ -36,13 +38,28 @@ def sources(config: Config, run_dir: Path) -> Iterator[Finding]:
         if source.rules:
             yield _rules(key, source.rules)
         if source.source is not None:
-            yield Finding.ok(
-                key, f"the settings of {source.source['kind']} are valid; whether it scores, a round will show"
-            )
+            yield _kind(key, source)
+    if config.evolve.every and (kinds := readers(config, held_out=False)):
+        yield Finding.error(
+            "evolve.every",
+            f"a rewritten prompt has no reference, and the reward ({type(kinds[0]).__name__}) checks answers by one: set it to 0",
+        )
     if config.evaluate.judge is None:
         yield Finding.warning(
             "gate", "gate not independent: the reward that trains also judges (evaluate.judge names no other)"
         )
+
+
+def _kind(key: str, source: RewardSource) -> Finding:
+    """Whether this machine has what a kind needs."""
+    served = source.served()
+    assert served is not None, "a source with a kind is served by a child"
+    name, settings = served
+    try:
+        settings.require()
+    except ModelRefused as error:
+        return Finding.error(key, str(error))
+    return Finding.ok(key, f"the settings of {name} are valid; whether it scores, a round will show")
 
 
 def _server(key: str, source: RewardSource, url: str) -> Finding:

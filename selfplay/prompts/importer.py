@@ -27,7 +27,7 @@ from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
 from selfplay.models.rendering import Renderer, load_tokenizer, run_render
 from selfplay.processes.protocol import protocol, quick_imports
-from selfplay.prompts import parts, pool
+from selfplay.prompts import parts, pool, references
 from selfplay.prompts import survey as surveys
 from selfplay.prompts.draw import subset
 from selfplay.prompts.files import copies
@@ -107,7 +107,8 @@ def _work_folder(config: Config, work: Path, about: object) -> Path:
     found = [files_of(source, config.prompts.split, config.prompts.config) for source in _sources(config)]
     paths = [path for source in found if source is not None for path in source.paths]
     stats = [(str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path in paths for s in [path.stat()]]
-    key = json.dumps([FORMAT, config.fixed(), stats, about], sort_keys=True, default=str)
+    read_by = [references.which(references.readers(config, held_out=held_out)) for held_out in (False, True)]
+    key = json.dumps([FORMAT, config.fixed(), stats, about, read_by], sort_keys=True, default=str)
     folder = work / hashlib.sha256(key.encode()).hexdigest()[:16]
     for other in work.iterdir() if work.is_dir() else ():
         if other != folder:

@@ -8,8 +8,11 @@ file it came from.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from reward.kinds import Kind
+from selfplay.config import Config, RewardSource
 
 FORMATS = (
     (("instruction_id_list",), ("kwargs",)),  # IFEval
@@ -39,6 +42,32 @@ def reference_of(row: Mapping[str, Any]) -> str | None:
     if found is None and isinstance(inner := row.get(INSIDE[0]), Mapping) and _is_there(inner.get(INSIDE[1])):
         found = inner[INSIDE[1]]
     return None if found is None else _text(found)
+
+
+def readers(config: Config, *, held_out: bool) -> list[Kind]:
+    """The rewards of a run that check answers by a reference: those that train, or those that judge at the gate.
+
+    `held_out`: for held-out prompts. Where these are a share of the source, its rows are for both.
+    """
+    trains, judges = config.reward_sources(), config.judge_sources() or config.reward_sources()
+    both = [*trains.values(), *judges.values()] if config.prompts.heldout is None else []
+    found = [_reader(source) for source in both or (judges if held_out else trains).values()]
+    return [kind for kind in found if kind is not None]
+
+
+def _reader(source: RewardSource) -> Kind | None:
+    served = source.served()
+    return served[1] if served is not None and type(served[1]).unreadable is not Kind.unreadable else None
+
+
+def unreadable(reference: str | None, kinds: Iterable[Kind]) -> str | None:
+    """Why the first of the rewards that cannot check an answer by a reference cannot; None where all can."""
+    return next((why for kind in kinds if (why := kind.unreadable(reference)) is not None), None)
+
+
+def which(kinds: Sequence[Kind]) -> list[dict[str, Any]]:
+    """What decides on what the rewards can read."""
+    return [{"kind": type(kind).__qualname__, **kind.which()} for kind in kinds]
 
 
 def _is_there(value: Any) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from reward.kinds import Kind
 from selfplay import seeds
 from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
@@ -21,6 +22,7 @@ from selfplay.prompts.files.part import Part
 from selfplay.prompts.formats import canonical, hash_of, names
 from selfplay.prompts.formats.reading import NO_FORMAT
 from selfplay.prompts.formats.report import Recognised, counted, nothing_in
+from selfplay.prompts.references import readers, unreadable
 from selfplay.prompts.workers import each
 from selfplay.types import Split
 
@@ -39,7 +41,9 @@ class Seen:
     parents: dict[int, str]
     """The parent that a row names, by its place among the n."""
     bad: Counter[str]
-    """Rows without a conversation, by reason."""
+    """Rows without a conversation, or without a reference where the reward needs one, by reason."""
+    refused: str | None
+    """What is wrong with the first reference that the reward cannot read."""
     recognised: Recognised
 
 
@@ -77,14 +81,22 @@ def survey(
     workers: int,
     on_part: OnPart = lambda done, total: None,
 ) -> Survey:
-    """Read all rows once, and decide which come into the pool and on which side. Raises InputError for an empty source.
+    """Read all rows once, and decide which come into the pool and on which side. Raises InputError for an empty source, and
+    for a reference that the reward of the run cannot read.
 
     A conversation comes once; of equal ones the first counts. What is held out, or descends from the same oldest ancestor
     as a held-out prompt, is not trained on.
     """
     settings, set_aside = config.prompts, Counter[str]()
     seen: list[Seen] = []
-    for found in each(look, [*train, *heldout], workers):
+    kinds = {held_out: readers(config, held_out=held_out) for held_out in (False, True)}
+    looked = [(part, kinds[False]) for part in train] + [(part, kinds[True]) for part in heldout]
+    for found in each(_look, looked, workers):
+        if found.refused is not None:
+            raise InputError(
+                f"{settings.source if len(seen) < len(train) else settings.heldout}: {found.refused}",
+                "correct the row, or take it out; docs/rewards.md says what each reward reads",
+            )
         seen.append(found)
         on_part(len(seen), len(train) + len(heldout))
     ours = _Side(settings.source, train, seen[: len(train)], set_aside)
@@ -110,12 +122,17 @@ def survey(
     return Survey(chosen=chosen, splits=splits, set_aside=+set_aside, recognised=recognised)
 
 
-def look(part: Part) -> Seen:
-    """What the rows of a part are."""
+def _look(item: tuple[Part, Sequence[Kind]]) -> Seen:
+    return look(*item)
+
+
+def look(part: Part, kinds: Sequence[Kind] = ()) -> Seen:
+    """What the rows of a part are. `kinds`: the rewards that have to be able to read the references."""
     hashes: list[int] = []
     rows: list[int] = []
     parents: dict[int, str] = {}
     bad = Counter[str]()
+    refused: str | None = None
     recognised = Recognised()
     for number, row in enumerate(part.rows()):
         found = row if isinstance(row, str) else part.reading.read(row)
@@ -130,18 +147,20 @@ def look(part: Part) -> Seen:
         if (found.parent or found.reference or "\\ud" in text) and (why := why_not_stored(kept)):
             bad[why] += 1
             continue
+        if (why := unreadable(found.reference, kinds)) is not None and found.reference is None:
+            bad[why] += 1
+            continue
+        if why is not None:
+            refused = refused or f"the prompt {found.messages[-1]['content'][:60]!r}: {why}"
         if found.parent:
             parents[len(hashes)] = found.parent
         recognised.found(found)
         hashes.append(seeds.derive(text))
         rows.append(number)
     return Seen(
-        hashes=np.array(hashes, np.int64),
-        rows=np.array(rows, np.int32),
-        parents=parents,
-        bad=bad,
+        hashes=np.array(hashes, np.int64), rows=np.array(rows, np.int32), parents=parents, bad=bad, refused=refused,
         recognised=recognised,
-    )
+    )  # fmt: skip
 
 
 def why_not_stored(value: object) -> str | None:

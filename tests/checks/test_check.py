@@ -1,6 +1,7 @@
 """Looks at models and settings that need no world: folders made by hand."""
 
 import http.server
+import importlib.util
 import json
 import os
 import shutil
@@ -10,9 +11,11 @@ import threading
 import pytest
 from mini import ROOT, TINY, overrides
 
+from reward.sandbox import run
 from selfplay.checks.check import LOOKS, check
 from selfplay.checks.models import loads
 from selfplay.checks.plan import plan
+from selfplay.checks.reward import sources
 from selfplay.config import load
 from selfplay.errors import InputError
 from selfplay.reporting.terminal import Display
@@ -177,6 +180,58 @@ def test_rules_are_made_and_their_functions_imported(tmp_path):
     ):
         level, text = said(settings(tmp_path, policy, f"reward.rules=[{rule}]"), tmp_path, "reward")
         assert level == "error" and text.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "why"),
+    [
+        ("math", "math_verify", "math needs the package math-verify: pip install 'selfplay[verify]'"),
+        ("instructions", "langdetect", "instructions need the package langdetect: pip install 'selfplay[verify]'"),
+    ],
+)
+def test_a_reward_whose_package_is_missing_is_an_error(tmp_path, monkeypatch, kind, package, why):
+    config = settings(tmp_path, model(tmp_path / "policy"), f"reward={{source: {{kind: {kind}}}}}")
+    assert said(config, tmp_path, "reward")[0] == "ok"
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == package else found(name, *more)
+    )
+    assert said(config, tmp_path, "reward") == ("error", why)
+
+
+def test_code_needs_a_sandbox(tmp_path, monkeypatch):
+    config = settings(tmp_path, model(tmp_path / "policy"), "reward={source: {kind: code}}")
+    assert said(config, tmp_path, "reward")[0] == "ok"
+    monkeypatch.setattr(run, "LAUNCH", run.LAUNCH.replace("libc.unshare(NEW)", "-1"))
+    level, text = said(config, tmp_path, "reward")
+    assert level == "error" and text.startswith("code needs a sandbox, and none can be had here: new namespaces: ")
+
+
+def test_a_reward_that_reads_references_and_rewritten_prompts_that_have_none(tmp_path):
+    policy = model(tmp_path / "policy")
+    for source, why in (
+        ("kind: instructions", "a rewritten prompt has no reference"),
+        ("kind: rules, rules: [{rule: json}]", ""),
+    ):
+        config = settings(tmp_path, policy, f"reward={{source: {{{source}}}}}", "evolve.every=2")
+        found = [f.text for f in sources(config, tmp_path) if f.about == "evolve.every"]
+        assert len(found) == bool(why) and all(why in text for text in found)
+
+
+def test_an_unknown_instruction_is_named_with_its_prompt(tmp_path):
+    config = settings(tmp_path, model(tmp_path / "policy"), "reward={source: {kind: instructions}}")
+    rows = [{"prompt": f"train {i}", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]} for i in range(9)]
+    rows += [{"prompt": "without"}, {"prompt": "Shout!", "instruction_id_list": ["change_case:shout"], "kwargs": [{}]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    (tmp_path / "heldout.jsonl").write_text(
+        "".join(json.dumps(row | {"prompt": f"held out {i}"}) + "\n" for i in range(9) for row in rows[:1])
+    )
+    level, text = said(config, tmp_path, "prompts")
+    assert level == "warning" and text.startswith("9 to train on, ")
+    assert "1 × no reference: the prompt needs instruction_id_list and kwargs" in text
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    level, text = said(config, tmp_path, "prompts")
+    assert level == "error" and "the prompt 'Shout!': unknown instruction id 'change_case:shout'" in text
 
 
 @pytest.mark.slow

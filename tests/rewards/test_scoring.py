@@ -19,6 +19,7 @@ from selfplay.rewards import scoring
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.scorer import Scorer
 from selfplay.rewards.shards import contents
+from selfplay.rewards.texts import Item
 from selfplay.storage import folders, tables
 from selfplay.types import Candidate, Prompt, Reward
 
@@ -243,7 +244,7 @@ def test_a_model_that_changes_between_shards_is_noticed_and_its_shard_not_kept(s
 def test_a_probe_that_fails_has_all_forgotten_that_was_scored_meanwhile(server, tmp_path):
     """Shards and cache of these candidates; what else is in the cache stays. The probe before the first shard was right."""
     stage = Stage(tmp_path, server, cache=True)
-    elsewhere = ([{"role": "user", "content": "another question"}], "another answer")
+    elsewhere = Item([{"role": "user", "content": "another question"}], "another answer")
     stage.scorer.ask([elsewhere])
     probes = iter([{"probe_change": 0.0}, GuardError("another reward", "serve the earlier one")])
 

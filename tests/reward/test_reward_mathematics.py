@@ -1,0 +1,59 @@
+"""Answers that math-verify compares, in a process that is killed when it takes too long."""
+
+import time
+
+import pytest
+
+from reward.mathematics import Mathematics, gold
+from reward.schema import Item
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    [found] = Mathematics(seconds=2.0).scorers()
+    yield found
+    found._worker.stop()
+
+
+def scored(scorer, reference, response):
+    messages = [{"role": "user", "content": "How many?"}]
+    [score] = scorer.score([Item.model_validate({"messages": messages, "response": response, "reference": reference})])
+    return score
+
+
+@pytest.mark.parametrize(
+    ("reference", "right", "wrong"),
+    [
+        ("She sells 16 - 3 - 4 = 9 eggs.\n9 * 2 = 18\n#### 18", "She makes $18.", "The answer is 9."),
+        ("#### 1,000", "It is 1000.", "It is 1."),
+        ("\\frac{1}{2}", "It is 0.5", "It is 2"),
+        ("1/2", "\\boxed{\\frac{2}{4}}", "\\boxed{\\frac{1}{4}}"),
+        ("18", "\\boxed{18}, and not 19", "\\boxed{19}, and not 18"),
+        ("18", "first 17, then 18", "first 18, then 17"),
+        ("$\\{1,2\\}$", "$\\{2, 1\\}$", "$\\{1, 3\\}$"),
+        ("(1,2)", "\\boxed{(1, 2)}", "\\boxed{(2, 1)}"),
+        ("[0,1)", "$[0, 1)$", "$[0, 1]$"),
+        ("\\sqrt{8}", "$2\\sqrt{2}$", "$2\\sqrt{3}$"),
+        ("x=3", "so $x = 3$", "so $x = 4$"),
+        ("Hence the sum is $\\boxed{7}$.", "7", ""),
+        ("50\\%", "50%", "I do not know."),
+    ],
+)
+def test_what_is_equal_to_a_reference(scorer, reference, right, wrong):
+    assert [scored(scorer, reference, response).value for response in (right, wrong)] == [1.0, 0.0]
+
+
+def test_an_answer_that_takes_too_long_has_no_score_and_the_next_one_has(scorer):
+    """A power that no signal interrupts."""
+    began = time.monotonic()
+    score = scored(scorer, "5", "$9^{9^{9^{9}}}$")
+    assert score.value is None and "no answer within 2 s" in score.reason and time.monotonic() - began < 4
+    assert scored(scorer, "5", "5").value == 1.0
+    assert scorer.counts["too slow to compare"] == 1
+
+
+def test_a_reference_that_is_no_mathematics_gives_no_score(scorer):
+    for reference, why in ((None, "no reference"), ("#### ", "no reference"), ("?!", "is no mathematics")):
+        score = scored(scorer, reference, "5")
+        assert score.value is None and why in score.reason
+    assert gold("a #### 1 #### 2 ") == "2" and Mathematics().unreadable(None) and not Mathematics().unreadable("2")
