@@ -153,7 +153,7 @@ def test_rows_that_ask_nothing_say_why(row, why):
 def test_a_prompt_that_quotes_a_transcript_or_is_json_stays_as_it_is():
     for text in (
         f"Continue this:\n\nHuman: {Q}\n\nAssistant:", "Human: is this a human?", '["a", "b"]', '{"a": 1} is JSON', "[1, 2] is a list",
-        "  Spaces stay.  \n", "USER: who is that?", "### Heading\n\ntext", "<|user|> is a token",
+        "  Spaces stay.  \n", "USER: who is that?", "### Heading\n\ntext", "<|user|> is a token", "<" + " " * 100_000, "[{'a'}" + "\n" * 100_000,
     ):  # fmt: skip
         assert DEFAULT.read({"prompt": text}).messages == [{"role": "user", "content": text}]
 

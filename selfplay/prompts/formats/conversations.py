@@ -35,6 +35,7 @@ PAIRS = (
 """Keys of an object that holds two turns: what the user says, and the answer."""
 USUAL = ("user", "assistant", "system", "tool")
 _LISTED = re.compile(r'\s*(\[\s*[\[{"\']|\{\s*["\'])')  # how a list or an object begins that is written as text
+MOST_LETTERS = 1 << 18  # of a text that is read as Python prints it, which takes long
 _WORD = re.compile(r"[A-Za-z_-]{1,32}")
 NO_MESSAGE = "a message without role and content"
 
@@ -186,7 +187,7 @@ def _decoded(text: str, texts: bool = False) -> Any | None:
     start = text.lstrip()
     if not _LISTED.match(start):
         return None
-    for decode in (json.loads, ast.literal_eval, _of_numpy):
+    for decode in (json.loads, ast.literal_eval, _of_numpy) if len(start) < MOST_LETTERS else (json.loads,):
         try:
             found = decode(start)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -197,7 +198,7 @@ def _decoded(text: str, texts: bool = False) -> Any | None:
 
 def _of_numpy(text: str) -> Any:
     """An array of objects as numpy prints it: without commas between them."""
-    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text))
+    return ast.literal_eval(re.sub(r"\}\n ?\{", "}, {", text))
 
 
 def _is_conversation(value: Any, texts: bool) -> bool:
