@@ -188,7 +188,7 @@ class Run:
             work=str(self.dir / "pool.parts"),
         )
         for said in found["recognised"]:
-            self.event("prompts", said)
+            self.event("import", said)
             self.display.note(f"prompts: {said}")
         if found["set_aside"]:
             self.event(

@@ -191,3 +191,12 @@ def test_a_filter_is_given_the_row_as_it_is(monkeypatch):
 
 def test_every_format_is_a_setting():
     assert tuple(one.name for one in known.FORMATS) == tuple(FORMATS)
+
+
+def test_columns_that_hold_much_else_are_read_only_where_nothing_else_holds_prompts():
+    assert DEFAULT.columns(["prompt", "chosen", "rejected", "text", "score"]) == ["prompt", "text"]
+    assert DEFAULT.columns(["chosen", "rejected", "score"]) == ["chosen", "rejected"]
+    assert DEFAULT.columns(["question_id", "text", "answer", "score"]) == ["question_id", "text", "answer"]
+    assert DEFAULT.columns(["body", "score"]) == ["body"]
+    assert Reading(format="turns").columns(["turns", "prompt", "answer"]) == ["turns", "answer"]
+    assert Reading(prompt="a.b", meta=("c.d",)).columns(["a", "c", "prompt", "system"]) == ["a", "c", "system"]

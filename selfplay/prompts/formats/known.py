@@ -26,7 +26,7 @@ QUESTIONS = (
     "question", "query", "problem", "problem_statement", "question_text", "question_content", "user_prompt", "user_query",
     "user_input", "human", "prompt_text", "prompts", "request", "instruct_prompt", "goal", "behavior", "post", "inputs", "input", "input_text",
 )  # fmt: skip
-MAIN = ("prompt", "messages", *CONVERSATIONS, "turns", "instruction", *QUESTIONS, "chosen")
+MAIN = ("prompt", "messages", *CONVERSATIONS, "turns", "instruction", *QUESTIONS)
 """Columns that hold prompts and nothing else: where one is there and empty, the prompt is."""
 WITH_INSTRUCTION = ("input", "context", "inputs", "question")
 WITH_QUESTION = ("context", "passage")
@@ -48,7 +48,7 @@ class Format:
     """What is read of a row, beside system messages, references and the like."""
     read: Callable[[Row], Asked | str | None]
     only: bool = False
-    """Its columns hold much else as well: they are read only where a file has those of no other format."""
+    """Its columns hold much else as well: they are read only where a file has none of MAIN."""
 
 
 def _trl(row: Row) -> Asked | str | None:

@@ -68,7 +68,7 @@ class Reading:
             return [name for name in there if name in (self.prompt, self.prompt.partition(".")[0])]
         formats = FORMATS if self.format is None else (BY_NAME[self.format],)
         usual = {name for one in formats if not one.only for name in one.columns}
-        if self.format is not None or not usual & set(map(_plain, there)):
+        if self.format is not None or not set(MAIN) & set(map(_plain, there)):
             usual |= {name for one in formats for name in one.columns}
         return [name for name in there if _plain(name) in usual]
 
