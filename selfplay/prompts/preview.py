@@ -35,11 +35,11 @@ def shown(source: str, column: str | None, model: str | None, config: Config | N
     reading = Reading.of(settings)
     if column is not None:
         reading = dataclasses.replace(reading, prompt=column, format=None)
+    policy = PolicyConfig(model=model) if model is not None else config.policy if config is not None else None
     length = None
-    if model is not None or config is not None:
+    if policy is not None:
         from selfplay.prompts.lengths import in_tokens  # transformers takes seconds
 
-        policy = PolicyConfig(model=model) if model is not None or config is None else config.policy
         length = in_tokens(policy.model, policy.revision, policy.trust_remote_code)
     most = settings.max_tokens if config is not None else None
     return preview(source, reading, settings.split, settings.config, length, most)
