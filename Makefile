@@ -1,4 +1,4 @@
-.PHONY: demo quick test lint docs mini setup browser clean
+.PHONY: demo demo-smollm quick test lint docs mini setup browser clean
 
 PY := .venv/bin/python
 # Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
@@ -8,6 +8,12 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: setup
 	$(PY) scripts/make_tiny.py
 	$(PY) scripts/round.py --config configs/tiny.yaml --rounds 3 --report
+
+# A real language model: SmolLM2-135M-Instruct on two cores, then its answers before and after. About an hour.
+demo-smollm: setup
+	$(PY) scripts/get_smollm2.py
+	$(PY) scripts/round.py --config configs/smollm2.yaml --rounds 4 --report
+	$(PY) scripts/compare_answers.py runs/smollm2
 
 # The tests that need no engine and no service.
 quick: setup

@@ -15,15 +15,19 @@ The private names contain a random number of this process: no text can guess the
 exactly the ids of `apply_chat_template`, which is checked at the start.
 """
 
+import hashlib
+import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import jinja2
 from tokenizers import AddedToken, Tokenizer
 
 from reward.schema import Item
+from reward.settings import with_date
 
 PROBE = (("user", "Say hello, please."), ("assistant", " Hello: 1 + 1 = 2.\n"), ("user", "Thanks"))
 CHARS_PER_TOKEN = 64  # no text averages longer tokens; above this a text is too long without being tokenised
@@ -31,14 +35,42 @@ NO_WORD = re.compile(r"[^\w\s]")
 SLICE = 64  # conversations tokenised at once; bounds the memory of the tokenizer's output
 
 
+def template_sha256(tokenizer: Any, variables: Mapping[str, Any], today: date) -> str:
+    """SHA-256 of all that a chat template makes a text from: itself, its variables, and the date where it prints one."""
+    made_of: list[Any] = [dict(variables)] if variables else []
+    if prints_date(tokenizer, variables):
+        made_of.append(today.isoformat())
+    template: str = tokenizer.get_chat_template()
+    text = json.dumps([template, *made_of], sort_keys=True) if made_of else template
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prints_date(tokenizer: Any, variables: Mapping[str, Any]) -> bool:
+    """Whether the chat template makes different texts on different days."""
+    role, content = PROBE[0]
+    try:
+        texts = {
+            tokenizer.apply_chat_template(
+                [{"role": role, "content": content}], tokenize=False, **with_date(variables, day)
+            )
+            for day in (date(2001, 2, 3), date(2019, 11, 22))
+        }
+    except (jinja2.TemplateError, TypeError, ValueError):
+        return False  # it wants an answer too, or refuses for another reason, which whoever renders with it is told
+    return len(texts) > 1
+
+
 class ChatEncoder:
     """Renders and tokenises conversations; every method may be called from one thread at a time.
 
     `tokenizer` is a fast Hugging Face tokenizer with a chat template; `max_tokens` the longest conversation accepted.
+    `variables` are given to the template. `today` is the date that it prints, where it prints one; by default this day.
     Raises ValueError for a tokenizer that cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, max_tokens: int, variables: Mapping[str, Any] | None = None, today: date | None = None
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError("the tokenizer has no fast version (tokenizer.json): save one beside the model")
         try:
@@ -50,11 +82,14 @@ class ChatEncoder:
             ) from error
         self.max_tokens = max_tokens
         self._hf = tokenizer
+        given, today = variables or {}, today or date.today()
+        self._variables = with_date(given, today)
+        self.template_sha256 = template_sha256(tokenizer, given, today)
         self._nonce = secrets.token_hex(8)
         added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
         control = {token.content: i for i, token in added.items() if token.special}
         control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        control |= self._turn_markers(tokenizer, added)
+        control |= self._turn_markers(added)
         control = {text: i for text, i in control.items() if text and i is not None}
         # the longest first: one token may begin like another
         self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
@@ -91,6 +126,10 @@ class ChatEncoder:
             found += self._encode([text for text, _ in rendered], [reason for _, reason in rendered])
         return found
 
+    def _text(self, turns: Sequence[tuple[str, str]]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return str(self._hf.apply_chat_template(messages, tokenize=False, **self._variables))
+
     def _render(self, turns: Sequence[tuple[str, str]]) -> tuple[str, str | None]:
         """(text with private names, None), or ("", why not)."""
         if sum(len(content) for _, content in turns) > CHARS_PER_TOKEN * self.max_tokens:
@@ -100,9 +139,8 @@ class ChatEncoder:
                 content.encode()  # a lone surrogate is no text
         except UnicodeEncodeError:
             return "", "text that is not valid Unicode (a lone surrogate)"
-        messages = [{"role": role, "content": self._control.sub(self._hide, content)} for role, content in turns]
         try:
-            text = self._hf.apply_chat_template(messages, tokenize=False)
+            text = self._text([(role, self._control.sub(self._hide, content)) for role, content in turns])
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             said = self._placeholder.sub(self._show, str(error))[:200]
             return "", f"the chat template refuses the conversation: {said}"
@@ -134,15 +172,14 @@ class ChatEncoder:
     def _private(self, text: str) -> str:
         return f"<{self._nonce}.{self._number[text]}>"
 
-    @staticmethod
-    def _turn_markers(tokenizer: Any, added: dict[int, AddedToken]) -> dict[str, int]:
+    def _turn_markers(self, added: dict[int, AddedToken]) -> dict[str, int]:
         """Added tokens that the template puts around every turn: some tokenizers do not call them special.
 
         Not a word or white space, which is ordinary in any text. A finished assistant turn comes before the last one,
         since templates put `<think>` and the like only into the last, and there a response may have it as well.
         """
         try:
-            text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in PROBE], tokenize=False)
+            text = self._text(PROBE)
         except (jinja2.TemplateError, TypeError, ValueError):
             return {}  # a template for one turn only: nothing can be added to it
         for _, content in PROBE:
@@ -157,7 +194,7 @@ class ChatEncoder:
         for length in (2, 3):
             messages = [{"role": role, "content": content} for role, content in PROBE[:length]]
             try:
-                expected = self._hf.apply_chat_template(messages, tokenize=True, return_dict=False)
+                expected = self._hf.apply_chat_template(messages, tokenize=True, return_dict=False, **self._variables)
             except (jinja2.TemplateError, TypeError, ValueError) as error:
                 if length == 2:
                     raise ValueError(f"the chat template refuses a user's message with its answer: {error}") from error

@@ -10,8 +10,9 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
+from datetime import date
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from reward.channel import Channel
 from reward.dialects import Entry, Name, Scored
@@ -51,6 +52,7 @@ class RewardClient:
     `dialect`      is what the service speaks (reward/dialects.py).
     `tokenizer`    is the folder of the reward model's tokenizer, for the dialects that send rendered text.
     `model`        is the model's name at a service that has several.
+    `chat_template_kwargs` are given to the chat template of `tokenizer`, and `template_date` is the date that it prints.
     `api_key`      is sent as a bearer token.
     `batch_size`   is the most items in a request, and `batch_bytes` the most bytes.
     `concurrency`  is the most requests in flight for one call of `score`.
@@ -67,6 +69,8 @@ class RewardClient:
         dialect: Name = "selfplay",
         tokenizer: str | None = None,
         model: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        template_date: date | None = None,
         api_key: str | None = None,
         batch_size: int = 128,
         batch_bytes: int = 8 * 2**20,
@@ -78,7 +82,9 @@ class RewardClient:
     ) -> None:
         if min(batch_size, batch_bytes, concurrency) < 1:
             raise ValueError("batch_size, batch_bytes and concurrency must be positive")
-        self._dialect = _dialect(dialect, tokenizer=tokenizer, model=model)
+        self._dialect = _dialect(
+            dialect, tokenizer=tokenizer, model=model, variables=chat_template_kwargs, today=template_date
+        )
         self._tokenizer = threading.Lock()  # a tokenizer serves one thread at a time
         self._channel = Channel(
             [url] if isinstance(url, str) else url,

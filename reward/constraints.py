@@ -244,9 +244,9 @@ def values(instruction_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{instruction_id} needs {name} ({kind.__name__}), and has {value!r}")
         if name.endswith("relation") and value not in RELATIONS:
             raise ValueError(f"{instruction_id} needs {name} to be one of {', '.join(RELATIONS)}, and has {value!r}")
-        if kind is list and not (value and all(isinstance(word, str) for word in value)):
+        if isinstance(value, list) and not (value and all(isinstance(word, str) for word in value)):
             raise ValueError(f"{instruction_id} needs {name} to be a list of texts, and has {value!r}")
-        if kind is str and not value.strip():
+        if isinstance(value, str) and not value.strip():
             raise ValueError(f"{instruction_id} needs a text as {name}")
         found[name] = value
     return found

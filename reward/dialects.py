@@ -10,8 +10,9 @@ A dialect has no connection and keeps no state. It turns items into bytes and by
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from math import isfinite
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -124,13 +125,20 @@ class Vllm:
     """vLLM's pooling server. Texts are rendered and tokenised here, so that control tokens in them are split.
 
     `tokenizer` is the folder or the Hub name of the reward model's tokenizer, which has a chat template. Nothing imports
-    torch. Raises ValueError for a tokenizer that cannot be used.
+    torch. `variables`, `today`: see ChatEncoder. Raises ValueError for a tokenizer that cannot be used.
     """
 
     # vLLM answers 400 to a whole request when one conversation is longer than the model takes
     too_large, health_path = frozenset({413, 400}), "/v1/models"
 
-    def __init__(self, route: Literal["classify", "pooling"], tokenizer: str, model: str | None) -> None:
+    def __init__(
+        self,
+        route: Literal["classify", "pooling"],
+        tokenizer: str,
+        model: str | None,
+        variables: Mapping[str, Any] | None = None,
+        today: date | None = None,
+    ) -> None:
         from transformers import PreTrainedTokenizerFast
 
         from reward.chat import ChatEncoder
@@ -141,7 +149,7 @@ class Vllm:
             raise ValueError(f"no tokenizer at {tokenizer}: {error}") from error
         limit = loaded.model_max_length
         self.path = f"/{route}"
-        self._encoder = ChatEncoder(loaded, limit if 0 < limit < UNLIMITED else DEFAULT_MAX_TOKENS)
+        self._encoder = ChatEncoder(loaded, limit if 0 < limit < UNLIMITED else DEFAULT_MAX_TOKENS, variables, today)
         # Without the task vLLM would pool token by token. Without use_activation it answers a sigmoid.
         fixed = {"use_activation": False} | ({"task": "classify"} if route == "pooling" else {})
         self._head = to_json(fixed | ({"model": model} if model else {}))[:-1]
@@ -179,7 +187,7 @@ class Vllm:
             device="unknown",
             max_tokens=min(limit, self._encoder.max_tokens),
             weights_sha256="",
-            template_sha256=_sha256(self._encoder.template),
+            template_sha256=self._encoder.template_sha256,
             files={},
         )
 
@@ -187,21 +195,30 @@ class Vllm:
 class OpenRLHF:
     """OpenRLHF's remote reward: `query` is prompt and response in one text, and `prompts` is the prompt alone.
 
-    With a `tokenizer` its chat template renders the prompt, as OpenRLHF itself does. Without one the prompt is the texts of
-    the messages with a blank line between them. The format has no place for what scores.
+    With a `tokenizer` its chat template renders the prompt, as OpenRLHF itself does; `variables` are given to it, and
+    `today` is the date that it prints. Without one the prompt is the texts of the messages with a blank line between them.
+    The format has no place for what scores.
     """
 
     path, health_path = "/get_reward", None
     too_large = frozenset({413})
 
-    def __init__(self, tokenizer: str | None) -> None:
+    def __init__(
+        self, tokenizer: str | None, variables: Mapping[str, Any] | None = None, today: date | None = None
+    ) -> None:
         self._tokenizer: Any = None
+        self._template_sha256 = hashlib.sha256(b"").hexdigest()
         if tokenizer is not None:
             from transformers import PreTrainedTokenizerFast
 
+            from reward.chat import template_sha256
+            from reward.settings import with_date
+
+            given, today = variables or {}, today or date.today()
+            self._variables = with_date(given, today)
             try:
                 self._tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
-                self._tokenizer.get_chat_template()
+                self._template_sha256 = template_sha256(self._tokenizer, given, today)
             except Exception as error:  # whatever the readers of its files raise
                 raise ValueError(f"no tokenizer with a chat template at {tokenizer}: {error}") from error
 
@@ -221,7 +238,9 @@ class OpenRLHF:
         if self._tokenizer is None:
             return "\n\n".join(m.content for m in item.messages)
         messages = [{"role": m.role, "content": m.content} for m in item.messages]
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(
+            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._variables)
+        )
 
     def request(self, chunk: Sequence[Entry]) -> bytes:
         lists = [b",".join(entry.parts[n] for entry in chunk) for n in range(3)]
@@ -240,24 +259,31 @@ class OpenRLHF:
             device="unknown",
             max_tokens=UNLIMITED,
             weights_sha256="",
-            template_sha256=_sha256(self._tokenizer.get_chat_template() if self._tokenizer else ""),
+            template_sha256=self._template_sha256,
             files={},
         )
 
 
-def dialect(name: Name, *, tokenizer: str | None, model: str | None) -> Dialect:
-    """The dialect of that name. `tokenizer`, `model`: see Vllm and OpenRLHF. Raises ValueError."""
+def dialect(
+    name: Name,
+    *,
+    tokenizer: str | None,
+    model: str | None,
+    variables: Mapping[str, Any] | None = None,
+    today: date | None = None,
+) -> Dialect:
+    """The dialect of that name. The other arguments: see Vllm and OpenRLHF. Raises ValueError."""
     if name == "selfplay":
         return Selfplay()
     if name == "openrlhf":
-        return OpenRLHF(tokenizer)
+        return OpenRLHF(tokenizer, variables, today)
     if name not in ("vllm-classify", "vllm-pooling"):
         raise ValueError(f"no dialect {name!r}: selfplay, vllm-classify, vllm-pooling or openrlhf")
     if tokenizer is None:
         raise ValueError(
             f"the dialect {name} needs the tokenizer of the reward model, whose chat template renders texts"
         )
-    return Vllm("classify" if name == "vllm-classify" else "pooling", tokenizer, model)
+    return Vllm("classify" if name == "vllm-classify" else "pooling", tokenizer, model, variables, today)
 
 
 def _scored(
@@ -283,7 +309,3 @@ def _parse(content: bytes, form: type[Answer]) -> Answer:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
         raise Fault(f"an answer of another form: {where}") from error
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

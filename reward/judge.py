@@ -85,7 +85,9 @@ class Judge:
             rubric=settings.rubric, lowest=settings.lowest, highest=settings.highest
         )  # fmt: skip
         # what a number depends on, without where and how fast it is asked for; only a pairwise judge reads references
-        made_of = settings.model_dump(exclude={"url", "references", *settings.access})
+        self._more = {"chat_template_kwargs": settings.chat_template_kwargs} if settings.chat_template_kwargs else {}
+        left_out = {"url", "references", "chat_template_kwargs", *settings.access}
+        made_of = settings.model_dump(exclude=left_out) | self._more
         self.health = Health(
             kind="judge",
             model=settings.model,
@@ -216,6 +218,7 @@ class Judge:
             "messages": [{"role": "system", "content": self._system}, {"role": "user", "content": prompt}],
             "max_tokens": self._settings.max_tokens,
             "temperature": self._settings.temperature,
+            **self._more,
             **self._settings.extra,
         }
         self.counts["requests"] += 1

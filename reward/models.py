@@ -12,6 +12,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,14 @@ def load_all(
     heads: Mapping[str, float] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    template_date: date | None = None,
 ) -> list[RewardModel]:
     """The reward model in a folder, or on the Hub, once for each device.
 
     `devices`: `cpu`, `cuda:0,cuda:1`, `auto` (a GPU if there is one), `all` (every GPU). `dtype`: `auto` is the
     checkpoint's. `batch_tokens`: by default what was fastest, by the kind of device. `heads`: name → weight.
+    `chat_template_kwargs`, `template_date`: what the chat template is given, and the date that it prints (ChatEncoder).
     Raises ModelRefused.
     """
     heads = heads or {}
@@ -184,7 +188,9 @@ def load_all(
     found = []
     for device in _devices(devices):
         try:
-            encoder = ChatEncoder(tokenizer, min(known, default=DEFAULT_MAX_TOKENS))
+            encoder = ChatEncoder(
+                tokenizer, min(known, default=DEFAULT_MAX_TOKENS), chat_template_kwargs, template_date
+            )
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **own_code
             )
@@ -203,7 +209,7 @@ def load_all(
             device=str(model.device),
             max_tokens=encoder.max_tokens,
             weights_sha256=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-            template_sha256=hashlib.sha256(encoder.template.encode()).hexdigest(),
+            template_sha256=encoder.template_sha256,
             files=files,
         )
         budget = batch_tokens or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS)

@@ -5,9 +5,12 @@ left between its marks is the user's message and the response. A prompt that is 
 message of its own) becomes the user's message as it is, with its control tokens split like those of any text.
 """
 
+from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 from reward.schema import GetRewardRequest, Item
+from reward.settings import with_date
 
 USER, ANSWER = "kqzvuser", "kqzvanswer"  # no template contains them
 
@@ -15,10 +18,11 @@ USER, ANSWER = "kqzvuser", "kqzvanswer"  # no template contains them
 class Unrender:
     """Takes the template of the tokenizer in the folder `policy` off, for conversations of one turn.
 
+    `variables` are what the queries were rendered with beside the conversation; a date that the template prints is today's.
     Raises ValueError for a tokenizer without a chat template, or one whose template changes the texts.
     """
 
-    def __init__(self, policy: str | None) -> None:
+    def __init__(self, policy: str | None, variables: Mapping[str, Any] | None = None) -> None:
         self._before = self._after = self._end = ""
         if policy is None:
             return
@@ -26,11 +30,10 @@ class Unrender:
 
         try:
             tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(policy)
-            asked = [{"role": "user", "content": USER}]
-            prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            whole = tokenizer.apply_chat_template(
-                [*asked, {"role": "assistant", "content": ANSWER}], tokenize=False, add_generation_prompt=False
-            )
+            asked, given = [{"role": "user", "content": USER}], with_date(variables or {}, date.today())
+            prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **given)
+            answered = [*asked, {"role": "assistant", "content": ANSWER}]
+            whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False, **given)
             self._before, self._after = prompt.split(USER)
             self._end = whole.split(ANSWER)[1].strip()
         except Exception as error:  # whatever the readers of these files and the template raise

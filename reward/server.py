@@ -20,7 +20,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:  # these imports are slow, and --help needs none of them
     from reward.scorer import Scorer
@@ -64,6 +64,13 @@ def parser() -> argparse.ArgumentParser:
         "--policy",
         help="folder of the policy's tokenizer, whose chat template /get_reward takes off OpenRLHF's queries",
     )
+    add(
+        "--chat-template-kwargs",
+        type=variables,
+        metavar="JSON",
+        default={},
+        help="variables for the chat templates of --model and --policy, such as '{\"enable_thinking\": false}'",
+    )
     add("--max-body-mib", type=positive, default=32, help="longest request body (default: %(default)s)")
     add("--threads", type=positive, default=1, help="threads of torch on a CPU (default: %(default)s)")
     add("--revision", help="branch, tag or commit on the Hub")
@@ -82,6 +89,16 @@ def head(text: str) -> tuple[str, float]:
     """`helpfulness=0.65` or `helpfulness`. Raises ValueError."""
     name, equals, weight = text.rpartition("=")
     return (name, float(weight)) if equals else (text, 1.0)
+
+
+def variables(text: str) -> dict[str, Any]:
+    """A JSON object of variables for a chat template. Raises ValueError."""
+    from reward.settings import require_variables
+
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return require_variables(found)
 
 
 def main() -> int:
@@ -129,7 +146,7 @@ def serve(options: argparse.Namespace, out: TextIO) -> int:
             max_body=options.max_body_mib * 2**20,
             max_items=options.max_items,
             max_waiting=options.max_waiting,
-            unrender=Unrender(options.policy),
+            unrender=Unrender(options.policy, options.chat_template_kwargs),
         )
     except (ModelRefused, ValueError) as error:
         log.error("%s", " ".join(str(error).split()))  # in one line, because a supervisor shows the last line
@@ -175,7 +192,7 @@ def load(options: argparse.Namespace) -> Sequence["Scorer"]:
     if options.judge is not None:
         return kinds.load("judge", options.judge).scorers()
     settings = {name: getattr(options, name) for name in ("model", "dtype", "device", "batch_tokens", "max_tokens")}
-    settings |= {name: getattr(options, name) for name in ("revision", "trust_remote_code")}
+    settings |= {n: getattr(options, n) for n in ("revision", "trust_remote_code", "chat_template_kwargs")}
     return kinds.read("model", settings | {"heads": dict(options.head)}).scorers()
 
 

@@ -1,10 +1,11 @@
 """Settings of models, rules and judges, as they stand in a configuration or in a YAML file for the server."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime, time
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from reward.kinds import Kind
 from reward.scorer import Scorer
@@ -111,9 +112,36 @@ def require_plain(url: str) -> str:
 
 Address = Annotated[str, AfterValidator(require_plain)]
 
+OURS = frozenset(
+    {
+        "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+        "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+        "tokenizer_kwargs", "strftime_now",
+    }
+)  # fmt: skip
+"""Arguments of `apply_chat_template` that decide on more than the text, and so are not for a configuration."""
+
+
+def require_variables(given: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Variables for a chat template. Raises ValueError for a name that is no variable of a template."""
+    if taken := sorted(OURS & given.keys()):
+        hint = ": the date that it prints is `template_date`" if taken == ["strftime_now"] else ""
+        raise ValueError(f"{', '.join(taken)} cannot be given to a chat template{hint}")
+    return given
+
+
+Variables = Annotated[dict[str, JsonValue], AfterValidator(require_variables)]
+"""What a chat template is given beside the conversation, such as {enable_thinking: false}."""
+
+
+def with_date(variables: Mapping[str, Any], today: date) -> dict[str, Any]:
+    """The variables, and the date that a template prints for today: it asks for it by `strftime_now`."""
+    return {**variables, "strftime_now": datetime.combine(today, time()).strftime}
+
 
 class ModelSettings(Kind):
-    access: ClassVar[frozenset[str]] = frozenset({"device", "batch_tokens"})
+    # the date: where the template prints one, it is part of what the server says of the template
+    access: ClassVar[frozenset[str]] = frozenset({"device", "batch_tokens", "template_date"})
     model: str
     """Folder of a sequence classification model, or its name on the Hub."""
     heads: dict[str, float] = {}
@@ -130,6 +158,10 @@ class ModelSettings(Kind):
     """Branch, tag or commit on the Hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    chat_template_kwargs: Variables = {}
+    """Variables for the model's chat template, such as {enable_thinking: false}."""
+    template_date: date | None = None
+    """The date that its chat template prints, where it prints one; by default the day on which it is loaded."""
 
     def scorers(self) -> Sequence[Scorer]:
         from transformers.utils import logging
@@ -198,6 +230,8 @@ class JudgeSettings(Kind):
     control_tokens: list[str] = []
     """Texts that structure a conversation for this judge, beside those that look like it (`<|…|>`, `[INST]`, `</s>`,
     `<start_of_turn>`): inside the texts that it judges they are broken up."""
+    chat_template_kwargs: Variables = {}
+    """Variables for the judge's own chat template, such as {enable_thinking: false}; vLLM and SGLang take them."""
     extra: dict[str, Any] = {}
     """Further keys of each request, such as {seed: 0} or vLLM's structured_outputs."""
 

@@ -168,28 +168,11 @@ def serve(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None
 @app.command()
 def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """Say what the service does now."""
-    from selfplay.storage import paging
-    from selfplay.storage.policies import Policies
+    from selfplay.reporting.status import lines
 
     store = _store(config, set_, run_dir)
-    service: dict[str, Any] = store.state("service") or {}
-    alive = _serves(service.get("pid"))
-    state = service.get("state", "never served") if alive or service.get("state") in (None, "stopped") else "dead"
-    print(f"service  {state}" + (f": {service['why']}" if service.get("why") else ""))
-    if alive:
-        print(f"process  {service['pid']}, in this state since {service['since']}")
-    for last in store.last_rounds(1):
-        done = ", ".join(store.seconds(last["round"])) or "nothing yet"
-        print(f"round    {last['round']} {last['state']} (stages done: {done})")
-    current = Policies(store.path.parent).current or 0
-    promoted = store.count_rounds().get("promoted", 0)
-    print(f"policy   {current} serves; {promoted} {'round was' if promoted == 1 else 'rounds were'} promoted")
-    if trouble := store.state("webhook"):
-        print(f"alerts   {trouble}")
-    for order in store.pending():
-        print(f"order    {order['id']} {order['kind']} waits since {order['time']}")
-    for event in reversed(paging.events(store, limit=3)):
-        print(f"event    {event['time']} {event['kind']}: {event['text']}")
+    for line in lines(store, _serves((store.state("service") or {}).get("pid"))):
+        print(line)
     store.close()
 
 
@@ -236,6 +219,27 @@ def show(
     Display().round_table(report(store, round_))
     for event in store.events(round_):
         print(f" {event['time']} {event['kind']}: {event['text']}")
+    store.close()
+
+
+@app.command()
+def answers(
+    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="How many audit prompts.")] = 5,
+    start: Annotated[int, typer.Option("--from", min=0, metavar="N", help="Number of the first of them, from 0.")] = 0,
+    rounds: Annotated[str, typer.Option(metavar="A,B", help="Rounds with an audit; by default the newest that fit.")] = "",
+    config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
+) -> None:  # fmt: skip
+    """Show what policies say to the audit prompts, and what is new in it."""
+    from selfplay.errors import InputError
+    from selfplay.reporting.answers import read
+    from selfplay.reporting.terminal import Display
+
+    if not re.fullmatch(r"(\d+(,\d+)*)?", rounds):
+        raise InputError(f"--rounds {rounds}: not numbers of rounds", "give them with commas between, such as 4,8")
+    store, display = _store(config, set_, run_dir), Display()
+    chosen = sorted({int(index) for index in rounds.split(",")}) if rounds else None
+    folder, fit = store.path.parent, display.fitting_columns
+    display.answers(read(store, folder, columns=fit, rounds=chosen, start=start, prompts=prompts))
     store.close()
 
 

@@ -59,13 +59,14 @@ class Rewrite:
 class Candidate:
     prompt_id: str
     index: int  # 0 … K−1 within its prompt
-    text: str  # decoded without special tokens: what the reward model reads
-    token_ids: list[int]  # as sampled, the stop token included
+    text: str  # decoded without special tokens, hidden thoughts left out: what the reward model reads
+    token_ids: list[int]  # as sampled, thoughts and the stop token included
     logp: float  # nats, summed over token_ids, at temperature 1
     n_tokens: int
-    finish_reason: str  # stop | length
+    finish_reason: str  # stop | length; also «length» where its thoughts never end
     policy: int  # version that sampled it
     digest: int | None = None  # the same for the same token ids, see storage/candidates.py; None in older files
+    thinking: int | None = None  # of its tokens, those up to the end of its thoughts; None where nobody looked for any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,7 @@ class Scored:
     policy: int
     reward: float | None  # None: this item could not be scored
     reward_parts: dict[str, float] = field(default_factory=dict)
+    thinking: int | None = None  # as in Candidate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from selfplay.config import Config, load
 from selfplay.storage import folders, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Manifest, Policies
-from selfplay.types import Pair, Prompt
+from selfplay.types import Pair, Prompt, Scored
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = (
@@ -121,6 +121,7 @@ def add_round(run_dir: Path, store: Store, index: int, pairs: int = 40, hostile:
         "independent": 0, "reward": drift + rng.uniform(0, 0.05), "reward_champion": drift, "win_rate": win, "win_rate_low": win - 0.05,
         "win_rate_high": win + 0.05, "gold_total": 0.5 + drift / 3, "gold_content": 0.4 + drift / 4, "length_ratio": rng.uniform(0.95, 1.1),
         "kl_current": rng.uniform(0.3, 0.6), "kl_initial": 8 * drift, "audit_win_rate": 0.5 + drift / 2, "audit_gold_total": 0.48 + drift / 3,
+        **(write_audit(run_dir, index, hostile) if index % 2 else {}),
     })  # fmt: skip
     store.record_policy(
         index, "candidate", round=index, parent=max(0, index - 1), reference=max(0, index - 1), beta=0.09
@@ -129,6 +130,38 @@ def add_round(run_dir: Path, store: Store, index: int, pairs: int = 40, hostile:
     why = [f"win rate {win:.3f} is not above 0.47 {HOSTILE if hostile else ''}"] if state == "rejected" else []
     store.close_round(index, state, index, why)
     store.event(state, "; ".join(why) or f"policy {index} is current", index)
+
+
+def write_audit(run_dir: Path, index: int, hostile: bool = False, prompts: int = 12) -> dict[str, float]:
+    """The audit of a round: answers that change a little from one to the next; returns its metrics."""
+    folder = run_dir / "rounds" / f"{index:04d}" / "evaluate"
+    folder.mkdir(parents=True)
+    ids = [f"{i:016x}" for i in range(prompts)]
+    asked = [
+        HOSTILE if i == 1 else f"What follows from number {i}? {sentence(random.Random(i), 12)}" for i in range(prompts)
+    ]
+
+    def said(i: int, policy: int) -> Scored:
+        rng = random.Random(i)
+        words = [sentence(rng, rng.randrange(6, 24)) for _ in range(rng.randrange(1, 4))]
+        text = " ".join([*words, *(f"Round {n} adds this." for n in range(1, policy + 1) if (n + i) % 3 == 0)])
+        return Scored(
+            prompt_id=ids[i], index=0, text=HOSTILE if i == 1 and policy else text, token_ids=[1] * 9, logp=-1.0, n_tokens=9 + i,
+            finish_reason="length" if i == 2 else "stop", policy=policy, reward=None if i == 3 else round(i / 10 + policy / 50, 3),
+            thinking=4 if i == 4 else None,
+        )  # fmt: skip
+
+    for name, rows in (
+        ("audit", [said(i, index) for i in range(prompts)]),
+        ("audit_initial", [said(i, 0) for i in range(prompts)]),
+    ):
+        tables.write_rows(folder / f"{name}.parquet", rows, Scored)
+    questions = [
+        Prompt(prompt_id=p, messages=[{"role": "user", "content": text}], prompt_ids=[1], split="audit", meta={"gold": "secret"})
+        for p, text in zip(ids, asked, strict=True)
+    ]  # fmt: skip
+    tables.write_rows(folder / "audit_prompts.parquet", questions, Prompt)
+    return {"audit_reward": 0.5 + index / 50, "audit_reward_initial": 0.5}
 
 
 def build(run_dir: Path, rounds: int = 12, pairs: int = 40) -> Store:

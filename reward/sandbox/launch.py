@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import resource
+import select
 import signal
 import stat
 import struct
@@ -38,11 +39,12 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> None:
     given = json.loads(sys.argv[1])
-    _die_with_parent()
+    _die_with_parent(given["parent"])
     (ready, tell_ready), (go, tell_go) = os.pipe(), os.pipe()
+    own = os.getpid()
     maker = os.fork()
     if not maker:
-        _die_with_parent()
+        _die_with_parent(own)
         _do(lambda: _make(given, ready=tell_ready, go=go))
     os.close(tell_ready)
     if os.read(ready, 1):
@@ -78,9 +80,13 @@ def _make(given: dict[str, Any], *, ready: int, go: int) -> None:
         os._exit(1)
     _build(given["python"], given["prefix"], given["files"])
     keep = {0, 1, 2, *given["fds"]}
+    alive, end = os.pipe()
     first = os.fork()
     if not first:
-        _die_with_parent()
+        os.close(end)
+        _die_with_parent(0)  # in its namespace it has no parent, so it cannot see that way whether the maker lives
+        if select.select([alive], [], [], 0)[0]:
+            os._exit(1)
         program = os.fork()
         if not program:
             _do(lambda: _run(given, privileged, keep))
@@ -146,8 +152,11 @@ def _wait(pid: int) -> int:
             return code if code >= 0 else 128 - code
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel end this process with its parent, also where the parent has ended before this call."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:

@@ -97,12 +97,13 @@ def running(
 ) -> Iterator[Running]:
     """Run the source text `program` as Python's `-c`. It has `stdin`, stdout and the descriptors `fds`, under the same numbers.
 
-    The standard library is there, and no other package. When the block ends, nothing of it is left. The thread that calls
+    The standard library is there, and no other package. When the block ends, all of it has been killed. The thread that calls
     has to live as long as the block.
     """
     given = {
         "python": os.path.realpath(sys._base_executable),  # type: ignore[attr-defined]
         "prefix": sys.base_prefix,
+        "parent": os.getpid(),
         "program": [program, *arguments],
         "fds": list(fds),
         "files": limits.files,

@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +46,7 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 
 from selfplay.config import BreadthConfig, PromptsConfig, load  # noqa: E402
-from selfplay.models.rendering import Renderer  # noqa: E402
+from selfplay.models.rendering import Renderer, Template  # noqa: E402
 from selfplay.prompts import admission, draw, importer, parts, rows  # noqa: E402
 from selfplay.prompts import pool as pools  # noqa: E402
 from selfplay.prompts.draws import Draws  # noqa: E402
@@ -76,7 +77,7 @@ def measure_import(prompts: int) -> dict[str, float]:
             ROOT / "configs" / "eight-gpu.yaml",
             [f"prompts.source={source}", "prompts.heldout=null"],
         )
-        render = Renderer(_tokenizer())
+        render = Renderer(_tokenizer(), Template(today=date(2026, 1, 1)))
         render([[{"role": "user", "content": "Hello."}]])
         began, cpu, memory = time.perf_counter(), _cpu(), _memory()
         with _peak() as peak:

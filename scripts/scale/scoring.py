@@ -81,7 +81,9 @@ def measure(items: int) -> dict[str, float]:
         scorer = Scorer(
             "reward", [source], None, Path(folder), cache=cache, gpus=None, on_event=lambda kind, text: print(text)
         )
-        scorer.ask([([{"role": "user", "content": "Hello."}], "Hello.")])  # connects, and imports what is imported late
+        scorer.ask(
+            [Item([{"role": "user", "content": "Hello."}], "Hello.")]
+        )  # connects, and imports what is imported late
         _forget_peak()
         before = _memory("VmRSS")
         new, known = (_score_all(scorer, items) for _ in range(2))

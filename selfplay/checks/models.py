@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,19 @@ def loads(config: Config) -> list[Finding]:
     asked = []
     for key, model in named(config).items():
         source = rewards.get(key.removesuffix(".model"))
-        trust = config.policy.trust_remote_code if source is None else source.trust_remote_code
+        owner = config.policy if source is None else source
         if (Path(model) / "config.json").is_file():
-            asked.append({"key": key, "model": model, "policy": source is None, "trust_remote_code": trust})
+            asked.append(
+                {
+                    "key": key,
+                    "model": model,
+                    "policy": source is None,
+                    "trust_remote_code": owner.trust_remote_code,
+                    "kwargs": owner.chat_template_kwargs,
+                    "dated": owner.template_date is not None,
+                    "thinking": config.policy.thinking and config.policy.thinking.model_dump(),
+                }
+            )
     if not asked:
         return []
     root = str(Path(__file__).resolve().parents[2])
@@ -123,10 +134,42 @@ def loads(config: Config) -> list[Finding]:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return [Finding.error("models", f"the process that loads them ended: {last}")]
     answers = json.loads(done.stdout.splitlines()[-1])
-    return [
-        Finding("error" if why else "ok", f"{row['key']} loads", why or "its files fit its config, and its chat template works")
-        for row, why in zip(asked, answers, strict=True)
-    ]  # fmt: skip
+    return [Finding(level, about, text) for said in answers for level, about, text in said]
+
+
+def _look(row: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Level, subject and text of all there is to say of a model that is loaded."""
+    if why := _why_not(row):
+        return [("error", f"{row['key']} loads", why)]
+    found = [("ok", f"{row['key']} loads", "its files fit its config, and its chat template works")]
+    return found + [(level, f"{row['key']} template", text) for text, level in _about_template(row)]
+
+
+def _about_template(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is to be known of a chat template that works, and the level of it."""
+    from selfplay.models.rendering import Renderer, Template, load_tokenizer
+    from selfplay.models.thinking import Thinking
+
+    tokenizer = load_tokenizer(Path(row["model"]), row["trust_remote_code"])
+    section = row["key"].removesuffix(".model")
+    template = Template(kwargs=row["kwargs"], today=date.today())
+    if unread := template.unread(tokenizer):
+        yield f"{section}.chat_template_kwargs: the template reads no {', '.join(unread)}", "warning"
+    if template.prints_date(tokenizer):
+        day = "the given one" if row["dated"] else "that of the day on which the run begins"
+        yield f"it prints the date, in all rounds {day} ({section}.template_date)", "ok"
+    if not row["policy"]:
+        return
+    (ids,) = Renderer(tokenizer, template)([[{"role": "user", "content": "Hello"}]])
+    thinking = Thinking(tokenizer, **(row["thinking"] or {"start": "<think>", "end": "</think>", "hidden": True}))
+    assert not isinstance(ids, str), "this conversation was rendered before"
+    if not thinking.opened(ids.tolist()):
+        return
+    if row["thinking"]:
+        yield "its prompts end with the start of thoughts, which end with policy.thinking.end", "ok"
+    else:
+        hint = "set policy.thinking to {} to hide them"
+        yield f"its prompts end with <think>, and rewards will read the thoughts: {hint}", "warning"
 
 
 def _why_not(row: dict[str, Any]) -> str | None:
@@ -146,9 +189,9 @@ def _why_not(row: dict[str, Any]) -> str | None:
         chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
         if row["policy"]:
             tokenizer = load_tokenizer(Path(row["model"]), row["trust_remote_code"])
-            tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)
+            tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, **row["kwargs"])
         else:
-            AutoTokenizer.from_pretrained(row["model"], **own_code).apply_chat_template(chat)
+            AutoTokenizer.from_pretrained(row["model"], **own_code).apply_chat_template(chat, **row["kwargs"])
     except Exception as error:  # readers of configs, tokenizers and templates raise errors of any type
         return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     return None
@@ -157,4 +200,4 @@ def _why_not(row: dict[str, Any]) -> str | None:
 if __name__ == "__main__":
     with quick_imports():
         import transformers.models.auto  # noqa: F401
-    print(json.dumps([_why_not(row) for row in json.loads(sys.argv[1])]))
+    print(json.dumps([_look(row) for row in json.loads(sys.argv[1])]))

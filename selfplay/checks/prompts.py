@@ -11,6 +11,7 @@ from selfplay.errors import InputError
 from selfplay.prompts import importer
 from selfplay.prompts.files.sources import files_of
 from selfplay.prompts.formats.report import counted
+from selfplay.prompts.survey import ALSO
 
 
 def files(config: Config, run_dir: Path) -> Iterator[Finding]:
@@ -20,7 +21,9 @@ def files(config: Config, run_dir: Path) -> Iterator[Finding]:
     """
     settings, evaluation = config.prompts, config.evaluate
     local = True
-    for key, source in (("prompts.source", settings.source), ("prompts.heldout", settings.heldout)):
+    named = {"source": settings.source, "heldout": settings.heldout, "audit": settings.audit}
+    for name, source in named.items():
+        key = f"prompts.{name}"
         if source is None:
             continue
         try:
@@ -45,7 +48,7 @@ def files(config: Config, run_dir: Path) -> Iterator[Finding]:
     if counts:
         said += f"; set aside: {counted(counts)}"
     said += "; prompts longer than prompts.max_tokens will be left out too"
-    bad = counts.keys() - {"duplicate", "also held out"}
+    bad = counts.keys() - {"duplicate", *ALSO.values()}
     yield Finding.warning("prompts", said) if bad else Finding.ok("prompts", said)
     asked = [
         ("train", "prompts.per_round", settings.per_round, "every round draws them all"),

@@ -122,7 +122,7 @@ def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return f"list of {several(kind(schema['items'], definitions))}"
     if schema.get("type") == "object":
         values = schema.get("additionalProperties", True)
-        return "mapping" if values is True else f"mapping of names to {several(kind(values, definitions))}"
+        return "mapping" if values in (True, {}) else f"mapping of names to {several(kind(values, definitions))}"
     bounds = ", ".join(f"{sign} {schema[bound]:g}" for bound, sign in BOUNDS.items() if bound in schema)
     return f"{schema.get('format', schema.get('type', 'any value'))} {bounds}".strip()
 

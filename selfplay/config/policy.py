@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import date
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from reward.settings import Variables
 from selfplay.config.base import Dtype, Section
+
+Mark = Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
+
+
+class ThinkingConfig(Section):
+    """What stands between two marks at the beginning of an answer. It is trained on. An answer that never comes to the end
+    mark counts as cut off. The start mark may also be the end of the prompt, as the chat template renders it."""
+
+    start: Mark = "<think>"
+    """What begins the thoughts."""
+    end: Mark = "</think>"
+    """What ends them."""
+    hidden: bool = True
+    """Rewards, judges, rubrics and people read what comes behind the end mark, and no thoughts."""
 
 
 class PolicyConfig(Section):
@@ -18,6 +34,20 @@ class PolicyConfig(Section):
     """Serving precision: of the engine, of exported checkpoints and of the canaries."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    chat_template_kwargs: Variables = {}
+    """Variables for the chat template of the policy, such as {enable_thinking: false}. Fixed for a run."""
+    template_date: date | None = None
+    """The date that the chat template prints, where it prints one (`strftime_now`, `date_string`); by default the day on
+    which the run began. Fixed for a run."""
+    thinking: ThinkingConfig | None = None
+    """How a policy that thinks marks its thoughts: {} for `<think>` and `</think>`. By default nobody looks for any."""
+
+    def template(self, began: str) -> dict[str, Any]:
+        """What a child renders conversations with (`models.rendering.Template`). began: when the run did (ISO 8601)."""
+        given = dict(self.chat_template_kwargs)
+        if self.template_date is not None:
+            given.setdefault("date_string", self.template_date.strftime("%d %b %Y"))
+        return {"kwargs": given, "today": self.template_date.isoformat() if self.template_date else began[:10]}
 
 
 class SwapConfig(Section):

@@ -41,7 +41,12 @@ class PromptsConfig(Section):
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of `source` that is held out, by hash, when `heldout` is not set."""
     audit_fraction: Share = 0.4
-    """Share of the held-out prompts kept apart as the audit set, which never gates."""
+    """Share of the held-out prompts kept apart as the audit set, which never gates, when `audit` is not set."""
+    audit: str | None = None
+    """File of the prompts of the audit set; without one it is a share of the held-out prompts."""
+    benchmarks: list[str] = []
+    """Files of public benchmarks, of any format that is recognised: what shares n-grams with one of their prompts, as
+    `leak_ngram` and `leak_overlap` say, is left out of the training pool and counted."""
     per_round: Positive = 192
     """Prompts drawn in a round."""
     max_tokens: Positive = 256
@@ -49,9 +54,11 @@ class PromptsConfig(Section):
     at_end: Literal["reshuffle", "stop"] = "reshuffle"
     """What happens when every prompt was drawn once."""
     leak_ngram: Positive = 8
-    """Words of the n-grams by which a prompt that joins later is compared with held-out prompts."""
+    """Words of the n-grams by which a prompt that joins later is compared with held-out prompts, and every prompt with those
+    of `benchmarks`."""
     leak_overlap: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of n-grams in common from which on a prompt that joins later meets a held-out one, and is refused."""
+    """Share of n-grams in common from which on a prompt that joins later meets a held-out one, or any prompt one of a
+    benchmark, and is refused."""
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,13 +11,13 @@ from pydantic import Field, field_validator, model_validator
 from reward import kinds
 from reward.dialects import Name as Dialect
 from reward.kinds import Kind
-from reward.settings import Address, JudgeSettings, Rule, RulesSettings
+from reward.settings import Address, JudgeSettings, Rule, RulesSettings, Variables
 from selfplay.config.base import Positive, Section, Share
 
 # settings that say which reward, and not how it is asked: never inherited
 WHICH = {
     "model", "heads", "trust_remote_code", "rules", "chat_judge", "source", "url", "dialect", "tokenizer", "served_model", "api_key_env",
-    "identity",
+    "identity", "chat_template_kwargs",
 }  # fmt: skip
 ACCESS = {"api_key_env", "concurrency", "timeout", "deadline"}  # has no part in what a source answers
 
@@ -41,6 +42,11 @@ class RewardSource(Section):
     """What the servers of `url` speak: selfplay (`/score`), vllm-classify, vllm-pooling, openrlhf (`/get_reward`)."""
     tokenizer: str | None = None
     """Tokenizer folder whose chat template renders texts: the reward model's for vLLM, the policy's for openrlhf."""
+    chat_template_kwargs: Variables = {}
+    """Variables for the chat template of `model` or `tokenizer`, such as {enable_thinking: false}. A `chat_judge` has its
+    own."""
+    template_date: date | None = None
+    """The date that this chat template prints, where it prints one; by default the day on which the run began."""
     served_model: str | None = None
     """Name of the model at vLLM servers, where they have several."""
     api_key_env: str | None = None
@@ -66,13 +72,19 @@ class RewardSource(Section):
     def served(self) -> tuple[str, Kind] | None:
         """The name of the kind that a child process serves, and its settings; None for servers that run already."""
         if self.model:
-            fields = {"model", "heads", "dtype", "device", "trust_remote_code"}
+            fields = {
+                "model", "heads", "dtype", "device", "trust_remote_code", "chat_template_kwargs", "template_date",
+            }  # fmt: skip
             return "model", kinds.read("model", self.model_dump(include=fields))
         if self.rules:
             return "rules", RulesSettings(rules=self.rules)
         if self.chat_judge:
             return "judge", self.chat_judge
         return self._kind(self.source) if self.source else None
+
+    def dated(self, today: date) -> RewardSource:
+        """The same source, whose chat template prints this date unless the configuration gives another one."""
+        return self if self.template_date else self.model_copy(update={"template_date": today})
 
     def plain(self) -> RewardSource:
         """The same source without `source`, where the fields beside it can say the same. Elsewhere it is this one."""
@@ -101,9 +113,9 @@ class RewardSource(Section):
         )
 
     def _kind(self, source: dict[str, Any]) -> tuple[str, Kind]:
-        """The kind that a `source` names, and its settings. Precision and device are as beside it where it leaves them out."""
+        """The kind that a `source` names, and its settings: precision, device and date as beside it where it leaves them out."""
         name, settings = _split(source)
-        beside = {"dtype": self.dtype, "device": self.device}
+        beside = {"dtype": self.dtype, "device": self.device, "template_date": self.template_date}
         known = kinds.find(name).model_fields
         return name, kinds.read(name, {k: v for k, v in beside.items() if k in known} | settings)
 
@@ -134,6 +146,10 @@ class RewardSource(Section):
         ):
             if getattr(self, name) and not getattr(self, owner):
                 raise ValueError(f"`{name}` belongs to a `{owner}`")
+        if self.chat_template_kwargs and not (self.model or self.tokenizer):
+            raise ValueError(
+                "`chat_template_kwargs` belongs to a `model` or a `tokenizer`: other rewards have no chat template here"
+            )
         if self.dialect != "selfplay" and not self.url:
             raise ValueError(f"the dialect {self.dialect} needs a `url`: our own child speaks its own")
         if self.dialect.startswith("vllm") and not self.tokenizer:

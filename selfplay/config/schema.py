@@ -33,7 +33,7 @@ Tracker = Annotated[
 
 
 FIXED = (
-    "source", "config", "split", "format", "filter", "heldout", "heldout_fraction", "audit_fraction", "max_tokens",
+    "source", "config", "split", "format", "filter", "heldout", "heldout_fraction", "audit", "audit_fraction", "max_tokens",
 )  # fmt: skip
 """Settings of `prompts` that decide on the pool, and so on all that comes of it."""
 
@@ -147,10 +147,13 @@ class Config(Section):
             "policy.model": self.policy.model,
             "policy.revision": self.policy.revision,
             "policy.dtype": self.policy.dtype,
-            **{f"prompts.{name}": getattr(self.prompts, name) for name in FIXED},
             # Absent values are null: what a run began with before there was a setting is still the same.
+            "policy.chat_template_kwargs": self.policy.chat_template_kwargs or None,
+            "policy.template_date": self.policy.template_date and self.policy.template_date.isoformat(),
+            **{f"prompts.{name}": getattr(self.prompts, name) for name in FIXED},
             "prompts.column": self.prompts.columns.prompt,
             "prompts.columns": self.prompts.columns.model_dump(exclude={"prompt"}, exclude_defaults=True) or None,
+            "prompts.benchmarks": self.prompts.benchmarks or None,
             "run.seed": self.run.seed,
         }
 
@@ -166,7 +169,7 @@ def _is_same(a: RewardSource, b: RewardSource) -> bool:
             not {u.rstrip("/") for u in a.url}.isdisjoint(u.rstrip("/") for u in b.url)
             and a.served_model == b.served_model
         )
-    differ = {"dtype", "trust_remote_code"}
+    differ = {"dtype", "trust_remote_code", "chat_template_kwargs"}
     return {k: v for k, v in a.which().items() if k not in differ} == {
         k: v for k, v in b.which().items() if k not in differ
     }

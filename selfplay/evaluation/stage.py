@@ -107,6 +107,7 @@ def evaluate(
         metrics |= audit_metrics(audited, audited_initial)
         tables.write_rows(out / "audit.parquet", audited, Scored)
         tables.write_rows(out / "audit_initial.parquet", audited_initial, Scored)
+        tables.write_rows(out / "audit_prompts.parquet", audit, Prompt)  # to be read beside the answers
     found = verdict(metrics, settings.gate, independent=judging.dependent is None)
     folders.write_json(out / "verdict.json", dataclasses.asdict(found))
     low, high = metrics["win_rate_low"], metrics["win_rate_high"]

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from selfplay.config import GateConfig
 from selfplay.methods import gate
+from selfplay.models import thinking
 from selfplay.types import Candidate, Verdict
 
 
@@ -49,6 +50,7 @@ def compare(
         "cut_off": float(np.mean([c.finish_reason != "stop" for c in candidate])),
         "cut_off_champion": float(np.mean([c.finish_reason != "stop" for c in champion])),
         "empty": float(np.mean([not c.text.strip() for c in candidate])),
+        **thinking.metrics([c.thinking for c in candidate]),
     }
 
 

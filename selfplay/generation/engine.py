@@ -7,7 +7,8 @@ oom, disk or internal. Prompts come from files and answers go to files, so that 
     load             {model, dtype, seed, max_model_len, max_num_seqs, gpu_memory_utilization, tensor_parallel,
                      trust_remote_code, sleep_mode}                         → what runs (version, device, block size, …)
     generate         {prompts, start, count, seeds: one a prompt, policy: the version that answers, out,
-                     sampling: {n, temperature, top_p, top_k, max_tokens, stop_token_ids}}
+                     sampling: {n, temperature, top_p, top_k, max_tokens, stop_token_ids},
+                     thinking: {start, end, hidden}; null or left out: the policy does not think}
                      → n answers to each of `count` prompts are in the file `out`: {rows, tokens, seconds}
     answer_logps     {prompts, answers, start, count, per_prompt}           → summed nats of `count` answers, each
     logps            {sequences: [{token_ids, start}]}                      → summed nats of tokens start … T-1, each
@@ -38,7 +39,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,9 +49,10 @@ from numpy.typing import NDArray
 from selfplay.generation.flights import Flights
 from selfplay.generation.liveness import ProcessesGone, end, end_with_them, was_killed
 from selfplay.generation.orders import LATER, OrderError, take_orders
+from selfplay.generation.writing import Answer, write
+from selfplay.models.thinking import Said, Thinking
 from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
-from selfplay.storage import answers, folders, tables
-from selfplay.types import Candidate
+from selfplay.storage import answers, tables
 
 Kept = TypeVar("Kept")
 
@@ -166,13 +167,14 @@ class Engine:
                     logprobs=0,
                 )
             )
+        thinking = Thinking(self._engine.get_tokenizer(), **order["thinking"]) if order.get("thinking") else None
         self.flights.launch(
             self._engine,
             order,
             prompts,
             params,
-            keep=lambda output: [_answer(completion) for completion in output.outputs],
-            finish=partial(_write, order, names, began),
+            keep=partial(_said, thinking),
+            finish=partial(write, order, names, began),
         )
         return LATER
 
@@ -292,40 +294,27 @@ class Engine:
         return self.flights.wait(flight)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    text: str
-    token_ids: NDArray[np.int32]  # (T,)
-    logp: float  # nats, summed
-    finish_reason: str
+def _said(thinking: Thinking | None, output: Any) -> list[Answer]:
+    """The answers in the output to one prompt."""
+    if thinking is None:
+        return [_answer(completion) for completion in output.outputs]
+    opened = thinking.opened(output.prompt_token_ids)
+    return [
+        _answer(each, thinking.read(np.array(each.token_ids, np.int32), each.text, opened)) for each in output.outputs
+    ]
 
 
-def _write(order: Event, names: list[str], began: float, done: list[list[Answer]]) -> dict[str, Any]:
-    """Write the answers of an order to its file: `done` has those to each of the prompts `names`."""
-    said, out = [answer for of_prompt in done for answer in of_prompt], Path(order["out"])
-    rows = answers.table(
-        prompt_ids=names,
-        per_prompt=order["sampling"]["n"],
-        texts=[answer.text for answer in said],
-        token_ids=[answer.token_ids for answer in said],
-        logps=[answer.logp for answer in said],
-        finish_reasons=[answer.finish_reason for answer in said],
-        policy=order["policy"],
-    )
-    with folders.disk_errors(out), tables.writing_to(out, Candidate) as file:
-        file.table(rows)
-    tokens = sum(len(answer.token_ids) for answer in said)
-    return {"rows": rows.num_rows, "tokens": tokens, "seconds": time.monotonic() - began}
-
-
-def _answer(completion: Any) -> Answer:
+def _answer(completion: Any, said: Said | None = None) -> Answer:
+    """said: what there is to read of it, where the policy thinks."""
     if completion.finish_reason not in ("stop", "length"):
         raise OrderError("internal", f"a candidate ended with finish_reason {completion.finish_reason}")
     return Answer(
-        text=completion.text,
+        text=completion.text if said is None else said.text,
         token_ids=np.array(completion.token_ids, np.int32),
         logp=_finite(completion.cumulative_logprob),
-        finish_reason=completion.finish_reason,
+        # One that ended amid its thoughts has not answered: to pairs, penalties and gate it is as good as cut off.
+        finish_reason=completion.finish_reason if said is None or said.left else "length",
+        thinking=None if said is None else said.thinking,
     )
 
 

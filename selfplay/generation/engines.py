@@ -280,4 +280,5 @@ def _made_from(config: Config) -> tuple[object, ...]:
     """What engines are started with: it cannot change under those that run."""
     place, generate = config.placement, config.generate
     lengths = (config.prompts.max_tokens, generate.max_tokens)  # they decide on their context
-    return config.policy, config.run.seed, lengths, generate.engine, generate.engines, place.generator, place.colocated
+    policy = config.policy.model_copy(update={"thinking": None})  # which is told with each order
+    return policy, config.run.seed, lengths, generate.engine, generate.engines, place.generator, place.colocated

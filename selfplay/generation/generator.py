@@ -130,6 +130,7 @@ class Generator(Engines):
                     "max_tokens": ask.max_tokens or settings.max_tokens,
                     "stop_token_ids": stops,
                 },
+                "thinking": self._config.policy.thinking and self._config.policy.thinking.model_dump(),
             },
             policy=policy,
             sequences=candidates * len(shard.seeds),

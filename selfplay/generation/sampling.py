@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from selfplay.config import GenerateConfig
 from selfplay.generation.generator import Ask, Generator, Shard
+from selfplay.models import thinking
 from selfplay.progress import Line
 from selfplay.stage import Metrics, Stage, samples
 from selfplay.storage import answers, folders, tables
@@ -179,7 +180,7 @@ def _shards(folder: Path, seeds: Sequence[int], size: int) -> tuple[list[Shard],
 
 def measure(candidates: Path, seconds: float) -> dict[str, float]:
     """Metrics of a file of candidates, prompt by prompt; `seconds` is how long sampling them took."""
-    columns = tables.read_table(candidates, ("index", "n_tokens", "finish_reason"), row_type=Candidate)
+    columns = tables.read_table(candidates, ("index", "n_tokens", "finish_reason", "thinking"), row_type=Candidate)
     tokens, rows = int(tables.to_array(columns["n_tokens"]).sum()), columns.num_rows
     n = max(rows, 1)
     empty = sum(
@@ -194,6 +195,7 @@ def measure(candidates: Path, seconds: float) -> dict[str, float]:
         "cut_off_share": _count(pc.not_equal(columns["finish_reason"], "stop")) / n,
         "empty_share": empty / n,
         "duplicate_share": 1 - _distinct(prompts, answers.digests(candidates)) / n,
+        **thinking.metrics(columns["thinking"].to_pylist()),
     }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,41 @@ def load_tokenizer(policy: Path, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """What a chat template is rendered with beside the conversation."""
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Its variables."""
+    today: date
+    """The date that it prints, where it prints one: the same on every day of a run."""
+
+    @classmethod
+    def read(cls, order: Mapping[str, Any]) -> Template:
+        """From what the controller sends (`PolicyConfig.template`)."""
+        return cls(kwargs=order["kwargs"], today=date.fromisoformat(order["today"]))
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        # A variable of this name hides the function by which a template asks for the date.
+        return {**self.kwargs, "strftime_now": datetime.combine(self.today, time()).strftime}
+
+    def prints_date(self, tokenizer: Any) -> bool:
+        """Whether conversations have other ids on other days."""
+        chat = [{"role": "user", "content": "Hello"}]
+        days = [Template(kwargs=self.kwargs, today=day).variables for day in (date(2001, 2, 3), date(2019, 11, 22))]
+        try:
+            texts = {tokenizer.apply_chat_template(chat, tokenize=False, **variables) for variables in days}
+        except Exception:  # a template refuses in its own way, and whoever renders with it is told
+            return False
+        return len(texts) > 1
+
+    def unread(self, tokenizer: Any) -> list[str]:
+        """Names of variables that do not occur in the chat template."""
+        text = tokenizer.get_chat_template()
+        return [name for name in self.kwargs if not re.search(rf"\b{re.escape(name)}\b", text)]
+
+
 class Renderer:
     """Conversations → token ids, the beginning of the answer included.
 
@@ -35,8 +73,8 @@ class Renderer:
     as texts first and then encoded at once, which takes about two thirds of the time.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, template: Template) -> None:
+        self._tokenizer, self._variables = tokenizer, template.variables
         self._backend = _plain_backend(tokenizer)
 
     def __call__(self, conversations: Sequence[list[Message]]) -> list[NDArray[np.int32] | str]:
@@ -50,7 +88,9 @@ class Renderer:
     def _together(self, conversations: Sequence[list[Message]]) -> list[list[int]]:
         if not conversations:
             return []
-        texts = self._tokenizer.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False)
+        texts = self._tokenizer.apply_chat_template(
+            list(conversations), add_generation_prompt=True, tokenize=False, **self._variables
+        )
         if self._backend is not None:
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -59,7 +99,7 @@ class Renderer:
     def _alone(self, messages: list[Message]) -> NDArray[np.int32] | str:
         try:
             ids = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self._variables
             )
             return np.array(ids, np.int32)
         except Exception as error:  # roles that do not alternate, a role that the template does not know, …
@@ -84,5 +124,6 @@ def _plain_backend(tokenizer: Any) -> Any | None:
 
 def run_render(order: dict[str, Any]) -> list[list[int] | str]:
     """The order «render» of a child: token ids of each conversation, or why it has none."""
-    render = Renderer(load_tokenizer(Path(order["policy"]), order["trust_remote_code"]))
+    tokenizer = load_tokenizer(Path(order["policy"]), order["trust_remote_code"])
+    render = Renderer(tokenizer, Template.read(order["template"]))
     return [ids if isinstance(ids, str) else ids.tolist() for ids in render(order["conversations"])]

@@ -2,11 +2,12 @@
 
 A process of its own because it needs a tokenizer and the initial model, which the controller never loads. Orders:
 
-    {"order": "import", "config": …, "out": folder, "work": folder}   the pool and what policy 0 needs
-    {"order": "render", "policy": folder, "trust_remote_code": …, "conversations": […]}
+    {"order": "import", "config": …, "template": …, "out": folder, "work": folder}
+                                                                      the pool and what policy 0 needs
+    {"order": "render", "policy": folder, "trust_remote_code": …, "template": …, "conversations": […]}
                                                                       token ids of each, or why it has none
 
-The import reads its sources twice (`survey.py`, `parts.py`), in as many processes as the importer may use processors. Its
+`template` is what conversations are rendered with (`PolicyConfig.template`). The import reads its sources twice (`survey.py`, `parts.py`), in as many processes as the importer may use processors. Its
 progress is {"text", "done", "total"}. Finished parts stay in `work` until the pool is whole.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 from selfplay import seeds
 from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
-from selfplay.models.rendering import Renderer, load_tokenizer, run_render
+from selfplay.models.rendering import Renderer, Template, load_tokenizer, run_render
 from selfplay.processes.protocol import protocol, quick_imports
 from selfplay.prompts import parts, pool, references
 from selfplay.prompts import survey as surveys
@@ -37,6 +38,7 @@ from selfplay.prompts.formats import Reading
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.workers import cores
 from selfplay.storage import folders, hashes, tables
+from selfplay.types import Split
 
 INITIAL = "initial.json"
 CANARY_TOKENS = 64
@@ -48,16 +50,19 @@ OnProgress = Callable[[str, int, int], None]
 
 def survey(config: Config, workers: int | None = None) -> surveys.Survey:
     """What the files of prompts hold, without rendering any. Raises InputError."""
-    settings = config.prompts
-    train, *heldout = [
-        all_parts(source, Reading.of(settings), settings.split, settings.config) for source in _sources(config)
-    ]
-    return surveys.survey(config, train, heldout[0] if heldout else [], workers or cores())
+    sources = {
+        split: all_parts(source, Reading.of(config.prompts), config.prompts.split, config.prompts.config)
+        for split, source in _sources(config).items()
+    }
+    return surveys.survey(config, sources, workers or cores())
 
 
-def _sources(config: Config) -> list[str]:
-    """Where prompts are read from."""
-    return [source for source in (config.prompts.source, config.prompts.heldout) if source is not None]
+def _sources(config: Config) -> dict[Split, str]:
+    """The files or datasets that prompts are read from, by what their prompts are for."""
+    given: dict[Split, str | None] = {
+        "train": config.prompts.source, "heldout": config.prompts.heldout, "audit": config.prompts.audit,
+    }  # fmt: skip
+    return {split: source for split, source in given.items() if source is not None}
 
 
 def import_pool(
@@ -80,13 +85,12 @@ def import_pool(
     workers = workers or cores()
     settings, seed = config.prompts, config.run.seed
     folder = _work_folder(config, work, about)
-    train, *heldout = [
-        copies.in_parts(source, Reading.of(settings), settings.split, settings.config, folder / f"source-{i}", workers)
-        for i, source in enumerate(_sources(config))
-    ]
-    found = surveys.survey(
-        config, train, heldout[0] if heldout else [], workers, lambda n, of: on_progress("reading", n, of)
-    )
+    reading = Reading.of(settings)
+    sources = {
+        split: copies.in_parts(source, reading, settings.split, settings.config, folder / f"source-{i}", workers)
+        for i, (split, source) in enumerate(_sources(config).items())
+    }
+    found = surveys.survey(config, sources, workers, lambda n, of: on_progress("reading", n, of))
     for said in found.recognised:
         on_recognised(said)
     made = parts.make(
@@ -104,8 +108,10 @@ def import_pool(
 
 def _work_folder(config: Config, work: Path, about: object) -> Path:
     """Where the parts of these sources and settings are kept; parts of others are deleted."""
-    found = [files_of(source, config.prompts.split, config.prompts.config) for source in _sources(config)]
+    settings = config.prompts
+    found = [files_of(source, settings.split, settings.config) for source in _sources(config).values()]
     paths = [path for source in found if source is not None for path in source.paths]
+    paths += [path for path in map(Path, settings.benchmarks) if path.is_file()]
     stats = [(str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path in paths for s in [path.stat()]]
     read_by = [references.which(references.readers(config, held_out=held_out)) for held_out in (False, True)]
     key = json.dumps([FORMAT, config.fixed(), stats, about, read_by], sort_keys=True, default=str)
@@ -146,15 +152,18 @@ def canary_ids(prompts: pool.Pool, config: Config, vocabulary: int) -> list[list
     return [(p.prompt_ids + filler[: max(0, 8 - len(p.prompt_ids))])[:CANARY_TOKENS] for p in rows]
 
 
-def run_import(config: Config, out: Path, work: Path, on_progress: OnProgress) -> dict[str, Any]:
+def run_import(config: Config, template: Template, out: Path, work: Path, on_progress: OnProgress) -> dict[str, Any]:
     """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
     source = initial_folder(config.policy.model, config.policy.revision)
     tokenizer = load_tokenizer(source, config.policy.trust_remote_code)
-    if all(map(is_local, _sources(config))):  # the loader of a Hub dataset may need it
+    if all(map(is_local, _sources(config).values())):  # the loader of a Hub dataset may need it
         tables.leave_pandas_out()
+    about = _renders(source)
+    if dated := template.prints_date(tokenizer):  # what was rendered on another day is rendered anew
+        about["today"] = template.today.isoformat()
     recognised: list[str] = []
     splits, set_aside = import_pool(
-        config, Renderer(tokenizer), out, work, about=_renders(source), on_progress=on_progress,
+        config, Renderer(tokenizer, template), out, work, about=about, on_progress=on_progress,
         on_recognised=recognised.append,
     )  # fmt: skip
     on_progress("canaries of the initial policy", 0, 1)
@@ -171,7 +180,7 @@ def run_import(config: Config, out: Path, work: Path, on_progress: OnProgress) -
         {"source": str(source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(set_aside)},
     )
     shutil.rmtree(work)
-    return {"prompts": dict(splits), "set_aside": dict(set_aside), "recognised": recognised}
+    return {"prompts": dict(splits), "set_aside": dict(set_aside), "recognised": recognised, "dated": dated}
 
 
 def _renders(policy: Path) -> dict[str, str]:
@@ -203,7 +212,8 @@ def main() -> None:
                 channel.result(order, run_render(order))
             else:
                 config = Config.model_validate(order["config"])
-                channel.result(order, run_import(config, Path(order["out"]), Path(order["work"]), progress))
+                template = Template.read(order["template"])
+                channel.result(order, run_import(config, template, Path(order["out"]), Path(order["work"]), progress))
         except SelfplayError as error:
             channel.error(order, "input", str(error), error.hint)
         except Exception as error:  # the boundary: the controller hears of whatever it is

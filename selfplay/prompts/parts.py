@@ -144,7 +144,7 @@ def _rendered(
         else:
             own, parent = row.prompt_id, row.parent
             root = chosen.roots.get(own, own)
-            split = survey.split_of(settings, run_seed, root, chosen.held_out)
+            split = survey.split_of(settings, run_seed, root, chosen.source_of)
             prompt = Prompt(
                 prompt_id=own, messages=row.messages, prompt_ids=[], split=split, meta={} if split == "train" else row.meta,
                 parent=parent, source=chosen.source, root=None if root in (own, parent) else root,

@@ -40,7 +40,7 @@ def shown(source: str, column: str | None, model: str | None, config: Config | N
     if policy is not None:
         from selfplay.prompts.lengths import in_tokens  # transformers takes seconds
 
-        length = in_tokens(policy.model, policy.revision, policy.trust_remote_code)
+        length = in_tokens(policy)
     most = settings.max_tokens if config is not None else None
     return preview(source, reading, settings.split, settings.config, length, most)
 

@@ -10,6 +10,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +20,20 @@ from reward.kinds import Kind
 from selfplay import seeds
 from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
+from selfplay.prompts import benchmarks
 from selfplay.prompts.files.part import Part
-from selfplay.prompts.formats import canonical, hash_of, names
+from selfplay.prompts.formats import Found, canonical, hash_of, names
 from selfplay.prompts.formats.reading import NO_FORMAT
 from selfplay.prompts.formats.report import Recognised, counted, nothing_in
 from selfplay.prompts.references import readers, unreadable
 from selfplay.prompts.workers import each
-from selfplay.types import Split
+from selfplay.types import Message, Split
 
+ALSO: dict[Split, str] = {"heldout": "also held out", "audit": "also in the audit set"}
+"""Why a prompt is set aside that another source has too."""
+
+AlsoIn = Callable[[Sequence[list[Message]]], Sequence[str | None]]
+"""For each conversation the name of a benchmark that has it too, or None (benchmarks.also_in)."""
 OnPart = Callable[[int, int], None]
 """Called with how many parts are done, and of how many."""
 
@@ -59,8 +67,8 @@ class Chosen:
     roots: dict[str, str]
     """The oldest ancestor of a prompt that names a parent, by prompt_id."""
     source: str
-    held_out: bool
-    """Whether it is a part of the source of held-out prompts."""
+    source_of: Split
+    """What the prompts of its source are for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,61 +84,77 @@ class Survey:
 
 def survey(
     config: Config,
-    train: Sequence[Part],
-    heldout: Sequence[Part],
+    sources: Mapping[Split, Sequence[Part]],
     workers: int,
     on_part: OnPart = lambda done, total: None,
 ) -> Survey:
     """Read all rows once, and decide which come into the pool and on which side. Raises InputError for an empty source, and
     for a reference that the reward of the run cannot read.
 
-    A conversation comes once; of equal ones the first counts. What is held out, or descends from the same oldest ancestor
-    as a held-out prompt, is not trained on.
+    sources: the parts of the source of each split that has one, in the order train, heldout, audit. A conversation comes
+    once; of equal ones the first counts. What is held out, or descends from the same oldest ancestor as a held-out prompt,
+    is not trained on; nor is what a benchmark asks. In the same way, what the audit set has is not held out for the gate.
     """
     settings, set_aside = config.prompts, Counter[str]()
+    also_in = None
+    if settings.benchmarks:
+        read = benchmarks.read(settings.benchmarks)
+        also_in = partial(benchmarks.also_in, benchmarks=read, ngram=settings.leak_ngram, overlap=settings.leak_overlap)
+    kinds = {split: readers(config, held_out=split != "train") for split in sources}
+    every = [
+        (part, kinds[split], also_in if split == "train" else None)
+        for split, parts in sources.items()
+        for part in parts
+    ]
     seen: list[Seen] = []
-    kinds = {held_out: readers(config, held_out=held_out) for held_out in (False, True)}
-    looked = [(part, kinds[False]) for part in train] + [(part, kinds[True]) for part in heldout]
-    for found in each(_look, looked, workers):
+    given: dict[Split, str | None] = {"train": settings.source, "heldout": settings.heldout, "audit": settings.audit}
+    of_splits = [split for split, parts in sources.items() for _ in parts]
+    for split, found in zip(of_splits, each(_look, every, workers), strict=True):
         if found.refused is not None:
             raise InputError(
-                f"{settings.source if len(seen) < len(train) else settings.heldout}: {found.refused}",
+                f"{given[split]}: {found.refused}",
                 "correct the row, or take it out; docs/rewards.md says what each reward reads",
             )
         seen.append(found)
-        on_part(len(seen), len(train) + len(heldout))
-    ours = _Side(settings.source, train, seen[: len(train)], set_aside)
-    apart = _Side(settings.heldout, heldout, seen[len(train) :], set_aside) if settings.heldout is not None else None
-    parents = dict(ours.parents)
-    if apart is not None:  # a prompt of both has the parent that the held-out file names, or none
-        for own in parents.keys() & set(names(apart.hashes)):
-            del parents[own]
-        parents |= apart.parents
+        on_part(len(seen), len(every))
+    sides: dict[Split, _Side] = {}
+    parents: dict[str, str] = {}
+    rest = iter(seen)
+    for split, parts in sources.items():
+        sides[split] = side = _Side(str(given[split]), parts, list(islice(rest, len(parts))), set_aside)
+        if parents:  # a prompt of several sources has the parent that the last of them names, or none
+            for own in parents.keys() & set(names(side.hashes)):
+                del parents[own]
+        parents |= side.parents
     roots = {own: ancestor(own, parents) for own in parents}
-    keep = np.ones(len(ours.hashes), bool)
-    if apart is not None:
-        keep = ~_leaks(ours, apart, roots)
-        set_aside["also held out"] += int((~keep).sum())
-    chosen = [*ours.chosen(keep, roots, held_out=False)]
-    if apart is not None:
-        chosen += apart.chosen(np.ones(len(apart.hashes), bool), roots, held_out=True)
+    chosen: list[Chosen] = []
+    for split, side in sides.items():
+        keep = np.ones(len(side.hashes), bool)
+        for other in list(sides)[list(sides).index(split) + 1 :]:
+            leaks = keep & _leaks(side, sides[other], roots)
+            set_aside[ALSO[other]] += int(leaks.sum())
+            keep &= ~leaks
+        chosen += side.chosen(keep, roots, split)
     splits = Counter[str]()
-    for part in chosen:
-        splits.update(split_of(settings, config.run.seed, part.roots.get(own, own), part.held_out) for own in part.ids)
+    for these in chosen:
+        roots_of, source_of = these.roots, these.source_of
+        splits.update(split_of(settings, config.run.seed, roots_of.get(own, own), source_of) for own in these.ids)
     require_both_sides(splits, +set_aside)
-    recognised = [side.said for side in (ours, apart) if side is not None]
+    recognised = [side.said for side in sides.values()]
     return Survey(chosen=chosen, splits=splits, set_aside=+set_aside, recognised=recognised)
 
 
-def _look(item: tuple[Part, Sequence[Kind]]) -> Seen:
+def _look(item: tuple[Part, Sequence[Kind], AlsoIn | None]) -> Seen:
     return look(*item)
 
 
-def look(part: Part, kinds: Sequence[Kind] = ()) -> Seen:
-    """What the rows of a part are. `kinds`: the rewards that have to be able to read the references."""
+def look(part: Part, kinds: Sequence[Kind] = (), also_in: AlsoIn | None = None) -> Seen:
+    """What the rows of a part are. `kinds`: the rewards that have to be able to read the references. `also_in`: names the
+    benchmark that has a conversation too; such rows are bad ones."""
     hashes: list[int] = []
     rows: list[int] = []
-    parents: dict[int, str] = {}
+    parents: list[str | None] = []
+    asked: list[Found] = []
     bad = Counter[str]()
     refused: str | None = None
     recognised = Recognised()
@@ -152,15 +176,28 @@ def look(part: Part, kinds: Sequence[Kind] = ()) -> Seen:
             continue
         if why is not None:
             refused = refused or f"the prompt {found.messages[-1]['content'][:60]!r}: {why}"
-        if found.parent:
-            parents[len(hashes)] = found.parent
-        recognised.found(found)
+        parents.append(found.parent)
         hashes.append(seeds.derive(text))
         rows.append(number)
+        if also_in is not None:
+            asked.append(found)
+        else:
+            recognised.found(found)
+    keep = np.arange(len(hashes))
+    if also_in is not None:
+        public = also_in([found.messages for found in asked])
+        bad.update(f"also in {name}" for name in public if name is not None)
+        keep = np.array([i for i, name in enumerate(public) if name is None], np.int64)
+        for i in keep.tolist():
+            recognised.found(asked[i])
     return Seen(
-        hashes=np.array(hashes, np.int64), rows=np.array(rows, np.int32), parents=parents, bad=bad, refused=refused,
+        hashes=np.array(hashes, np.int64)[keep],
+        rows=np.array(rows, np.int32)[keep],
+        parents={i: own for i, at in enumerate(keep.tolist()) if (own := parents[at]) is not None},
+        bad=bad,
+        refused=refused,
         recognised=recognised,
-    )  # fmt: skip
+    )
 
 
 def why_not_stored(value: object) -> str | None:
@@ -182,12 +219,15 @@ def ancestor(key: str, parents: Mapping[str, str]) -> str:
     return line[-1]
 
 
-def split_of(settings: PromptsConfig, run_seed: int, root: str, held_out: bool) -> Split:
-    """The split of a prompt, which its oldest ancestor decides. `held_out`: it comes from the source of held-out prompts."""
-    if settings.heldout is None:
+def split_of(settings: PromptsConfig, run_seed: int, root: str, source_of: Split) -> Split:
+    """The split of a prompt, which its oldest ancestor decides as far as its source does not. `source_of`: what that is for."""
+    held_out = source_of != "train"
+    if settings.heldout is None and not held_out:
         held_out = seeds.derive(run_seed, "heldout", root) < settings.heldout_fraction * 2**63
     if not held_out:
         return "train"
+    if settings.audit is not None:
+        return "audit" if source_of == "audit" else "heldout"
     return "audit" if seeds.derive(run_seed, "audit", root) < settings.audit_fraction * 2**63 else "heldout"
 
 
@@ -237,14 +277,14 @@ class _Side:
                 if _is_in(start + place, first):
                     self.parents[own] = found.parents[place]
 
-    def chosen(self, keep: NDArray[np.bool_], roots: Mapping[str, str], *, held_out: bool) -> Iterator[Chosen]:
+    def chosen(self, keep: NDArray[np.bool_], roots: Mapping[str, str], source_of: Split) -> Iterator[Chosen]:
         """The rows to keep of each part. keep: (n,)."""
         start = 0
         for part, end in zip(self._parts, self._ends.tolist(), strict=True):
             wanted = keep[start:end]
             ids = names(self.hashes[start:end][wanted])
             yield Chosen(
-                part=part, rows=self._rows[start:end][wanted], ids=ids, source=self._source, held_out=held_out,
+                part=part, rows=self._rows[start:end][wanted], ids=ids, source=self._source, source_of=source_of,
                 roots={own: roots[own] for own in ids if own in roots},
             )  # fmt: skip
             start = end

@@ -133,6 +133,7 @@ def _made_by(config: dict[str, Any]) -> str:
 def _dataset_card(configs: dict[int, dict[str, Any]], pairs: int, alone: int) -> str:
     """configs: by round, oldest first; alone: the newest round whose other candidates were deleted."""
     name = next(iter(configs.values()))["run"]["name"]
+    hidden = any((config["policy"].get("thinking") or {}).get("hidden") for config in configs.values())
     alike = [
         (made, [index for index, _ in group])
         for made, group in groupby(configs.items(), lambda item: _made_by(item[1]))
@@ -161,7 +162,7 @@ def _dataset_card(configs: dict[int, dict[str, Any]], pairs: int, alone: int) ->
 | prompt_id, source | content hash of the prompt, and where it came from |
 | parent, root | the prompt that it was rewritten from, null for none; the oldest ancestor, itself where it has none |
 
-The texts are model output: nobody has read them.
+{"Thoughts of the policy are no part of the texts, although it was trained on them. " if hidden else ""}The texts are model output: nobody has read them.
 """
     )
 

@@ -16,12 +16,15 @@ from typing import Any
 from selfplay.errors import InputError
 from selfplay.planning.gantt import Span
 from selfplay.reporting import who_worked
+from selfplay.reporting.answers import Answers
+from selfplay.reporting.answers import read as read_answers
 from selfplay.reporting.terminal import STAGES
 from selfplay.storage import figures, paging, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
 
+ANSWERED = 8  # audit prompts whose answers are shown
 TABLE_ROUNDS = 200  # rounds, and policies, that the tables show
 
 
@@ -60,6 +63,7 @@ class Run:
     pairs: list[Pair]  # its base pairs, kept and dropped
     added: list[Pair]  # pairs that depth added to them
     prompts: dict[str, Prompt]
+    answers: Answers  # to some audit prompts, of the initial policy and those of the last audited rounds
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """The rounds that have a metric, and its values."""
@@ -125,6 +129,7 @@ def read(run_dir: Path) -> Run:
         ended = next((index for index in reversed(every) if states[index] != "running"), None)
         worked = [] if ended is None else who_worked.spans(paging.stages(store, ended), store.metrics(ended))
         policies, events = store.policies()[-TABLE_ROUNDS:], store.events()
+        answers = read_answers(store, run_dir, prompts=ANSWERED)
     finally:
         store.close()
     served = [row["policy"] for row in rows.values() if row["policy"] is not None]
@@ -150,6 +155,7 @@ def read(run_dir: Path) -> Run:
         pairs=_rows(folder / "pairs" / "pairs.parquet", Pair),
         added=[p for p in _rows(folder / "depth" / "pairs.parquet", Pair) if p.kept_because == "depth"],
         prompts={p.prompt_id: p for p in _rows(folder / "prompts" / "prompts.parquet", Prompt)},
+        answers=answers,
     )
 
 

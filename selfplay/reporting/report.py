@@ -19,7 +19,8 @@ import jinja2
 
 from selfplay.errors import SelfplayError
 from selfplay.processes.protocol import die_with_parent
-from selfplay.reporting import gold
+from selfplay.reporting import gold, word_diff
+from selfplay.reporting.answers import about
 from selfplay.reporting.charts import charts
 from selfplay.reporting.drawing import COLOURS, Chart
 from selfplay.reporting.history import Run, read, state
@@ -139,6 +140,8 @@ def columns(run: Run) -> list[tuple[str, Names, str]]:
         ("KL initial", "evaluate/kl_initial", ".2f"),
         ("distinct-2", "evaluate/distinct_2", ".3f"),
         ("cut off", "evaluate/cut_off", ".1%"),
+        ("thinks", "evaluate/thinking_share", ".1%"),
+        ("thinking tokens", "evaluate/thinking_tokens", ".0f"),
         ("audit win rate", "evaluate/audit_win_rate", ""),
         *((f"audit gold {part}", gold.initial_and_candidate(part), ".3f") for part in parts),
         ("ties", "guard/ties", ".1%"),
@@ -188,6 +191,26 @@ def sample(run: Run) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def answered(run: Run) -> list[dict[str, Any]]:
+    """Audit prompts, each with what every column says to it: about the answer, and its parts (`word_diff`)."""
+    return [
+        {
+            "prompt_id": line.prompt_id,
+            "messages": [(m["role"], word_diff.reveal([("same", _short(m["content"]))])) for m in line.messages],
+            "said": [
+                (about(said, before) if said else "not asked", parts)
+                for before, said, parts in zip(
+                    [None, *line.said],
+                    line.said,
+                    word_diff.along(_short(said.text) if said else None for said in line.said),
+                    strict=False,
+                )
+            ],
+        }
+        for line in run.answers.lines
+    ]
+
+
 def _short(text: str) -> str:
     return (
         text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT} more characters)"
@@ -219,6 +242,7 @@ def html(run: Run, shown: Sequence[Chart]) -> str:
         stages=stages,
         verdict=verdict,
         sample=sample(run),
+        answered=answered(run),
         variables={mode: [(n, c[mode]) for n, c in COLOURS.items()] for mode in (0, 1)},
     )
 

@@ -23,13 +23,16 @@ from rich.text import Text
 
 from selfplay import progress
 from selfplay.errors import Interrupted
-from selfplay.reporting import gold
+from selfplay.reporting import gold, word_diff
+from selfplay.reporting.answers import Answers, about
 from selfplay.reporting.round_summary import describe
 from selfplay.reporting.words import change, join, number
 from selfplay.storage import figures, paging
 from selfplay.storage.ledger import Store
 from selfplay.types import RoundReport
 
+ANSWER_WIDTH = 28  # least characters of a column of answers
+LONGEST_ANSWER = 600  # characters of an answer in the terminal
 QUIET_SECONDS = 5.0  # least time between two plain lines of a stage
 STAGES = ("prompts", "generate", "score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "promote")
 STYLES = {"promoted": "green", "rejected": "yellow", "skipped": "cyan", "cancelled": "cyan"}
@@ -194,6 +197,41 @@ class Display(progress.Display):
         if (earlier := sum(store.count_rounds().values()) - len(rows)) > 0:
             self.note(f"{earlier} earlier rounds are not shown (--last N shows the last N)")
 
+    @property
+    def fitting_columns(self) -> int:
+        """How many audited rounds fit beside a prompt and the initial policy's answer."""
+        return max(1, self.console.width // ANSWER_WIDTH - 2)
+
+    def answers(self, found: Answers) -> None:
+        """Audit prompts down, policies across; what the column before lacks is green, or between {+ and +} without colours."""
+        if not found.columns:
+            self.note("no round has had an audit yet (evaluate.audit_every)")
+            return
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_lines=True)
+        table.add_column("prompt", overflow="fold", ratio=2)
+        for column in found.columns:
+            table.add_column(f"{column.title}\nmean {number(column.reward, '.3f')}", overflow="fold", ratio=3)
+        for line in found.lines:
+            asked = line.messages[-1]["content"] if line.messages else line.prompt_id
+            parts = word_diff.along(_shortened(said.text) if said else None for said in line.said)
+            cells = [self._marked(word_diff.reveal([("same", _shortened(asked))]))]
+            for before, said, own in zip([None, *line.said], line.said, parts, strict=False):
+                what = Text(f"{about(said, before)}\n" if said else "not asked", "dim")
+                cells.append(Text.assemble(what, self._marked(own)))
+            table.add_row(*cells)
+        self.console.print(table)
+        self.note(f"{len(found.lines)} of {found.prompts} audit prompts; scores are the judge's")
+
+    def _marked(self, parts: Sequence[word_diff.Part]) -> Text:
+        """Parts of a text, with marks that can be seen on this console."""
+        text = Text()
+        for kind, part in parts:
+            said = self._plain(part)
+            if kind == "other" and said.strip() and not self.console.color_system:
+                said = f"{{+{said}+}}"
+            text.append(said, {"other": "green", "unseen": "reverse"}.get(kind, ""))
+        return text
+
     # the lines of stages
 
     def _begin(self, line: Line) -> None:
@@ -280,6 +318,11 @@ class _Elapsed(TextColumn):
 
     def render(self, task: Any) -> Text:
         return Text(f"{task.elapsed or 0:.0f} s", "progress.elapsed")
+
+
+def _shortened(text: str) -> str:
+    more = len(text) - LONGEST_ANSWER
+    return text if more <= 0 else f"{text[:LONGEST_ANSWER]} … ({more} more characters)"
 
 
 def _width(columns: Mapping[str, Sequence[str]]) -> int:

@@ -198,6 +198,8 @@ class RewardService:
                     dialect=self._config.dialect,
                     tokenizer=self._config.tokenizer,
                     model=self._config.served_model,
+                    chat_template_kwargs=self._config.chat_template_kwargs,
+                    template_date=self._config.template_date,
                     api_key=os.environ[key] if key else None,
                     batch_size=self._config.batch,
                     concurrency=self._config.concurrency or REQUESTS * self._devices(),

@@ -50,7 +50,7 @@ class Answers:
         """The initial policy's answers to the audit set: always the same, so sampled once for the run."""
         settings = self.frame.config.generate
         sampling = settings.model_dump(mode="json", exclude={"engine", "shard_prompts", "candidates"})
-        key = json.dumps([sampling, [prompt.prompt_id for prompt in audit]], sort_keys=True)
+        key = json.dumps([sampling | self._thinking, [prompt.prompt_id for prompt in audit]], sort_keys=True)
         path = self.run_dir / "audit" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
@@ -115,4 +115,10 @@ class Answers:
     def shards(self, name: str, version: int, prompt_ids: Sequence[str]) -> Path:
         """Where finished answers of a policy to these prompts are kept."""
         settings = self.frame.config.generate.model_dump(mode="json", exclude={"engine"})
-        return self.frame.shards(name, version, list(prompt_ids), settings)
+        return self.frame.shards(name, version, list(prompt_ids), settings | self._thinking)
+
+    @property
+    def _thinking(self) -> dict[str, object]:
+        """What decides on the texts of answers beside how they are sampled."""
+        settings = self.frame.config.policy.thinking
+        return {} if settings is None else {"thinking": settings.model_dump(mode="json")}

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from reward.kinds import Kind
 from selfplay.config import PromptsConfig
-from selfplay.prompts import admission
+from selfplay.prompts import admission, benchmarks
 from selfplay.prompts.parts import Render
 from selfplay.prompts.pool import Pool
 from selfplay.types import Prompt
@@ -21,10 +22,11 @@ def admit(
     render: Render,
     settings: PromptsConfig,
     joined: int,
+    kinds: Sequence[Kind],
 ) -> list[Prompt | str]:
     """For each row ({"prompt"} or {"messages"}, perhaps "parent" and "source") the prompt that may join, or why not.
 
-    joined: the first round that may draw them. Nothing is written: `Pool.join` does that.
+    joined: the first round that may draw them. kinds: the rewards that read references. Nothing is written: `Pool.join` does that.
     """
     return admission.admit(
         rows,
@@ -35,6 +37,8 @@ def admit(
         overlap=settings.leak_overlap,
         source=source,
         joined=joined,
+        kinds=kinds,
+        benchmarks=benchmarks.read(settings.benchmarks),
     )
 
 
@@ -46,13 +50,14 @@ def add(
     render: Render,
     settings: PromptsConfig,
     joined: int,
+    kinds: Sequence[Kind],
     on_event: Callable[[str, str], None],
 ) -> Counter[str]:
     """Have prompts join the pool; returns how many were «added», and how many were refused for what reason.
 
     When it returns they are on disk and in the ledger.
     """
-    fates = admit(rows, source, prompts=prompts, render=render, settings=settings, joined=joined)
+    fates = admit(rows, source, prompts=prompts, render=render, settings=settings, joined=joined, kinds=kinds)
     prompts.join(fate for fate in fates if isinstance(fate, Prompt))
     counts = Counter("added" if isinstance(fate, Prompt) else fate for fate in fates)
     refused = ", ".join(f"{n} × {why}" for why, n in sorted(counts.items()) if why != "added")

@@ -7,6 +7,7 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from selfplay.processes.child import Child, ChildDied
 from selfplay.processes.logs import last_line
 from selfplay.processes.reaping import reap
 from selfplay.progress import Display, Line
+from selfplay.prompts import references
 from selfplay.prompts.draws import Draws
 from selfplay.prompts.importer import INITIAL
 from selfplay.prompts.orders import Orders
@@ -159,11 +161,13 @@ class Run:
             self._cache = None
             self.event("warning", f"{error}; nothing is kept in it. {error.hint}")
 
+        today = date.fromisoformat(self.store.created()[:10])
+
         def scorer(role: str, sources: Mapping[str, RewardSource], ensemble: EnsembleConfig | None) -> Scorer:
             place = config.placement
             return Scorer(
                 role,
-                list(sources.values()),
+                [source.dated(today) for source in sources.values()],
                 ensemble,
                 self.dir,
                 cache=self._cache,
@@ -184,6 +188,7 @@ class Run:
             meanwhile=self.warm_up,
             on_progress=lambda event: line.update(text=event["text"], done=event["done"], total=event["total"]),
             config=self.config.model_dump(mode="json"),
+            template=self._template,
             out=str(out),
             work=str(self.dir / "pool.parts"),
         )
@@ -194,6 +199,8 @@ class Run:
             self.event(
                 "warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())
             )
+        if found["dated"]:
+            self.event("import", f"the chat template prints the date: for this run it is {self._template['today']}")
         self.display.note("prompts: " + ", ".join(f"{n} {split}" for split, n in sorted(found["prompts"].items())))
 
     def reconfigure(self, config: Config) -> None:
@@ -260,11 +267,11 @@ class Run:
 
         A trainer that waits does it at once; without one it takes a child of its own, and seconds.
         """
-        policy, trusted = self.policy(0).path, self.config.policy.trust_remote_code
+        policy, trusted, template = self.policy(0).path, self.config.policy.trust_remote_code, self._template
         found: list[list[int] | str]
         if self.trainer.alive:
             try:
-                found = self.trainer.render(Path(policy), trusted, conversations)
+                found = self.trainer.render(Path(policy), trusted, template, conversations)
                 return found
             except ChildDied as error:
                 self.event("warning", f"{error}; another process renders")
@@ -274,9 +281,15 @@ class Run:
             self.event,
             policy=policy,
             trust_remote_code=trusted,
+            template=template,
             conversations=list(conversations),
         )
         return found
+
+    @property
+    def _template(self) -> dict[str, Any]:
+        """What the policy's chat template is rendered with; the date is that of the run, whatever day it is."""
+        return self.config.policy.template(self.store.created())
 
     def admit(self, rows: Sequence[Mapping[str, Any]], source: str) -> list[Prompt | str]:
         """For each row the prompt that may join the pool, or why not (`intake.admit`). An open round draws none of them."""
@@ -287,6 +300,7 @@ class Run:
             render=self.render,
             settings=self.config.prompts,
             joined=self.next_round,
+            kinds=references.readers(self.config, held_out=False),
         )
 
     def add_prompts(self, rows: Sequence[Mapping[str, Any]], source: str) -> Counter[str]:
@@ -298,6 +312,7 @@ class Run:
             render=self.render,
             settings=self.config.prompts,
             joined=self.next_round,
+            kinds=references.readers(self.config, held_out=False),
             on_event=self.event,
         )
 

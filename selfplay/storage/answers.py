@@ -66,11 +66,13 @@ def table(
     logps: Sequence[float],
     finish_reasons: Sequence[str],
     policy: int,
+    thinking: Sequence[int | None] | None = None,
 ) -> pa.Table:
     """A table of `Candidate` rows: the first `per_prompt` answers belong to the first prompt, and so on.
 
     `prompt_ids` (P,) are the prompts' `prompt_id`; the others have P × `per_prompt` items. `logps` are in nats, summed over
-    the tokens of an answer; `policy` is the version that sampled them.
+    the tokens of an answer; `policy` is the version that sampled them; `thinking` counts tokens of thoughts, where somebody
+    looked for any.
     """
     count = len(prompt_ids) * per_prompt
     assert count == len(texts) == len(token_ids) == len(logps) == len(finish_reasons)
@@ -85,6 +87,7 @@ def table(
             "finish_reason": pa.array(finish_reasons, pa.string()),
             "policy": np.full(count, policy, np.int64),
             "digest": np.array([digest(ids) for ids in token_ids], np.int64),
+            "thinking": pa.array([None] * count if thinking is None else thinking, pa.int64()),
         },
         schema=tables.schema(Candidate),
     )

@@ -145,7 +145,9 @@ class Trainer:
         if self._child is not None:
             self._child.hear()
 
-    def render(self, policy: Path, trust_remote_code: bool, conversations: Sequence[list[Message]]) -> Any:
+    def render(
+        self, policy: Path, trust_remote_code: bool, template: dict[str, Any], conversations: Sequence[list[Message]]
+    ) -> Any:
         """Token ids of each conversation by the policy's chat template, or why it has none. Raises ChildDied."""
         assert self._child is not None, "the trainer runs"
         try:
@@ -153,6 +155,7 @@ class Trainer:
                 "render",
                 policy=str(policy),
                 trust_remote_code=trust_remote_code,
+                template=template,
                 conversations=list(conversations),
             )
         except ChildError as error:

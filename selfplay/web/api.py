@@ -218,6 +218,17 @@ def _reads(app: FastAPI, view: View) -> None:
         """Prompts of the pool in the order they came, those that joined later last."""
         return view.pool(after, limit)
 
+    @app.get("/api/answers", tags=["policies"])
+    def answers(
+        before: Before = None,
+        columns: Annotated[int, Query(ge=1, le=20, description="Audited rounds beside the initial policy.")] = 3,
+        after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Number of the first prompt: `next` of the page before.")] = 0,
+        limit: Annotated[int, Query(ge=1, le=50, description="Most prompts of the answer.")] = 10,
+    ) -> m.AnswerPage:  # fmt: skip
+        """What policies say to the audit prompts: the initial one, and the newest audited rounds (with a lower number than
+        `before`). The prompts are the same in every round."""
+        return view.answers(before, columns, after, limit)
+
     @app.get("/api/policies", tags=["policies"])
     def policies(before: Before = None, limit: Limit = 50) -> list[m.PolicyRow]:
         """Policies, newest first."""

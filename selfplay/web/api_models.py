@@ -203,6 +203,58 @@ class PairDetail(PairRow):
     """What selected the pairs of the round: the section `pairs` of its configuration, and the reward's noise."""
 
 
+class AnswerColumn(Answer):
+    """A policy whose answers to the audit prompts are shown."""
+
+    policy: int
+    round: int | None
+    """The round that trained it; null for the initial policy."""
+    state: str
+    """Of that round: promoted, rejected, running; initial for the initial policy."""
+    reward: float | None
+    """Mean over the audit set, by the judge of that round; of the initial policy by that of the newest one."""
+
+
+class Said(Answer):
+    """What a policy says to a prompt."""
+
+    text: str
+    """Without hidden thoughts."""
+    reward: float | None
+    """By the judge; null where it gave none."""
+    tokens: int
+    thinking: int | None
+    """How many of the tokens are thoughts; null where nobody looked for any."""
+    finish_reason: str
+    """`stop`, or `length` where it was cut off or its thoughts never end."""
+    about: str
+    """Score, its change from the column before, length and end, in words."""
+
+
+class AnswerRow(Answer):
+    """An audit prompt with what each policy says to it."""
+
+    prompt_id: str
+    messages: list[dict[str, str]]
+    """Empty where the round has not kept its prompts."""
+    answers: list[Said | None]
+    """One for each column; null where that policy was not asked."""
+
+
+class AnswerPage(Answer):
+    """Answers to the audit prompts: prompts down, policies across."""
+
+    columns: list[AnswerColumn]
+    """The initial policy and some audited rounds, oldest first."""
+    prompts: list[AnswerRow]
+    total: int
+    """Prompts of the audit set."""
+    next: int | None
+    """Where the next prompts begin (`after`); null at the end."""
+    earlier: int | None
+    """`before` of the audited rounds before these; null where there are none."""
+
+
 class PolicyRow(Answer):
     """A policy of the run."""
 

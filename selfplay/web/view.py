@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ from typing import Any
 from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.prompts import pool
+from selfplay.reporting import answers
 from selfplay.service import alerts, orders
 from selfplay.storage import figures, paging, retention, tables
 from selfplay.storage.ledger import RESTARTS, LedgerError, Store
@@ -184,6 +186,33 @@ class View:
             ],
             total=total,
             next=after + len(rows) if rows and after + len(rows) < total else None,
+        )  # fmt: skip
+
+    def answers(self, before: int | None = None, columns: int = 3, after: int = 0, limit: int = 10) -> m.AnswerPage:
+        """What the initial policy and those of some audited rounds say to some audit prompts."""
+        found = answers.read(self.store, self.run_dir, before=before, columns=columns, start=after, prompts=limit)
+        end = after + len(found.lines)
+        return m.AnswerPage(
+            columns=[m.AnswerColumn(**dataclasses.asdict(column)) for column in found.columns],
+            prompts=[
+                m.AnswerRow(
+                    prompt_id=line.prompt_id,
+                    messages=line.messages,
+                    answers=[
+                        None
+                        if said is None
+                        else m.Said(
+                            text=said.text, reward=said.reward, tokens=said.n_tokens, thinking=said.thinking,
+                            finish_reason=said.finish_reason, about=answers.about(said, before),
+                        )
+                        for before, said in zip([None, *line.said], line.said, strict=False)
+                    ],
+                )
+                for line in found.lines
+            ],
+            total=found.prompts,
+            next=end if found.lines and end < found.prompts else None,
+            earlier=found.earlier,
         )  # fmt: skip
 
     def policies(self, before: int | None = None, limit: int = 50) -> list[m.PolicyRow]:

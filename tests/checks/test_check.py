@@ -13,10 +13,11 @@ from mini import ROOT, TINY, overrides
 
 from reward.sandbox import run
 from selfplay.checks.check import LOOKS, check
-from selfplay.checks.models import loads
+from selfplay.checks.models import _about_template, loads
 from selfplay.checks.plan import plan
 from selfplay.checks.reward import sources
 from selfplay.config import load
+from selfplay.config.policy import ThinkingConfig
 from selfplay.errors import InputError
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.run import Run
@@ -281,6 +282,30 @@ def test_models_are_built_without_memory_and_compared_with_their_files(mini_worl
     level, text = found["policy.model loads"]
     assert level == "error" and text.startswith("its files lack 9 tensors of the model") and ".layers." in text
     assert found["reward.model loads"] == ("ok", "its files fit its config, and its chat template works")
+
+
+@pytest.mark.slow
+def test_what_a_chat_template_does_by_itself_is_said(mini_world, tmp_path):
+    """It prints the date, opens thoughts, and knows nothing of a variable."""
+    folder = tmp_path / "policy"
+    shutil.copytree(mini_world / "policy", folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}" + template + "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    row = {"key": "policy.model", "model": str(folder), "policy": True, "trust_remote_code": False}
+    found = dict(_about_template(row | {"kwargs": {"enable_thinkin": True}, "dated": False, "thinking": None}))
+    assert found == {
+        "policy.chat_template_kwargs: the template reads no enable_thinkin": "warning",
+        "it prints the date, in all rounds that of the day on which the run begins (policy.template_date)": "ok",
+        "its prompts end with <think>, and rewards will read the thoughts: set policy.thinking to {} to hide them": "warning",
+    }
+    thinking = ThinkingConfig().model_dump()
+    found = dict(_about_template(row | {"kwargs": {}, "dated": True, "thinking": thinking}))
+    assert found == {
+        "it prints the date, in all rounds the given one (policy.template_date)": "ok",
+        "its prompts end with the start of thoughts, which end with policy.thinking.end": "ok",
+    }
 
 
 def test_what_retention_keeps_counts_for_the_disk(tmp_path):

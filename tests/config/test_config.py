@@ -70,6 +70,11 @@ def test_overrides_are_yaml_values():
         ("evaluate.judge={model: a/b, api_key_env: K}", "`api_key_env` belongs to a `url`"),
         ("evaluate.judge={url: ['http://h:1'], trust_remote_code: true}", "`trust_remote_code` belongs to a `model`"),
         ("evaluate.judge={model: a/b, identity: mine}", "`identity` belongs to a `url`"),
+        ("reward={url: ['http://h:1'], chat_template_kwargs: {a: 1}}", "belongs to a `model` or a `tokenizer`"),
+        ("policy.chat_template_kwargs={tokenize: false}", "tokenize cannot be given to a chat template"),
+        ("policy.chat_template_kwargs={day: 2024-07-26}", "policy.chat_template_kwargs.day: "),
+        ("policy.thinking={start: ''}", "policy.thinking.start: "),
+        ("evaluate.judge={model: .cache/tiny/current/reward, chat_template_kwargs: {a: 1}}", "is a reward that trains"),
         ("guard.gold_drop={stop: 0.1}", "guard: gold_drop may warn and has no `stop`"),
         ("pairs.max_disagreement=1", "goes with reward.ensemble"),
         ("reward.shaping={cut_off_penalty: 1}", "goes with pairs.cut_off: reject"),
@@ -106,6 +111,20 @@ def test_files_that_are_no_config(tmp_path, text, message):
 def test_fingerprint_follows_the_values():
     assert config.load(TINY).fingerprint() == config.load(TINY).fingerprint()
     assert config.load(TINY).fingerprint() != config.load(TINY, ["run.seed=1"]).fingerprint()
+
+
+def test_what_decides_on_the_ids_of_prompts_is_fixed_for_a_run():
+    """None where nothing is set, as it is in the ledger of a run that began before there were such settings."""
+    plain = config.load(TINY).fixed()
+    assert (plain["policy.chat_template_kwargs"], plain["policy.template_date"]) == (None, None)
+    given = config.load(
+        TINY, ["policy.chat_template_kwargs={enable_thinking: false}", "policy.template_date=2024-02-29"]
+    )
+    assert given.fixed() == plain | {
+        "policy.chat_template_kwargs": {"enable_thinking": False},
+        "policy.template_date": "2024-02-29",
+    }
+    assert config.load(TINY, ["policy.thinking={}"]).fixed() == plain
 
 
 def test_implicit_rewards_of_dpo_want_a_reference_that_does_not_sample():

@@ -10,7 +10,7 @@ from selfplay.config import EvaluateConfig
 from selfplay.errors import RewardError
 from selfplay.evaluation.stage import EVALUATE, audit_metrics, evaluate
 from selfplay.storage import folders, tables
-from selfplay.types import Policy, Scored
+from selfplay.types import Policy, Prompt, Scored
 
 
 def test_the_audit_counts_ties_half_and_leaves_out_what_has_no_score():
@@ -121,6 +121,8 @@ def test_the_audit_is_judged_against_the_initial_policys_answers(tmp_path):
     for name, text in (("audit", "word " * 3), ("audit_initial", "word")):
         rows = tables.read_rows(tmp_path / "out" / f"{name}.parquet", Scored)
         assert [r.text for r in rows] == [text] * 2
+    kept = tables.read_rows(tmp_path / "out" / "audit_prompts.parquet", Prompt)  # to be read beside the answers
+    assert kept == [prompt(p) for p in "uv"]
 
 
 @pytest.mark.service

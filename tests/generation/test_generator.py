@@ -4,15 +4,18 @@ import dataclasses
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from engine_world import EOS, config, logps, prompts, sample, write_manifest, write_policy
+from engine_world import EOS, config, logps, prompts, sample, tokenizer, write_manifest, write_policy
 from transformers import AutoModelForCausalLM
 
+from selfplay.config.policy import ThinkingConfig
 from selfplay.errors import CheckpointError, ConfigError, InputError, SwapError
 from selfplay.generation.generator import Ask, Generator, Shard
 from selfplay.generation.installing import WarmEngine
+from selfplay.generation.sampling import measure
 from selfplay.generation.supervised import SupervisedEngine
 from selfplay.generation.swap import Canaries
 from selfplay.processes import reaping
@@ -114,6 +117,46 @@ def test_answers_are_scored_by_the_policy_that_serves(service, golden, tmp_path)
     tables.write_rows(shuffled, golden[::-1], Candidate)
     with pytest.raises(InputError, match="row 0 of .* is no answer to prompt 0"):
         service.answer_logps(asked, shuffled, 0, 1, 1)
+
+
+def test_what_the_policy_thinks_is_trained_on_and_hidden(service, ask, golden, tmp_path):
+    """Marks out of what is said by chance: a letter that ends a prompt, and one that comes in some answers to it."""
+    found, rows = tokenizer(), prompts(32)
+    opened = next(row for row in rows if found.decode(row.prompt_ids[-1:]).isalnum())
+    start = found.decode(opened.prompt_ids[-1:])
+    ends = Counter(c for row in golden if row.prompt_id == opened.prompt_id for c in set(row.text) if c.isalnum())
+    end = next(letter for letter, count in ends.items() if count < 4 and letter != start)
+    thinking = ThinkingConfig(start=start, end=end)
+    before = service._config
+    policy = before.policy.model_copy(update={"thinking": thinking})
+    service.reconfigure(before.model_copy(update={"policy": policy}))
+    try:
+        answers = ask(32)
+    finally:
+        service.reconfigure(before)
+    kept = [
+        dataclasses.replace(a, text=g.text, finish_reason=g.finish_reason, thinking=None)
+        for a, g in zip(answers, golden, strict=True)
+    ]
+    assert kept == golden  # ids and log-probabilities are whole
+    fates = set()
+    for answer, whole in zip(answers, golden, strict=True):
+        if answer.prompt_id != opened.prompt_id:
+            continue
+        _, mark, rest = whole.text.partition(end)
+        assert (answer.text, answer.finish_reason) == ((rest.lstrip(), whole.finish_reason) if mark else ("", "length"))
+        assert end in found.decode(whole.token_ids[: answer.thinking]) if mark else answer.thinking == whole.n_tokens
+        fates.add(bool(mark))
+    assert fates == {True, False}
+    metrics = measured(answers, tmp_path / "answers.parquet")
+    assert metrics["thinking_share"] == sum(a.thinking > 0 for a in answers) / len(answers) > 0
+    assert metrics["cut_off_share"] == sum(a.finish_reason == "length" for a in answers) / len(answers)
+    assert not {"thinking_share", "thinking_tokens"} & measured(golden, tmp_path / "golden.parquet").keys()
+
+
+def measured(answers, path):
+    tables.write_rows(path, answers, Candidate)
+    return measure(path, 1.0)
 
 
 def test_logps_of_canaries(service, policies):

@@ -2,8 +2,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_pool import conversation, opened, prompt
 
+from reward.instructions import Instructions
 from selfplay.prompts.admission import admit as admitted
 from selfplay.prompts.formats import prompt_id
+from selfplay.prompts.held_out import HeldOut
 from selfplay.types import Prompt
 
 
@@ -16,7 +18,15 @@ def render(conversations):
 
 
 def admit(rows, known, **settings):
-    settings = {"max_tokens": 200, "ngram": 8, "overlap": 0.5, "source": "here", "joined": 4, **settings}
+    settings = {
+        "max_tokens": 200,
+        "ngram": 8,
+        "overlap": 0.5,
+        "source": "here",
+        "joined": 4,
+        "benchmarks": {},
+        **settings,
+    }
     return admitted(rows, known, render, **settings)
 
 
@@ -84,6 +94,26 @@ def test_nothing_to_render_asks_nobody(tmp_path):
         raise AssertionError
 
     known = opened(tmp_path, [prompt("How do plants grow?")], "new")
-    settings = {"max_tokens": 1, "ngram": 8, "overlap": 1, "source": "", "joined": 1}
+    settings = {"max_tokens": 1, "ngram": 8, "overlap": 1, "source": "", "joined": 1, "benchmarks": {}}
     assert admitted([], known, never, **settings) == []
     assert admitted([{"prompt": "how do plants grow?"}], known, never, **settings) == ["duplicate"]
+
+
+def test_a_prompt_that_the_reward_cannot_check_may_not_join(tmp_path):
+    def row(name):
+        return {"prompt": f"Write with {name}.", "instruction_id_list": [name], "kwargs": [{}]}
+
+    rows = [row("punctuation:no_comma"), row("punctuation:none"), {"prompt": "Write anything."}]
+    known = opened(tmp_path, [prompt("How do plants grow?")])
+    found = admit(rows, known, kinds=[Instructions()])
+    assert found[0].reference == '{"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}'
+    assert found[1].startswith("unknown instruction id 'punctuation:none'") and found[2].startswith("no reference")
+    assert all(isinstance(fate, Prompt) for fate in admit(rows, known))
+
+
+def test_what_a_benchmark_asks_does_not_join(tmp_path):
+    public = {"public.jsonl": HeldOut.of([prompt("Name the four largest lakes of Africa in a list.", "heldout")])}
+    rows = [{"prompt": "Now name the four largest lakes of Africa in a list"}, {"prompt": "Name the lakes of Asia."}]
+    found = admit(rows, opened(tmp_path, [prompt("How do plants grow?")]), benchmarks=public)
+    assert found[0] == "also in public.jsonl"
+    assert isinstance(found[1], Prompt)

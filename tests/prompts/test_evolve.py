@@ -38,7 +38,9 @@ class World:
             self.rewriting = evolve.by_function(self.settings.rewriter, function, lambda *parts: seeds.derive(*parts))
 
     def admit(self, rows):
-        return admission.admit(rows, self.pool, render, max_tokens=200, ngram=8, overlap=0.5, source="evolve", joined=3)
+        return admission.admit(
+            rows, self.pool, render, max_tokens=200, ngram=8, overlap=0.5, source="evolve", joined=3, benchmarks={}
+        )
 
     def sample(self, rows, max_tokens, on_progress):
         assert max_tokens == 48

@@ -285,3 +285,41 @@ def test_the_import_leaves_the_order_of_the_first_epoch(tmp_path, monkeypatch):
     (file,) = (tmp_path / "pool" / ORDERS).iterdir()
     assert file.name == f"00000000-{len(hashes)}.npz" and not first.any()
     assert (Orders(0, tmp_path / "pool" / ORDERS).order(0, hashes) == Orders(0, None).order(0, hashes)).all()
+
+
+def test_the_audit_set_may_have_a_file_of_its_own(tmp_path):
+    """Of equal prompts that stands which is furthest from training: first the audit set, then the held-out prompts."""
+    train = jsonl(tmp_path / "train.jsonl", [*prompts(20), *prompts(2, "h"), *prompts(3, "a")])
+    heldout = jsonl(tmp_path / "heldout.jsonl", [*prompts(5, "h"), {"prompt": "a 0"}])
+    audit = jsonl(tmp_path / "audit.jsonl", prompts(4, "a"))
+    configuration = settings(train, f"prompts.heldout={heldout}", f"prompts.audit={audit}")
+    pool, counts = built(configuration, tmp_path)
+    by_split = {split: {p.messages[-1]["content"] for p in pool if p.split == split} for split in ("heldout", "audit")}
+    assert by_split == {"heldout": {f"h {i}" for i in range(5)}, "audit": {f"a {i}" for i in range(4)}}
+    assert len(pool) == 20 + 5 + 4
+    assert counts == {"also held out": 2 + 1, "also in the audit set": 2 + 1}
+    assert importer.survey(configuration).splits == Counter(p.split for p in pool)
+
+
+def test_prompts_of_a_public_benchmark_stay_out_of_the_pool(tmp_path):
+    asked = "Write a poem of two lines about the oldest bridge of the town and do not rhyme."
+    benchmark = jsonl(
+        tmp_path / "public.jsonl", [{"key": 1, "prompt": asked}, {"question": "How many legs have six cows?"}]
+    )
+    train = [
+        *prompts(40),
+        {"prompt": "Please write a poem of two lines about the oldest bridge of the town, and do not rhyme!"},
+        {"prompt": "how many legs have SIX cows", "parent": "x"},
+        {"prompt": "Write a poem of two lines about winter.", "parent": "y"},
+    ]
+    configuration = settings(jsonl(tmp_path / "a.jsonl", train), f"prompts.benchmarks=[{benchmark}]")
+    pool, counts = built(configuration, tmp_path)
+    assert counts == {"also in public.jsonl": 2}
+    assert len(pool) == 41
+    assert [p.messages[-1]["content"] for p in pool if p.parent] == ["Write a poem of two lines about winter."]
+    jsonl(benchmark, [{"text": "nothing"}])
+    with pytest.raises(InputError, match=r"public\.jsonl has no prompt"):
+        importer.survey(configuration)
+    benchmark.unlink()
+    with pytest.raises(InputError, match=r"public\.jsonl: no such file"):
+        importer.survey(configuration)

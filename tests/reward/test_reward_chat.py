@@ -1,10 +1,16 @@
+import hashlib
+import json
+from datetime import date
+
 import pytest
 from reward_world import CONTROL, HEADERS, tokenizer_with
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from reward.chat import ChatEncoder
-from reward.schema import Item
+from reward.dialects import dialect
+from reward.openrlhf import Unrender
+from reward.schema import GetRewardRequest, Item
 
 # a finished turn is plain, the last answer gets a think block, as Qwen 3 has it
 CHATML = (
@@ -182,3 +188,34 @@ def test_a_template_for_one_turn_only_is_enough() -> None:
     )
     encoder = ChatEncoder(tokenizer_with(one_turn), 256)
     assert ids_of(encoder, item("Hello.")) == ids_of(ChatEncoder(TOKENIZERS["headers"], 256), item("Hello."))
+
+
+def test_variables_and_date_reach_the_template_and_its_hash():
+    template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{{ mood | default('.') }}{% endfor %}"
+    dated, plain = tokenizer_with(template), tokenizer_with("{% for m in messages %}{{ m.content }}{% endfor %}")
+    day = date(2020, 5, 17)
+
+    def encoder(tokenizer, **variables):
+        return ChatEncoder(tokenizer, 256, variables, day)
+
+    (ids,) = ids_of(encoder(dated, mood="!"), item("Yes", "Well"))
+    assert dated.decode(ids) == "2020Well!Yes!"
+    hashes = {encoder(dated).template_sha256, encoder(dated, mood="!").template_sha256}
+    hashes |= {ChatEncoder(dated, 256, {}, date(2021, 1, 1)).template_sha256, encoder(plain, mood="!").template_sha256}
+    assert len(hashes) == 4  # one for each thing that a score may depend on
+    # without any of them it is the hash of the template alone, as in caches that are there
+    assert encoder(plain).template_sha256 == hashlib.sha256(plain.chat_template.encode()).hexdigest()
+
+
+def test_openrlhf_renders_and_takes_off_with_the_same_variables(tmp_path):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{{ opening | default('') }}{% endif %}"
+    )
+    tokenizer_with(template).save_pretrained(tmp_path)
+    sent = dialect("openrlhf", tokenizer=str(tmp_path), model=None, variables={"opening": "<think></think>"})
+    ((query, prompt, _),) = sent.parts([item("Yes.", "Well?")])
+    assert json.loads(prompt) == "<user>Well?<assistant><think></think>"
+    asked = GetRewardRequest(query=[json.loads(query)], prompts=[json.loads(prompt)])
+    (got,) = Unrender(str(tmp_path), {"opening": "<think></think>"}).items(asked)
+    assert got == item("Yes.", "Well?")

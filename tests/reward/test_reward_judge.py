@@ -62,6 +62,15 @@ def test_a_pointwise_judge_gives_the_number_of_its_last_verdict() -> None:
         assert [s.value for s in judge.score(items("a", "b", "c", "d"))] == [7.0, 8.5, 1.0, 10.0]
         assert server.asked[0]["temperature"] == 0.0
         assert server.asked[0]["path"] == "/v1/chat/completions"
+        assert "chat_template_kwargs" not in server.asked[0]
+
+
+def test_the_judges_own_template_is_given_its_variables() -> None:
+    plain = made({"url": ["http://h:1"], "model": "m"}).health.weights_sha256
+    with judging(saying(lambda _: "SCORE: 5"), chat_template_kwargs={"enable_thinking": False}) as (judge, server):
+        assert [s.value for s in judge.score(items("a"))] == [5.0]
+        assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
+        assert judge.health.weights_sha256 != plain  # other verdicts: other entries of the cache
 
 
 @pytest.mark.parametrize(

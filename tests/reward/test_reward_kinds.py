@@ -31,12 +31,13 @@ from pathlib import Path
 import reward
 from selfplay.config import load
 from selfplay.rewards.service import RewardService
+from selfplay.rewards.texts import Item
 
 config = load(sys.argv[1], ["reward.model=null", "reward.source={kind: brevity, words: 10}"])
 (source,) = config.reward_sources().values()
 service = RewardService(source, Path("run"), on_event=lambda kind, text: print(text, file=sys.stderr))
 try:
-    print(json.dumps([reward.__file__, service.score(json.loads(sys.argv[2])), source.which()]))
+    print(json.dumps([reward.__file__, service.score([Item(*item) for item in json.loads(sys.argv[2])]), source.which()]))
 finally:
     service.stop()
 """

@@ -43,11 +43,12 @@ def test_what_is_equal_to_a_reference(scorer, reference, right, wrong):
     assert [scored(scorer, reference, response).value for response in (right, wrong)] == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_too_long_has_no_score_and_the_next_one_has(scorer):
     """A power that no signal interrupts."""
     began = time.monotonic()
     score = scored(scorer, "5", "$9^{9^{9^{9}}}$")
-    assert score.value is None and "no answer within 2 s" in score.reason and time.monotonic() - began < 4
+    assert score.value is None and "no answer within 2 s" in score.reason and time.monotonic() - began < 8
     assert scored(scorer, "5", "5").value == 1.0
     assert scorer.counts["too slow to compare"] == 1
 

@@ -282,9 +282,9 @@ def test_conversations_are_rendered_by_the_trainer_that_waits(world: Any, tmp_pa
     refused = ChildError("trainer", "input", "no chat template", "give the policy one", tmp_path / "x")
     w = world().ends(lambda order, fields, tell: [fields["policy"], len(fields["conversations"])], refused)
     w.trainer.start()
-    assert w.trainer.render(Path("/p"), False, [[{"role": "user", "content": "?"}]]) == ["/p", 1]
+    assert w.trainer.render(Path("/p"), False, {}, [[{"role": "user", "content": "?"}]]) == ["/p", 1]
     with pytest.raises(InputError, match="no chat template") as error:
-        w.trainer.render(Path("/p"), False, [])
+        w.trainer.render(Path("/p"), False, {}, [])
     assert error.value.hint == "give the policy one"
 
 

@@ -51,6 +51,22 @@ def give(client, path, body):
     return answer.status_code, answer.json()
 
 
+def test_answers_to_the_audit_prompts(client):
+    found = client.get("/api/answers", params={"columns": 2, "limit": 5}).json()
+    assert [(c["policy"], c["round"], c["state"]) for c in found["columns"]] == [
+        (0, None, "initial"), (3, 3, "promoted"), (5, 5, "promoted"),
+    ]  # fmt: skip
+    assert (found["total"], found["next"], found["earlier"]) == (12, 5, 3) and len(found["prompts"]) == 5
+    assert found["prompts"][1]["messages"] == [{"role": "user", "content": HOSTILE}]
+    said = found["prompts"][4]["answers"][2]
+    assert (said["reward"], said["tokens"], said["thinking"], said["finish_reason"]) == (0.5, 13, 4, "stop")
+    assert said["about"] == "0.500 (+0.040) · 13 tokens · 4 of them thoughts"
+    assert "secret" not in json.dumps(found)  # gold answers stay in the run
+    last = client.get("/api/answers", params={"before": 3, "after": 10}).json()
+    assert [c["round"] for c in last["columns"]] == [None, 1] and (last["next"], last["earlier"]) == (None, None)
+    assert len(last["prompts"]) == 2 and client.get("/api/answers", params={"before": 1}).json()["columns"] == []
+
+
 def test_the_run_at_a_glance(client, run):
     found = client.get("/api/run").json()
     assert found["service"] == {

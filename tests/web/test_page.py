@@ -27,7 +27,7 @@ needs_chromium = pytest.mark.skipif(
 )
 PAGES = {
     "/": "Reload configuration", "/pairs": "More filters", "/pairs/3/2": "selected by", "/pairs/1/0": "U+202E", "/rounds/1": "rejected by the gate",
-    "/policies": "Roll back", "/log": "engine restart", "/rounds/99": "There is no round 99", "/pairs/9/9": "There is no such pair",
+    "/answers": "U+202E", "/policies": "Roll back", "/log": "engine restart", "/rounds/99": "There is no round 99", "/pairs/9/9": "There is no such pair",
 }  # fmt: skip
 TOKEN = "correct horse battery staple"
 
@@ -135,7 +135,7 @@ def test_model_output_is_text_whatever_it_holds(served, tab):
         "script",
         "script",
     ]
-    for path in ("/log", "/rounds/1", "/", "/pairs?round=1"):
+    for path in ("/log", "/rounds/1", "/", "/pairs?round=1", "/answers"):
         tab.open(served.url + path)
         tab.wait(shows("<img src=x onerror="))
         assert "\u202e" not in tab.read("document.body.innerText")

@@ -12,15 +12,15 @@ from fastapi.responses import JSONResponse
 from nicegui import ui
 
 from selfplay.planning.gantt import Span
-from selfplay.reporting import gold, who_worked
+from selfplay.reporting import gold, who_worked, word_diff
 from selfplay.reporting.words import NOT_INDEPENDENT
 from selfplay.storage import figures, paging
 from selfplay.storage.ledger import LedgerError
 from selfplay.web.api_models import Round, RunSummary
+from selfplay.web.page import answers as page_answers
 from selfplay.web.page import charts as page_charts
 from selfplay.web.page import lists as page_lists
 from selfplay.web.page import pairs as page_pairs
-from selfplay.web.page import word_diff
 from selfplay.web.page.parts import (
     Column,
     Pages,
@@ -67,6 +67,7 @@ def mount(app: FastAPI, view: View, logout: bool) -> None:
             rounds(view)
 
     page_pairs.mount(view, logout)
+    page_answers.mount(view, logout)
     page_lists.mount(view, logout)
     nicegui.app.on_page_exception(broken)
     nicegui.app.colors(primary="#2563c9")

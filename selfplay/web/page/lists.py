@@ -8,12 +8,11 @@ from typing import Any
 
 from nicegui import ui
 
-from selfplay.reporting import who_worked
+from selfplay.reporting import who_worked, word_diff
 from selfplay.reporting.terminal import STAGES
 from selfplay.reporting.words import NOT_INDEPENDENT, verdict
 from selfplay.web.api_models import PolicyRow, RoundDetail
 from selfplay.web.page import charts as page_charts
-from selfplay.web.page import word_diff
 from selfplay.web.page.parts import (
     Pages,
     card,

@@ -8,9 +8,9 @@ from typing import Any
 from nicegui import ui
 
 from selfplay.errors import InputError
+from selfplay.reporting import word_diff
 from selfplay.storage import paging
 from selfplay.web.api_models import PairDetail, PairRow, Response
-from selfplay.web.page import word_diff
 from selfplay.web.page.parts import Column, Pages, Words, card, frame, heading, later, numbers, pager, some, table
 from selfplay.web.view import View
 

@@ -14,12 +14,18 @@ from nicegui.element import Element
 from nicegui.elements.mixins.text_element import TextElement
 
 from selfplay.errors import InputError
+from selfplay.reporting import word_diff
 from selfplay.reporting.words import number
 from selfplay.storage.ledger import LedgerError
-from selfplay.web.page import word_diff
 from selfplay.web.view import View
 
-NAVIGATION = (("Overview", "/"), ("Pairs", "/pairs"), ("Policies", "/policies"), ("Log", "/log"))
+NAVIGATION = (
+    ("Overview", "/"),
+    ("Pairs", "/pairs"),
+    ("Answers", "/answers"),
+    ("Policies", "/policies"),
+    ("Log", "/log"),
+)
 LINK = (
     '<q-td :props="props"><a v-if="props.row[\'{to}\']" :href="props.row[\'{to}\']">{{{{ props.value }}}}</a>'
     "<span v-else>{{{{ props.value }}}}</span></q-td>"
@@ -161,7 +167,7 @@ class Pages:
         self.here = self.before.pop()
 
 
-def pager(pages: Pages, show: Callable[[], Any]) -> None:
+def pager(pages: Pages, show: Callable[[], Any], back: str = "‹ Back", onward: str = "Next ›") -> None:
     """Buttons to the newer and the older page, where there are any."""
 
     async def go(step: Callable[[], None]) -> None:
@@ -171,10 +177,10 @@ def pager(pages: Pages, show: Callable[[], Any]) -> None:
     if not pages.before and pages.next is None:
         return
     with ui.element("div").classes("row-wrap").style("margin-top: .5rem"):
-        back = ui.button("‹ Back", on_click=lambda: go(pages.back)).props("flat dense no-caps")
-        back.set_enabled(bool(pages.before))
-        onward = ui.button("Next ›", on_click=lambda: go(pages.forward)).props("flat dense no-caps")
-        onward.set_enabled(pages.next is not None)
+        newer = ui.button(back, on_click=lambda: go(pages.back)).props("flat dense no-caps")
+        newer.set_enabled(bool(pages.before))
+        older = ui.button(onward, on_click=lambda: go(pages.forward)).props("flat dense no-caps")
+        older.set_enabled(pages.next is not None)
 
 
 async def order(view: View, kind: str, **arguments: Any) -> bool:

@@ -2,8 +2,8 @@ import time
 
 import pytest
 
-from selfplay.web.page import word_diff
-from selfplay.web.page.word_diff import compare, plain, reveal
+from selfplay.reporting import word_diff
+from selfplay.reporting.word_diff import compare, plain, reveal
 
 
 def text(parts, *kinds):

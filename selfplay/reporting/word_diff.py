@@ -40,6 +40,21 @@ def compare(one: str, other: str) -> tuple[list[Part], list[Part]]:
     return reveal(left), reveal(right)
 
 
+def along(texts: Iterable[str | None]) -> list[list[Part]]:
+    """The parts of each text, with the words marked that the text before it lacks; no parts for a text that is not there."""
+    found: list[list[Part]] = []
+    before: str | None = None
+    for text in texts:
+        if text is None:
+            found.append([])
+        elif before is None:
+            found.append(reveal([("same", text)]))
+        else:
+            found.append(compare(before, text)[1])
+        before = before if text is None else text
+    return found
+
+
 def plain(text: str) -> str:
     """The text with a � for each unseen character: for where nothing can be marked."""
     return UNSEEN.sub("�", text)

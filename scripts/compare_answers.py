@@ -1,0 +1,167 @@
+"""Say what a run has changed: the initial policy and the last promoted one on the same prompts of the audit set.
+
+    python scripts/compare_answers.py runs/smollm2 [--show 4]
+
+The prompts need constraints (`instruction_id_list`, `kwargs`), and the run needs `evaluate.audit_every`. Nothing is sampled:
+the answers are those that the evaluation kept. Intervals are paired bootstrap intervals over prompts (95 %). Exit code 2 for a
+run without such answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from reward.instructions import constraints, follows
+from selfplay.errors import InputError, SelfplayError
+from selfplay.methods import gate
+from selfplay.prompts.pool import Pool
+from selfplay.reporting.history import Round, read
+from selfplay.storage import tables
+from selfplay.types import Prompt, Scored
+
+SAMPLES, CONFIDENCE = 2000, 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """Two policies' answers to the same prompts, (N,) each."""
+
+    prompts: list[Prompt]
+    initial: list[Scored]
+    trained: list[Scored]
+    round: Round
+    folder: Path
+    """Of the round whose candidate `trained` is."""
+
+
+def load(run_dir: Path) -> Compared:
+    """The audit of the last promoted round, or of the last round that has one. Raises InputError."""
+    run = read(run_dir)
+    folders = {r.index: run_dir / "rounds" / f"{r.index:04d}" / "evaluate" for r in run.rounds}
+    audited = [r for r in run.rounds if (folders[r.index] / "audit_initial.parquet").is_file()]
+    if not audited:
+        raise InputError(f"{run_dir} has no round with an audit", "set evaluate.audit_every to 1 and run a round")
+    chosen = ([r for r in audited if r.state == "promoted"] or audited)[-1]
+    folder = folders[chosen.index]
+    trained = tables.read_rows(folder / "audit.parquet", Scored)
+    prompts = Pool(run_dir / "pool").read([answer.prompt_id for answer in trained])
+    if not all(prompt.reference for prompt in prompts):
+        raise InputError(f"the prompts of {run_dir} have no constraints", "compare runs with instruction prompts")
+    initial = tables.read_rows(folder / "audit_initial.parquet", Scored)
+    return Compared(prompts=prompts, initial=initial, trained=trained, round=chosen, folder=folder)
+
+
+def followed(prompts: Sequence[Prompt], answers: Sequence[Scored], *, loose: bool) -> list[list[bool]]:
+    """For each answer whether it follows each constraint of its prompt."""
+    return [
+        follows(p.reference, p.messages[-1]["content"], a.text, loose=loose)
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+
+
+def repeated(token_ids: Sequence[int], n: int = 4) -> float:
+    """Share of the n-grams of an answer that it has said before; 0 for an answer without n-grams."""
+    return 1 - gate.distinct_n([token_ids], n) if len(token_ids) >= n else 0.0
+
+
+def perplexity(logps: Sequence[float], tokens: Sequence[int]) -> float:
+    """Of a policy on answers whose log-probabilities (nats) it has told."""
+    return math.exp(-sum(logps) / sum(tokens))
+
+
+def table(found: Compared) -> list[tuple[str, float, float, str]]:
+    """(what, before, after, difference) of each figure."""
+    sides = (found.initial, found.trained)
+    lines: list[tuple[str, float, float, str]] = []
+
+    def paired(what: str, before: Sequence[float], after: Sequence[float]) -> None:
+        change = np.subtract(after, before)
+        low, high = gate.bootstrap(change, SAMPLES, CONFIDENCE, 0)
+        text = f"{change.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append((what, float(np.mean(before)), float(np.mean(after)), text))
+
+    for loose in (False, True):
+        kept = [followed(found.prompts, side, loose=loose) for side in sides]
+        name = "loose" if loose else "strict"
+        paired(f"{name}: all constraints", *([float(all(row)) for row in side] for side in kept))
+        paired(f"{name}: share of constraints", *([float(np.mean(row)) for row in side] for side in kept))
+    paired("tokens an answer", *([float(a.n_tokens) for a in side] for side in sides))
+    paired("cut off", *([float(a.finish_reason == "length") for a in side] for side in sides))
+    paired("4-grams said before", *([repeated(a.token_ids) for a in side] for side in sides))
+    before, after = (gate.distinct_n([a.token_ids for a in side]) for side in sides)
+    lines.append(("distinct 2-grams", before, after, f"{after / before - 1:+.1%}" if before else ""))
+    before = perplexity([a.logp for a in found.initial], [a.n_tokens for a in found.initial])
+    after = initial_perplexity(found)
+    lines.append(("initial policy's perplexity", before, after, f"{after / before - 1:+.1%}"))
+    return lines
+
+
+def initial_perplexity(found: Compared) -> float:
+    """Of the initial policy on what the trained one answers to the prompts of the gate, where the evaluation scored them:
+    log π₀(y) is on average log π(y) less the KL that it measured."""
+    answers = tables.read_rows(found.folder / "candidate.parquet", Scored)
+    kl = found.round.metrics["evaluate/kl_initial"]
+    return perplexity([a.logp - kl for a in answers], [a.n_tokens for a in answers])
+
+
+def by_constraint(found: Compared) -> list[tuple[str, int, float, float]]:
+    """(instruction id, how many, share followed before, and after), strictly."""
+    rows: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    both = (followed(found.prompts, side, loose=False) for side in (found.initial, found.trained))
+    for prompt, before, after in zip(found.prompts, *both, strict=True):
+        for (name, _), kept in zip(constraints(prompt.reference), zip(before, after, strict=True), strict=True):
+            rows[name].append(kept)
+    shares = {name: np.mean(kept, axis=0) for name, kept in rows.items()}
+    return [(name, len(rows[name]), float(shares[name][0]), float(shares[name][1])) for name in sorted(rows)]
+
+
+def show(found: Compared, count: int) -> None:
+    """Print the comparison, and some answers side by side: prompts on which the two differ come first."""
+    print(
+        f"{len(found.prompts)} prompts of the audit set: the initial policy, and the candidate of round {found.round.index}"
+    )
+    if found.round.state != "promoted":
+        print("no candidate with an audit was promoted: this one is the last, and it does not serve")
+    print(f"{'':<30}{'before':>9}{'after':>9}  difference")
+    for what, before, after, change in table(found):
+        print(f"{what:<30}{before:>9.3f}{after:>9.3f}  {change}")
+    print(f"\n{'constraint (strict)':<50}{'answers':>8}{'before':>8}{'after':>8}")
+    for name, number, before, after in by_constraint(found):
+        print(f"{name:<50}{number:>8}{before:>8.2f}{after:>8.2f}")
+    first, last = (followed(found.prompts, side, loose=False) for side in (found.initial, found.trained))
+    order = sorted(range(len(found.prompts)), key=lambda i: all(first[i]) == all(last[i]))
+    for i in order[:count]:
+        print(f"\n=== {plain(found.prompts[i].messages[-1]['content'])}")
+        for name, answer, kept in (("before", found.initial[i], first[i]), ("after", found.trained[i], last[i])):
+            print(f"--- {name} ({sum(kept)} of {len(kept)} constraints)\n{plain(answer.text)}")
+
+
+def plain(text: str) -> str:
+    """A text without characters that a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, help="folder of a run, such as runs/smollm2")
+    parser.add_argument("--show", type=int, default=4, help="prompts whose answers are printed (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        show(load(options.run_dir), options.show)
+    except SelfplayError as error:
+        print(f"compare_answers: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
