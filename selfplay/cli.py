@@ -28,6 +28,8 @@ RunDir = Annotated[
         "--run-dir", metavar="FOLDER", help="Run folder; by default <run.dir>/<run.name> of the configuration."
     ),
 ]
+Source = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a glob, like prompts.source.")]
+Column = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the prompt, where it is not recognised.")]
 Version = Annotated[int, typer.Argument(metavar="N", min=0, help="Number of a policy.")]
 TINY = Path("configs/tiny.yaml")
 
@@ -85,7 +87,7 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to write.")],
     model: Annotated[str, typer.Option(help="The model to align: folder or Hub id of an instruct model.")],
     reward: Annotated[str, typer.Option(help="Reward model, a folder or Hub id; or the URL of a reward server.")],
-    prompts: Annotated[str, typer.Option(help="Prompts: a JSONL or Parquet file, or the id of a Hub dataset.")],
+    prompts: Annotated[str, typer.Option(help="Prompts: a file, a folder or a glob, or the id of a Hub dataset.")],
 ) -> None:
     """Write a configuration for your model, reward and prompts."""
     from selfplay.config import load
@@ -319,36 +321,35 @@ def pin(
     _order("pin", {"version": version, "pinned": not off}, config, set_, run_dir)
 
 
+@app.command()
+def prompts(
+    source: Source, column: Column = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Folder or Hub id of a policy: lengths in its tokens.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration whose `prompts` and policy are used.")] = None,
+    set_: Set = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Show what is read of a file of prompts: format, counts, lengths, examples."""
+    from selfplay.config import load
+    from selfplay.prompts.preview import shown
+    from selfplay.reporting.terminal import Display
+
+    Display().note("\n".join(shown(source, column, model, None if config is None else load(config, set_))))
+
+
 @app.command("add-prompts")
 def add_prompts(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="JSONL or Parquet, like prompts.source.", exists=True, dir_okay=False)
-    ],
+    file: Source, column: Column = None,
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
     """Add prompts of a file to those that later rounds draw from."""
-    from collections import Counter
+    from selfplay.prompts.adding import rows_of
+    from selfplay.prompts.formats import Reading
+    from selfplay.service.orders import MAX_PROMPTS
 
-    from selfplay.errors import InputError
-    from selfplay.prompts.formats import read_file
-    from selfplay.service.orders import MAX_PROMPTS, why_not_stored
-
-    rows: list[dict[str, Any]] = []
-    unreadable = Counter[str]()
-    for row in read_file(file):
-        if isinstance(row, str):
-            unreadable[row] += 1
-        elif why := why_not_stored(row):
-            unreadable[f"cannot be stored ({why})"] += 1
-        else:
-            rows.append(row)
-    said = ", ".join(f"{n} × {why}" for why, n in unreadable.items())
-    if not rows:
-        raise InputError(f"{file} has no prompt" + (f" ({said})" if said else ": it is empty"))
-    if said:
-        print(f"set aside: {said}")
-    parts = [rows[start : start + MAX_PROMPTS] for start in range(0, len(rows), MAX_PROMPTS)]
-    _orders([("add_prompts", {"rows": part}) for part in parts], config, set_, run_dir)
+    rows, said = rows_of(file, Reading(prompt=column))
+    print(said)
+    starts = range(0, len(rows), MAX_PROMPTS)
+    _orders([("add_prompts", {"rows": rows[at : at + MAX_PROMPTS]}) for at in starts], config, set_, run_dir)
 
 
 @app.command()

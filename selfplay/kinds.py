@@ -7,7 +7,7 @@ it is used, so that this file costs nothing. docs/architecture.md shows an examp
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 
 SELECTIONS = {
@@ -32,13 +32,22 @@ TRACKERS = {
 }
 """`track`: where metrics go. A module with `PACKAGE`, `SECRETS`, `require()` and `open_run(…)`; see `tracking/trackers`."""
 
+FORMATS = dict.fromkeys(
+    (
+        "tree", "trl", "prompt", "messages", "sharegpt", "conversations", "tree-rows", "turns", "alpaca", "question",
+        "preference", "text", "inside", "lines",
+    ),
+    "selfplay.prompts.formats.known",
+)  # fmt: skip
+"""`prompts.format`: what a row of a prompt file may look like. The module has all of them in its own FORMATS."""
+
 
 def resolve(table: Mapping[str, str], name: str) -> ModuleType:
     """The module that a table has under a name."""
     return importlib.import_module(table[name])
 
 
-def one_of(table: Mapping[str, str], *more: str) -> Callable[[str], str]:
+def one_of(table: Iterable[str], *more: str) -> Callable[[str], str]:
     """A check for a setting that holds a name of `table`, or one of `more`. The check raises ValueError for any other."""
 
     def check(name: str) -> str:

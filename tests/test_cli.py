@@ -161,24 +161,47 @@ def test_each_order_has_a_command(bare, words, kind, arguments):
 
 def test_prompts_of_a_file_are_ordered_and_what_cannot_be_read_is_counted(bare, tmp_path):
     file = tmp_path / "more.jsonl"
-    file.write_bytes(b'{"prompt": "one"}\n{not json\n\xff\n[1]\n{"messages": []}\n{oops\n')
-    done = CliRunner().invoke(cli.app, ["add-prompts", str(file), "--run-dir", str(tmp_path)])
-    assert done.exit_code == 0 and "set aside: 2 × invalid JSON, 1 × invalid UTF-8, 1 × not an object" in done.output
-    (order,) = waiting(bare)
-    assert order["arguments"] == {
-        "rows": [{"prompt": "one"}, {"messages": []}]
-    }  # the service says what it thinks of them
-    file.write_text(
-        "".join(f'{{"prompt": "number {i}"}}\n' for i in range(MAX_PROMPTS)) + '{"prompt": "x", "score": NaN}\n'
+    file.write_bytes(
+        b'{"prompt": "one", "score": NaN}\n{not json\n\xff\n[1]\n{"messages": []}\n{oops\n{"prompt": "\\ud800"}\n'
+        b'{"conversations": [{"from": "human", "value": "two"}, {"from": "gpt", "value": "2"}], "answer": 2}\n'
     )
     done = CliRunner().invoke(cli.app, ["add-prompts", str(file), "--run-dir", str(tmp_path)])
-    assert done.exit_code == 0 and "set aside: 1 × cannot be stored (ValueError)" in done.output
-    assert [len(order["arguments"]["rows"]) for order in waiting(bare)] == [2, MAX_PROMPTS]
+    assert done.exit_code == 0 and "1 × ShareGPT" in done.output and "1 answers dropped" in done.output
+    for said in ("2 × invalid JSON, 1 × invalid UTF-8, 1 × not an object, 1 × an empty prompt", "UnicodeEncodeError"):
+        assert said in done.output
+    (order,) = waiting(bare)
+    assert order["arguments"] == {"rows": [{"prompt": "one"}, {"prompt": "two", "reference": "2"}]}
+    file.write_text("".join(f'{{"ask": "number {i}"}}\n' for i in range(MAX_PROMPTS + 1)))
+    done = CliRunner().invoke(cli.app, ["add-prompts", str(file), "--column", "ask", "--run-dir", str(tmp_path)])
+    assert done.exit_code == 0
+    assert [len(order["arguments"]["rows"]) for order in waiting(bare)] == [2, MAX_PROMPTS, 1]
     for content, words in ((b"", "it is empty"), (b"{x\n", r"1 × invalid JSON")):
         file.write_bytes(content)
         with pytest.raises(InputError, match=words):
             CliRunner().invoke(cli.app, ["add-prompts", str(file), "--run-dir", str(tmp_path)], catch_exceptions=False)
-    assert len(waiting(bare)) == 2
+    assert len(waiting(bare)) == 3
+
+
+def test_a_file_of_prompts_is_shown_without_a_run(tmp_path):
+    """Untrusted text: what a terminal would obey, or read as markup, is shown and not done."""
+    file = tmp_path / "talks.json"
+    rows = [
+        {"conversations": [{"from": "human", "value": f"[red]ask\x1b[31m {i}[/]"}, {"from": "gpt", "value": "so"}]}
+        for i in (1, 2, 3, 3)
+    ]
+    file.write_text(json.dumps([*rows, {"conversations": []}], indent=1))
+    done = CliRunner().invoke(cli.app, ["prompts", str(file)], catch_exceptions=False)
+    said = " ".join(done.output.split())
+    assert "ShareGPT, 2 of 2 roles mapped (gpt → assistant, human → user), 4 prompts, 4 answers dropped" in said
+    assert "5: 4 prompts, 1 set aside: 1 × an empty prompt" in said and "duplicates 1" in said
+    assert "in words: shortest 2, median 2" in said
+    assert "[red]ask�[31m 3[/]" in said and "\x1b" not in done.output
+    file.write_text('[{"body_text": "why?", "id": "1"}]')
+    with pytest.raises(InputError, match="its rows have the keys body_text, id") as error:
+        CliRunner().invoke(cli.app, ["prompts", str(file)], catch_exceptions=False)
+    assert error.value.exit_code == 2 and "prompts.columns, such as {prompt: body_text}" in error.value.hint
+    done = CliRunner().invoke(cli.app, ["prompts", str(file), "--column", "body_text"], catch_exceptions=False)
+    assert "user: why?" in done.output
 
 
 def test_a_ledger_that_is_locked_is_an_error_of_two_lines(bare, tmp_path, monkeypatch, capsys):

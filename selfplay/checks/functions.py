@@ -6,15 +6,17 @@ The rubric is called as the evaluation calls it, on a few held-out prompts, so t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from selfplay.checks.finding import Finding
-from selfplay.config import Config
+from selfplay.config import Config, PromptsConfig
+from selfplay.config.functions import load_function
 from selfplay.evaluation.rubric import grade
-from selfplay.prompts.formats import messages_of, read_file
-from selfplay.rounds.requirements import load_function
+from selfplay.prompts.files.part import all_parts
+from selfplay.prompts.files.sources import is_local
+from selfplay.prompts.formats import Reading
 from selfplay.types import Message
 
 PROMPTS = 4  # with `meta`, and as many without
@@ -28,13 +30,13 @@ def rubric(config: Config, run_dir: Path) -> Iterator[Finding]:
     if name is None:
         return
     function = load_function("evaluate.gold", name)
-    path = Path(config.prompts.heldout or config.prompts.source)
-    if not path.is_file():
+    path = config.prompts.heldout or config.prompts.source
+    if not is_local(path):
         said = f"{name} can be imported; it was not tried, because the held-out prompts are not in a file here"
         yield Finding.ok("evaluate.gold", said)
         return
     parts: set[str] = set()
-    prompts = _examples(path)
+    prompts = _examples(path, config.prompts)
     for number, messages, meta in prompts:
         for answer in ANSWERS:
             try:
@@ -50,13 +52,14 @@ def rubric(config: Config, run_dir: Path) -> Iterator[Finding]:
         yield Finding.ok("evaluate.gold", said)
 
 
-def _examples(path: Path) -> list[tuple[int, list[Message], dict[str, Any]]]:
-    """A few prompts of a file, with `meta` and without: (place in the file, from 1; messages; meta)."""
+def _examples(source: str, settings: PromptsConfig) -> list[tuple[int, list[Message], dict[str, Any]]]:
+    """A few prompts of a source, with `meta` and without: (place in the source, from 1; messages; meta)."""
     found: dict[bool, list[tuple[int, list[Message], dict[str, Any]]]] = {True: [], False: []}
-    for number, row in enumerate(islice(read_file(path), ROWS), 1):
-        if isinstance(row, str) or isinstance(messages := messages_of(row), str):
+    parts = all_parts(source, Reading.of(settings), settings.split, settings.config)
+    for number, row in enumerate(islice(chain.from_iterable(part.read() for part in parts), ROWS), 1):
+        if isinstance(row, str):
             continue  # it cannot be read, and is set aside by the import
-        meta = row.get("meta") or {}
+        messages, meta = row.messages, row.meta
         found[bool(meta)].append((number, messages, meta))
         if all(len(rows) >= PROMPTS for rows in found.values()):
             break

@@ -7,34 +7,46 @@ from pathlib import Path
 
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
+from selfplay.errors import InputError
 from selfplay.prompts import importer
+from selfplay.prompts.files.sources import files_of
+from selfplay.prompts.formats.report import counted
 from selfplay.prompts.survey import ALSO
-
-FILES = (".jsonl", ".json", ".parquet")
 
 
 def files(config: Config, run_dir: Path) -> Iterator[Finding]:
-    """Whether there are as many prompts as a round and the gate ask for.
+    """What the sources are recognised as, and whether there are as many prompts as a round and the gate ask for.
 
     How long a prompt is, only the policy's tokenizer can tell, at the import.
     """
     settings, evaluation = config.prompts, config.evaluate
+    local = True
     named = {"source": settings.source, "heldout": settings.heldout, "audit": settings.audit}
     for name, source in named.items():
         key = f"prompts.{name}"
-        if source is None or Path(source).is_file():
+        if source is None:
             continue
-        if Path(source).suffix in FILES or source.startswith((".", "/")):
-            yield Finding.error(key, f"{source}: no such file")
-        else:
+        try:
+            found = files_of(source, settings.split, settings.config)
+        except InputError as error:
+            yield Finding.error(key, f"{error}; {error.hint}")
+            local = False
+            continue
+        if found is None:
             yield Finding.ok(key, f"{source} is taken for a Hub dataset, which is loaded when the run starts")
-    if not all(Path(source).is_file() for source in named.values() if source is not None):
+            local = False
+        elif found.left or len(found.paths) > 1:
+            left = f"; {found.left:,} of other splits are left out" if found.left else ""
+            yield Finding.ok(key, f"{len(found.paths):,} files in {source}{left}")
+    if not local:
         return
-    found = importer.survey(config)
-    splits, counts = found.splits, found.set_aside
+    survey = importer.survey(config)
+    for said in survey.recognised:
+        yield Finding.ok("format", said)
+    splits, counts = survey.splits, survey.set_aside
     said = f"{splits['train']:,} to train on, {splits['heldout']:,} held out, {splits['audit']:,} in the audit set"
     if counts:
-        said += f"; set aside: {', '.join(f'{n} × {why}' for why, n in counts.items())}"
+        said += f"; set aside: {counted(counts)}"
     said += "; prompts longer than prompts.max_tokens will be left out too"
     bad = counts.keys() - {"duplicate", *ALSO.values()}
     yield Finding.warning("prompts", said) if bad else Finding.ok("prompts", said)

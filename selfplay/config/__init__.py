@@ -12,7 +12,7 @@ from selfplay.config.loading import load
 from selfplay.config.pairs import DepthConfig, PairsConfig
 from selfplay.config.placement import PlacementConfig
 from selfplay.config.policy import PolicyConfig, SwapConfig
-from selfplay.config.prompts import BreadthConfig, EvolveConfig, PromptsConfig
+from selfplay.config.prompts import BreadthConfig, ColumnsConfig, EvolveConfig, PromptsConfig
 from selfplay.config.retention import RetentionConfig
 from selfplay.config.reward import (
     CacheConfig,
@@ -33,6 +33,7 @@ from selfplay.config.train import Ema, EveryN, LoraConfig, TrainConfig
 __all__ = [
     "BreadthConfig",
     "CacheConfig",
+    "ColumnsConfig",
     "Config",
     "DepthConfig",
     "Ema",

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from selfplay.config.base import Positive, Section, Share
+from selfplay.kinds import FORMATS, one_of
+
+
+class ColumnsConfig(Section):
+    """Where a row has what is read of it, for a file whose format is not recognised. A name with points leads into objects."""
+
+    prompt: str | None = None
+    """Column of the prompt: a text, a list of messages, or a whole conversation, whose last answer is dropped."""
+    system: str | None = None
+    """Column of a system message; by default `system`, `system_prompt` or `system_message`."""
+    meta: str | list[str] = []
+    """Column, or columns, that become the `meta` of a held-out prompt; by default `meta`."""
+    reference: str | None = None
+    """Column by which a reward may check an answer; by default `reference`, `answer`, `solution` or `ground_truth`."""
 
 
 class PromptsConfig(Section):
     source: str
-    """JSONL or Parquet file with `prompt` or `messages` (and optional `meta` and reference), or a Hub dataset id."""
+    """A file, a folder of files, a glob, or a Hub dataset id. The format of the rows is recognised (docs/prompts.md)."""
+    config: str | None = None
+    """Configuration of a dataset that has several."""
     split: str = "train"
-    """Split of a Hub dataset."""
-    column: str | None = None
-    """Column of a Hub dataset that holds the prompt (a string or a list of messages)."""
+    """Split of a dataset on the Hub, or of a folder that is a copy of one."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Names of the columns, for a format that is not recognised. `prompts.column: x` is `prompts.columns: {prompt: x}`."""
+    format: Annotated[str, AfterValidator(one_of(FORMATS))] | None = None
+    """Read every row as this format; by default each row is read as what it is. docs/prompts.md lists them."""
+    filter: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """Function `module:function` that is given a row and returns whether it is taken."""
     heldout: str | None = None
-    """File of held-out prompts; without one a share of `source` is held out."""
+    """Held-out prompts, as `source` and read in the same way; without them a share of `source` is held out."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of `source` that is held out, by hash, when `heldout` is not set."""
     audit_fraction: Share = 0.4
@@ -25,7 +45,7 @@ class PromptsConfig(Section):
     audit: str | None = None
     """File of the prompts of the audit set; without one it is a share of the held-out prompts."""
     benchmarks: list[str] = []
-    """Files of public benchmarks (`prompt`, `messages` or `question`): what shares n-grams with one of their prompts, as
+    """Files of public benchmarks, of any format that is recognised: what shares n-grams with one of their prompts, as
     `leak_ngram` and `leak_overlap` say, is left out of the training pool and counted."""
     per_round: Positive = 192
     """Prompts drawn in a round."""
@@ -39,6 +59,16 @@ class PromptsConfig(Section):
     leak_overlap: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of n-grams in common from which on a prompt that joins later meets a held-out one, or any prompt one of a
     benchmark, and is refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_column(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "column" in given:
+            given = dict(given)
+            columns = given.pop("column")
+            if columns is not None:
+                given["columns"] = {"prompt": columns, **(given.get("columns") or {})}
+        return given
 
 
 class BreadthConfig(Section):

@@ -33,6 +33,12 @@ Tracker = Annotated[
 ]
 
 
+FIXED = (
+    "source", "config", "split", "format", "filter", "heldout", "heldout_fraction", "audit", "audit_fraction", "max_tokens",
+)  # fmt: skip
+"""Settings of `prompts` that decide on the pool, and so on all that comes of it."""
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     """Name, folder and seed."""
@@ -169,22 +175,12 @@ class Config(Section):
             "policy.model": self.policy.model,
             "policy.revision": self.policy.revision,
             "policy.dtype": self.policy.dtype,
-            # None, as in the ledgers of runs that began before there were these settings
+            # Absent values are null: what a run began with before there was a setting is still the same.
             "policy.chat_template_kwargs": self.policy.chat_template_kwargs or None,
             "policy.template_date": self.policy.template_date and self.policy.template_date.isoformat(),
-            **{
-                f"prompts.{name}": getattr(self.prompts, name)
-                for name in (
-                    "source",
-                    "split",
-                    "column",
-                    "heldout",
-                    "heldout_fraction",
-                    "audit",
-                    "audit_fraction",
-                    "max_tokens",
-                )
-            },
+            **{f"prompts.{name}": getattr(self.prompts, name) for name in FIXED},
+            "prompts.column": self.prompts.columns.prompt,
+            "prompts.columns": self.prompts.columns.model_dump(exclude={"prompt"}, exclude_defaults=True) or None,
             "prompts.benchmarks": self.prompts.benchmarks or None,
             "run.seed": self.run.seed,
         }

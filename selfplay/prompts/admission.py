@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from reward.kinds import Kind
 from selfplay.prompts.benchmarks import Benchmarks, also_in
-from selfplay.prompts.formats import messages_of, prompt_id
+from selfplay.prompts.formats import DEFAULT, prompt_id
 from selfplay.prompts.held_out import HeldOut, same
 from selfplay.prompts.parts import Render
-from selfplay.prompts.references import reference_of, unreadable
+from selfplay.prompts.references import unreadable
 from selfplay.prompts.survey import why_not_stored
 from selfplay.types import Prompt
 
@@ -44,8 +44,8 @@ def admit(
 ) -> list[Prompt | str]:
     """For each row the prompt that may join the pool, or why it may not.
 
-    rows: {"prompt"} or {"messages"}, with "parent" (a prompt_id), "source" and a reference where they have them; `source`
-    is for the others. max_tokens: longest rendered prompt. ngram, overlap: see HeldOut. joined: first round that may draw them.
+    rows: of any known format, with "parent" (a prompt_id), "source" and a reference where they have them; `source` is for
+    the others. max_tokens: longest rendered prompt. ngram, overlap: see HeldOut. joined: first round that may draw them.
     kinds: the rewards that have to be able to check answers by the reference.
     Refused are rows without a conversation, what the reward cannot check, what the pool has already (the same words), what
     meets a held-out prompt or has its ancestor, what meets a prompt of one of the `benchmarks`, what the chat template
@@ -82,15 +82,11 @@ def _draft(
     row: Mapping[str, Any], roots: Mapping[str, str], source: str, joined: int, kinds: Sequence[Kind]
 ) -> Prompt | str:
     """The prompt of a row before it is rendered, or why it has none."""
-    messages = messages_of(row)
-    if isinstance(messages, str):
-        return messages
-    parent = None if row.get("parent") is None else str(row["parent"])
+    found = DEFAULT.read(row)
+    if isinstance(found, str):
+        return found
+    messages, parent, reference = found.messages, found.parent, found.reference
     origin = str(row.get("source") or source)
-    try:
-        reference = reference_of(row)
-    except Exception as error:
-        return f"its reference is no JSON ({type(error).__name__})"
     if why_not_stored([messages, parent, origin, reference]):
         return "half a surrogate pair"
     if (why := unreadable(reference, kinds)) is not None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from selfplay.errors import InputError
-from selfplay.prompts import formats
+from selfplay.prompts.files.part import parts
+from selfplay.prompts.formats import prompt_id
 from selfplay.prompts.held_out import HeldOut
 from selfplay.types import Message, Prompt
 
@@ -21,19 +22,19 @@ Benchmarks = Mapping[str, HeldOut]
 
 
 def read(files: Sequence[str]) -> dict[str, HeldOut]:
-    """The prompts of benchmark files (JSONL or Parquet: `prompt`, `messages` or `question`). Raises InputError."""
+    """The prompts of benchmark files, of any known format. Raises InputError."""
     found: dict[str, HeldOut] = {}
     for file in files:
         if not Path(file).is_file():
             raise InputError(
                 f"prompts.benchmarks: {file}: no such file", "relative paths start at the working directory"
             )
-        rows = [_messages(row) for row in formats.read_file(Path(file), (*formats.COLUMNS, "question"))]
-        asked = [messages for messages in rows if messages is not None]
+        rows = [row for part in parts(Path(file)) for row in part.read()]
+        asked = [row.messages for row in rows if not isinstance(row, str)]
         if not asked:
             raise InputError(
                 f"prompts.benchmarks: {file} has no prompt that can be read",
-                "its rows need a `prompt`, `messages` or `question`",
+                "docs/prompts.md lists what is read; `selfplay prompts` shows what is wrong",
             )
         found[Path(file).name] = HeldOut.of(map(_prompt, asked))
     return found
@@ -53,12 +54,5 @@ def also_in(
     return found
 
 
-def _messages(row: formats.Row) -> list[Message] | None:
-    if isinstance(row, str):
-        return None
-    messages = formats.messages_of(row if "question" not in row else {"prompt": row["question"]} | row)
-    return None if isinstance(messages, str) else messages
-
-
 def _prompt(messages: list[Message]) -> Prompt:
-    return Prompt(prompt_id=formats.prompt_id(messages), messages=messages, prompt_ids=[], split="heldout")
+    return Prompt(prompt_id=prompt_id(messages), messages=messages, prompt_ids=[], split="heldout")

@@ -29,9 +29,13 @@ from selfplay.config import Config
 from selfplay.errors import InputError, SelfplayError
 from selfplay.models.rendering import Renderer, Template, load_tokenizer, run_encode, run_render
 from selfplay.processes.protocol import protocol, quick_imports
-from selfplay.prompts import formats, parts, pool, references
+from selfplay.prompts import parts, pool, references
 from selfplay.prompts import survey as surveys
 from selfplay.prompts.draw import subset
+from selfplay.prompts.files import copies
+from selfplay.prompts.files.part import all_parts
+from selfplay.prompts.files.sources import files_of, is_local
+from selfplay.prompts.formats import Reading
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.workers import cores
 from selfplay.storage import folders, hashes, tables
@@ -39,7 +43,7 @@ from selfplay.types import Split
 
 INITIAL = "initial.json"
 CANARY_TOKENS = 64
-FORMAT = 2  # of a part: another number, and parts that were written before are made again
+FORMAT = 3  # of a part: another number, and parts that were written before are made again
 
 OnProgress = Callable[[str, int, int], None]
 """What is done, how much of it, and of how much."""
@@ -47,7 +51,10 @@ OnProgress = Callable[[str, int, int], None]
 
 def survey(config: Config, workers: int | None = None) -> surveys.Survey:
     """What the files of prompts hold, without rendering any. Raises InputError."""
-    sources = {split: formats.parts(Path(source)) for split, source in _sources(config).items()}
+    sources = {
+        split: all_parts(source, Reading.of(config.prompts), config.prompts.split, config.prompts.config)
+        for split, source in _sources(config).items()
+    }
     return surveys.survey(config, sources, workers or cores())
 
 
@@ -68,20 +75,25 @@ def import_pool(
     about: object = None,
     workers: int | None = None,
     on_progress: OnProgress = lambda text, done, total: None,
+    on_recognised: Callable[[str], None] = lambda said: None,
 ) -> tuple[Counter[str], Counter[str]]:
     """Read, split and render all prompts, and make their pool in the folder `out`. Raises InputError.
 
     `work`: where finished parts are kept; the next call goes on with them where it has the same sources and settings, and
-    says the same `about` what renders. Returns how many prompts each split has, and how many rows were set aside for what.
+    says the same `about` what renders. `on_recognised` is told what each source is, in words. Returns how many prompts each
+    split has, and how many rows were set aside for what.
     """
     workers = workers or cores()
     settings, seed = config.prompts, config.run.seed
     folder = _work_folder(config, work, about)
+    reading = Reading.of(settings)
     sources = {
-        split: formats.parts(_file(source, i, config, folder))
+        split: copies.in_parts(source, reading, settings.split, settings.config, folder / f"source-{i}", workers)
         for i, (split, source) in enumerate(_sources(config).items())
     }
     found = surveys.survey(config, sources, workers, lambda n, of: on_progress("reading", n, of))
+    for said in found.recognised:
+        on_recognised(said)
     made = parts.make(
         found.chosen, settings, seed, render, folder, workers, lambda n, of: on_progress("rendering", n, of)
     )
@@ -95,18 +107,13 @@ def import_pool(
     return splits, set_aside
 
 
-def _file(source: str, number: int, config: Config, work: Path) -> Path:
-    """The file with the prompts of a source. That of a Hub dataset, or with large row groups, is a copy in `work`."""
-    copy = work / f"source-{number}.parquet"
-    if formats.is_file(source):
-        return formats.in_small_groups(Path(source), copy)
-    return formats.from_hub(source, config.prompts.split, config.prompts.column, copy)
-
-
 def _work_folder(config: Config, work: Path, about: object) -> Path:
     """Where the parts of these sources and settings are kept; parts of others are deleted."""
-    sources = [Path(source) for source in (*_sources(config).values(), *config.prompts.benchmarks)]
-    stats = [(s.st_size, s.st_mtime_ns, s.st_ino) for path in sources if path.is_file() for s in [path.stat()]]
+    settings = config.prompts
+    found = [files_of(source, settings.split, settings.config) for source in _sources(config).values()]
+    paths = [path for source in found if source is not None for path in source.paths]
+    paths += [path for path in map(Path, settings.benchmarks) if path.is_file()]
+    stats = [(str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path in paths for s in [path.stat()]]
     read_by = [references.which(references.readers(config, held_out=held_out)) for held_out in (False, True)]
     key = json.dumps([FORMAT, config.fixed(), stats, about, read_by], sort_keys=True, default=str)
     folder = work / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -150,14 +157,16 @@ def run_import(config: Config, template: Template, out: Path, work: Path, on_pro
     """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
     source = initial_folder(config.policy.model, config.policy.revision)
     tokenizer = load_tokenizer(source, config.policy.trust_remote_code)
-    if all(map(formats.is_file, _sources(config).values())):  # the loader of a Hub dataset may need it
+    if all(map(is_local, _sources(config).values())):  # the loader of a Hub dataset may need it
         tables.leave_pandas_out()
     about = _renders(source)
     if dated := template.prints_date(tokenizer):  # what was rendered on another day is rendered anew
         about["today"] = template.today.isoformat()
+    recognised: list[str] = []
     splits, set_aside = import_pool(
-        config, Renderer(tokenizer, template), out, work, about=about, on_progress=on_progress
-    )
+        config, Renderer(tokenizer, template), out, work, about=about, on_progress=on_progress,
+        on_recognised=recognised.append,
+    )  # fmt: skip
     on_progress("canaries of the initial policy", 0, 1)
     import torch  # after the workers were forked
 
@@ -172,7 +181,7 @@ def run_import(config: Config, template: Template, out: Path, work: Path, on_pro
         {"source": str(source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(set_aside)},
     )
     shutil.rmtree(work)
-    return {"prompts": dict(splits), "set_aside": dict(set_aside), "dated": dated}
+    return {"prompts": dict(splits), "set_aside": dict(set_aside), "recognised": recognised, "dated": dated}
 
 
 def _renders(policy: Path) -> dict[str, str]:

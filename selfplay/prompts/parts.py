@@ -22,9 +22,7 @@ from numpy.typing import NDArray
 
 from selfplay.config import PromptsConfig
 from selfplay.prompts import rows, survey
-from selfplay.prompts.formats import messages_of
 from selfplay.prompts.held_out import WORDS, asked, same
-from selfplay.prompts.references import reference_of
 from selfplay.prompts.workers import each
 from selfplay.storage import tables
 from selfplay.types import Message, Prompt, Split
@@ -124,10 +122,9 @@ def _conversations(chosen: survey.Chosen) -> Iterator[_Conversation]:
     for number, row in enumerate(chosen.part.rows()):
         if number == looked_for:
             assert isinstance(row, dict), "the survey has read this row"
-            messages = messages_of(row)
-            assert isinstance(messages, list), "the survey has read this row"
-            parent = str(row["parent"]) if row.get("parent") else None
-            yield _Conversation(own, messages, row.get("meta") or {}, parent, reference_of(row))
+            found = chosen.part.reading.read(row)
+            assert not isinstance(found, str), "the survey has read this row"
+            yield _Conversation(own, found.messages, found.meta, found.parent, found.reference)
             looked_for, own = next(wanted, (-1, ""))
 
 

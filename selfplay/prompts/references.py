@@ -1,7 +1,7 @@
 """The reference of a row: the text by which a reward may check an answer.
 
-It is in one of the columns `reference`, `answer`, `solution`, `ground_truth` and `input_output`, or in the columns of a public
-format that needs several. What is no text becomes JSON with sorted keys, so that the same reference is the same text whatever
+It is in one of the columns `reference`, `answer`, `solution`, `ground_truth` and `input_output`, in `reward_model.ground_truth`,
+or in the columns of a public format that needs several. What is no text becomes JSON with sorted keys, so that the same reference is the same text whatever
 file it came from.
 """
 
@@ -21,7 +21,9 @@ FORMATS = (
 )
 """Columns that are a reference together: those that have to be there, and those that may be."""
 NAMES = ("answer", "solution", "ground_truth", "input_output")
-COLUMNS = ("reference", *(name for needed, others in FORMATS for name in needed + others), *NAMES)
+INSIDE = ("reward_model", "ground_truth")
+"""An object, and its key that is a reference (verl)."""
+COLUMNS = ("reference", *(name for needed, others in FORMATS for name in needed + others), *NAMES, INSIDE[0])
 """All columns that may hold a reference."""
 
 
@@ -37,6 +39,8 @@ def reference_of(row: Mapping[str, Any]) -> str | None:
         if all(_is_there(row.get(name)) for name in needed):
             return _text({name: row[name] for name in needed + others if _is_there(row.get(name))})
     found = next((row[name] for name in NAMES if _is_there(row.get(name))), None)
+    if found is None and isinstance(inner := row.get(INSIDE[0]), Mapping) and _is_there(inner.get(INSIDE[1])):
+        found = inner[INSIDE[1]]
     return None if found is None else _text(found)
 
 
@@ -72,7 +76,11 @@ def _is_there(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(_without_nulls(value), ensure_ascii=False, sort_keys=True)
+    return (
+        value
+        if isinstance(value, str)
+        else json.dumps(_without_nulls(value), ensure_ascii=False, sort_keys=True, default=str)
+    )
 
 
 def _without_nulls(value: Any) -> Any:

@@ -21,8 +21,11 @@ from selfplay import seeds
 from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
 from selfplay.prompts import benchmarks
-from selfplay.prompts.formats import Part, canonical, hash_of, messages_of, names
-from selfplay.prompts.references import readers, reference_of, unreadable
+from selfplay.prompts.files.part import Part
+from selfplay.prompts.formats import Found, canonical, hash_of, names
+from selfplay.prompts.formats.reading import NO_FORMAT
+from selfplay.prompts.formats.report import Recognised, counted, nothing_in
+from selfplay.prompts.references import readers, unreadable
 from selfplay.prompts.workers import each
 from selfplay.types import Message, Split
 
@@ -49,6 +52,7 @@ class Seen:
     """Rows without a conversation, or without a reference where the reward needs one, by reason."""
     refused: str | None
     """What is wrong with the first reference that the reward cannot read."""
+    recognised: Recognised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,8 @@ class Survey:
     """Prompts of each split, those included that cannot be rendered or are too long."""
     set_aside: Counter[str]
     """Rows that were left out, by reason."""
+    recognised: list[str]
+    """What each source is, in words."""
 
 
 def survey(
@@ -101,10 +107,12 @@ def survey(
         for part in parts
     ]
     seen: list[Seen] = []
-    for (part, *_), found in zip(every, each(_look, every, workers), strict=True):
+    given: dict[Split, str | None] = {"train": settings.source, "heldout": settings.heldout, "audit": settings.audit}
+    of_splits = [split for split, parts in sources.items() for _ in parts]
+    for split, found in zip(of_splits, each(_look, every, workers), strict=True):
         if found.refused is not None:
             raise InputError(
-                f"{part.path}: {found.refused}",
+                f"{given[split]}: {found.refused}",
                 "correct the row, or take it out; docs/rewards.md says what each reward reads",
             )
         seen.append(found)
@@ -113,8 +121,7 @@ def survey(
     parents: dict[str, str] = {}
     rest = iter(seen)
     for split, parts in sources.items():
-        name = {"train": settings.source, "heldout": settings.heldout, "audit": settings.audit}[split]
-        sides[split] = side = _Side(str(name), parts, list(islice(rest, len(parts))), set_aside)
+        sides[split] = side = _Side(str(given[split]), parts, list(islice(rest, len(parts))), set_aside)
         if parents:  # a prompt of several sources has the parent that the last of them names, or none
             for own in parents.keys() & set(names(side.hashes)):
                 del parents[own]
@@ -133,7 +140,8 @@ def survey(
         roots_of, source_of = these.roots, these.source_of
         splits.update(split_of(settings, config.run.seed, roots_of.get(own, own), source_of) for own in these.ids)
     require_both_sides(splits, +set_aside)
-    return Survey(chosen=chosen, splits=splits, set_aside=+set_aside)
+    recognised = [side.said for side in sides.values()]
+    return Survey(chosen=chosen, splits=splits, set_aside=+set_aside, recognised=recognised)
 
 
 def _look(item: tuple[Part, Sequence[Kind], AlsoIn | None]) -> Seen:
@@ -146,47 +154,49 @@ def look(part: Part, kinds: Sequence[Kind] = (), also_in: AlsoIn | None = None) 
     hashes: list[int] = []
     rows: list[int] = []
     parents: list[str | None] = []
-    conversations: list[list[Message]] = []
+    asked: list[Found] = []
     bad = Counter[str]()
     refused: str | None = None
+    recognised = Recognised()
     for number, row in enumerate(part.rows()):
-        messages = row if isinstance(row, str) else messages_of(row)
-        if isinstance(messages, str):
-            bad[messages] += 1
+        found = row if isinstance(row, str) else part.reading.read(row)
+        if isinstance(found, str):
+            bad[found] += 1
+            if isinstance(row, dict):
+                recognised.not_found(row, found)
             continue
-        assert not isinstance(row, str)
-        text, meta, parent = canonical(messages), row.get("meta"), row.get("parent")
-        try:
-            reference = reference_of(row)
-        except Exception as error:
-            bad[f"its reference is no JSON ({type(error).__name__})"] += 1
-            continue
+        text = canonical(found.messages)
         # Only half of a surrogate pair is no text, and whole pairs are rare as well.
-        kept = [messages, meta, parent, reference]
-        if (meta or parent or reference or "\\ud" in text) and (why := why_not_stored(kept)):
+        kept = [found.messages, found.parent, found.reference]
+        if (found.parent or found.reference or "\\ud" in text) and (why := why_not_stored(kept)):
             bad[why] += 1
             continue
-        if (why := unreadable(reference, kinds)) is not None and reference is None:
+        if (why := unreadable(found.reference, kinds)) is not None and found.reference is None:
             bad[why] += 1
             continue
         if why is not None:
-            refused = refused or f"the prompt {messages[-1]['content'][:60]!r}: {why}"
-        parents.append(str(parent) if parent else None)
+            refused = refused or f"the prompt {found.messages[-1]['content'][:60]!r}: {why}"
+        parents.append(found.parent)
         hashes.append(seeds.derive(text))
         rows.append(number)
         if also_in is not None:
-            conversations.append(messages)
+            asked.append(found)
+        else:
+            recognised.found(found)
     keep = np.arange(len(hashes))
     if also_in is not None:
-        public = also_in(conversations)
+        public = also_in([found.messages for found in asked])
         bad.update(f"also in {name}" for name in public if name is not None)
         keep = np.array([i for i, name in enumerate(public) if name is None], np.int64)
+        for i in keep.tolist():
+            recognised.found(asked[i])
     return Seen(
         hashes=np.array(hashes, np.int64)[keep],
         rows=np.array(rows, np.int32)[keep],
         parents={i: own for i, at in enumerate(keep.tolist()) if (own := parents[at]) is not None},
         bad=bad,
         refused=refused,
+        recognised=recognised,
     )
 
 
@@ -237,14 +247,23 @@ class _Side:
     def __init__(self, source: str, parts: Sequence[Part], seen: Sequence[Seen], set_aside: Counter[str]) -> None:
         """Rows without a conversation, and those that come again, are added to `set_aside`."""
         self._source, self._parts = source, parts
+        bad, recognised = Counter[str](), Recognised()
         for found in seen:
-            set_aside.update(found.bad)
+            bad.update(found.bad)
+            recognised.add(found.recognised)
+        set_aside.update(bad)
         every = np.concatenate([np.empty(0, np.int64), *(found.hashes for found in seen)])
         if not len(every):
-            bad = ", ".join(f"{n} × {why}" for why, n in set_aside.items())
-            raise InputError(f"{source} has no usable prompt" + (f" ({bad})" if bad else ": it is empty"))
+            raise nothing_in(source, recognised, bad)
         first = np.sort(np.unique(every, return_index=True)[1])
-        set_aside["duplicate"] += len(every) - len(first)
+        bad["duplicate"] = len(every) - len(first)
+        set_aside["duplicate"] += bad["duplicate"]
+        self.said = f"{source}: {recognised.words()}"
+        if +bad:
+            keys, hint = recognised.why_not()
+            self.said += f", {bad.total():,} set aside: {counted(+bad)}" + (
+                f"; {keys} ({hint})" if NO_FORMAT in bad else ""
+            )
         starts = np.cumsum([0, *(len(found.hashes) for found in seen)])
         self.hashes = every[first]
         """(n,) of the conversations, in the order they came."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from selfplay.config import Config
 from selfplay.errors import InputError
@@ -44,17 +42,6 @@ def require_models(config: Config) -> None:
             continue
         if (labels := num_labels(Path(model))) not in (None, 1):
             raise InputError(f"{key}: {model} has num_labels {labels}; a reward model has 1, or name its `heads`")
-
-
-def load_function(key: str, name: str | None) -> Any:
-    """The function `module:function` that the setting `key` names; raises InputError when it cannot be imported."""
-    if name is None:
-        return None
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{key}: {name} cannot be imported: {error}") from None
 
 
 def num_labels(model: Path) -> int | None:

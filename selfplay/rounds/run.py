@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.config import Config, EnsembleConfig, RewardSource, SuiteConfig
+from selfplay.config.functions import load_function
 from selfplay.errors import InputError, RewardError, SelfplayError
 from selfplay.evaluation.rubric import Rubric
 from selfplay.generation.generator import Generator
@@ -32,7 +33,7 @@ from selfplay.rewards.early import EarlyScoring
 from selfplay.rewards.scorer import Scorer
 from selfplay.rounds import intake
 from selfplay.rounds.importing import ask_importer
-from selfplay.rounds.requirements import load_function, packages, require_models
+from selfplay.rounds.requirements import packages, require_models
 from selfplay.rounds.suites import require_suites
 from selfplay.rounds.turns import Turns
 from selfplay.storage import folders
@@ -211,6 +212,9 @@ class Run:
             out=str(out),
             work=str(self.dir / "pool.parts"),
         )
+        for said in found["recognised"]:
+            self.event("import", said)
+            self.display.note(f"prompts: {said}")
         if found["set_aside"]:
             self.event(
                 "warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())

@@ -114,7 +114,7 @@ def test_prompt_files_are_read_and_split_as_the_import_does(tmp_path):
     (tmp_path / "train.jsonl").write_text(few)
     level, text = said(config, tmp_path, "prompts")
     assert level == "warning" and text.startswith("2 to train on, ")
-    for aside in ("1 × duplicate", "1 × invalid JSON", "1 × neither prompt nor messages", "1 × also held out"):
+    for aside in ("1 × duplicate", "1 × invalid JSON", "1 × an empty prompt", "1 × also held out"):
         assert aside in text
     assert said(config, tmp_path, "prompts.per_round")[0] == "warning"
     (tmp_path / "heldout.jsonl").write_text("".join(f'{{"prompt": "heldout {i}"}}\n' for i in range(100)))

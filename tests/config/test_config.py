@@ -182,3 +182,13 @@ def test_code_of_one_model_is_not_run_for_another():
         True,
         False,
     ]
+
+
+def test_the_column_of_the_prompt_has_a_short_form_and_old_runs_stay_the_same():
+    short = config.load(TINY, ["prompts.column=question"])
+    assert short.prompts.columns == config.load(TINY, ["prompts.columns={prompt: question}"]).prompts.columns
+    assert short.fixed()["prompts.column"] == "question"
+    new = {"prompts.columns", "prompts.format", "prompts.config", "prompts.filter", "prompts.column"}
+    assert {config.load(TINY).fixed()[name] for name in new} == {None}
+    with pytest.raises(ConfigError, match="prompts.format: should be 'tree', .* or 'lines', not 'alpacca'"):
+        config.load(TINY, ["prompts.format=alpacca"])

@@ -47,7 +47,7 @@ def test_what_may_join_and_what_may_not(tmp_path, kind):
             {"prompt": " "},
             {"prompt": "a lone surrogate \ud800"},
             {"prompt": "Why?", "parent": "\ud800"},
-            {"prompt": ["Why?"], "messages": "Why?", "parent": {"a": 1}, "source": 3},
+            {"prompt": 3, "messages": [3], "parent": {"a": 1}, "source": 3},
         ],
         opened(tmp_path, known, kind),
     )
@@ -67,10 +67,10 @@ def test_what_may_join_and_what_may_not(tmp_path, kind):
         ),
         "cannot be rendered (TemplateError)",
         "too long",
-        "neither prompt nor messages",
+        "an empty prompt",
         "half a surrogate pair",
         "half a surrogate pair",
-        "neither prompt nor messages",
+        "a prompt that is no text",
     ]  # fmt: skip
     assert isinstance(found[0], Prompt) and found[0].ancestor == "adam"
 

@@ -14,6 +14,7 @@ import pytest
 from selfplay import config
 from selfplay.errors import InputError
 from selfplay.prompts import formats, importer, rows
+from selfplay.prompts.files import part
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.pool import ORDERS, Pool
 
@@ -79,8 +80,9 @@ def test_bad_rows_are_counted_and_set_aside(tmp_path):
     pool, counts = built(settings(jsonl(tmp_path / "a.jsonl", rows)), tmp_path)
     assert len(pool) == 50
     assert counts == {
-        "invalid UTF-8": 1, "invalid JSON": 2, "not an object": 1, "neither prompt nor messages": 2,
-        "a message without role and content": 1, "the last message is not the user's": 1, "duplicate": 1, "too long": 1,
+        "invalid UTF-8": 1, "invalid JSON": 2, "not an object": 1, "an empty prompt": 1,
+        "no column that is known to hold prompts": 1, "a message without role and content": 1, "no message of a user": 1,
+        "duplicate": 1, "too long": 1,
     }  # fmt: skip
 
 
@@ -101,8 +103,13 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b"", "no usable prompt: it is empty"),
-        ("a.jsonl", b"\xff\xfe\n{}\n", r"no usable prompt \(1 × invalid UTF-8, 1 × neither prompt nor messages\)"),
-        ("a.csv", b"prompt\nhello\n", "neither JSONL nor Parquet"),
+        (
+            "a.jsonl",
+            b"\xff\xfe\n{}\n",
+            r"no usable prompt \(1 × invalid UTF-8, 1 × no column that is known to hold prompts\); its rows have no keys",
+        ),
+        ("a.xlsx", b"PK\x03\x04", "a ZIP archive or an Excel sheet"),
+        ("a.toml", b"prompt = 1", "neither text nor Parquet nor Arrow"),
         ("a.parquet", b"not parquet", "cannot be read as Parquet"),
         ("a.jsonl", b'{"prompt": "only one"}', "no prompt is left for"),
     ],
@@ -152,8 +159,8 @@ def test_a_prompt_that_the_template_refuses_is_set_aside(tmp_path):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(formats, "PART_BYTES", 2000)
-    monkeypatch.setattr(formats, "PART_ROWS", 50)
+    monkeypatch.setattr(part, "PART_BYTES", 2000)
+    monkeypatch.setattr(part, "PART_ROWS", 50)
 
 
 def messy():
@@ -181,8 +188,8 @@ def test_many_parts_in_several_processes_make_the_pool_that_one_makes(tmp_path, 
     for parts, workers in ((None, 1), (2000, 1), (2000, 3)):
         (folder := tmp_path / f"{parts}-{workers}").mkdir()
         if parts is not None:
-            monkeypatch.setattr(formats, "PART_BYTES", parts)
-            monkeypatch.setattr(formats, "PART_ROWS", 50)
+            monkeypatch.setattr(part, "PART_BYTES", parts)
+            monkeypatch.setattr(part, "PART_ROWS", 50)
         told = []
         configuration = settings(tmp_path / name, f"prompts.heldout={heldout}")
         made[folder] = built(
@@ -193,7 +200,8 @@ def test_many_parts_in_several_processes_make_the_pool_that_one_makes(tmp_path, 
         assert told[-1][1] == told[-1][2]
     (one, counts), *others = made.values()
     assert all(other == (one, counts) for other in others)
-    assert (counts["duplicate"], counts["also held out"], counts["neither prompt nor messages"]) == (9, 3, 1)
+    nothing = "an empty prompt" if name == "a.parquet" else "no column that is known to hold prompts"
+    assert (counts["duplicate"], counts["also held out"], counts[nothing]) == (9, 3, 1)
     assert [p.messages[-1]["content"] for p in one][:3] == ["question 0", "question 1", "question 2"]
     assert len([p for p in one if p.parent]) == 10
     assert len(list((tmp_path / "2000-3" / "pool" / "prompts").iterdir())) > 5
@@ -203,14 +211,17 @@ def test_a_hub_dataset_is_copied_and_read_like_a_file(tmp_path, monkeypatch, sma
     """Of a dataset on this disk: what the Hub would do is load_dataset's own affair."""
     rows = datasets.Dataset.from_list([{"question": f"why {i}?", "other": i} for i in range(300)])
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or rows)
-    pool, counts = built(settings("some/where", "prompts.column=question"), tmp_path)
-    assert asked == [("some/where", "train")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: asked.append((*name, split)) or rows)
+    pool, counts = built(settings("some/where", "prompts.config=main"), tmp_path)
+    assert asked == [("some/where", "main", "train")]
     assert [p.messages[-1]["content"] for p in pool] == [f"why {i}?" for i in range(300)] and not counts
     assert {p.source for p in pool} == {"some/where"}
     with pytest.raises(InputError, match="no column 'answer'; it has question, other"):
         built(settings("some/where", "prompts.column=answer"), tmp_path / "pool")
-    with pytest.raises(InputError, match="neither a column prompt nor messages"):
+    rows = datasets.Dataset.from_list([{"body_text": "why?", "other": 1}])
+    with pytest.raises(
+        InputError, match="no known format of prompts is in some/where; it has the columns body_text, other"
+    ):
         built(settings("some/where"), tmp_path / "parts")
 
 

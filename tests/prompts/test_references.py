@@ -23,6 +23,7 @@ COMMA = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
         ({"reference": "a", "answer": "b"}, "a"),
         ({"reference": None, "answer": "", "solution": "c", "ground_truth": "d"}, "c"),
         ({"answer": 18}, "18"),
+        ({"reward_model": {"style": "rule", "ground_truth": "18"}}, "18"),
         ({"ground_truth": [1, "é"]}, '[1, "é"]'),
         (
             {"instruction_id_list": ["a:b"], "kwargs": [{"n": 3, "word": None}], "answer": "b", "key": 1},

@@ -1,0 +1,35 @@
+"""The name of a conversation: a hash of its messages."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfplay import seeds
+from selfplay.types import Message
+
+_DIGITS = frozenset("0123456789abcdef")
+
+
+def canonical(messages: list[Message]) -> str:
+    """The text whose hash names a conversation; what is not ASCII is escaped."""
+    return json.dumps(messages, sort_keys=True)
+
+
+def prompt_id(messages: list[Message]) -> str:
+    """Sixteen hexadecimal digits: the hash of a conversation, a number below 2^63."""
+    return f"{seeds.derive(canonical(messages)):016x}"
+
+
+def hash_of(prompt_id: str) -> int:
+    """The number that a prompt_id is; −1 for a text that is none."""
+    digits = len(prompt_id) == 16 and set(prompt_id) <= _DIGITS
+    return int(prompt_id, 16) if digits and prompt_id < "8" else -1
+
+
+def names(hashes: NDArray[np.int64]) -> list[str]:
+    """The prompt_ids that belong to the numbers."""
+    digits = hashes.astype(">i8").tobytes().hex()
+    return [digits[i : i + 16] for i in range(0, len(digits), 16)]
