@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from selfplay import seeds
 from selfplay.errors import InputError
 from selfplay.prompts import formats
+from selfplay.prompts.files.kinds import PARQUET, kind_of
+from selfplay.prompts.files.part import read_file
 from selfplay.prompts.references import reference_of
 from selfplay.types import Message, Prompt
 
@@ -48,8 +50,8 @@ def read(path: Path) -> list[Prompt]:
 
 def _rows(path: Path) -> Sequence[formats.Row]:
     """All columns of every row: what a benchmark has beside its prompts is what its answers are checked by."""
-    if path.suffix not in formats.PARQUET:
-        return list(formats.read_file(path))
+    if kind_of(path) != PARQUET:
+        return list(read_file(path))
     try:
         rows: list[formats.Row] = pq.read_table(path, use_threads=False).to_pylist()
     except (OSError, ValueError) as error:

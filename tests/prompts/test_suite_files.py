@@ -53,7 +53,7 @@ GOOD = {"question": "Which?", "choices": ["x", "y"], "answer": 0}
     ("given", "said"),
     [
         ([], "has no rows"),
-        ([{"choices": ["x", "y"], "answer": 0}], "row 1: neither prompt nor messages"),
+        ([{"choices": ["x", "y"], "answer": 0}], "row 1: no column that is known to hold prompts"),
         ([GOOD, {**GOOD, "choices": ["x"]}], "row 2: `choices` is no list of two or more texts"),
         ([{**GOOD, "answer": "C"}], "row 1: the right choice is 'C', which is neither"),
         ([{**GOOD, "answer": -1}], "the right choice is -1"),
