@@ -146,7 +146,7 @@ def _add(pool: pools.Pool) -> int:
         return [[1] for _ in conversations]
 
     row = {"prompt": "A prompt that the pool does not have, in so many words."}
-    settings = {"max_tokens": 9, "ngram": 8, "overlap": 0.5, "source": "x", "joined": 9}
+    settings = {"max_tokens": 9, "ngram": 8, "overlap": 0.5, "source": "x", "joined": 9, "benchmarks": {}}
     found = admission.admit([row], pool, render, **settings)  # type: ignore[arg-type]
     return pool.join(p for p in found if isinstance(p, Prompt))
 
