@@ -161,20 +161,20 @@ def test_the_sandbox_keeps_off_what_it_says(scorer, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("code", "most"),
+    "code",
     [
-        ("while True: pass", 3.0),  # by the processor time
-        ("while True: print('x' * 1000)", 2.0),
-        ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", 7.0),
-        ("x = [0]\nwhile True: x += x", 3.0),
-        ("open('a', 'w').write('x' * (8 << 20))\nprint(42)", 2.0),
-        ("print(42)\nraise SystemExit(1)", 2.0),
+        "while True: pass",  # by the processor time
+        "while True: print('x' * 1000)",
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        "x = [0]\nwhile True: x += x",
+        "open('a', 'w').write('x' * (8 << 20))\nprint(42)",
+        "print(42)\nraise SystemExit(1)",
     ],
 )
-def test_what_does_not_end_is_ended(scorer, code, most):
+def test_what_does_not_end_is_ended(scorer, code):
     began = time.monotonic()
     assert printed(scorer, code) == 0.0
-    assert time.monotonic() - began < most
+    assert time.monotonic() - began < 2 * LIMITS["seconds"]  # the sandbox itself has to be made and to be ended
     within(1, lambda: left() == [])  # the kernel takes a moment
 
 
