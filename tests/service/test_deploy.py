@@ -112,7 +112,7 @@ def samples(tmp_path: Path) -> set[str]:
 
 
 def test_the_alert_rules_ask_for_metrics_and_states_that_there_are(samples: set[str]) -> None:
-    (block,) = re.findall(r"^```yaml\n((?:.|\n)*?)^```$", PAGE, re.MULTILINE)
+    (block,) = re.findall(r"^```yaml\n(groups:(?:.|\n)*?)^```$", PAGE, re.MULTILINE)
     rules = [rule for group in yaml.safe_load(block)["groups"] for rule in group["rules"]]
     assert len({rule["alert"] for rule in rules}) == len(rules) > 5
     asked = {name for rule in rules for name in re.findall(r"\b(?:selfplay|process)_\w+", rule["expr"])}
