@@ -252,6 +252,11 @@ def _folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
 
 def _weight_files(name: str, folder: Path) -> dict[str, str]:
     """SHA-256 of each file that from_pretrained reads: one file, or the shards that an index names."""
+    if (folder / "adapter_config.json").is_file():
+        raise ModelRefused(
+            f"{name}: an adapter lies there (adapter_config.json), which would be put on top of the model: move it away, or "
+            "merge it with its model"
+        )
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]

@@ -370,11 +370,14 @@ def test_a_port_that_is_taken_is_a_warning(tmp_path):
 
 def test_a_policy_that_neither_disk_nor_memory_can_hold(tmp_path, monkeypatch):
     policy = model(tmp_path / "policy")
-    header = json.dumps({"a": {"dtype": "F32", "shape": [10**13], "data_offsets": [0, 0]}}).encode()
+    header = json.dumps({"a": {"dtype": "U8", "shape": [10**12], "data_offsets": [0, 10**12]}}).encode()
     (policy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(policy / "model.safetensors", 8 + len(header) + 10**12)  # a file of holes
     monkeypatch.setenv("PATH", "/nowhere")  # no nvidia-smi
     config = settings(tmp_path, policy)
-    assert said(config, tmp_path, "disk")[0] == said(config, tmp_path, "memory")[0] == "error"
+    for about in ("disk", "memory"):
+        level, text = said(config, tmp_path, about)
+        assert level == "error" and "damaged" not in text
 
 
 def answered(path, count, cut, length=20):
