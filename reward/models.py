@@ -177,19 +177,13 @@ def load_all(
         tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
     except Exception as error:  # whatever the readers of these files raise; tokenizers raises bare Exceptions
         raise ModelRefused(f"{name}: {error}") from error
-    limits = [
-        getattr(config.get_text_config(), "max_position_embeddings", None),
-        tokenizer.model_max_length,
-        max_tokens,
-    ]
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < UNLIMITED]
     files = _weight_files(name, folder)
     identity = [files, dict(sorted(heads.items())), _other_files(folder, trust_remote_code)]
     found = []
     for device in _devices(devices):
         try:
             encoder = ChatEncoder(
-                tokenizer, min(known, default=DEFAULT_MAX_TOKENS), chat_template_kwargs, template_date
+                tokenizer, limit_of(config, tokenizer, max_tokens), chat_template_kwargs, template_date
             )
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **own_code
@@ -220,6 +214,17 @@ def load_all(
         except Exception as error:  # code that comes with a model, at its first conversation
             raise ModelRefused(f"{name}: {type(error).__name__} at its first conversation: {error}") from error
     return found
+
+
+def limit_of(config: Any, tokenizer: Any, max_tokens: int | None) -> int:
+    """The longest conversation (tokens) that a model scores, by its configuration, its tokenizer and a setting."""
+    limits = [
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        tokenizer.model_max_length,
+        max_tokens,
+    ]
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < UNLIMITED]
+    return min(known, default=DEFAULT_MAX_TOKENS)
 
 
 def _devices(names: str) -> list[str]:

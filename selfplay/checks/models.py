@@ -14,6 +14,7 @@ from pathlib import Path
 
 from selfplay.checks import hub, sizes
 from selfplay.checks.finding import Finding
+from selfplay.checks.prompts import sample
 from selfplay.config import Config
 from selfplay.errors import CheckpointError
 from selfplay.models.initial import said_beside
@@ -122,6 +123,7 @@ def context(config: Config, run_dir: Path) -> Iterator[Finding]:
 def loads(config: Config) -> list[Finding]:
     """A finding for each model that is a folder: does it load? It takes some seconds, since PyTorch is imported."""
     rewards = config.all_sources()
+    prompts = sample(config)
     asked = []
     for key, model in named(config).items():
         source = rewards.get(key.removesuffix(".model"))
@@ -135,6 +137,11 @@ def loads(config: Config) -> list[Finding]:
                     "trust_remote_code": owner.trust_remote_code,
                     "kwargs": owner.chat_template_kwargs,
                     "dated": owner.template_date is not None,
+                    "prompts": prompts,
+                    "prompt_tokens": config.prompts.max_tokens,
+                    "answer_tokens": config.longest_answer,
+                    "max_tokens": None,
+                    "max_missing": config.reward.max_missing,
                     "thinking": config.policy.thinking and config.policy.thinking.model_dump(),
                 }
             )
@@ -142,7 +149,7 @@ def loads(config: Config) -> list[Finding]:
         return []
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, "-m", "selfplay.checks.loading", json.dumps(asked)],
+        [sys.executable, "-m", "selfplay.checks.loading"], input=json.dumps(asked),
         capture_output=True, text=True, timeout=SECONDS,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip

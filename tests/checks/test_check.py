@@ -13,9 +13,10 @@ from mini import ROOT, TINY, overrides
 
 from reward.sandbox import run
 from selfplay.checks.check import LOOKS, check
-from selfplay.checks.models import _about_template, loads
+from selfplay.checks.models import loads
 from selfplay.checks.plan import plan
 from selfplay.checks.reward import sources
+from selfplay.checks.templates import about_template
 from selfplay.config import load
 from selfplay.config.policy import ThinkingConfig
 from selfplay.errors import InputError
@@ -296,14 +297,14 @@ def test_what_a_chat_template_does_by_itself_is_said(mini_world, tmp_path):
         "{{ strftime_now('%d %b %Y') }}" + template + "{% if add_generation_prompt %}<think>{% endif %}"
     )
     row = {"key": "policy.model", "model": str(folder), "policy": True, "trust_remote_code": False}
-    found = dict(_about_template(row | {"kwargs": {"enable_thinkin": True}, "dated": False, "thinking": None}))
+    found = dict(about_template(row | {"kwargs": {"enable_thinkin": True}, "dated": False, "thinking": None}, folder))
     assert found == {
         "policy.chat_template_kwargs: the template reads no enable_thinkin": "warning",
         "it prints the date, in all rounds that of the day on which the run begins (policy.template_date)": "ok",
         "its prompts end with <think>, and rewards will read the thoughts: set policy.thinking to {} to hide them": "warning",
     }
     thinking = ThinkingConfig().model_dump()
-    found = dict(_about_template(row | {"kwargs": {}, "dated": True, "thinking": thinking}))
+    found = dict(about_template(row | {"kwargs": {}, "dated": True, "thinking": thinking}, folder))
     assert found == {
         "it prints the date, in all rounds the given one (policy.template_date)": "ok",
         "its prompts end with the start of thoughts, which end with policy.thinking.end": "ok",
