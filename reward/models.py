@@ -26,6 +26,7 @@ from reward.scorer import ModelRefused, Score, Stopped
 
 __all__ = ["ModelRefused", "RewardModel", "Score", "Stopped", "batches", "load", "load_all"]
 
+BESIDE = ["consolidated*", "adapter_*", "*/*.safetensors"]  # what a model on the Hub may have and is not read
 UNLIMITED = 10**9  # tokenizers without a limit say 10**30
 DEFAULT_MAX_TOKENS = 4096  # for a model that names no limit
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # a batch that leaves the cache of a CPU takes twice as long
@@ -250,7 +251,7 @@ def _folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"] + ["*.py"] * trust_remote_code
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=BESIDE))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ModelRefused(f"{name}: neither a folder nor to be had from the Hub ({error})") from error
 

@@ -104,7 +104,8 @@ def _on_the_hub(key: str, model: str, revision: str | None) -> Finding:
 def context(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Whether the policy can read as many tokens as the engine and the trainer will give it."""
     settings = sizes.settings(config.policy.model, config.policy.revision)
-    limit = (settings.get("text_config") or settings).get("max_position_embeddings")
+    text = settings.get("text_config") or settings
+    limit = text.get("max_position_embeddings") or text.get("n_positions")  # as GPT-2 calls it
     if not isinstance(limit, int):
         return
     asked = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.checks import hub
+from selfplay.errors import CheckpointError
 from selfplay.planning import shapes
 from selfplay.planning.shapes import Shape
 from selfplay.storage import checkpoints
@@ -27,8 +28,11 @@ def parameters(model: str | None, revision: str | None = None) -> int | None:
     if not on_the_hub(model):
         return None
     told = hub.ask(model, revision)
-    if told.cached is not None and any(told.cached.glob("*.safetensors")):
-        return sum(math.prod(shape) for _, shape in checkpoints.tensors(told.cached).values())
+    if told.cached is not None:
+        try:
+            return sum(math.prod(shape) for _, shape in checkpoints.tensors(told.cached).values())
+        except CheckpointError:  # the cache has a part of it, or an adapter
+            return told.parameters
     return told.parameters
 
 

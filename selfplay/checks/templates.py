@@ -106,7 +106,7 @@ def _of(refused: Counter[str], asked: Sequence[object]) -> str:
     return f"{refused.total()} of {len(asked)} prompts ({said})"
 
 
-def _embedded(model: Any, sequences: Sequence[Sequence[int]]) -> Iterator[Said]:
+def _embedded(model: Any, sequences: Sequence[Any]) -> Iterator[Said]:
     """An error where a text has a token that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max((int(max(ids)) for ids in sequences if len(ids)), default=0)

@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import shutil
+from datetime import date
 
 import numpy as np
 import pytest
 import torch
 from engine_world import tokenizer, write_policy
+from mini import TINY
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import save_file
 
-from selfplay.config import PolicyConfig
+from selfplay.config import PolicyConfig, load
 from selfplay.errors import CheckpointError, InputError
 from selfplay.models import initial, weights
+from selfplay.models.rendering import Template
+from selfplay.prompts import importer
+from selfplay.prompts.pool import Pool
 from selfplay.storage import checkpoints, policies
 from selfplay.storage.policies import Policies
 
@@ -107,6 +112,25 @@ def test_of_a_mixed_folder_the_run_has_the_checkpoint_alone(world, tmp_path):
     (source / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="weights of policy 0 are gone"):
         run.get(0)
+
+
+def test_an_import_begins_a_run_with_an_adapter(world, tmp_path):
+    """Prompts are rendered by the adapter's template, and the canaries are those of the merged model."""
+    rows = [{"prompt": f"the quick brown fox {i}"} for i in range(40)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [f"prompts.source={tmp_path / 'prompts.jsonl'}", "prompts.heldout=null", "prompts.heldout_fraction=0.3"]
+    settings = load(TINY, [f"policy.model={world / 'adapter'}", "policy.dtype=float32", *files])
+    (out := tmp_path / "pool").mkdir()
+    template = Template(today=date(2026, 11, 28))
+    told = importer.run_import(settings, template, out, tmp_path / "work", lambda *_: None)
+    assert told["said"][0].endswith(f"is an adapter, merged with its base {world / 'base'}")
+    (prompt, *_) = Pool(out)
+    assert tokenizer().decode(prompt.prompt_ids) == f"<bos>{prompt.messages[0]['content']}<eos>"
+    canaries = json.loads((out / importer.INITIAL).read_text())["canaries"]
+    model = PeftModel.from_pretrained(weights.load(world / "base"), str(world / "adapter"))
+    expected = weights.sequence_logps(model.eval(), canaries["token_ids"])
+    assert canaries["logps"] == pytest.approx(expected, abs=1e-3)
+    assert checkpoints.read(out / importer.POLICY).files() == sorted(p.name for p in (out / importer.POLICY).iterdir())
 
 
 def test_a_plain_folder_stays_where_it_is(world, tmp_path):
