@@ -26,6 +26,7 @@ from reward.scorer import ModelRefused, Score, Stopped
 
 __all__ = ["ModelRefused", "RewardModel", "Score", "Stopped", "batches", "load", "load_all"]
 
+BESIDE = ["consolidated*", "adapter_*", "*/*.safetensors"]  # what a model on the Hub may have and is not read
 UNLIMITED = 10**9  # tokenizers without a limit say 10**30
 DEFAULT_MAX_TOKENS = 4096  # for a model that names no limit
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # a batch that leaves the cache of a CPU takes twice as long
@@ -177,19 +178,13 @@ def load_all(
         tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
     except Exception as error:  # whatever the readers of these files raise; tokenizers raises bare Exceptions
         raise ModelRefused(f"{name}: {error}") from error
-    limits = [
-        getattr(config.get_text_config(), "max_position_embeddings", None),
-        tokenizer.model_max_length,
-        max_tokens,
-    ]
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < UNLIMITED]
     files = _weight_files(name, folder)
     identity = [files, dict(sorted(heads.items())), _other_files(folder, trust_remote_code)]
     found = []
     for device in _devices(devices):
         try:
             encoder = ChatEncoder(
-                tokenizer, min(known, default=DEFAULT_MAX_TOKENS), chat_template_kwargs, template_date
+                tokenizer, limit_of(config, tokenizer, max_tokens), chat_template_kwargs, template_date
             )
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **own_code
@@ -222,6 +217,17 @@ def load_all(
     return found
 
 
+def limit_of(config: Any, tokenizer: Any, max_tokens: int | None) -> int:
+    """The longest conversation (tokens) that a model scores, by its configuration, its tokenizer and a setting."""
+    limits = [
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        tokenizer.model_max_length,
+        max_tokens,
+    ]
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < UNLIMITED]
+    return min(known, default=DEFAULT_MAX_TOKENS)
+
+
 def _devices(names: str) -> list[str]:
     if names == "auto":
         return ["cuda" if torch.cuda.is_available() else "cpu"]
@@ -245,13 +251,18 @@ def _folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"] + ["*.py"] * trust_remote_code
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=BESIDE))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ModelRefused(f"{name}: neither a folder nor to be had from the Hub ({error})") from error
 
 
 def _weight_files(name: str, folder: Path) -> dict[str, str]:
     """SHA-256 of each file that from_pretrained reads: one file, or the shards that an index names."""
+    if (folder / "adapter_config.json").is_file():
+        raise ModelRefused(
+            f"{name}: an adapter lies there (adapter_config.json), which would be put on top of the model: move it away, or "
+            "merge it with its model"
+        )
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]

@@ -19,7 +19,7 @@ from transformers import (
 
 from selfplay.config import Config
 from selfplay.generation.generator import Ask, Generator, Shard
-from selfplay.storage import folders, policies, tables
+from selfplay.storage import checkpoints, folders, policies, tables
 from selfplay.types import Candidate, Policy, Prompt
 
 EOS, VOCAB = 2, 280
@@ -95,7 +95,7 @@ def write_manifest(path: Path, version: int, canary_logps: list[float]) -> None:
     (path / folders.MANIFEST).unlink(missing_ok=True)
     manifest = policies.Manifest(
         version=version, parent=None, round=version, beta=None, reference=None, reference_sha256=None, fingerprint="",
-        packages={}, update={}, files=policies.checkpoint_files(path),
+        packages={}, update={}, files=checkpoints.hashed(path),
         canaries={"token_ids": CANARIES, "logps": canary_logps},
     )  # fmt: skip
     folders.write_json(path / folders.MANIFEST, dataclasses.asdict(manifest))

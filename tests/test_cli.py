@@ -21,8 +21,8 @@ from selfplay.checks.plan import plan
 from selfplay.errors import ConfigError, InputError
 from selfplay.reporting import report
 from selfplay.service.orders import MAX_PROMPTS
+from selfplay.storage import checkpoints
 from selfplay.storage import ledger as store
-from selfplay.storage import policies
 from selfplay.storage.ledger import Store
 
 on_a_run = pytest.mark.slow  # or on the mini world: both may have to be made first
@@ -260,7 +260,7 @@ def test_a_policy_is_exported_as_a_model_folder(run_dir, tmp_path):
     code, out, _ = selfplay("export", "policy", tmp_path / "model", "--run-dir", run_dir)
     assert code == 0 and "policy 2 in" in out
     original = run_dir / "policies" / "0002"
-    assert policies.tensors(tmp_path / "model") == policies.tensors(original)
+    assert checkpoints.tensors(tmp_path / "model") == checkpoints.tensors(original)
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
     card = (tmp_path / "model" / "README.md").read_text()
     assert "# Policy 2 of the run «tiny»" in card and "relative_norm" in card

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gpu_kit.sizes import Shape, Sizes
 from selfplay.models import weights
-from selfplay.storage import folders, policies
+from selfplay.storage import checkpoints, folders, policies
 from selfplay.types import Policy
 from selfplay.worlds.tiny.builder.tokenizer import END, PAD, POLICY_TEMPLATE, SPECIALS
 
@@ -200,7 +200,7 @@ def policy(run_dir: Path, version: int, checkpoint: Path, canary_ids: list[list[
     model = weights.load(checkpoint, DTYPE).to(device()).eval()
     manifest = policies.Manifest(
         version=version, parent=None, round=version, beta=None, reference=None, reference_sha256=None, fingerprint="",
-        packages={}, update={}, files=policies.checkpoint_files(checkpoint), source=str(checkpoint),
+        packages={}, update={}, files=checkpoints.hashed(checkpoint), source=str(checkpoint),
         canaries={"token_ids": canary_ids, "logps": weights.sequence_logps(model, canary_ids)},
     )  # fmt: skip
     del model

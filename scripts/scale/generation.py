@@ -33,7 +33,7 @@ from selfplay.generation import installing, sampling  # noqa: E402
 from selfplay.generation.generator import Generator  # noqa: E402
 from selfplay.progress import Line  # noqa: E402
 from selfplay.seeds import derive  # noqa: E402
-from selfplay.storage import answers, folders, policies, tables  # noqa: E402
+from selfplay.storage import answers, checkpoints, folders, policies, tables  # noqa: E402
 from selfplay.types import Policy, Prompt  # noqa: E402
 
 FAKE_ENGINE = (str(Path(__file__).with_name("fake_engine.py")),)
@@ -125,7 +125,7 @@ def write_policy(run_dir: Path, version: int) -> Policy:
         fingerprint="",
         packages={},
         update={},
-        files=policies.checkpoint_files(path),
+        files=checkpoints.hashed(path),
         canaries={"token_ids": CANARIES, "logps": [-20.0 - version] * len(CANARIES)},
     )
     folders.write_json(path / folders.MANIFEST, dataclasses.asdict(manifest))

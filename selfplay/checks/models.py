@@ -1,8 +1,6 @@
 """Looks at the models: what their folders hold, how long a text they read, and whether they load.
 
-Whether they load is found out by a process of its own, `python -m selfplay.checks.models JSON`, because it imports
-PyTorch. It builds each model from its config without memory for weights (on the meta device), compares it with the names
-and shapes in its safetensors files, and renders a conversation.
+Whether they load is found out by a process of its own (`checks/loading.py`), because it imports PyTorch.
 """
 
 from __future__ import annotations
@@ -12,15 +10,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 from selfplay.checks import hub, sizes
 from selfplay.checks.finding import Finding
+from selfplay.checks.prompts import sample
 from selfplay.config import Config
-from selfplay.processes.protocol import quick_imports
+from selfplay.errors import CheckpointError
+from selfplay.models.initial import said_beside
 from selfplay.rounds.requirements import num_labels
+from selfplay.storage import checkpoints
+from selfplay.storage.beside import without_weights
+from selfplay.storage.checkpoints import Adapter, Checkpoint
 
 SECONDS = 300.0  # for the imports of the process that loads; a model itself takes a moment
 
@@ -42,18 +43,29 @@ def folders(config: Config, run_dir: Path) -> Iterator[Finding]:
         if not path.is_dir():
             yield _on_the_hub(key, model, config.policy.revision if source is None else None)
             continue
-        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if labels is not None and (n := num_labels(path)) != labels:
-            yield Finding.error(key, f"{model} has {n} labels; a reward model has 1")
-            continue
-        size = sizes.parameters(model) or 0
-        if lack := _lacks(path):
-            yield Finding.error(key, f"{model} has no {lack}")
-            continue
-        yield Finding.ok(
-            key,
-            f"{model}: {settings.get('architectures', ['?'])[0]}, {size / 1e6:,.1f} M parameters, all files are there",
-        )
+        yield from _in_folder(key, path, labels)
+
+
+def _in_folder(key: str, path: Path, labels: int | None) -> Iterator[Finding]:
+    try:
+        found = checkpoints.look(path) if key == "policy.model" else checkpoints.unmixed(path)
+        base = found.base_folder() if isinstance(found, Adapter) else None
+        settings, size = sizes.settings(str(path)), sizes.parameters(str(path)) or 0
+    except CheckpointError as error:
+        yield Finding.error(key, f"{error}; {error.hint}")
+        return
+    if labels is not None and (n := num_labels(path)) != labels:
+        yield Finding.error(key, f"{path} has {n} labels; a reward model has 1")
+        return
+    lacks = [_lacks(folder) for folder in (path, base) if folder is not None]  # a base may have what its adapter lacks
+    if all(lacks) and (base is not None or isinstance(found, Checkpoint)):  # or a base's on the Hub
+        yield Finding.error(key, f"{path} has no {lacks[0]}")
+        return
+    named = settings.get("architectures") or [settings.get("model_type") or "?"]
+    made = f", an adapter that is merged with {found.base}" if isinstance(found, Adapter) else ""
+    yield Finding.ok(key, f"{path}: {named[0]}, {size / 1e6:,.1f} M parameters, all files are there{made}")
+    if isinstance(found, Checkpoint) and found.beside:
+        yield Finding.warning(key, f"{path}: {said_beside(found)}; remove what is of no use")
 
 
 def _lacks(model: Path) -> str | None:
@@ -81,8 +93,10 @@ def _on_the_hub(key: str, model: str, revision: str | None) -> Finding:
     if told.away:
         copy = f"a copy is in {told.cached}" if told.cached else "there is no copy in the cache"
         return Finding.warning(key, f"{model}: the Hub could not be asked ({told.away}); {copy}")
-    if not any(name.endswith(".safetensors") for name in told.files):
-        return Finding.error(key, f"{model} has no safetensors on the Hub")
+    adapter = key == "policy.model" and checkpoints.ADAPTER in told.files
+    if not checkpoints.weights_on_hub(told.files) and not adapter:
+        why, hint = without_weights(model, [name for name in told.files if "/" not in name])
+        return Finding.error(key, f"{why}; {hint}")
     size = f", {told.parameters / 1e6:,.1f} M parameters" if told.parameters else ""
     return Finding.ok(key, f"{model} is on the Hub, with safetensors{size}")
 
@@ -90,7 +104,8 @@ def _on_the_hub(key: str, model: str, revision: str | None) -> Finding:
 def context(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Whether the policy can read as many tokens as the engine and the trainer will give it."""
     settings = sizes.settings(config.policy.model, config.policy.revision)
-    limit = (settings.get("text_config") or settings).get("max_position_embeddings")
+    text = settings.get("text_config") or settings
+    limit = text.get("max_position_embeddings") or text.get("n_positions")  # as GPT-2 calls it
     if not isinstance(limit, int):
         return
     asked = {
@@ -109,11 +124,12 @@ def context(config: Config, run_dir: Path) -> Iterator[Finding]:
 def loads(config: Config) -> list[Finding]:
     """A finding for each model that is a folder: does it load? It takes some seconds, since PyTorch is imported."""
     rewards = config.all_sources()
+    prompts = sample(config)
     asked = []
     for key, model in named(config).items():
         source = rewards.get(key.removesuffix(".model"))
         owner = config.policy if source is None else source
-        if (Path(model) / "config.json").is_file():
+        if _is_here(Path(model)):
             asked.append(
                 {
                     "key": key,
@@ -122,6 +138,11 @@ def loads(config: Config) -> list[Finding]:
                     "trust_remote_code": owner.trust_remote_code,
                     "kwargs": owner.chat_template_kwargs,
                     "dated": owner.template_date is not None,
+                    "prompts": prompts,
+                    "prompt_tokens": config.prompts.max_tokens,
+                    "answer_tokens": config.longest_answer,
+                    "max_tokens": None,
+                    "max_missing": config.reward.max_missing,
                     "thinking": config.policy.thinking and config.policy.thinking.model_dump(),
                 }
             )
@@ -129,7 +150,7 @@ def loads(config: Config) -> list[Finding]:
         return []
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, "-m", "selfplay.checks.models", json.dumps(asked)],
+        [sys.executable, "-m", "selfplay.checks.loading"], input=json.dumps(asked),
         capture_output=True, text=True, timeout=SECONDS,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip
@@ -140,67 +161,10 @@ def loads(config: Config) -> list[Finding]:
     return [Finding(level, about, text) for said in answers for level, about, text in said]
 
 
-def _look(row: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Level, subject and text of all there is to say of a model that is loaded."""
-    if why := _why_not(row):
-        return [("error", f"{row['key']} loads", why)]
-    found = [("ok", f"{row['key']} loads", "its files fit its config, and its chat template works")]
-    return found + [(level, f"{row['key']} template", text) for text, level in _about_template(row)]
-
-
-def _about_template(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is to be known of a chat template that works, and the level of it."""
-    from selfplay.models.rendering import Renderer, Template, load_tokenizer
-    from selfplay.models.thinking import Thinking
-
-    tokenizer = load_tokenizer(Path(row["model"]), row["trust_remote_code"])
-    section = row["key"].removesuffix(".model")
-    template = Template(kwargs=row["kwargs"], today=date.today())
-    if unread := template.unread(tokenizer):
-        yield f"{section}.chat_template_kwargs: the template reads no {', '.join(unread)}", "warning"
-    if template.prints_date(tokenizer):
-        day = "the given one" if row["dated"] else "that of the day on which the run begins"
-        yield f"it prints the date, in all rounds {day} ({section}.template_date)", "ok"
-    if not row["policy"]:
-        return
-    (ids,) = Renderer(tokenizer, template)([[{"role": "user", "content": "Hello"}]])
-    thinking = Thinking(tokenizer, **(row["thinking"] or {"start": "<think>", "end": "</think>", "hidden": True}))
-    assert not isinstance(ids, str), "this conversation was rendered before"
-    if not thinking.opened(ids.tolist()):
-        return
-    if row["thinking"]:
-        yield "its prompts end with the start of thoughts, which end with policy.thinking.end", "ok"
-    else:
-        hint = "set policy.thinking to {} to hide them"
-        yield f"its prompts end with <think>, and rewards will read the thoughts: {hint}", "warning"
-
-
-def _why_not(row: dict[str, Any]) -> str | None:
-    """Why the trainer or the reward server could not load this model; None where they can."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-    from selfplay.models.rendering import load_tokenizer
-
-    own_code = {"trust_remote_code": row["trust_remote_code"]}
-    kind = AutoModelForCausalLM if row["policy"] else AutoModelForSequenceClassification
+def _is_here(folder: Path) -> bool:
+    """Whether all files of a model are on this machine, an adapter's base among them; what is wrong with them is said elsewhere."""
     try:
-        _, report = kind.from_pretrained(row["model"], device_map="meta", output_loading_info=True, **own_code)
-        if bad := sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]]):
-            return (
-                f"its files lack {len(bad)} tensors of the model, or have them in another shape: {', '.join(bad[:3])}"
-            )
-        chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
-        if row["policy"]:
-            tokenizer = load_tokenizer(Path(row["model"]), row["trust_remote_code"])
-            tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, **row["kwargs"])
-        else:
-            AutoTokenizer.from_pretrained(row["model"], **own_code).apply_chat_template(chat, **row["kwargs"])
-    except Exception as error:  # readers of configs, tokenizers and templates raise errors of any type
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    return None
-
-
-if __name__ == "__main__":
-    with quick_imports():
-        import transformers.models.auto  # noqa: F401
-    print(json.dumps([_look(row) for row in json.loads(sys.argv[1])]))
+        found = checkpoints.look(folder)
+        return isinstance(found, Checkpoint) or found.base_folder() is not None
+    except CheckpointError:
+        return False

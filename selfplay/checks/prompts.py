@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+from selfplay import seeds
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.prompts import importer
+from selfplay.prompts.files.part import all_parts
 from selfplay.prompts.files.sources import files_of
+from selfplay.prompts.formats import Reading, canonical
 from selfplay.prompts.formats.report import counted
 from selfplay.prompts.survey import ALSO
+from selfplay.types import Message
+
+SAMPLE, LOOKED_AT = 256, 4096  # prompts that templates are asked about, and rows of a source that they are chosen from
+
+
+def sample(config: Config) -> list[list[Message]]:
+    """Some prompts of the sources that are files, from all parts of them. The choice depends on the prompts alone."""
+    settings = config.prompts
+    reading, found = Reading.of(settings), dict[int, list[Message]]()
+    for source in filter(None, (settings.source, settings.heldout, settings.audit)):
+        if files_of(source, settings.split, settings.config) is None:
+            continue
+        parts = all_parts(source, reading, settings.split, settings.config)
+        for part in parts:
+            for row in islice(part.rows(), -(-LOOKED_AT // len(parts))):
+                read = row if isinstance(row, str) else reading.read(row)
+                if not isinstance(read, str):
+                    found[seeds.derive(canonical(read.messages))] = read.messages
+    return [messages for _, messages in sorted(found.items())[:SAMPLE]]
 
 
 def files(config: Config, run_dir: Path) -> Iterator[Finding]:

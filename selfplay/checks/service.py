@@ -14,6 +14,7 @@ from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.service.due import next_start
+from selfplay.storage import filesystem
 from selfplay.storage.ledger import Store
 from selfplay.storage.lock import RunLock
 from selfplay.tracking import trackers
@@ -25,6 +26,11 @@ def run_folder(config: Config, run_dir: Path) -> Iterator[Finding]:
     there = next(p for p in [run_dir, *run_dir.resolve().parents] if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield Finding.error("run folder", f"{run_dir}: user {os.getuid()} cannot write to {there}")
+        return
+    if missing := filesystem.lacks(there):
+        yield Finding.error(
+            "run folder", f"the file system of {there} has no {'; no '.join(missing)}; {filesystem.HINT}"
+        )
         return
     if not (run_dir / "ledger.sqlite").is_file():
         yield Finding.ok("run folder", f"{run_dir} is new")

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.checks import hub
+from selfplay.errors import CheckpointError
 from selfplay.planning import shapes
 from selfplay.planning.shapes import Shape
-from selfplay.storage import policies
+from selfplay.storage import checkpoints
+from selfplay.storage.checkpoints import Adapter
 
 
 def parameters(model: str | None, revision: str | None = None) -> int | None:
@@ -19,12 +21,18 @@ def parameters(model: str | None, revision: str | None = None) -> int | None:
     if model is None:
         return None
     if Path(model).is_dir():
-        return sum(math.prod(shape) for _, shape in policies.tensors(Path(model)).values())
+        found = checkpoints.look(Path(model))
+        if isinstance(found, Adapter):  # merged, it is as large as its base
+            return parameters(*_base(found))
+        return sum(math.prod(shape) for _, shape in found.tensors.values())
     if not on_the_hub(model):
         return None
     told = hub.ask(model, revision)
-    if told.cached is not None and any(told.cached.glob("*.safetensors")):
-        return sum(math.prod(shape) for _, shape in policies.tensors(told.cached).values())
+    if told.cached is not None:
+        try:
+            return sum(math.prod(shape) for _, shape in checkpoints.tensors(told.cached).values())
+        except CheckpointError:  # the cache has a part of it, or an adapter
+            return told.parameters
     return told.parameters
 
 
@@ -37,12 +45,25 @@ def shape(model: str | None, revision: str | None = None) -> Shape | None:
 
 
 def settings(model: str, revision: str | None = None) -> Mapping[str, Any]:
-    """The config.json of a model; empty where it cannot be had."""
+    """The config.json of a model, or of an adapter's base; empty where it cannot be had. Raises CheckpointError."""
     path = Path(model) / "config.json"
+    if (Path(model) / checkpoints.ADAPTER_CONFIG).is_file() and isinstance(
+        found := checkpoints.look(Path(model)), Adapter
+    ):
+        return settings(*_base(found))
     if path.is_file():
-        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        told: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return told
     return hub.ask(model, revision).config if on_the_hub(model) else {}
+
+
+def _base(adapter: Adapter) -> tuple[str, str | None]:
+    """The model of an adapter's base, and its revision on the Hub. Raises CheckpointError."""
+    folder = adapter.base_folder()
+    if folder is None:
+        return adapter.base, adapter.revision
+    checkpoints.read(folder)  # a base that is an adapter too has no end
+    return str(folder), None
 
 
 def on_the_hub(model: str) -> bool:

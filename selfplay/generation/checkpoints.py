@@ -8,8 +8,9 @@ from typing import Any
 
 from selfplay.errors import CheckpointError
 from selfplay.generation.swap import Canaries, check_fits
-from selfplay.storage import policies
-from selfplay.storage.policies import Manifest, TensorSpec
+from selfplay.storage import checkpoints, policies
+from selfplay.storage.policies import Manifest
+from selfplay.storage.tensors import TensorSpec
 from selfplay.types import Policy
 
 
@@ -41,12 +42,12 @@ class Checkpoints:
 
     def loaded(self, policy: Policy) -> None:
         """Remember the tensors and the settings of a policy that an engine has loaded: they are those of the run's model."""
-        self._shape = policies.tensors(Path(policy.path)), self.config(policy)
+        self._shape = checkpoints.tensors(Path(policy.path)), self.config(policy)
 
     def fitting(self, policy: Policy) -> Manifest:
         """The manifest of a policy that also fits the running model; raises CheckpointError."""
         manifest = self.manifest(policy)
         assert self._shape is not None, "a policy was loaded before"
         tensors, config = self._shape
-        check_fits(tensors, policies.tensors(Path(policy.path)), config, self.config(policy))
+        check_fits(tensors, checkpoints.tensors(Path(policy.path)), config, self.config(policy))
         return manifest

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from selfplay.errors import CheckpointError
+from selfplay.storage.tensors import TensorSpec
 
-TensorSpec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
 Evidence = Literal["shown", "refuted", "unclear"]
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from selfplay.storage import checkpoints
+
 
 class WorkerOrders:
     """Methods that vLLM adds to its worker: `collective_rpc` calls them by their names."""
@@ -55,7 +57,8 @@ class WorkerOrders:
             return _unsupported("the weights are split over several GPUs")
         model = self.model_runner.get_model()
         packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
-        files = [safe_open(file, framework="pt") for file in sorted(Path(path).glob("*.safetensors"))]
+        checkpoint = checkpoints.read(Path(path))
+        files = [safe_open(checkpoint.folder / name, framework="pt") for name in checkpoint.weights]
         where = {name: file for file in files for name in file.keys()}
         left, worst, compared = set(where), 0.0, 0
         # A tied parameter comes under both of its names: each layer may hold a copy of its own.

@@ -9,6 +9,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -102,7 +103,10 @@ class Renderer:
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self._variables
             )
             return np.array(ids, np.int32)
-        except Exception as error:  # roles that do not alternate, a role that the template does not know, …
+        except jinja2.TemplateError as error:  # roles that do not alternate, a role that the template does not know, …
+            said = " ".join(str(error).split())[:100]
+            return f"cannot be rendered ({type(error).__name__}{': ' * bool(said)}{said})"
+        except Exception as error:  # its own mistakes
             return f"cannot be rendered ({type(error).__name__})"
 
 

@@ -16,17 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from selfplay.errors import TrainError
+from selfplay.errors import CheckpointError, TrainError
 from selfplay.methods.epsilon_dpo import chosen_logps
 from selfplay.planning.memory import BF16
 from selfplay.planning.shapes import from_config
-from selfplay.storage.policies import MASTERS
+from selfplay.storage import checkpoints
+from selfplay.storage.checkpoints import MASTERS
 
 logger = logging.getLogger(__name__)
-
-# What belongs to the tokenizer, the chat template and generation: never rewritten, only copied.
-COPIED = ("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model", "*.tiktoken",
-          "chat_template*", "additional_chat_templates/*", "generation_config.json", "*.py")  # fmt: skip
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -81,8 +78,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bo
     Raises TrainError («input») for a folder that is not a whole checkpoint: missing, truncated or mis-shaped tensors.
     """
     hint = "check the folder against its manifest, or take the policy before it"
-    if not (folder / "config.json").is_file():
-        raise TrainError("input", f"{folder} holds no checkpoint: config.json is missing", hint)
+    try:
+        checkpoints.read(folder)
+    except CheckpointError as error:
+        raise TrainError("input", f"{folder} holds no checkpoint: {error}", error.hint or hint) from error
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=trust_remote_code
@@ -119,13 +118,9 @@ def _write(model: Any, config_from: Path, initial: Path, out: Path, dtype: torch
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for written in out.glob("*.safetensors"):  # by their owner alone, unlike all else: another user may serve them
         shutil.copymode(out / "config.json", written)
-    for pattern in COPIED:
-        for stale in filter(Path.is_file, out.glob(pattern)):
-            stale.unlink()
-        for source in filter(Path.is_file, initial.glob(pattern)):
-            target = out / source.relative_to(initial)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, target)
+    for stale in checkpoints.companions(out):
+        stale.unlink()
+    checkpoints.copy_companions(initial, out)
 
 
 @torch.no_grad()

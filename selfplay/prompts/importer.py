@@ -26,7 +26,8 @@ from typing import Any
 
 from selfplay import seeds
 from selfplay.config import Config
-from selfplay.errors import InputError, SelfplayError
+from selfplay.errors import SelfplayError
+from selfplay.models import initial
 from selfplay.models.rendering import Renderer, Template, load_tokenizer, run_encode, run_render
 from selfplay.processes.protocol import protocol, quick_imports
 from selfplay.prompts import parts, pool, references
@@ -42,6 +43,7 @@ from selfplay.storage import folders, hashes, tables
 from selfplay.types import Split
 
 INITIAL = "initial.json"
+POLICY = "policy"  # beside it: the folder of the initial policy, where one was made of what the user named
 CANARY_TOKENS = 64
 FORMAT = 3  # of a part: another number, and parts that were written before are made again
 
@@ -124,27 +126,6 @@ def _work_folder(config: Config, work: Path, about: object) -> Path:
     return folder
 
 
-def initial_folder(model: str, revision: str | None) -> Path:
-    """The folder of the initial policy; a Hub id is downloaded first."""
-    path = Path(model)
-    if path.is_dir():
-        return path.resolve()
-    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        raise InputError(f"policy.model {model}: no such folder", "relative paths start at the working directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-            )
-        )
-    except Exception as error:  # network, authorisation and naming errors have no common base
-        raise InputError(
-            f"policy.model {model!r} is no folder here, and fetching it from the Hub failed: {error}"
-        ) from None
-
-
 def canary_ids(prompts: pool.Pool, config: Config, vocabulary: int) -> list[list[int]]:
     """The fixed sequences of a run: held-out prompts, cut to 64 tokens, at least 8 tokens each."""
     kept_apart = [*prompts.ids("heldout"), *prompts.ids("audit")]
@@ -155,11 +136,11 @@ def canary_ids(prompts: pool.Pool, config: Config, vocabulary: int) -> list[list
 
 def run_import(config: Config, template: Template, out: Path, work: Path, on_progress: OnProgress) -> dict[str, Any]:
     """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
-    source = initial_folder(config.policy.model, config.policy.revision)
-    tokenizer = load_tokenizer(source, config.policy.trust_remote_code)
+    policy = initial.prepare(config.policy, out / POLICY)
+    tokenizer = load_tokenizer(policy.folder, config.policy.trust_remote_code)
     if all(map(is_local, _sources(config).values())):  # the loader of a Hub dataset may need it
         tables.leave_pandas_out()
-    about = _renders(source)
+    about = _renders(policy.folder)
     if dated := template.prints_date(tokenizer):  # what was rendered on another day is rendered anew
         about["today"] = template.today.isoformat()
     recognised: list[str] = []
@@ -174,14 +155,19 @@ def run_import(config: Config, template: Template, out: Path, work: Path, on_pro
 
     ids = canary_ids(pool.Pool(out), config, len(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = weights.load(source, getattr(torch, config.policy.dtype), config.policy.trust_remote_code)
+    dtype = getattr(torch, config.policy.dtype)
+    if policy.adapter is not None:
+        on_progress("the adapter is merged with its base", 0, 1)
+        initial.merge(policy, dtype, config.policy.trust_remote_code)
+    model = weights.load(policy.folder, dtype, config.policy.trust_remote_code)
     logps = weights.sequence_logps(model.to(device).eval(), ids)
     folders.write_json(
         out / INITIAL,
-        {"source": str(source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(set_aside)},
+        {"source": str(policy.source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(set_aside)},
     )
     shutil.rmtree(work)
-    return {"prompts": dict(splits), "set_aside": dict(set_aside), "recognised": recognised, "dated": dated}
+    return {"prompts": dict(splits), "set_aside": dict(set_aside), "dated": dated,
+            "said": [*filter(None, [policy.said]), *(f"prompts: {said}" for said in recognised)]}  # fmt: skip
 
 
 def _renders(policy: Path) -> dict[str, str]:

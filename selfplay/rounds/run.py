@@ -25,7 +25,7 @@ from selfplay.processes.reaping import reap
 from selfplay.progress import Display, Line
 from selfplay.prompts import references
 from selfplay.prompts.draws import Draws
-from selfplay.prompts.importer import INITIAL
+from selfplay.prompts.importer import INITIAL, POLICY
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.pool import ORDERS, Pool
 from selfplay.rewards.cache import ScoreCache
@@ -145,7 +145,8 @@ class Run:
         self.draws = Draws(self.prompts, self.store, self.dir / "rounds", orders)
         initial = folders.read_json(folder / INITIAL)
         if not self.policies.folder(0).is_dir():
-            self.policies.import_initial(Path(initial["source"]), initial["canaries"], config.fingerprint(), packages())
+            source, made, settings = Path(initial["source"]), folder / POLICY, config.fingerprint()
+            self.policies.import_initial(source, initial["canaries"], settings, packages(), made)
         self.store.record_policy(0, "initial", round=0)
         if self.policies.current is None:
             self.policies.set_current(0)
@@ -212,9 +213,9 @@ class Run:
             out=str(out),
             work=str(self.dir / "pool.parts"),
         )
-        for said in found["recognised"]:
+        for said in found["said"]:
             self.event("import", said)
-            self.display.note(f"prompts: {said}")
+            self.display.note(said)
         if found["set_aside"]:
             self.event(
                 "warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())

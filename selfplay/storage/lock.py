@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from selfplay.errors import InputError
+from selfplay.storage import filesystem
 
 
 class RunLock:
@@ -30,6 +31,8 @@ class RunLock:
             raise InputError(
                 f"{self._path.parent} cannot be a run folder: {error}", "choose another one (--run-dir)"
             ) from None
+        if not self._path.exists():  # the first process in this folder asks what the file system can do
+            filesystem.require(self._path.parent)
         self._file = self._path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

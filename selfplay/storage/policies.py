@@ -1,26 +1,23 @@
 """The policies of a run: plain Hugging Face checkpoints, whole only with their manifest, and `current`.
 
 <run>/policies/0003/        model files + manifest.json; numbers are never reused
-<run>/policies/0000/        manifest.json alone: the initial policy stays where it is
+<run>/policies/0000/        manifest.json alone: the initial policy stays where it is. Where its folder holds more than a
+                            checkpoint, links to its files; where it is an adapter, that merged with its base
 <run>/current               symlink to the policy that serves
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from selfplay.errors import CheckpointError
-from selfplay.storage import folders, hashes
+from selfplay.storage import checkpoints, folders, hashes
+from selfplay.storage.checkpoints import MASTERS
 from selfplay.types import Policy
-
-TensorSpec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, shape
-MASTERS = "masters"  # folder in a checkpoint with the same in float32, from which training starts
-SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")  # what a checkpoint is made of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +33,7 @@ class Manifest:
     update: dict[str, float]  # share_changed, relative_norm
     files: dict[str, str]  # name → SHA-256
     canaries: dict[str, Any]  # token_ids (C, T), logps (C,): summed nats under these weights in the serving dtype
-    source: str | None = None  # policy 0: the folder it refers to
+    source: str | None = None  # policy 0: the folder it refers to, where that is not its own
 
 
 def verify(path: Path, masters: bool = True) -> Manifest:
@@ -60,43 +57,6 @@ def read(path: Path) -> Manifest:
         raise CheckpointError(f"{path} has no manifest: it is not a whole policy") from None
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path / folders.MANIFEST} cannot be read: {error}") from None
-
-
-def tensors(path: Path) -> dict[str, TensorSpec]:
-    """Names, dtypes and shapes of all tensors of a checkpoint, from its safetensors headers alone."""
-    specs: dict[str, TensorSpec] = {}
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path} has no safetensors file", "convert the model: pickled weights are never loaded")
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                if length > file.stat().st_size:
-                    raise ValueError("its header is longer than the file")
-                header = json.loads(stream.read(length))
-            end = 8 + length + max((s["data_offsets"][1] for n, s in header.items() if n != "__metadata__"), default=0)
-            if end != file.stat().st_size:
-                raise ValueError(f"it has {file.stat().st_size} bytes, its header says {end}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from None
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-        specs |= {n: (s["dtype"], tuple(s["shape"])) for n, s in header.items() if n != "__metadata__"}
-    return specs
-
-
-def checkpoint_files(path: Path) -> dict[str, str]:
-    """SHA-256 of the files of a checkpoint that others made.
-
-    A policy of another run is one too: its masters count, its manifest there does not.
-    """
-    found = sorted([*path.iterdir(), *(path / MASTERS).glob("*")])
-    return {
-        p.relative_to(path).as_posix(): hashes.sha256(p)
-        for p in found
-        if p.is_file() and p.suffix in SUFFIXES and p.name != folders.MANIFEST
-    }
 
 
 def weights_sha256(manifest: Manifest) -> str:
@@ -154,10 +114,19 @@ class Policies:
         folders.sync(self._current.parent)
 
     def import_initial(
-        self, source: Path, canaries: dict[str, Any], fingerprint: str, packages: dict[str, str]
+        self,
+        source: Path,
+        canaries: dict[str, Any],
+        fingerprint: str,
+        packages: dict[str, str],
+        made: Path | None = None,
     ) -> None:
-        """Record the initial policy as version 0; its files stay where they are."""
-        target = self.folder(0)
+        """Record the initial policy as version 0. Its files stay where they are.
+
+        made: where a folder was made of `source` for the run, of links or of a merged adapter. If it is there, it is moved to
+        its number.
+        """
+        made = made if made is not None and made.is_dir() else None
         manifest = Manifest(
             version=0,
             parent=None,
@@ -168,11 +137,16 @@ class Policies:
             fingerprint=fingerprint,
             packages=packages,
             update={},
-            files=checkpoint_files(source),
+            files=checkpoints.hashed(made or source),
             canaries=canaries,
-            source=str(source.resolve()),
+            source=None if made else str(source.resolve()),
         )
-        with folders.folder(target) as partial:
+        if made is not None:
+            folders.make(self.root)
+            folders.write_json(made / folders.MANIFEST, dataclasses.asdict(manifest))
+            self.adopt(0, made)
+            return
+        with folders.folder(self.folder(0)) as partial:
             folders.write_json(partial / folders.MANIFEST, dataclasses.asdict(manifest))
 
     def adopt(self, version: int, exported: Path) -> None:

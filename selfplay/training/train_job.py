@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from selfplay.errors import TrainError
-from selfplay.models import weights
+from selfplay.models import adapters, weights
 from selfplay.models.kept import Kept
 from selfplay.storage import folders
 from selfplay.training import sharding
@@ -83,7 +83,7 @@ def train(job: TrainJob, report: Report, kept: Kept | None = None) -> dict[str, 
                 if isinstance(config.target_modules, set):
                     config.target_modules = sorted(config.target_modules)
             model.save_pretrained(part / "adapter")
-            model = model.merge_and_unload()
+            model = adapters.merged(model)
         model = model.to("cpu")
         start = kept.shared(weights.masters(job.policy), job.trust_remote_code)
         share, norm = weights.update_size(start, model)

@@ -13,9 +13,10 @@ from mini import ROOT, TINY, overrides
 
 from reward.sandbox import run
 from selfplay.checks.check import LOOKS, check
-from selfplay.checks.models import _about_template, loads
+from selfplay.checks.models import loads
 from selfplay.checks.plan import plan
 from selfplay.checks.reward import sources
+from selfplay.checks.templates import about_template
 from selfplay.config import load
 from selfplay.config.policy import ThinkingConfig
 from selfplay.errors import InputError
@@ -296,14 +297,14 @@ def test_what_a_chat_template_does_by_itself_is_said(mini_world, tmp_path):
         "{{ strftime_now('%d %b %Y') }}" + template + "{% if add_generation_prompt %}<think>{% endif %}"
     )
     row = {"key": "policy.model", "model": str(folder), "policy": True, "trust_remote_code": False}
-    found = dict(_about_template(row | {"kwargs": {"enable_thinkin": True}, "dated": False, "thinking": None}))
+    found = dict(about_template(row | {"kwargs": {"enable_thinkin": True}, "dated": False, "thinking": None}, folder))
     assert found == {
         "policy.chat_template_kwargs: the template reads no enable_thinkin": "warning",
         "it prints the date, in all rounds that of the day on which the run begins (policy.template_date)": "ok",
         "its prompts end with <think>, and rewards will read the thoughts: set policy.thinking to {} to hide them": "warning",
     }
     thinking = ThinkingConfig().model_dump()
-    found = dict(_about_template(row | {"kwargs": {}, "dated": True, "thinking": thinking}))
+    found = dict(about_template(row | {"kwargs": {}, "dated": True, "thinking": thinking}, folder))
     assert found == {
         "it prints the date, in all rounds the given one (policy.template_date)": "ok",
         "its prompts end with the start of thoughts, which end with policy.thinking.end": "ok",
@@ -370,11 +371,14 @@ def test_a_port_that_is_taken_is_a_warning(tmp_path):
 
 def test_a_policy_that_neither_disk_nor_memory_can_hold(tmp_path, monkeypatch):
     policy = model(tmp_path / "policy")
-    header = json.dumps({"a": {"dtype": "F32", "shape": [10**13], "data_offsets": [0, 0]}}).encode()
+    header = json.dumps({"a": {"dtype": "U8", "shape": [10**12], "data_offsets": [0, 10**12]}}).encode()
     (policy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(policy / "model.safetensors", 8 + len(header) + 10**12)  # a file of holes
     monkeypatch.setenv("PATH", "/nowhere")  # no nvidia-smi
     config = settings(tmp_path, policy)
-    assert said(config, tmp_path, "disk")[0] == said(config, tmp_path, "memory")[0] == "error"
+    for about in ("disk", "memory"):
+        level, text = said(config, tmp_path, about)
+        assert level == "error" and "damaged" not in text
 
 
 def answered(path, count, cut, length=20):

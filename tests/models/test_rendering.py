@@ -90,7 +90,7 @@ def test_one_that_the_template_refuses_spoils_no_other(with_bos):
     half = [{"role": "user", "content": "half \ud800"}]
     found = Renderer(with_bos, PLAIN)([CONVERSATIONS[0], odd, CONVERSATIONS[1], half])
     assert (found[0].tolist(), found[2].tolist()) == (expected[0], expected[1])
-    assert found[1] == "cannot be rendered (TemplateError)"
+    assert found[1] == "cannot be rendered (TemplateError: no system role)"
     assert found[3].startswith("cannot be rendered (")
 
 

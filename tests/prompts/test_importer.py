@@ -13,6 +13,7 @@ import pytest
 
 from selfplay import config
 from selfplay.errors import InputError
+from selfplay.models import initial
 from selfplay.prompts import formats, importer, rows
 from selfplay.prompts.files import part
 from selfplay.prompts.orders import Orders
@@ -133,7 +134,7 @@ def test_a_hub_dataset_that_cannot_be_reached(monkeypatch, tmp_path):
 
 def test_a_model_that_is_not_there():
     with pytest.raises(InputError, match="no such folder"):
-        importer.initial_folder("./nowhere", None)
+        initial.initial_folder("./nowhere", None)
 
 
 def test_a_prompt_that_the_template_refuses_is_set_aside(tmp_path):

@@ -13,7 +13,7 @@ from mini import CALM, ROOT, TINY, Command, nothing_left, overrides, rows, sets
 from selfplay.models import weights
 from selfplay.processes.child import Child
 from selfplay.rounds.command import run_rounds
-from selfplay.storage import policies
+from selfplay.storage import checkpoints, policies
 from selfplay.storage.ledger import Store
 from selfplay.types import Candidate, Pair
 
@@ -76,7 +76,7 @@ def test_a_policy_is_a_plain_checkpoint_with_the_initial_tokenizer(calm, mini_wo
     assert manifest.packages["trl"].startswith("1.16")
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (run_dir / "policies" / "0002" / name).read_bytes() == (mini_world / "policy" / name).read_bytes()
-    specs = [policies.tensors(p) for p in (mini_world / "policy", run_dir / "policies" / "0002")]
+    specs = [checkpoints.tensors(p) for p in (mini_world / "policy", run_dir / "policies" / "0002")]
     assert {n: s[1] for n, s in specs[0].items()} == {n: s[1] for n, s in specs[1].items()}
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from selfplay.errors import CheckpointError, SwapError
 from selfplay.rounds.round import roll_back
-from selfplay.storage import folders, hashes, policies
+from selfplay.storage import checkpoints, folders, hashes, policies
 from selfplay.storage.policies import Manifest, Policies
 
 
@@ -49,7 +49,7 @@ def test_policies_by_number_and_the_current_one(run, tmp_path):
     assert run.current == 0
     run.set_current(5)
     assert (run.current, os.readlink(tmp_path / "current")) == (5, "policies/0005")
-    assert policies.tensors(tmp_path / "current") == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
+    assert checkpoints.tensors(tmp_path / "current") == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
     run.adopt(5, tmp_path / "nothing")  # adopted before: nothing to do
 
 
@@ -63,17 +63,17 @@ def test_a_tampered_truncated_or_unfinished_policy_is_never_loaded(run):
     with pytest.raises(CheckpointError, match="SHA-256 differs"):
         policies.verify(run.folder(2))
     with pytest.raises(CheckpointError, match="bytes, its header says"):
-        policies.tensors(run.folder(2))
+        checkpoints.tensors(run.folder(2))
     weights.write_bytes(b"\xff" * 40)
     with pytest.raises(CheckpointError, match="is damaged"):
-        policies.tensors(run.folder(2))
+        checkpoints.tensors(run.folder(2))
     weights.unlink()
     weights.mkdir()
     with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
-        policies.tensors(run.folder(2))
+        checkpoints.tensors(run.folder(2))
     weights.rmdir()
     with pytest.raises(CheckpointError, match="no safetensors file"):
-        policies.tensors(run.folder(2))
+        checkpoints.tensors(run.folder(2))
     (run.folder(3) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="not a whole policy"):
         policies.verify(run.folder(3))

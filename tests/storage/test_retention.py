@@ -4,7 +4,9 @@ import dataclasses
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from served_world import build
 
 from selfplay.config import RetentionConfig
@@ -186,7 +188,8 @@ def weights(tmp_path):
     store, found = Store(tmp_path), Policies(tmp_path)
     source = tmp_path / "source"
     source.mkdir()
-    (source / "model.safetensors").write_text("initial")
+    (source / "config.json").write_text("{}")
+    save_file({"a": np.zeros(1)}, source / "model.safetensors")
     found.import_initial(source, {}, "f", {})
     store.record_policy(0, "initial", round=0)
     for version in range(1, 6):
