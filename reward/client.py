@@ -18,6 +18,7 @@ from reward.channel import Channel
 from reward.dialects import Entry, Name, Scored
 from reward.dialects import dialect as _dialect
 from reward.faults import RewardRefused, RewardUnavailable, TooLarge
+from reward.http import Answer
 from reward.requests import Requests, check
 from reward.schema import Health
 
@@ -25,6 +26,8 @@ __all__ = ["RewardClient", "RewardRefused", "RewardUnavailable"]
 
 log = logging.getLogger(__name__)
 
+# Bytes of an answer. A score and its id take some 50, and a long reason 1,000. JSON grows by 20 where it is decoded.
+ANSWER_HEAD, ANSWER_ITEM = 2**16, 2**12
 ADVICE = (
     "Look at its log, start it again (python -m reward.server --model …) or correct its address, then run the same "
     "command again."
@@ -233,10 +236,14 @@ class RewardClient:
     def _ask(self, chunk: list[Entry], stop: threading.Event) -> list[Scored]:
         """The scores of one chunk."""
         body = self._dialect.request(chunk)
+
+        def read(answer: Answer) -> list[Scored]:
+            found = self._dialect.read(answer.content, chunk)
+            answer.named = all(scored.named for scored in found)
+            return found
+
         try:
-            return self._channel.ask(
-                "POST", self._dialect.path, body, lambda content, _: self._dialect.read(content, chunk), stop
-            )
+            return self._channel.ask(self._dialect.path, body, read, stop, limit=ANSWER_HEAD + ANSWER_ITEM * len(chunk))
         except TooLarge as error:
             if len(chunk) == 1:
                 return [Scored(place=chunk[0].place, score=None, reason=str(error))]

@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from reward.channel import Channel
+from reward.channel import ANSWER, Channel
 from reward.dialects import NOT_UNICODE, UNLIMITED
 from reward.faults import Fault, TooLarge
+from reward.http import Answer
 from reward.schema import Health, Item
 from reward.scorer import ModelRefused, Score, Stopped
 from reward.settings import JudgeSettings
@@ -41,6 +42,7 @@ SCORE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 VERDICT = re.compile(rf"^{SIGNS}VERDICT{SIGNS}:{SIGNS}(?:ANSWER\s+)?(A|B|TIE){SIGNS}$", re.IGNORECASE | re.MULTILINE)
+BYTES = 64  # that a token of a reply takes at most, in JSON, with its thoughts
 END = 2000  # characters of a reply in which its verdict is looked for
 CONTROL = r"</?think>|<\|[^<>]{0,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<[｜|][^<>]{0,60}[｜|]>"
 WORD_JOINER = "\u2060"  # has no width: a person, and a model, still reads the text
@@ -223,7 +225,13 @@ class Judge:
         }
         self.counts["requests"] += 1
         try:
-            return self._channel.ask("POST", "/v1/chat/completions", json.dumps(body).encode(), _reply, self.stopping)
+            return self._channel.ask(
+                "/v1/chat/completions",
+                json.dumps(body).encode(),
+                _reply,
+                self.stopping,
+                limit=ANSWER + BYTES * self._settings.max_tokens,
+            )
         except TooLarge as error:
             self.counts["refused requests"] += 1
             return _Refused(str(error)[:200])
@@ -237,10 +245,10 @@ class _CutOff(str):
     """A reply that was cut off by its limit of tokens, before the judge came to its verdict."""
 
 
-def _reply(content: bytes, url: str) -> str:
+def _reply(answer: Answer) -> str:
     """What the judge said, which is nothing if it thought until its tokens were spent."""
     try:
-        choice: Any = json.loads(content)["choices"][0]
+        choice: Any = json.loads(answer.content)["choices"][0]
         said, ended = choice["message"].get("content"), choice.get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Fault(f"an answer of another form: {error!r}") from error

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import tenacity
 
+from reward.http import ask
 from selfplay.storage.ledger import Store
 
 logger = logging.getLogger(__name__)
@@ -19,9 +19,18 @@ STATE = "alerts"  # name of the unsent ones in the ledger
 TROUBLE = "webhook"  # and of what is wrong with the webhook
 MOST = 20  # unsent alerts that are kept, the newest
 LONGEST_WAIT = 300.0  # seconds between two tries
+SECONDS = 10.0  # for one post
 REFUSED = (400, 413, 415, 422)  # what is wrong with this alert; other errors are about the address, or pass
 
 Alert = dict[str, Any]
+
+
+class NotTaken(Exception):
+    """The webhook answers with a status that is no success."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
 
 
 class Alerts:
@@ -40,7 +49,6 @@ class Alerts:
         self._changed = False  # since the ledger was told
         self._trouble = self._told = ""  # what is wrong with the webhook, and what of it is in the ledger
         self._sender: threading.Thread | None = None
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every URL
 
     def load(self, store: Store) -> None:
         """Go on with what an earlier service left unsent, before what came since."""
@@ -117,12 +125,12 @@ class Alerts:
 def post(url: str, alert: Alert) -> int:
     """Post one alert; the status of the answer, of success or one of REFUSED. Raises whatever kept it from being taken."""
     body, headers = json.dumps(alert), {"content-type": "application/json"}  # in ASCII, whatever characters it has
-    answer = httpx.post(url, content=body, headers=headers, timeout=10)
-    if answer.status_code not in REFUSED:
-        answer.raise_for_status()
-    return answer.status_code
+    answer = ask("POST", url, body=body.encode(), headers=headers, seconds=SECONDS, limit=0)
+    if not answer.success and answer.status not in REFUSED:
+        raise NotTaken(answer.status)
+    return answer.status
 
 
 def said(error: Exception) -> str:
     """What an exception of the network, the URL or the certificates is, without its text, which may name the URL."""
-    return str(error.response.status_code) if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
+    return str(error.status) if isinstance(error, NotTaken) else type(error).__name__
