@@ -30,7 +30,7 @@ class Channel:
 
     `timeout` is the seconds of one attempt, and `deadline` those of all attempts. `first_wait` and `longest_wait` are the
     seconds between two attempts. The wait doubles each time, and up to `first_wait` is added at random. `connections` are
-    kept open. `too_large` are the HTTP statuses that raise TooLarge.
+    kept open. `proxy` is the address of an HTTP proxy on the way. `too_large` are the HTTP statuses that raise TooLarge.
     Raises ValueError for what is no address.
     """
 
@@ -46,6 +46,7 @@ class Channel:
         first_wait: float,
         longest_wait: float,
         api_key: str | None = None,
+        proxy: str | None = None,
         too_large: frozenset[int] = frozenset({413}),
     ) -> None:
         self.urls = [u.rstrip("/") for u in urls]
@@ -62,7 +63,7 @@ class Channel:
         exponential = tenacity.wait_exponential(multiplier=first_wait, max=longest_wait)
         self._jitter = exponential + tenacity.wait_random(0, first_wait)
         self._endpoints = Endpoints(self.urls, first_rest=first_wait, longest_rest=longest_wait)
-        self._http = Http(connections, {"authorization": f"Bearer {api_key}"} if api_key else None)
+        self._http = Http(connections, {"authorization": f"Bearer {api_key}"} if api_key else None, proxy)
 
     def close(self) -> None:
         self._http.close()

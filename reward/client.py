@@ -57,6 +57,7 @@ class RewardClient:
     `model`        is the model's name at a service that has several.
     `chat_template_kwargs` are given to the chat template of `tokenizer`, and `template_date` is the date that it prints.
     `api_key`      is sent as a bearer token.
+    `proxy`        is the address of an HTTP proxy on the way. The environment's is not used.
     `batch_size`   is the most items in a request, and `batch_bytes` the most bytes.
     `concurrency`  is the most requests in flight for one call of `score`.
     `timeout`      is the most seconds that one request may take.
@@ -75,6 +76,7 @@ class RewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         template_date: date | None = None,
         api_key: str | None = None,
+        proxy: str | None = None,
         batch_size: int = 128,
         batch_bytes: int = 8 * 2**20,
         concurrency: int = 4,
@@ -99,6 +101,7 @@ class RewardClient:
             first_wait=first_wait,
             longest_wait=longest_wait,
             api_key=api_key,
+            proxy=proxy,
             too_large=self._dialect.too_large,
         )
         self.urls = self._channel.urls

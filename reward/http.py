@@ -4,7 +4,7 @@
 - Bytes are counted as they come, and bounded. Nothing is decompressed: none is asked for, and what comes so is refused.
 - A connection is used again only after an answer that names its request (`Answer.named`), because any other might be one
   that belongs to an earlier request. One that had a fault, or has a byte left to read, is closed.
-- Redirects are not followed, and the environment names no proxy.
+- Redirects are not followed. A proxy is used where one is given, and not because the environment names one.
 """
 
 import threading
@@ -17,6 +17,7 @@ import h11
 
 from reward.addresses import Address, InvalidAddress, address
 from reward.faults import ConnectError, HttpError, LateAnswer, ProtocolError
+from reward.proxies import proxy_address, tunnel
 from reward.wire import Wire, connect
 
 __all__ = ["Answer", "ConnectError", "Http", "HttpError", "InvalidAddress", "LateAnswer", "ProtocolError", "ask"]
@@ -50,10 +51,12 @@ class _Connection:
 
 
 class Http:
-    """Keeps at most `kept` connections for each service. Several threads may use it. `headers` go with each request."""
+    """Keeps at most `kept` connections for each service. Several threads may use it. `headers` go with each request, and
+    `proxy` is the address of an HTTP proxy. Raises InvalidAddress for one that is none."""
 
-    def __init__(self, kept: int = 0, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, kept: int = 0, headers: Mapping[str, str] | None = None, proxy: str | None = None) -> None:
         self._kept, self._headers = kept, dict(headers or {})
+        self._proxy = proxy_address(proxy) if proxy else None
         self._idle: dict[tuple[str, str, int], list[_Connection]] = {}
         self._lock = threading.Lock()
 
@@ -84,7 +87,7 @@ class Http:
         """
         end = time.monotonic() + seconds
         to = address(url)
-        connection = self._take(to) or _connection(to, min(end, time.monotonic() + CONNECT))
+        connection = self._take(to) or _connection(to, self._proxy, min(end, time.monotonic() + CONNECT))
         whole = False
         try:
             given = {"host": to.authority, "accept": "*/*", "accept-encoding": "identity"} | self._headers
@@ -139,20 +142,24 @@ def ask(
     limit: int,
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
+    proxy: str | None = None,
 ) -> Answer:
-    """One request over a connection of its own; see Http.ask."""
-    with Http().ask(method, url, seconds=seconds, limit=limit, body=body, headers=headers) as answer:
+    """One request over a connection of its own; see Http and Http.ask."""
+    with Http(proxy=proxy).ask(method, url, seconds=seconds, limit=limit, body=body, headers=headers) as answer:
         return answer
 
 
-def _connection(to: Address, end: float) -> _Connection:
-    wire = connect(to.host, to.port, end)
-    if to.scheme == "https":
-        try:
+def _connection(to: Address, proxy: Address | None, end: float) -> _Connection:
+    first = proxy or to
+    wire = connect(first.host, first.port, end)
+    try:
+        if proxy is not None:
+            tunnel(wire, proxy, to, end)
+        if to.scheme == "https":
             wire.secure(to.host, end)
-        except BaseException:
-            wire.close()
-            raise
+    except BaseException:
+        wire.close()
+        raise
     return _Connection(wire)
 
 

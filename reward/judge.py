@@ -22,7 +22,8 @@ from typing import Any
 from reward.channel import ANSWER, Channel
 from reward.dialects import NOT_UNICODE, UNLIMITED
 from reward.faults import Fault, TooLarge
-from reward.http import Answer
+from reward.http import Answer, InvalidAddress
+from reward.proxies import proxy_of
 from reward.schema import Health, Item
 from reward.scorer import ModelRefused, Score, Stopped
 from reward.settings import JudgeSettings
@@ -69,6 +70,10 @@ class Judge:
         key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
         if settings.api_key_env and not key:
             raise ModelRefused(f"the judge's key is to be in ${settings.api_key_env}, which is not set")
+        try:
+            proxy = proxy_of(settings.proxy_env)
+        except InvalidAddress as error:
+            raise ModelRefused(str(error)) from error
         self._channel = Channel(
             settings.url,
             what="judge",
@@ -79,6 +84,7 @@ class Judge:
             first_wait=0.5,
             longest_wait=15.0,
             api_key=key,
+            proxy=proxy,
             too_large=frozenset({400, 413, 422}),  # above all a conversation longer than the judge can read
         )
         self._control = re.compile("|".join([CONTROL, *map(re.escape, settings.control_tokens)]))

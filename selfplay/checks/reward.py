@@ -11,6 +11,7 @@ from pathlib import Path
 
 from reward.client import UNNAMED, RewardClient, RewardRefused, RewardUnavailable
 from reward.http import HttpError, InvalidAddress, ask
+from reward.proxies import proxy_of
 from reward.scorer import ModelRefused
 from reward.settings import JudgeSettings, Rule
 from selfplay.checks.finding import Finding
@@ -66,7 +67,12 @@ def _server(key: str, source: RewardSource, url: str) -> Finding:
     secret = os.environ.get(source.api_key_env) if source.api_key_env else None
     try:
         with RewardClient(
-            url, dialect=source.dialect, tokenizer=source.tokenizer, api_key=secret, deadline=SECONDS
+            url,
+            dialect=source.dialect,
+            tokenizer=source.tokenizer,
+            api_key=secret,
+            proxy=proxy_of(source.proxy_env),
+            deadline=SECONDS,
         ) as client:
             health = client.health()
     except (RewardUnavailable, RewardRefused, ValueError) as error:
@@ -84,7 +90,14 @@ def _judge(key: str, judge: JudgeSettings, url: str) -> Finding:
     secret = os.environ.get(judge.api_key_env) if judge.api_key_env else None
     headers = {"authorization": f"Bearer {secret}"} if secret else {}
     try:
-        answer = ask("GET", f"{url.rstrip('/')}/v1/models", headers=headers, seconds=SECONDS, limit=MODELS)
+        answer = ask(
+            "GET",
+            f"{url.rstrip('/')}/v1/models",
+            headers=headers,
+            seconds=SECONDS,
+            limit=MODELS,
+            proxy=proxy_of(judge.proxy_env),
+        )
     except (HttpError, InvalidAddress) as error:
         return Finding.error(key, f"the judge at {url} does not answer: {type(error).__name__}: {error}")
     if answer.status in (401, 403):

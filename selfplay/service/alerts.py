@@ -11,6 +11,7 @@ from typing import Any
 import tenacity
 
 from reward.http import ask
+from reward.proxies import proxy_of
 from selfplay.storage.ledger import Store
 
 logger = logging.getLogger(__name__)
@@ -40,10 +41,16 @@ class Alerts:
 
     url: the address, a secret that goes into no message, or None where there is none: alerts then stay unsent.
     stopping: ends the tries; what is unsent then waits in the ledger.
+    proxy: the name of the environment variable with the address of a proxy before the webhook, or None.
     """
 
-    def __init__(self, url: Callable[[], str | None], stopping: threading.Event) -> None:
-        self._url, self._stopping = url, stopping
+    def __init__(
+        self,
+        url: Callable[[], str | None],
+        stopping: threading.Event,
+        proxy: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._url, self._stopping, self._proxy = url, stopping, proxy
         self._lock = threading.Lock()
         self._unsent: list[Alert] = []
         self._changed = False  # since the ledger was told
@@ -112,7 +119,7 @@ class Alerts:
     def _post(self, alert: Alert) -> None:
         """Raises whatever kept it from being taken for now; returns when it is taken, or refused for good."""
         try:
-            status = post(self._url() or "", alert)
+            status = post(self._url() or "", alert, proxy_of(self._proxy()))
         except Exception as error:
             self._trouble = f"the webhook does not take alerts ({said(error)})"
             logger.warning(self._trouble)
@@ -122,10 +129,10 @@ class Alerts:
             logger.error(self._trouble)
 
 
-def post(url: str, alert: Alert) -> int:
+def post(url: str, alert: Alert, proxy: str | None = None) -> int:
     """Post one alert; the status of the answer, of success or one of REFUSED. Raises whatever kept it from being taken."""
     body, headers = json.dumps(alert), {"content-type": "application/json"}  # in ASCII, whatever characters it has
-    answer = ask("POST", url, body=body.encode(), headers=headers, seconds=SECONDS, limit=0)
+    answer = ask("POST", url, body=body.encode(), headers=headers, seconds=SECONDS, limit=0, proxy=proxy)
     if not answer.success and answer.status not in REFUSED:
         raise NotTaken(answer.status)
     return answer.status
