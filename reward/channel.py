@@ -88,7 +88,7 @@ class Channel:
         def attempt(url: str, seconds: float) -> T:
             try:
                 found[url] = self._exchange(
-                    "GET", url + path, seconds, None, ANSWER, lambda answer: read(answer.content, url)
+                    "GET", url + path, seconds, None, ANSWER, lambda answer: read(answer.content, url), fresh=True
                 )
             except RewardRefused as refused:
                 if refused.status != 404:
@@ -159,12 +159,22 @@ class Channel:
             ) from fault
 
     def _exchange(
-        self, method: str, url: str, seconds: float, body: bytes | None, limit: int, read: Callable[[Answer], T]
+        self,
+        method: str,
+        url: str,
+        seconds: float,
+        body: bytes | None,
+        limit: int,
+        read: Callable[[Answer], T],
+        fresh: bool = False,
     ) -> T:
         """What `read` makes of a 200. Raises Fault, TooLarge or RewardRefused."""
+        until = time.monotonic() + seconds
         headers = {"content-type": "application/json"} if body is not None else {}
         try:
-            with self._http.ask(method, url, seconds=seconds, limit=limit, body=body, headers=headers) as answer:
+            with self._http.ask(
+                method, url, seconds=seconds, limit=limit, body=body, headers=headers, fresh=fresh
+            ) as answer:
                 if answer.status == 200:
                     return read(answer)
         except LateAnswer as error:
@@ -172,11 +182,13 @@ class Channel:
         except HttpError as error:
             raise Fault(f"{type(error).__name__}: {error}") from error
         said = f"HTTP {answer.status}: {answer.content[:300].decode('utf-8', 'replace')}"
-        if body is not None and answer.status in self._too_large:
-            raise TooLarge(said)
         if answer.status in RETRIED:
             wish = _seconds(answer.headers.get("retry-after", ""))
             raise Fault(said, wish, busy=answer.status == 429)
+        if answer.reused:  # no item is set aside, and no scoring ends, for what an earlier request was told
+            return self._exchange(method, url, until - time.monotonic(), body, limit, read, fresh=True)
+        if body is not None and answer.status in self._too_large:
+            raise TooLarge(said)
         message = f"{url} refuses the request, {said}. Is this a {self._what}, of the same version?"
         raise RewardRefused(message, answer.status)
 

@@ -2,8 +2,9 @@
 
 - A request ends at its time, whatever comes: a status line, headers, chunks, trailers or interim answers that drip.
 - Bytes are counted as they come, and bounded. Nothing is decompressed: none is asked for, and what comes so is refused.
-- A connection is used again only after an answer that names its request (`Answer.named`), because any other might be one
-  that belongs to an earlier request. One that had a fault, or has a byte left to read, is closed.
+- What comes on a connection that was used before may be a late answer to an earlier request. So a connection is used
+  again only for a service whose answers name their requests (`Answer.named`), and an answer of success that comes on it
+  has to do so too. A connection that had a fault, or has a byte left to read, is closed.
 - Redirects are not followed. A proxy is used where one is given, and not because the environment names one.
 """
 
@@ -34,6 +35,8 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     content: bytes
+    reused: bool
+    """Whether the connection had been used before."""
     named: bool = False
     """To be set by who reads it and finds that it names its request."""
 
@@ -77,17 +80,20 @@ class Http:
         limit: int,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
+        fresh: bool = False,
     ) -> Iterator[Answer]:
         """The answer to a request, for a reader who may set `named`.
 
         seconds: for all of it, by the clock on the wall.
         limit: the most bytes of content. With 0 no content is read. What is longer is an error in an answer of success,
             and is cut off in another.
+        fresh: over a new connection.
         Raises HttpError, and InvalidAddress.
         """
         end = time.monotonic() + seconds
         to = address(url)
-        connection = self._take(to) or _connection(to, self._proxy, min(end, time.monotonic() + CONNECT))
+        kept = None if fresh else self._take(to)
+        connection = kept or _connection(to, self._proxy, min(end, time.monotonic() + CONNECT))
         whole = False
         try:
             given = {"host": to.authority, "accept": "*/*", "accept-encoding": "identity"} | self._headers
@@ -100,7 +106,10 @@ class Http:
                 answer, whole = _exchange(connection, method, to.target, given, body or b"", end, limit)
             except h11.ProtocolError as error:
                 raise ProtocolError(str(error)) from error
+            answer.reused = kept is not None
             yield answer
+            if answer.reused and answer.success and not answer.named:
+                raise ProtocolError("an answer that does not name its request, on a connection of earlier ones")
             whole = whole and answer.named
         except BaseException:
             whole = False
@@ -189,7 +198,7 @@ def _exchange(
                 break
             spoken.receive_data(data)
         elif isinstance(event, h11.Response):
-            answer = Answer(status=event.status_code, headers=_named(event), content=b"")
+            answer = Answer(status=event.status_code, headers=_named(event), content=b"", reused=False)
             if not sent and answer.status < 400:
                 raise ProtocolError("an answer that came before the whole request was sent")
             if limit == 0:

@@ -85,6 +85,16 @@ KEEPS: dict[str, Callable[[Peer], None]] = {
     "right and a wrong one later": lambda p: (p.say(sized(p.right)), time.sleep(0.005), p.say(sized(p.wrong)))[0],
     "right and an earlier one": lambda p: p.say(sized(p.right) + p.earlier()),
     "right and bytes": lambda p: p.say(sized(p.right) + b"\r\n\0x"),
+    "right and a refusal later": lambda p: (
+        p.say(sized(p.right)),
+        time.sleep(0.005),
+        p.say(b"HTTP/1.1 400 No\r\ncontent-length: 0\r\n\r\n"),
+    )[0],
+    "right and too large later": lambda p: (
+        p.say(sized(p.right)),
+        time.sleep(0.005),
+        p.say(b"HTTP/1.1 413 No\r\ncontent-length: 0\r\n\r\n"),
+    )[0],
     "500": lambda p: p.say(b"HTTP/1.1 500 Oops\r\ncontent-length: 2\r\n\r\nno"),
     "429 and a right one": lambda p: p.say(b"HTTP/1.1 429 Wait\r\ncontent-length: 0\r\n\r\n" + sized(p.right)),
     "malformed JSON": lambda p: p.say(sized(p.right[:-3])),
@@ -128,7 +138,8 @@ ENDS: dict[str, Callable[[Peer], None]] = {
     "trailers drip": lambda p: p.drip(CHUNKED + b"%x\r\n%b\r\n0\r\n" % (len(p.right), p.right), b"x: y\r\n"),
     "trailers without end": lambda p: p.flood(CHUNKED + b"%x\r\n%b\r\n0\r\n" % (len(p.right), p.right), b"x: y\r\n" * 9999),
 }  # fmt: skip
-EARLY = ("an earlier answer instead", "an answer before the request", "half a request is read")
+BEFORE = "an answer before the request"
+EARLY = ("an earlier answer instead", "half a request is read")
 ALL = [*KEEPS, *ENDS, *EARLY]
 
 
@@ -136,7 +147,7 @@ class Server:
     """Serves for ever, and prints the counts of what it played once its input ends."""
 
     def __init__(self, seed: int) -> None:
-        self.seed, self.numbers = seed, itertools.count()
+        self.seed, self.numbers, self.connections = seed, itertools.count(), itertools.count()
         self.played: Counter[str] = Counter()
 
     def run(self) -> None:
@@ -156,26 +167,29 @@ class Server:
         peer = Peer(taken, [])
         try:
             with taken:
+                if next(self.connections) % len(ALL) == 7:
+                    self.played[BEFORE] += 1
+                    peer.say(peer.earlier())
                 while self.one(peer):
                     pass
         except (OSError, ValueError):
             pass  # the client has gone
 
+    def kind(self, number: int) -> str:
+        """What the answer of that number is: each second one is a fault, and each kind comes once in a lap."""
+        lap, place = divmod(number // 2, len(ALL))
+        return random.Random(f"{self.seed} {lap}").sample(ALL, len(ALL))[place] if number % 2 else "right"
+
     def one(self, peer: Peer) -> bool:
         """Play one answer; whether the connection goes on."""
-        drawn = random.Random(f"{self.seed} {next(self.numbers)}")
-        kind = drawn.choice(ALL) if drawn.random() < 0.5 else "right"
-        if kind == "an answer before the request":  # a request that comes later must not take it for its own
-            self.played[kind] += 1
-            peer.say(peer.earlier())
-            time.sleep(0.02)
         data = b""
         while b"\r\n\r\n" not in data:
             if not (more := peer.socket.recv(65536)):
                 return False
             data += more
-        if kind in ("half a request is read", "an answer before the request"):
-            self.played[kind] += kind == "half a request is read"
+        kind = self.kind(next(self.numbers))
+        self.played[kind] += 1
+        if kind == "half a request is read":
             peer.say(peer.earlier())
             return False
         head, _, body = data.partition(b"\r\n\r\n")
@@ -190,7 +204,6 @@ class Server:
         peer.right = json.dumps(form).encode()
         wrong = {"scores": [99.0] * len(scores)} if ids else {"rewards": [99.0] * len(scores)}
         peer.wrong = json.dumps(wrong).encode()
-        self.played[kind] += 1
         if kind == "an earlier answer instead":
             peer.say(peer.earlier())
             return True
@@ -236,8 +249,11 @@ def attack(requests: int, seed: int) -> dict[str, object]:
                     what = "scored"
                     if any(s != (2 * n + k + 200) / 2 for k, s in enumerate(scores)):
                         wrong.append(f"{n}: {scores}")
-                except (RewardUnavailable, RewardRefused) as error:
-                    what = type(error).__name__
+                except RewardUnavailable:
+                    what = "an outage"
+                except RewardRefused as error:  # the answer to another request
+                    what = "refused"
+                    wrong.append(f"{n}: {error}")
                 took = time.monotonic() - began
                 with lock:
                     seen[what] += 1
@@ -259,7 +275,7 @@ def attack(requests: int, seed: int) -> dict[str, object]:
         "wrong": wrong[:5],
         "late": late[:5],
         "MB more": round(grown, 1),
-        "never played": [kind for kind in ALL if kind not in played],
+        "never played": [kind for kind in [BEFORE, *ALL] if kind not in played],
     }
 
 
