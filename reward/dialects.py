@@ -179,7 +179,7 @@ class Vllm:
         try:
             found: dict[str, Any] = json.loads(content)["data"][0]
             name, limit = str(found["id"]), int(found.get("max_model_len") or self._encoder.max_tokens)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise Fault(f"an answer of another form: {error!r}") from error
         return Health(
             kind="vllm",

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from reward.channel import ANSWER, Channel
+from reward.channel import Channel
 from reward.dialects import NOT_UNICODE, UNLIMITED
 from reward.faults import Fault, TooLarge
 from reward.http import Answer, InvalidAddress
@@ -43,6 +43,7 @@ SCORE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 VERDICT = re.compile(rf"^{SIGNS}VERDICT{SIGNS}:{SIGNS}(?:ANSWER\s+)?(A|B|TIE){SIGNS}$", re.IGNORECASE | re.MULTILINE)
+REPLY = 2 * 2**20  # bytes of a reply, without its tokens
 BYTES = 64  # that a token of a reply takes at most, in JSON, with its thoughts
 END = 2000  # characters of a reply in which its verdict is looked for
 CONTROL = r"</?think>|<\|[^<>]{0,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<[｜|][^<>]{0,60}[｜|]>"
@@ -236,7 +237,7 @@ class Judge:
                 json.dumps(body).encode(),
                 _reply,
                 self.stopping,
-                limit=ANSWER + BYTES * self._settings.max_tokens,
+                limit=REPLY + BYTES * self._settings.max_tokens,
             )
         except TooLarge as error:
             self.counts["refused requests"] += 1
@@ -256,7 +257,7 @@ def _reply(answer: Answer) -> str:
     try:
         choice: Any = json.loads(answer.content)["choices"][0]
         said, ended = choice["message"].get("content"), choice.get("finish_reason")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Fault(f"an answer of another form: {error!r}") from error
     said = said if isinstance(said, str) else ""
     return _CutOff(said) if ended == "length" else said

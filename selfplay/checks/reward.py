@@ -104,7 +104,7 @@ def _judge(key: str, judge: JudgeSettings, url: str) -> Finding:
         return Finding.error(key, f"the judge at {url} refuses the key ({answer.status})")
     try:
         names = [row["id"] for row in json.loads(answer.content if answer.success else b"")["data"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = f"the judge at {url} answers, but not with a list of models ({answer.status})"
         return Finding.warning(key, text)
     if judge.model not in names:
