@@ -5,25 +5,23 @@ RewardUnavailable. What another attempt cannot mend is raised at once.
 """
 
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import httpx
 import tenacity
 
+from reward.addresses import InvalidAddress, address
 from reward.endpoints import Endpoint, Endpoints
-from reward.faults import Fault, RewardRefused, RewardUnavailable, TooLarge
+from reward.faults import Fault, HttpError, LateAnswer, RewardRefused, RewardUnavailable, TooLarge
+from reward.http import Answer, Http
 
 T = TypeVar("T")
 
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-MAX_ANSWER = 64 * 2**20  # bytes; a score is about 20
+ANSWER = 2**20  # bytes of an answer that has no bound of its own
 PATIENCE = 10.0  # seconds for an address that others can stand in for
-_url = functools.lru_cache(httpx.URL)  # httpx takes as long to read an address as to send a short request
-LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 class Channel:
@@ -32,7 +30,7 @@ class Channel:
 
     `timeout` is the seconds of one attempt, and `deadline` those of all attempts. `first_wait` and `longest_wait` are the
     seconds between two attempts. The wait doubles each time, and up to `first_wait` is added at random. `connections` are
-    kept open. `too_large` are the HTTP statuses that raise TooLarge.
+    kept open. `proxy` is the address of an HTTP proxy on the way. `too_large` are the HTTP statuses that raise TooLarge.
     Raises ValueError for what is no address.
     """
 
@@ -48,6 +46,7 @@ class Channel:
         first_wait: float,
         longest_wait: float,
         api_key: str | None = None,
+        proxy: str | None = None,
         too_large: frozenset[int] = frozenset({413}),
     ) -> None:
         self.urls = [u.rstrip("/") for u in urls]
@@ -64,33 +63,33 @@ class Channel:
         exponential = tenacity.wait_exponential(multiplier=first_wait, max=longest_wait)
         self._jitter = exponential + tenacity.wait_random(0, first_wait)
         self._endpoints = Endpoints(self.urls, first_rest=first_wait, longest_rest=longest_wait)
-        self._http = httpx.Client(
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            # A proxy of the environment leads to the world outside, and not to a server on this machine.
-            mounts=dict.fromkeys(LOOPBACK),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections, keepalive_expiry=30.0),
-        )
+        self._http = Http(connections, {"authorization": f"Bearer {api_key}"} if api_key else None, proxy)
 
     def close(self) -> None:
         self._http.close()
 
     def ask(
-        self, method: str, path: str, body: bytes | None, read: Callable[[bytes, str], T], stop: threading.Event
+        self, path: str, body: bytes, read: Callable[[Answer], T], stop: threading.Event, *, limit: int = ANSWER
     ) -> T:
-        """What `read(content, url)` makes of the answer of any address. `read` raises Fault for an answer of no use.
+        """What `read` makes of the answer of any address to `POST path`. `read` raises Fault for an answer of no use, and
+        sets `named` where the answer names its request. `limit`: the most bytes of an answer.
 
         Raises RewardUnavailable, RewardRefused and TooLarge.
         """
-        return self._retry(self._endpoints.all, lambda u, t: read(self._exchange(method, u + path, t, body), u), stop)
+        return self._retry(
+            self._endpoints.all, lambda url, t: self._exchange("POST", url + path, t, body, limit, read), stop
+        )
 
     def ask_each(self, path: str, read: Callable[[bytes, str], T], absent: T, stop: threading.Event) -> dict[str, T]:
-        """What each address answers to `GET path`, by address, if it answers now; as in `ask` while none does. `absent` stands
-        for a 404."""
+        """What `read(content, url)` makes of what each address answers to `GET path`, by address, if it answers now; as in
+        `ask` while none does. `absent` stands for a 404."""
         found: dict[str, T] = {}
 
         def attempt(url: str, seconds: float) -> T:
             try:
-                found[url] = read(self._exchange("GET", url + path, seconds, None), url)
+                found[url] = self._exchange(
+                    "GET", url + path, seconds, None, ANSWER, lambda answer: read(answer.content, url), fresh=True
+                )
             except RewardRefused as refused:
                 if refused.status != 404:
                     raise
@@ -159,41 +158,47 @@ class Channel:
                 f"{time.monotonic() - began:.1f} s, the last one: {str(fault).rstrip('.')}. {self._advice}"
             ) from fault
 
-    def _exchange(self, method: str, address: str, seconds: float, body: bytes | None) -> bytes:
-        """The body of a 200. Raises Fault, TooLarge or RewardRefused."""
-        end = time.monotonic() + seconds
-        timeout = httpx.Timeout(seconds, connect=min(seconds, 10.0))
+    def _exchange(
+        self,
+        method: str,
+        url: str,
+        seconds: float,
+        body: bytes | None,
+        limit: int,
+        read: Callable[[Answer], T],
+        fresh: bool = False,
+    ) -> T:
+        """What `read` makes of a 200. Raises Fault, TooLarge or RewardRefused."""
+        until = time.monotonic() + seconds
         headers = {"content-type": "application/json"} if body is not None else {}
-        content = bytearray()
         try:
-            with self._http.stream(method, _url(address), content=body, headers=headers, timeout=timeout) as response:
-                for part in response.iter_bytes():
-                    content += part
-                    # httpx bounds the wait for each part, and not the wait for all of them
-                    if time.monotonic() > end:
-                        raise Fault(f"no whole answer within {seconds:.1f} s")
-                    if len(content) > MAX_ANSWER:
-                        raise Fault(f"an answer of more than {MAX_ANSWER} bytes")
-        except httpx.RequestError as error:
+            with self._http.ask(
+                method, url, seconds=seconds, limit=limit, body=body, headers=headers, fresh=fresh
+            ) as answer:
+                if answer.status == 200:
+                    return read(answer)
+        except LateAnswer as error:
+            raise Fault(f"no whole answer within {seconds:.1f} s") from error
+        except HttpError as error:
             raise Fault(f"{type(error).__name__}: {error}") from error
-        if response.status_code == 200:
-            return bytes(content)
-        said = f"HTTP {response.status_code}: {content[:300].decode('utf-8', 'replace')}"
-        if body is not None and response.status_code in self._too_large:
+        said = f"HTTP {answer.status}: {answer.content[:300].decode('utf-8', 'replace')}"
+        if answer.status in RETRIED:
+            wish = _seconds(answer.headers.get("retry-after", ""))
+            raise Fault(said, wish, busy=answer.status == 429)
+        if answer.reused:  # no item is set aside, and no scoring ends, for what an earlier request was told
+            return self._exchange(method, url, until - time.monotonic(), body, limit, read, fresh=True)
+        if body is not None and answer.status in self._too_large:
             raise TooLarge(said)
-        if response.status_code in RETRIED:
-            wish = _seconds(response.headers.get("retry-after", ""))
-            raise Fault(said, wish, busy=response.status_code == 429)
-        message = f"{address} refuses the request, {said}. Is this a {self._what}, of the same version?"
-        raise RewardRefused(message, response.status_code)
+        message = f"{url} refuses the request, {said}. Is this a {self._what}, of the same version?"
+        raise RewardRefused(message, answer.status)
 
 
 def _is_address(url: str) -> bool:
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
+        address(url)
+    except InvalidAddress:
         return False
-    return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 2**16
+    return True
 
 
 def _seconds(retry_after: str) -> float:

@@ -18,6 +18,7 @@ from reward.channel import Channel
 from reward.dialects import Entry, Name, Scored
 from reward.dialects import dialect as _dialect
 from reward.faults import RewardRefused, RewardUnavailable, TooLarge
+from reward.http import Answer
 from reward.requests import Requests, check
 from reward.schema import Health
 
@@ -25,6 +26,8 @@ __all__ = ["RewardClient", "RewardRefused", "RewardUnavailable"]
 
 log = logging.getLogger(__name__)
 
+# Bytes of an answer. A score and its id take some 50, and a long reason 1,000. JSON grows by 20 where it is decoded.
+ANSWER_HEAD, ANSWER_ITEM = 2**16, 2**12
 ADVICE = (
     "Look at its log, start it again (python -m reward.server --model …) or correct its address, then run the same "
     "command again."
@@ -54,6 +57,7 @@ class RewardClient:
     `model`        is the model's name at a service that has several.
     `chat_template_kwargs` are given to the chat template of `tokenizer`, and `template_date` is the date that it prints.
     `api_key`      is sent as a bearer token.
+    `proxy`        is the address of an HTTP proxy on the way. The environment's is not used.
     `batch_size`   is the most items in a request, and `batch_bytes` the most bytes.
     `concurrency`  is the most requests in flight for one call of `score`.
     `timeout`      is the most seconds that one request may take.
@@ -72,6 +76,7 @@ class RewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         template_date: date | None = None,
         api_key: str | None = None,
+        proxy: str | None = None,
         batch_size: int = 128,
         batch_bytes: int = 8 * 2**20,
         concurrency: int = 4,
@@ -96,6 +101,7 @@ class RewardClient:
             first_wait=first_wait,
             longest_wait=longest_wait,
             api_key=api_key,
+            proxy=proxy,
             too_large=self._dialect.too_large,
         )
         self.urls = self._channel.urls
@@ -233,10 +239,14 @@ class RewardClient:
     def _ask(self, chunk: list[Entry], stop: threading.Event) -> list[Scored]:
         """The scores of one chunk."""
         body = self._dialect.request(chunk)
+
+        def read(answer: Answer) -> list[Scored]:
+            found = self._dialect.read(answer.content, chunk)
+            answer.named = all(scored.named for scored in found)
+            return found
+
         try:
-            return self._channel.ask(
-                "POST", self._dialect.path, body, lambda content, _: self._dialect.read(content, chunk), stop
-            )
+            return self._channel.ask(self._dialect.path, body, read, stop, limit=ANSWER_HEAD + ANSWER_ITEM * len(chunk))
         except TooLarge as error:
             if len(chunk) == 1:
                 return [Scored(place=chunk[0].place, score=None, reason=str(error))]

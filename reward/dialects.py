@@ -47,12 +47,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """What became of one item. `weights` names what scored it, if the server says so."""
+    """What became of one item. `weights` names what scored it, if the server says so. `named`: whether the answer names
+    the item by its id."""
 
     place: int
     score: float | None
     reason: str | None
     weights: str | None = None
+    named: bool = False
 
 
 class Dialect(Protocol):
@@ -103,7 +105,7 @@ class Selfplay:
         # the format says that a server without ids keeps the order
         if given.ids is not None and given.ids != [entry.id for entry in chunk]:
             raise Fault("the scores belong to other items, or are in another order")
-        return _scored(given.scores, given.errors, chunk, given.weights_sha256)
+        return _scored(given.scores, given.errors, chunk, given.weights_sha256, named=given.ids is not None)
 
     def health(self, content: bytes, url: str) -> Health:
         return _parse(content, Health)
@@ -177,7 +179,7 @@ class Vllm:
         try:
             found: dict[str, Any] = json.loads(content)["data"][0]
             name, limit = str(found["id"]), int(found.get("max_model_len") or self._encoder.max_tokens)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise Fault(f"an answer of another form: {error!r}") from error
         return Health(
             kind="vllm",
@@ -287,7 +289,11 @@ def dialect(
 
 
 def _scored(
-    scores: Sequence[float | None], errors: Sequence[str | None] | None, chunk: Sequence[Entry], weights: str | None
+    scores: Sequence[float | None],
+    errors: Sequence[str | None] | None,
+    chunk: Sequence[Entry],
+    weights: str | None,
+    named: bool = False,
 ) -> list[Scored]:
     errors = errors or [None] * len(chunk)
     if not len(scores) == len(errors) == len(chunk):
@@ -295,10 +301,10 @@ def _scored(
     found = []
     for entry, score, reason in zip(chunk, scores, errors, strict=True):
         if score is not None and isfinite(score):
-            found.append(Scored(place=entry.place, score=score, reason=None, weights=weights))
+            found.append(Scored(place=entry.place, score=score, reason=None, weights=weights, named=named))
         else:
             why = (reason or f"the score is {score}")[:200]
-            found.append(Scored(place=entry.place, score=None, reason=why, weights=weights))
+            found.append(Scored(place=entry.place, score=None, reason=why, weights=weights, named=named))
     return found
 
 

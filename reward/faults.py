@@ -27,3 +27,19 @@ class Fault(Exception):
         super().__init__(message)
         self.retry_after = retry_after
         self.busy = busy
+
+
+class HttpError(Exception):
+    """An exchange by HTTP came to no end. The address may be a secret, so it stands in no text."""
+
+
+class ConnectError(HttpError):
+    """No connection: nothing listens there, or it does not prove to be who it should be."""
+
+
+class LateAnswer(HttpError):
+    """The time was over before the whole answer was there."""
+
+
+class ProtocolError(HttpError):
+    """What came is no answer to this request by HTTP/1.1, or is longer than any answer may be."""

@@ -22,6 +22,8 @@ from typing import Any
 from reward.channel import Channel
 from reward.dialects import NOT_UNICODE, UNLIMITED
 from reward.faults import Fault, TooLarge
+from reward.http import Answer, InvalidAddress
+from reward.proxies import proxy_of
 from reward.schema import Health, Item
 from reward.scorer import ModelRefused, Score, Stopped
 from reward.settings import JudgeSettings
@@ -41,6 +43,8 @@ SCORE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 VERDICT = re.compile(rf"^{SIGNS}VERDICT{SIGNS}:{SIGNS}(?:ANSWER\s+)?(A|B|TIE){SIGNS}$", re.IGNORECASE | re.MULTILINE)
+REPLY = 2 * 2**20  # bytes of a reply, without its tokens
+BYTES = 64  # that a token of a reply takes at most, in JSON, with its thoughts
 END = 2000  # characters of a reply in which its verdict is looked for
 CONTROL = r"</?think>|<\|[^<>]{0,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<[｜|][^<>]{0,60}[｜|]>"
 WORD_JOINER = "\u2060"  # has no width: a person, and a model, still reads the text
@@ -67,6 +71,10 @@ class Judge:
         key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
         if settings.api_key_env and not key:
             raise ModelRefused(f"the judge's key is to be in ${settings.api_key_env}, which is not set")
+        try:
+            proxy = proxy_of(settings.proxy_env)
+        except InvalidAddress as error:
+            raise ModelRefused(str(error)) from error
         self._channel = Channel(
             settings.url,
             what="judge",
@@ -77,6 +85,7 @@ class Judge:
             first_wait=0.5,
             longest_wait=15.0,
             api_key=key,
+            proxy=proxy,
             too_large=frozenset({400, 413, 422}),  # above all a conversation longer than the judge can read
         )
         self._control = re.compile("|".join([CONTROL, *map(re.escape, settings.control_tokens)]))
@@ -223,7 +232,13 @@ class Judge:
         }
         self.counts["requests"] += 1
         try:
-            return self._channel.ask("POST", "/v1/chat/completions", json.dumps(body).encode(), _reply, self.stopping)
+            return self._channel.ask(
+                "/v1/chat/completions",
+                json.dumps(body).encode(),
+                _reply,
+                self.stopping,
+                limit=REPLY + BYTES * self._settings.max_tokens,
+            )
         except TooLarge as error:
             self.counts["refused requests"] += 1
             return _Refused(str(error)[:200])
@@ -237,12 +252,12 @@ class _CutOff(str):
     """A reply that was cut off by its limit of tokens, before the judge came to its verdict."""
 
 
-def _reply(content: bytes, url: str) -> str:
+def _reply(answer: Answer) -> str:
     """What the judge said, which is nothing if it thought until its tokens were spent."""
     try:
-        choice: Any = json.loads(content)["choices"][0]
+        choice: Any = json.loads(answer.content)["choices"][0]
         said, ended = choice["message"].get("content"), choice.get("finish_reason")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Fault(f"an answer of another form: {error!r}") from error
     said = said if isinstance(said, str) else ""
     return _CutOff(said) if ended == "length" else said

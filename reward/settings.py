@@ -196,7 +196,7 @@ class RulesSettings(Kind):
 
 
 class JudgeSettings(Kind):
-    access: ClassVar[frozenset[str]] = frozenset({"concurrency", "timeout", "deadline", "api_key_env"})
+    access: ClassVar[frozenset[str]] = frozenset({"concurrency", "timeout", "deadline", "api_key_env", "proxy_env"})
     url: list[Address]
     """OpenAI-compatible servers, without `/v1`."""
     model: str
@@ -227,6 +227,8 @@ class JudgeSettings(Kind):
     """Seconds of one request with all its repetitions; then nothing is scored, and the askers are told so."""
     api_key_env: str | None = None
     """Environment variable with the bearer token."""
+    proxy_env: str | None = None
+    """Environment variable with the address of the HTTP proxy to ask through, such as HTTPS_PROXY; by default none is used."""
     control_tokens: list[str] = []
     """Texts that structure a conversation for this judge, beside those that look like it (`<|…|>`, `[INST]`, `</s>`,
     `<start_of_turn>`): inside the texts that it judges they are broken up."""

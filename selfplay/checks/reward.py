@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-
 from reward.client import UNNAMED, RewardClient, RewardRefused, RewardUnavailable
+from reward.http import HttpError, InvalidAddress, ask
+from reward.proxies import proxy_of
 from reward.scorer import ModelRefused
 from reward.settings import JudgeSettings, Rule
 from selfplay.checks.finding import Finding
@@ -19,6 +19,7 @@ from selfplay.config import Config, RewardSource
 from selfplay.prompts.references import readers
 
 SECONDS = 10.0  # for an answer
+MODELS = 8 * 2**20  # bytes of a list of models, which some services have thousands of
 MAKE_RULES = "import sys; from reward import kinds; kinds.load('rules', sys.argv[1]).scorers()"
 
 
@@ -66,7 +67,12 @@ def _server(key: str, source: RewardSource, url: str) -> Finding:
     secret = os.environ.get(source.api_key_env) if source.api_key_env else None
     try:
         with RewardClient(
-            url, dialect=source.dialect, tokenizer=source.tokenizer, api_key=secret, deadline=SECONDS
+            url,
+            dialect=source.dialect,
+            tokenizer=source.tokenizer,
+            api_key=secret,
+            proxy=proxy_of(source.proxy_env),
+            deadline=SECONDS,
         ) as client:
             health = client.health()
     except (RewardUnavailable, RewardRefused, ValueError) as error:
@@ -84,15 +90,22 @@ def _judge(key: str, judge: JudgeSettings, url: str) -> Finding:
     secret = os.environ.get(judge.api_key_env) if judge.api_key_env else None
     headers = {"authorization": f"Bearer {secret}"} if secret else {}
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/v1/models", headers=headers, timeout=SECONDS)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        answer = ask(
+            "GET",
+            f"{url.rstrip('/')}/v1/models",
+            headers=headers,
+            seconds=SECONDS,
+            limit=MODELS,
+            proxy=proxy_of(judge.proxy_env),
+        )
+    except (HttpError, InvalidAddress) as error:
         return Finding.error(key, f"the judge at {url} does not answer: {type(error).__name__}: {error}")
-    if answer.status_code in (401, 403):
-        return Finding.error(key, f"the judge at {url} refuses the key ({answer.status_code})")
+    if answer.status in (401, 403):
+        return Finding.error(key, f"the judge at {url} refuses the key ({answer.status})")
     try:
-        names = [row["id"] for row in answer.raise_for_status().json()["data"]]
-    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError):
-        text = f"the judge at {url} answers, but not with a list of models ({answer.status_code})"
+        names = [row["id"] for row in json.loads(answer.content if answer.success else b"")["data"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = f"the judge at {url} answers, but not with a list of models ({answer.status})"
         return Finding.warning(key, text)
     if judge.model not in names:
         known = ", ".join(map(str, names[:5])) or "none"

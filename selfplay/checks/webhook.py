@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
-
+from reward.http import ask
+from reward.proxies import proxy_of
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
-from selfplay.service.alerts import REFUSED, post, said
+from selfplay.service.alerts import REFUSED, SECONDS, post, said
 
 TEST = "a test by selfplay check: nothing is wrong"
-SECONDS = 10.0  # for an answer
 
 
 def answers(config: Config, run_dir: Path) -> Iterator[Finding]:
@@ -27,7 +26,7 @@ def answers(config: Config, run_dir: Path) -> Iterator[Finding]:
         yield Finding.ok("webhook", f"there is none: ${name} is not set, so alerts are posted nowhere")
         return
     try:
-        status = httpx.head(url, timeout=SECONDS).status_code
+        status = ask("HEAD", url, seconds=SECONDS, limit=0, proxy=proxy_of(config.service.webhook_proxy_env)).status
     except Exception as error:  # the network, the URL or the certificates
         yield Finding.warning("webhook", f"the address in ${name} does not answer ({said(error)})")
         return
@@ -42,7 +41,7 @@ def takes(config: Config) -> Finding:
         return Finding.error("webhook", f"${name} is not set: there is nowhere to post to")
     alert = {"run": config.run.name, "kind": "test", "text": TEST, "time": datetime.now(UTC).isoformat()}
     try:
-        status = post(url, alert)
+        status = post(url, alert, proxy_of(config.service.webhook_proxy_env))
     except Exception as error:  # as above
         return Finding.error("webhook", f"the address does not take a test alert ({said(error)})")
     if status in REFUSED:

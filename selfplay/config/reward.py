@@ -17,9 +17,9 @@ from selfplay.config.base import Positive, Section, Share
 # settings that say which reward, and not how it is asked: never inherited
 WHICH = {
     "model", "heads", "trust_remote_code", "rules", "chat_judge", "source", "url", "dialect", "tokenizer", "served_model", "api_key_env",
-    "identity", "chat_template_kwargs",
+    "proxy_env", "identity", "chat_template_kwargs",
 }  # fmt: skip
-ACCESS = {"api_key_env", "concurrency", "timeout", "deadline"}  # has no part in what a source answers
+ACCESS = {"api_key_env", "proxy_env", "concurrency", "timeout", "deadline"}  # has no part in what a source answers
 
 
 class RewardSource(Section):
@@ -51,6 +51,9 @@ class RewardSource(Section):
     """Name of the model at vLLM servers, where they have several."""
     api_key_env: str | None = None
     """Environment variable with the bearer token for the servers of `url`."""
+    proxy_env: str | None = None
+    """Environment variable with the address of the HTTP proxy before the servers of `url`, such as HTTPS_PROXY; by default
+    none is used."""
     identity: str | None = None
     """A name that you vouch for where the servers of `url` tell none: scores are then kept in the cache. Give another one
     when the model behind the address changes."""
@@ -142,6 +145,7 @@ class RewardSource(Section):
             ("tokenizer", "url"),
             ("served_model", "url"),
             ("api_key_env", "url"),
+            ("proxy_env", "url"),
             ("identity", "url"),
         ):
             if getattr(self, name) and not getattr(self, owner):

@@ -35,3 +35,6 @@ class ServiceConfig(Section):
     """Rejected rounds in a row after which the service pauses itself."""
     webhook_env: str = "SELFPLAY_WEBHOOK"
     """Environment variable with the URL that alerts are posted to as JSON; unset: none."""
+    webhook_proxy_env: str | None = None
+    """Environment variable with the address of the HTTP proxy before the webhook, such as HTTPS_PROXY; by default none is
+    used."""

@@ -14,6 +14,7 @@ from typing import TypeVar
 from reward.client import RewardClient, RewardRefused, RewardUnavailable
 from reward.dialects import Scored as Given
 from reward.kinds import Kind
+from reward.proxies import proxy_of
 from selfplay.config import RewardSource
 from selfplay.errors import InputError, Interrupted, RewardError
 from selfplay.processes.child import PATIENT, Child, ChildDied
@@ -201,6 +202,7 @@ class RewardService:
                     chat_template_kwargs=self._config.chat_template_kwargs,
                     template_date=self._config.template_date,
                     api_key=os.environ[key] if key else None,
+                    proxy=proxy_of(self._config.proxy_env),
                     batch_size=self._config.batch,
                     concurrency=self._config.concurrency or REQUESTS * self._devices(),
                     timeout=self._config.timeout,

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import tenacity
 
+from reward.http import ask
+from reward.proxies import proxy_of
 from selfplay.storage.ledger import Store
 
 logger = logging.getLogger(__name__)
@@ -19,9 +20,18 @@ STATE = "alerts"  # name of the unsent ones in the ledger
 TROUBLE = "webhook"  # and of what is wrong with the webhook
 MOST = 20  # unsent alerts that are kept, the newest
 LONGEST_WAIT = 300.0  # seconds between two tries
+SECONDS = 10.0  # for one post
 REFUSED = (400, 413, 415, 422)  # what is wrong with this alert; other errors are about the address, or pass
 
 Alert = dict[str, Any]
+
+
+class NotTaken(Exception):
+    """The webhook answers with a status that is no success."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
 
 
 class Alerts:
@@ -31,16 +41,21 @@ class Alerts:
 
     url: the address, a secret that goes into no message, or None where there is none: alerts then stay unsent.
     stopping: ends the tries; what is unsent then waits in the ledger.
+    proxy: the name of the environment variable with the address of a proxy before the webhook, or None.
     """
 
-    def __init__(self, url: Callable[[], str | None], stopping: threading.Event) -> None:
-        self._url, self._stopping = url, stopping
+    def __init__(
+        self,
+        url: Callable[[], str | None],
+        stopping: threading.Event,
+        proxy: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._url, self._stopping, self._proxy = url, stopping, proxy
         self._lock = threading.Lock()
         self._unsent: list[Alert] = []
         self._changed = False  # since the ledger was told
         self._trouble = self._told = ""  # what is wrong with the webhook, and what of it is in the ledger
         self._sender: threading.Thread | None = None
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every URL
 
     def load(self, store: Store) -> None:
         """Go on with what an earlier service left unsent, before what came since."""
@@ -104,7 +119,7 @@ class Alerts:
     def _post(self, alert: Alert) -> None:
         """Raises whatever kept it from being taken for now; returns when it is taken, or refused for good."""
         try:
-            status = post(self._url() or "", alert)
+            status = post(self._url() or "", alert, proxy_of(self._proxy()))
         except Exception as error:
             self._trouble = f"the webhook does not take alerts ({said(error)})"
             logger.warning(self._trouble)
@@ -114,15 +129,15 @@ class Alerts:
             logger.error(self._trouble)
 
 
-def post(url: str, alert: Alert) -> int:
+def post(url: str, alert: Alert, proxy: str | None = None) -> int:
     """Post one alert; the status of the answer, of success or one of REFUSED. Raises whatever kept it from being taken."""
     body, headers = json.dumps(alert), {"content-type": "application/json"}  # in ASCII, whatever characters it has
-    answer = httpx.post(url, content=body, headers=headers, timeout=10)
-    if answer.status_code not in REFUSED:
-        answer.raise_for_status()
-    return answer.status_code
+    answer = ask("POST", url, body=body.encode(), headers=headers, seconds=SECONDS, limit=0, proxy=proxy)
+    if not answer.success and answer.status not in REFUSED:
+        raise NotTaken(answer.status)
+    return answer.status
 
 
 def said(error: Exception) -> str:
     """What an exception of the network, the URL or the certificates is, without its text, which may name the URL."""
-    return str(error.response.status_code) if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
+    return str(error.status) if isinstance(error, NotTaken) else type(error).__name__

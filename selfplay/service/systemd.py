@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 
-import httpx
+from reward.http import HttpError, ask
 
 
 def tell(state: str) -> None:
@@ -31,9 +31,8 @@ def keep_watchdog(url: str) -> None:
     def beat() -> None:
         pause = threading.Event()
         while not pause.wait(period / 3):
-            with contextlib.suppress(httpx.HTTPError):
-                # no proxy of the environment: it could not reach us, and systemd would kill a service that is well
-                httpx.get(f"{url}/healthz", timeout=period / 3, trust_env=False).raise_for_status()
-                tell("WATCHDOG=1")
+            with contextlib.suppress(HttpError):
+                if ask("GET", f"{url}/healthz", seconds=period / 3, limit=0).success:
+                    tell("WATCHDOG=1")
 
     threading.Thread(target=beat, name="watchdog", daemon=True).start()

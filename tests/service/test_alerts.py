@@ -1,10 +1,14 @@
 """Alerts to a real HTTP server that does not take them at first."""
 
+import contextlib
+import socket
 import threading
+import time
 
 import pytest
 from daemon_world import until, webhook
 
+from reward.http import LateAnswer
 from selfplay.service import alerts
 from selfplay.service.alerts import Alerts
 from selfplay.storage.ledger import Store
@@ -105,14 +109,48 @@ def test_without_a_webhook_none_is_in_trouble(store):
     assert store.state(alerts.TROUBLE) == ""
 
 
-def test_whatever_fails_is_tried_again(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere.pem"))
+def test_whatever_fails_is_tried_again(monkeypatch, caplog):
+    monkeypatch.setenv("A_PROXY", "nonsense")
+    proxies = ["A_PROXY"]
     with webhook() as (url, got):
-        found = Alerts(lambda: url, threading.Event())
+        found = Alerts(lambda: url, threading.Event(), lambda: proxies[0] if proxies else None)
         found.send({"text": "one"})
-        until(lambda: "(FileNotFoundError)" in caplog.text)
-        monkeypatch.delenv("SSL_CERT_FILE")
+        until(lambda: "(InvalidAddress)" in caplog.text)
+        proxies.clear()
         until(lambda: got)
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (b"HTTP/1.1 200 OK\r\nx-a: ", b"a"),  # a header that drips
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 2**20),  # a body without an end
+    ],
+)
+def test_an_answer_without_an_end_takes_neither_time_nor_memory(monkeypatch, start, more):
+    monkeypatch.setattr(alerts, "SECONDS", 0.5)
+    taken = []
+
+    def talk(connection):
+        connection.settimeout(5)
+        connection.recv(65536)
+        connection.sendall(start)
+        with contextlib.suppress(OSError):
+            while True:
+                connection.sendall(more)
+                taken.append(len(more))
+                time.sleep(0.01)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=lambda: talk(server.accept()[0]), daemon=True).start()
+        began = time.monotonic()
+        try:
+            assert alerts.post(f"http://127.0.0.1:{server.getsockname()[1]}/secret", {"text": "one"}) == 200
+        except LateAnswer:
+            assert len(more) < 100
+        assert time.monotonic() - began < 1.5
+    assert sum(taken) < 2**25
 
 
 def test_every_text_can_be_posted():
