@@ -166,6 +166,9 @@ def test_refusals_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     refused(folder / "config.json", "there is no such folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no config.json")
+    mixed = reward_model(tmp_path / "mixed")
+    (mixed / "adapter_config.json").write_text("{}")
+    refused(mixed, "an adapter lies there")
     refused(reward_model(tmp_path / "two", labels=2), "one label, this one has num_labels = 2")
     refused(reward_model(tmp_path / "mute", template=None), "no chat template")
 

@@ -89,6 +89,8 @@ def test_one_file_shards_and_what_lies_beside_them(tmp_path):
             "adapter_config.json", "adapter_model.safetensors", "consolidated.safetensors", "model-q4.gguf",
             "optimizer.safetensors", "params.json", "pytorch_model.bin",
         ]  # fmt: skip
+        with pytest.raises(CheckpointError, match="put on top of the model"):
+            checkpoints.unmixed(folder)
         clean = folder.with_name(f"{folder.name}-clean")
         checkpoints.linked(found, clean)
         again = checkpoints.read(clean)
