@@ -24,6 +24,7 @@ from reward.wire import Wire, connect
 __all__ = ["Answer", "ConnectError", "Http", "HttpError", "InvalidAddress", "LateAnswer", "ProtocolError", "ask"]
 
 HEADS = 64 * 2**10  # bytes of headers, of trailers, or of one line of a chunk
+INTERIM = 16  # answers such as 100 Continue before the real one
 CONNECT = 10.0  # seconds at most for a connection
 IDLE = 30.0  # seconds after which a connection is not used again
 
@@ -184,8 +185,10 @@ def _exchange(
     sent = wire.send(said, end)
     answer: Answer | None = None
     content = bytearray()
-    came = 0
+    came = interim = 0
     while True:
+        if time.monotonic() > end:  # thousands of small events in what came at once take time, too
+            raise LateAnswer("no whole answer in time")
         event = spoken.next_event()
         if event is h11.NEED_DATA:
             data = wire.receive(end)
@@ -219,7 +222,11 @@ def _exchange(
             answer.content = bytes(content)
             clean = spoken.our_state is spoken.their_state is h11.DONE and not spoken.trailing_data[0]
             return answer, clean and sent and wire.silent
-        elif not isinstance(event, h11.InformationalResponse):
+        elif isinstance(event, h11.InformationalResponse):
+            interim += 1
+            if interim > INTERIM:
+                raise ProtocolError(f"more than {INTERIM} interim answers")
+        else:
             raise ProtocolError("an answer that ends before it begins")
     assert answer is not None, "a loop that ends has seen a head"
     answer.content = bytes(content[:limit])

@@ -35,7 +35,7 @@ class Wire:
         """Go on by TLS, with a server that proves to be `host`. Raises ConnectError for one that does not."""
         try:
             self._socket = tls().wrap_socket(self._socket, server_hostname=host, do_handshake_on_connect=False)
-            self._attempt(self._socket.do_handshake, select.POLLIN, end)  # type: ignore[attr-defined]
+            self._attempt(self._socket.do_handshake, select.POLLIN, end)
         except LateAnswer:
             raise ConnectError("the TLS handshake did not end in time") from None
         except (OSError, ValueError) as error:  # ValueError for a name that no certificate can have

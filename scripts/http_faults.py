@@ -36,6 +36,7 @@ TIMEOUT, DEADLINE, GRACE = 0.4, 1.6, 1.0  # seconds of an attempt, of a call of 
 MEMORY = 64  # MB
 THREADS = 16
 HEAD = b"HTTP/1.1 200 OK\r\n"
+NOTHING = b"HTTP/1.1 %b\r\ncontent-length: 0\r\n\r\n"
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 
 
@@ -50,8 +51,11 @@ class Peer:
         self.socket, self.old = taken, old
         self.right = self.wrong = b""
 
-    def say(self, data: bytes) -> None:
+    def say(self, data: bytes, wait: float = 0.0, more: bytes = b"") -> None:
+        """`more` comes `wait` seconds later."""
         self.socket.sendall(data)
+        time.sleep(wait)
+        self.socket.sendall(more)
 
     def drip(self, before: bytes, part: bytes, pause: float = 0.05) -> None:
         self.say(before)
@@ -64,7 +68,8 @@ class Peer:
         while True:
             self.say(part)
 
-    def reset(self) -> None:
+    def reset(self, data: bytes = b"") -> None:
+        self.say(data)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def earlier(self) -> bytes:
@@ -82,21 +87,13 @@ KEEPS: dict[str, Callable[[Peer], None]] = {
     "right after an interim answer": lambda p: p.say(b"HTTP/1.1 100 Continue\r\n\r\n" + sized(p.right)),
     "right and twice": lambda p: p.say(sized(p.right) * 2),
     "right and a wrong one": lambda p: p.say(sized(p.right) + sized(p.wrong)),
-    "right and a wrong one later": lambda p: (p.say(sized(p.right)), time.sleep(0.005), p.say(sized(p.wrong)))[0],
+    "right and a wrong one later": lambda p: p.say(sized(p.right), 0.005, sized(p.wrong)),
     "right and an earlier one": lambda p: p.say(sized(p.right) + p.earlier()),
     "right and bytes": lambda p: p.say(sized(p.right) + b"\r\n\0x"),
-    "right and a refusal later": lambda p: (
-        p.say(sized(p.right)),
-        time.sleep(0.005),
-        p.say(b"HTTP/1.1 400 No\r\ncontent-length: 0\r\n\r\n"),
-    )[0],
-    "right and too large later": lambda p: (
-        p.say(sized(p.right)),
-        time.sleep(0.005),
-        p.say(b"HTTP/1.1 413 No\r\ncontent-length: 0\r\n\r\n"),
-    )[0],
+    "right and a refusal later": lambda p: p.say(sized(p.right), 0.005, NOTHING % b"400 No"),
+    "right and too large later": lambda p: p.say(sized(p.right), 0.005, NOTHING % b"413 No"),
     "500": lambda p: p.say(b"HTTP/1.1 500 Oops\r\ncontent-length: 2\r\n\r\nno"),
-    "429 and a right one": lambda p: p.say(b"HTTP/1.1 429 Wait\r\ncontent-length: 0\r\n\r\n" + sized(p.right)),
+    "429 and a right one": lambda p: p.say(NOTHING % b"429 Wait" + sized(p.right)),
     "malformed JSON": lambda p: p.say(sized(p.right[:-3])),
     "one score more": lambda p: p.say(sized(p.right.replace(b"[", b"[99.0, ", 1))),
 }
@@ -123,9 +120,9 @@ ENDS: dict[str, Callable[[Peer], None]] = {
     "brotli": lambda p: p.flood(HEAD + b"content-encoding: br\r\n\r\n", BOMB),
     "empty blocks of gzip drip": lambda p: p.drip(HEAD + b"content-encoding: gzip\r\n\r\n" + BOMB[:10], b"\0\0\0\xff\xff"),
     "a body drips": lambda p: p.drip(HEAD + b"content-length: 9999\r\n\r\n", b" "),
-    "a body in two, then silence": lambda p: (p.say(sized(p.right)[:-5]), time.sleep(2 * TIMEOUT))[0],
+    "a body in two, then silence": lambda p: p.say(sized(p.right)[:-5], 2 * TIMEOUT),
     "half a body": lambda p: p.say(sized(p.right)[:-5]),
-    "half a body, reset": lambda p: (p.say(sized(p.right)[:-5]), p.reset())[0],
+    "half a body, reset": lambda p: p.reset(sized(p.right)[:-5]),
     "a body without end": lambda p: p.flood(HEAD + b"\r\n", b"[[[[" * 16384),
     "millions of scores": lambda p: p.say(sized(b'{"scores": [' + b"1," * 2**21 + b"1]}")),
     "a chunk's size drips": lambda p: p.drip(CHUNKED, b"0"),

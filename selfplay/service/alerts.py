@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import tenacity
 
 from reward.http import ask
 from reward.proxies import proxy_of
+from selfplay.config.service import ServiceConfig
 from selfplay.storage.ledger import Store
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,11 @@ class Alerts:
         self._changed = False  # since the ledger was told
         self._trouble = self._told = ""  # what is wrong with the webhook, and what of it is in the ledger
         self._sender: threading.Thread | None = None
+
+    @classmethod
+    def of(cls, settings: Callable[[], ServiceConfig], stopping: threading.Event) -> Self:
+        """Alerts to the webhook of a configuration, which may change."""
+        return cls(lambda: os.environ.get(settings().webhook_env), stopping, lambda: settings().webhook_proxy_env)
 
     def load(self, store: Store) -> None:
         """Go on with what an earlier service left unsent, before what came since."""

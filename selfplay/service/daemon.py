@@ -62,11 +62,7 @@ class Daemon:
         self._stop = Stop()
         self._stopping = self._stop.asked
         self._reloading = False  # SIGHUP came, and is not in the ledger yet
-        self._alerts = Alerts(
-            lambda: os.environ.get(self.config.service.webhook_env),
-            self._stopping,
-            lambda: self.config.service.webhook_proxy_env,
-        )
+        self._alerts = Alerts.of(lambda: self.config.service, self._stopping)
         self._in_round = False
         self._polled = 0.0
         self._stalls = Stalls(
