@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -19,16 +20,22 @@ def trigger(settings: ScheduleConfig, anchor: datetime) -> BaseTrigger:
     if settings.mode != "cron":
         seconds = round((settings.every_minutes or 0) * 60)
         return IntervalTrigger(seconds=seconds, start_date=anchor, timezone=settings.time_zone)
-    try:
-        minute, hour, day, month, weekday = (settings.cron or "").split()
-        found: BaseTrigger = CronTrigger(
-            minute=minute, hour=hour, day=day, month=month, day_of_week=schedule.weekdays(weekday), timezone=UTC
-        )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(f"schedule.cron {settings.cron!r}: {error}", "minute hour day month weekday") from None
+    found = _line(settings.cron or "")
     if found.get_next_fire_time(None, anchor) is None:
         raise ConfigError(f"schedule.cron {settings.cron!r} never comes", "minute hour day month weekday")
     return found
+
+
+@functools.cache
+def _line(cron: str) -> BaseTrigger:
+    """A cron line in UTC; the waiting service asks for it once a second."""
+    try:
+        minute, hour, day, month, weekday = cron.split()
+        return CronTrigger(
+            minute=minute, hour=hour, day=day, month=month, day_of_week=schedule.weekdays(weekday), timezone=UTC
+        )
+    except ValueError as error:
+        raise ConfigError(f"schedule.cron {cron!r}: {error}", "minute hour day month weekday") from None
 
 
 def next_start(
@@ -61,6 +68,7 @@ def next_start(
 
 def _due(source: BaseTrigger, since: datetime, settings: ScheduleConfig) -> datetime:
     """The first time at or after `since`, in UTC."""
+
     def following(moment: datetime) -> datetime:
         found: datetime = source.get_next_fire_time(None, moment).astimezone(UTC)
         return found

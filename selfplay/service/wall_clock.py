@@ -23,19 +23,31 @@ def next_time(line: Callable[[datetime], datetime], since: datetime, zone: ZoneI
     line: the first time of the line at or after another one, both as clocks on a wall show them, written as UTC; hour: the
     line's field of hours.
     """
-    now, before, after = (moment.astimezone(zone).utcoffset() for moment in (since, since - FURTHEST, since + FURTHEST))
-    assert now is not None and before is not None and after is not None, "the zone knows its offsets"
-    # What comes now may stand earlier on the wall: in a time skipped a moment ago, or in an hour that soon comes again.
-    wall = since + now - max(timedelta(0), now - min(before, after))
+    wall = since + _offset(since, zone) - _earlier(since, zone)
     found: list[datetime] = []
     while True:
         wall = line(wall)
         first, second = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
-        if first > second:  # the clocks skip it, and `first` is counted on from before
-            moments = [] if hour == "*" else [first]
-        else:
-            moments = [first, second] if "*" in hour else [first]
+        moments = [first, second] if "*" in hour and first <= second else [first]
+        if first > second and hour == "*":  # the clocks skip it; else `first` is counted on from before they do
+            moments = []
         found += [moment for moment in moments if moment >= since]
         if found and first == second >= since:  # it comes once, so what stands later on the wall comes later too
             return min(found)
         wall += timedelta(minutes=1)
+
+
+def _earlier(since: datetime, zone: ZoneInfo) -> timedelta:
+    """How much earlier on the wall a time may stand that comes now: in a time skipped a moment ago, or in one that comes again."""
+    now = _offset(since, zone)
+    for way in (-1, 1):
+        change = now - _offset(since + way * FURTHEST, zone)
+        if change > timedelta(0) and _offset(since + way * change, zone) < now:
+            return change
+    return timedelta(0)
+
+
+def _offset(moment: datetime, zone: ZoneInfo) -> timedelta:
+    offset = moment.astimezone(zone).utcoffset()
+    assert offset is not None, "the zone knows its offset"
+    return offset
