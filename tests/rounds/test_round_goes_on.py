@@ -138,6 +138,7 @@ def test_a_round_without_pairs_is_skipped(opened, mended):
     """No margin is above the noise."""
     out = opened.round("reward.noise=1000")
     assert "no pair was left to train on: " in out and "margins within the reward's noise" in out
+    assert "lower reward.noise" in " ".join(out.split())
     store = opened.run.store
     skipped, metrics = store.rounds()[-1], store.metrics(4)
     assert (skipped["round"], skipped["state"], skipped["policy"]) == (4, "skipped", 3)
