@@ -74,7 +74,9 @@ class Walk:
         comes = np.ones(len(self.minute), bool)
         for text, values, limits in zip(fields, self.fields, LIMITS, strict=True):
             if text != "*":
-                comes &= np.isin(values, list(expand(text, *limits)))
+                named = np.zeros(limits[1] + 1, bool)
+                named[list(expand(text, *limits))] = True
+                comes &= named[values]
         hour = fields[1]
         if "*" not in hour:
             comes &= ~self.again
@@ -151,7 +153,8 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="each kind of change once, and no whole years")
     args = parser.parse_args()
     first, last = (datetime(year, 1, 1, tzinfo=UTC) for year in (args.first, args.last + 1))
-    began, wrong, kinds, seen = time.monotonic(), [], set(), set()
+    began, kinds, seen = time.monotonic(), set(), set()
+    wrong: list[str] = []
     count = 0
     for name in sorted(zoneinfo.available_timezones()):
         zone = ZoneInfo(name)
