@@ -32,7 +32,8 @@ class ServiceConfig(Section):
     they did is tried again; never less than the `silence` of engine and trainer, which end one that hangs much sooner. A
     download is silent: more where a model or a data set takes longer."""
     pause_after_rejected: Positive = 3
-    """Rejected rounds in a row after which the service pauses itself."""
+    """Rounds in a row that changed no policy, after which the service pauses itself: rejected by the gate, or skipped because no
+    pair was left to train on."""
     webhook_env: str = "SELFPLAY_WEBHOOK"
     """Environment variable with the URL that alerts are posted to as JSON; unset: none."""
     webhook_proxy_env: str | None = None

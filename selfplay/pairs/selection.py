@@ -122,3 +122,29 @@ def why_none(found: Mapping[str, float]) -> str:
     """What kept prompts from giving a pair, by the metrics of the stage: «: 3 with equal answers, 1 …»; empty for nothing."""
     said = [f"{found[name]:.0f} {words}" for name, words in REASONS.items() if found.get(name)]
     return f": {', '.join(said)}" if said else ""
+
+
+ADVICE = {
+    "prompts_cut_off": "let answers end: raise generate.max_tokens, or name the token that ends a turn in generate.stop_token_ids",
+    "prompts_unscored": "see in the events of the stage score why answers have no score",
+    "prompts_equal": "let answers differ: raise generate.temperature or generate.candidates",
+    "prompts_tied": "take a reward with finer scores, or other prompts, or raise generate.candidates or generate.temperature: ties "
+    "teach nothing",
+    "dropped_noise": "lower reward.noise where it is set too high, take a reward with finer scores, or raise generate.candidates or "
+    "generate.temperature",
+    "dropped_difficult": "raise pairs.easiest",
+    "dropped_disagreement": "raise pairs.max_disagreement, or look at why the members of reward.ensemble disagree",
+    "dropped_nonfinite": "look at rewards and log-probabilities that are not finite",
+}
+
+
+def advice(found: Mapping[str, float], cut_off_share: float) -> str:
+    """What to change where rounds have no pair to train on, by what most prompts or pairs were lost to; empty for nothing.
+
+    found: metrics of the stage, of one round or summed over some; cut_off_share: of all answers.
+    """
+    cause = max(ADVICE, key=lambda name: found.get(name, 0.0))
+    if not found.get(cause):
+        return ""
+    too_few_are_whole = cause == "prompts_unscored" and cut_off_share >= 0.5
+    return ADVICE["prompts_cut_off" if too_few_are_whole else cause]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from selfplay.errors import CheckpointError
-from selfplay.pairs.selection import why_none
+from selfplay.pairs.selection import advice, why_none
 from selfplay.pairs.writing import read_ranked
 from selfplay.rounds import reference
 from selfplay.rounds.frame import GIVE_UP
@@ -63,7 +63,9 @@ def run_round(run: Run) -> RoundReport:
         pairs = read_ranked(steps.frame.path("pairs/pairs.parquet"))
         run.store.record_pairs(steps.index, pairs)
         if not any(pair.kept_because for pair in pairs):
-            return close(steps, "skipped", [f"no pair was left to train on{why_none(steps.frame.metrics(PAIRS))}"])
+            found, cut_off = steps.frame.metrics(PAIRS), steps.frame.metrics(GENERATE)["cut_off_share"]
+            why = [f"no pair was left to train on{why_none(found)}", advice(found, cut_off)]
+            return close(steps, "skipped", [text for text in why if text])
         if steps.evolves:
             do(EVOLVE, steps.evolve)
             steps.join_rewrites()

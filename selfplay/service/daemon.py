@@ -21,7 +21,7 @@ from selfplay.progress import Line
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.round import cancel_round, roll_back, run_round
 from selfplay.rounds.run import Run
-from selfplay.service import failures, orders, starts
+from selfplay.service import failures, no_progress, orders
 from selfplay.service.alerts import Alerts
 from selfplay.service.due import trigger
 from selfplay.service.failures import Failures
@@ -209,9 +209,9 @@ class Daemon:
             return held
         limit = self.config.service.pause_after_rejected
         rounds = store.last_rounds(limit)
-        if (why := starts.rejected(rounds, limit, said.get("resumed", 0))) is not None:
-            self.pause("rejected", why)
-            return "paused", why
+        if (stuck := no_progress.why_pause(rounds, limit, said.get("resumed", 0), store.metrics)) is not None:
+            self.pause(*stuck)
+            return "paused", stuck[1]
         last = rounds[-1] if rounds else None
         if (last["round"] if last else 0) < said.get("run_now", 0):
             return None
@@ -229,7 +229,7 @@ class Daemon:
             self._warn("warning", said)
 
     def pause(self, kind: str, why: str) -> None:
-        """Pause by itself, and say why: to people first, for the ledger may be what is wrong. kind: failed, rejected."""
+        """Pause by itself, and say why: to people first, for the ledger may be what is wrong. kind: failed, rejected, skipped."""
         time = self._clock().isoformat()
         self._failures.give_up()
         self._pause = {"why": why, "kind": kind, "time": time}

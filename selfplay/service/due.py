@@ -1,8 +1,10 @@
-"""When the next round is due by the schedule. APScheduler's triggers do the arithmetic of intervals and cron lines."""
+"""When the next round is due by the schedule. APScheduler's triggers read intervals and cron lines."""
 
 from __future__ import annotations
 
+import functools
 from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.cron import CronTrigger
@@ -10,24 +12,30 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from selfplay.config import ScheduleConfig
 from selfplay.errors import ConfigError
-from selfplay.service import schedule
+from selfplay.service import schedule, wall_clock
 
 
 def trigger(settings: ScheduleConfig, anchor: datetime) -> BaseTrigger:
-    """What says when rounds are due; an interval counts from `anchor`. Raises ConfigError for a cron line that is none."""
+    """An interval that counts from `anchor`, or a cron line on a clock that never changes. Raises ConfigError for no such line."""
     if settings.mode != "cron":
         seconds = round((settings.every_minutes or 0) * 60)
         return IntervalTrigger(seconds=seconds, start_date=anchor, timezone=settings.time_zone)
-    try:
-        minute, hour, day, month, weekday = (settings.cron or "").split()
-        found: BaseTrigger = CronTrigger(
-            minute=minute, hour=hour, day=day, month=month, day_of_week=schedule.weekdays(weekday), timezone=settings.time_zone
-        )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(f"schedule.cron {settings.cron!r}: {error}", "minute hour day month weekday") from None
+    found = _line(settings.cron or "")
     if found.get_next_fire_time(None, anchor) is None:
         raise ConfigError(f"schedule.cron {settings.cron!r} never comes", "minute hour day month weekday")
     return found
+
+
+@functools.cache
+def _line(cron: str) -> BaseTrigger:
+    """A cron line in UTC; the waiting service asks for it once a second."""
+    try:
+        minute, hour, day, month, weekday = cron.split()
+        return CronTrigger(
+            minute=minute, hour=hour, day=day, month=month, day_of_week=schedule.weekdays(weekday), timezone=UTC
+        )
+    except ValueError as error:
+        raise ConfigError(f"schedule.cron {cron!r}: {error}", "minute hour day month weekday") from None
 
 
 def next_start(
@@ -59,9 +67,13 @@ def next_start(
 
 
 def _due(source: BaseTrigger, since: datetime, settings: ScheduleConfig) -> datetime:
-    """The first time at or after `since`, in UTC: arithmetic in a zone forgets which pass of a repeated hour it is in."""
-    due = source.get_next_fire_time(None, since)
-    while settings.cron is not None and due.fold and "*" not in settings.cron.split()[1]:
-        due = source.get_next_fire_time(None, due.astimezone(UTC) + timedelta(seconds=1))  # it was due an hour before
-    found: datetime = due.astimezone(UTC)
-    return found
+    """The first time at or after `since`, in UTC."""
+
+    def following(moment: datetime) -> datetime:
+        found: datetime = source.get_next_fire_time(None, moment).astimezone(UTC)
+        return found
+
+    if settings.cron is None:
+        return following(since)
+    hour = settings.cron.split()[1]
+    return wall_clock.next_time(following, since.astimezone(UTC), ZoneInfo(settings.time_zone), hour)

@@ -9,6 +9,7 @@ from zoneinfo import ZoneInfo
 
 from selfplay.config import EndConfig, ScheduleConfig
 
+MINUTE = timedelta(minutes=1)
 DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
 
@@ -53,9 +54,13 @@ def after_quiet_hours(start: datetime, schedule: ScheduleConfig) -> datetime:
             if not ((begin <= now or now < end) if overnight else begin <= now < end):
                 continue
             day = local.date() + timedelta(days=1 if overnight and now >= begin else 0)
-            ends = datetime.combine(day, end, zone)
-            if ends.astimezone(UTC) <= start.astimezone(UTC):  # in an hour that the clocks repeat: its second time
-                ends = ends.replace(fold=1)
+            on_the_wall = datetime.combine(day, end)
+            ends = on_the_wall.replace(tzinfo=zone).astimezone(UTC)
+            if ends <= start:  # in an hour that the clocks repeat: its second time
+                ends = on_the_wall.replace(tzinfo=zone, fold=1).astimezone(UTC)
+            else:  # in an hour that they skip: when they do
+                while (ends - MINUTE).astimezone(zone).replace(tzinfo=None) >= on_the_wall:
+                    ends -= MINUTE
             start, moved = ends, True
         if not moved:
             break

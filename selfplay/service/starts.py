@@ -1,11 +1,10 @@
-"""Whether a round may start now: the schedule and its end, and rejected rounds in a row.
+"""Whether a round may start now: the schedule and its end.
 
 The waiting service asks once a second, so nothing here reads more of the ledger than its newest rounds and its sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -63,18 +62,6 @@ class Starts:
         start, noticed = self._set_back or (last, now)
         self._set_back = last, (min(noticed, now) if start == last else now)
         return self._set_back[1]
-
-
-def rejected(last: Sequence[dict[str, Any]], limit: int, resumed: int) -> str | None:
-    """Why rejected rounds pause the service, or None.
-
-    last: the newest rounds, oldest first, `limit` of them where there are so many; resumed: the newest round at the time a
-    person last resumed the service, after whom it takes another one.
-    """
-    in_a_row = [row["state"] for row in last] == ["rejected"] * limit
-    if not in_a_row or last[-1]["round"] <= resumed:
-        return None
-    return f"{limit} rounds in a row were rejected, the last because: {'; '.join(last[-1]['reasons'])}"
 
 
 def devices(placement: PlacementConfig) -> int:

@@ -49,7 +49,7 @@ class RunCollector(Collector):
         if (pause := store.state("pause")) is not None:
             kind, why = pause.get("kind", "ordered"), pause["why"][:LONGEST_WHY]
             paused = GaugeMetricFamily(
-                "selfplay_pause_info", "A pause: ordered, or the service's own (failed, rejected), and why", labels=["kind", "why"]
+                "selfplay_pause_info", "A pause: ordered, or the service's own (failed, rejected, skipped), and why", labels=["kind", "why"]
             )  # fmt: skip
             paused.add_metric([kind, why], 1.0)
             yield paused

@@ -7,7 +7,7 @@ from pairs_world import base, response
 from selfplay.config import PairsConfig
 from selfplay.methods import margins
 from selfplay.pairs.base import base_pairs, every_pair, implicit_reward
-from selfplay.pairs.selection import REASONS, metrics, select, why_none
+from selfplay.pairs.selection import ADVICE, REASONS, advice, metrics, select, why_none
 
 
 def test_a_base_pair_is_the_highest_against_the_lowest_reward():
@@ -60,6 +60,17 @@ def test_a_round_without_pairs_says_what_became_of_its_prompts():
     assert why_none(found) == said
     assert why_none({"base": 3.0, "prompts_tied": 0.0}) == ""
     assert base([])[1].keys() == {name for name in REASONS if name.startswith("prompts")}  # each has its words
+    assert REASONS.keys() == ADVICE.keys()
+
+
+def test_what_to_change_follows_from_what_most_prompts_were_lost_to():
+    assert advice({"prompts_cut_off": 3.0, "prompts_tied": 2.0}, 0.7) == ADVICE["prompts_cut_off"]
+    assert advice({"prompts_cut_off": 2.0, "prompts_tied": 3.0}, 0.7) == ADVICE["prompts_tied"]
+    assert advice({"base": 9.0, "dropped_noise": 9.0}, 0.1) == ADVICE["dropped_noise"]
+    assert advice({"prompts_unscored": 9.0}, 0.2) == ADVICE["prompts_unscored"]
+    too_few_are_whole = advice({"prompts_unscored": 9.0}, 0.6)
+    assert too_few_are_whole == ADVICE["prompts_cut_off"]
+    assert advice({"base": 0.0}, 0.0) == ""
 
 
 def test_a_margin_within_the_rewards_noise_is_no_pair():

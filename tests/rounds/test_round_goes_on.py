@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from mini import Opened, nothing_left, rows
 
+from selfplay.pairs.selection import ADVICE
 from selfplay.prompts import pool
 from selfplay.types import Pair, PairGradient, Rewrite
 
@@ -141,5 +142,6 @@ def test_a_round_without_pairs_is_skipped(opened, mended):
     store = opened.run.store
     skipped, metrics = store.rounds()[-1], store.metrics(4)
     assert (skipped["round"], skipped["state"], skipped["policy"]) == (4, "skipped", 3)
+    assert skipped["reasons"][1] in ADVICE.values()  # by what most of its prompts were lost to
     assert metrics["pairs/dropped_noise"] == metrics["pairs/base"]
     assert os.readlink(opened.run.dir / "current") == "policies/0003"

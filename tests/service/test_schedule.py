@@ -1,6 +1,10 @@
 """When the next round starts: by hand, on days chosen for the purpose."""
 
+import re
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -149,6 +153,50 @@ def test_the_hour_that_the_clocks_repeat():
     quiet = ScheduleConfig(quiet_hours=["22:00-01:30"], time_zone="America/New_York")
     second = after_quiet_hours(night.replace(hour=6, minute=10), quiet)
     assert second.astimezone(UTC) == night.replace(hour=6, minute=30)
+
+
+@pytest.mark.parametrize(
+    ("zone", "cron", "asked", "comes"),
+    [
+        ("Europe/Paris", "0 0 * * *", "2026-03-29 00:01", "2026-03-30 00:00+0200"),  # after a day of 23 hours
+        ("Europe/Paris", "0 0 * * 1", "2026-03-27 12:00", "2026-03-30 00:00+0200"),
+        ("Europe/Paris", "0 0 1 * *", "2026-03-27 12:00", "2026-04-01 00:00+0200"),
+        ("America/Sao_Paulo", "0 0 * * *", "2018-11-03 12:00", "2018-11-04 01:00-0200"),  # that day has no 00:00
+        ("America/Sao_Paulo", "0 0 4 11 *", "2018-11-03 12:00", "2018-11-04 01:00-0200"),
+        ("America/Havana", "30 0 * * 0", "2026-03-07 12:00", "2026-03-08 01:30-0400"),
+        ("Asia/Beirut", "0 0 * * *", "2026-03-29 01:01", "2026-03-30 00:00+0300"),
+        ("Africa/Cairo", "0 0 * * 5", "2026-04-23 12:00", "2026-04-24 01:00+0300"),
+        ("Europe/Paris", "0,30 2 * * *", "2026-03-29 03:00", "2026-03-29 03:00+0200"),  # for 02:00
+        ("Europe/Paris", "30 2 * * *", "2026-03-29 03:10", "2026-03-29 03:30+0200"),  # for 02:30
+        ("Australia/Lord_Howe", "10 2 * * *", "2026-10-04 01:00", "2026-10-04 02:40+1100"),  # by half an hour
+        (
+            "Australia/Lord_Howe",
+            "10 * * * *",
+            "2026-10-04 02:30",
+            "2026-10-04 03:10+1100",
+        ),  # every hour makes up for none
+        ("Pacific/Apia", "0 12 30 12 *", "2011-12-29 12:00", "2011-12-31 12:00+1400"),  # that day did not exist
+    ],
+)
+def test_a_time_that_the_clocks_skip_comes_later_by_as_much(zone, cron, asked, comes):
+    since = datetime.fromisoformat(asked).replace(tzinfo=ZoneInfo(zone)).astimezone(UTC)
+    found = start(ScheduleConfig(mode="cron", cron=cron, time_zone=zone), up_since=since, now=since)
+    assert f"{found.astimezone(ZoneInfo(zone)):%Y-%m-%d %H:%M%z}" == comes
+
+
+@pytest.mark.slow
+def test_cron_lines_follow_the_clocks_of_every_zone():
+    """The short form of the script: each kind of change of the clocks in ten years once."""
+    script = Path(__file__).parents[2] / "scripts" / "check_clocks.py"
+    done = subprocess.run([sys.executable, str(script), "--short"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"changes of (\d+) kinds compared, 0 times wrong", done.stdout)[1]) >= 20
+
+
+def test_quiet_hours_whose_end_the_clocks_skip_end_when_they_are_past_it():
+    """On 2026-03-29 Paris goes from 02:00 to 03:00, at 01:00 UTC."""
+    quiet = ScheduleConfig(quiet_hours=["23:00-02:30"], time_zone="Europe/Paris")
+    assert after_quiet_hours(datetime(2026, 3, 29, 0, 40, tzinfo=UTC), quiet) == datetime(2026, 3, 29, 1, tzinfo=UTC)
 
 
 def test_a_round_that_is_overdue_does_not_start_in_quiet_hours_either():
