@@ -136,7 +136,7 @@ def around(zone: ZoneInfo, change: datetime, dense: bool, every: int) -> Iterato
     for line in (*SPARSE, *(f"{k % 60} {k // 60} * * *" for k in range(change.toordinal() % every, 1440, every))):
         yield from compare(line, walk, since, until)
     for line in DENSE if dense else ():
-        yield from compare(line, walk, change - 2 * HOUR, change + 2 * HOUR)
+        yield from compare(line, walk, change - 65 * MINUTE, change + 65 * MINUTE)
     for line in ("30 2 * * *", "0 0 * * *", "20,40 * * * *"):
         due = walk.due(line)
         settings = ScheduleConfig(mode="cron", cron=line, time_zone=zone.key)
