@@ -18,9 +18,11 @@ class EngineConfig(Section):
     """GPUs that one copy of the policy is split over."""
     max_num_seqs: Positive = 256
     """Sequences decoded at a time."""
-    cpu_threads: Positive | None = None
-    """OpenMP threads of each engine (CPU only); null for the cores that it has to itself: all that this process may use, without
-    one for each reward model of ours, which scores meanwhile, shared among the engines."""
+    cpu_threads: Positive | None = 1
+    """OpenMP threads of each engine (CPU only). With one, an answer in float32 has the same bytes whatever is sampled beside it, so
+    a run that was disturbed ends as any other; `generate.engines` then takes more cores. With more threads the last bits depend
+    on the batch. null: the cores that an engine has to itself, which are those that reward models of ours leave, shared among
+    the engines."""
     cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """Memory for the KV cache (GiB, CPU only)."""
     restarts: Annotated[int, Field(ge=0)] = 3

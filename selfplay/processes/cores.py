@@ -22,7 +22,8 @@ def trainer_threads(config: Config) -> int:
 
 
 def engine_threads(config: Config) -> int:
-    """Threads of each engine. By default the engines share the cores that reward models of ours leave, which score meanwhile."""
+    """Threads of each engine. Where the configuration leaves them open, the engines share the cores that reward models of ours
+    leave, which score meanwhile."""
     settings = config.generate
     scorers = sum(bool(source.model) and not source.url for source in config.reward_sources().values())
     return settings.engine.cpu_threads or max(1, (usable() - scorers) // settings.engine_count)
