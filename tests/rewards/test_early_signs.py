@@ -27,7 +27,7 @@ def write(folder, prompts, each, length, whole, reward):
         | {
             "text": pa.array(["x"] * n), "token_ids": ids, "logp": pa.array(np.full(n, -9.0)), "n_tokens": pa.array(length),
             "finish_reason": pa.array(np.where(whole, "stop", "length")), "policy": pa.array(np.zeros(n, np.int64)),
-            "digest": pa.array(np.arange(n)),
+            "digest": pa.array(np.arange(n)), "thinking": pa.nulls(n, pa.int64()),
         }
     )  # fmt: skip
     scored = pa.table(keys | {"reward": pa.array(reward), "reward_parts": pa.array(["{}"] * n)})

@@ -130,7 +130,10 @@ def test_members_and_the_judge_may_be_of_any_kind() -> None:
         ({"url": ["http://a"], "dialect": "vllm-pooling"}, "needs `tokenizer`"),
         ({"rules": [{"rule": "length", "maximum": 3}]}, "maximum"),
         ({"model": "a", "source": {"kind": "rules", "rules": [{"rule": "json"}]}}, "exactly one of"),
-        ({"source": {"rules": [{"rule": "json"}]}}, "`kind` is required: model, rules, judge, or a kind of your own"),
+        (
+            {"source": {"rules": [{"rule": "json"}]}},
+            "`kind` is required: model, rules, judge, instructions, math, code, or a kind of your own",
+        ),
         ({"source": {"kind": "rulse"}}, "did you mean rules"),
         (
             {"source": {"kind": "rules", "rules": [{"rule": "length", "maximum": 3}]}},

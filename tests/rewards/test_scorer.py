@@ -336,7 +336,7 @@ def test_probes_leave_the_cache_alone_and_what_is_forgotten_is_asked_again(tmp_p
     member.factor = 9.0  # replaced, and it says nothing of it
     ours.ask(ITEMS[:4], fresh=True)
     member.factor = 1.0
-    right = [float(len(text)) for _, text in ITEMS]
+    right = [float(len(text)) for _, text, _ in ITEMS]
     assert ours.ask(ITEMS).scores[0].tolist() == right and cache.count() == kept
     ours.forget(("one/t",), ITEMS)
     assert cache.count() == 0

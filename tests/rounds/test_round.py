@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def test_what_cannot_run_is_refused_with_exit_code_2(calm, mini_world, tmp_path,
     for i, config in enumerate((own | {"id2label": {"0": "a", "1": "b"}}, unsaid)):
         (tmp_path / f"two-{i}").mkdir()
         (tmp_path / f"two-{i}" / "config.json").write_text(json.dumps(config))
+        shutil.copy(mini_world / "reward" / "model.safetensors", tmp_path / f"two-{i}")
         assert "has num_labels 2; a reward model has 1" in refused(f"reward.model={tmp_path / f'two-{i}'}")
 
 

@@ -12,7 +12,14 @@ from selfplay.processes.child import Child
 from selfplay.reporting.terminal import Display
 from selfplay.rewards.scorer import Scorer
 from selfplay.rounds.run import Run
+from selfplay.storage.ledger import Store
 from selfplay.training.service import Trainer
+
+
+def ledger(run):
+    found = Store(run.dir)
+    found.open_run(run.config.run.name, run.config.fixed(), fresh=True)
+    return found
 
 
 @pytest.fixture
@@ -24,8 +31,10 @@ def run(mini_world, tmp_path):
     run.trainer = Trainer(
         run.config, tmp_path, Serving(run.generator, None, None, run.display), lambda kind, text: None
     )
+    run.store = ledger(run)
     run._open_scorers(run.config)
     yield run
+    run.store.close()
     if run._cache is not None:
         run._cache.close()
 
@@ -98,7 +107,9 @@ def test_engines_load_after_the_rewards_on_their_gpus(mini_world, tmp_path, monk
     monkeypatch.setattr(Scorer, "identities", property(lambda self: said.append(self.role) or ["it"]))
     judge = f"evaluate.judge.model={mini_world / 'judge'}"
     run = Run(config(mini_world, f"placement={placement}", "evaluate.judge={}", judge), tmp_path, Display())
+    run.store = ledger(run)
     run._open_scorers(run.config)
     run.make_way()
     run._cache.close()
+    run.store.close()
     assert said[0] == "started" and sorted(said[1:]) == (["judge", "reward"] if waits else [])

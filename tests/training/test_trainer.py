@@ -397,7 +397,7 @@ def test_the_child_survives_bad_orders_and_answers_canaries(world: Path, tmp_pat
         (
             {"order": "train", "job": job_of(world, tmp_path, policy=tmp_path).model_dump(mode="json")},
             "input",
-            "config",
+            "holds no checkpoint",
         ),
         ({"order": "nonsense", "job": {}}, "input", "unknown order"),
     ):

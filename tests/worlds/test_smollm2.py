@@ -12,8 +12,8 @@ from mini import ROOT, sets
 from tokenizers import Tokenizer
 
 from selfplay.errors import InputError
+from selfplay.storage.checkpoints import tensors
 from selfplay.storage.folders import read_json
-from selfplay.storage.policies import tensors
 from selfplay.worlds.smollm2 import checkpoint, wheel
 
 CACHE = ROOT / ".cache" / "smollm2"
