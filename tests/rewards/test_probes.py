@@ -236,8 +236,8 @@ def test_probe_texts_are_spread_over_the_prompts_and_two_at_least_are_of_one(tmp
     """Five prompts with three answers each. 16 texts want four of each, of ⌊16/4⌋ = 4 prompts, which have but three."""
     files = write_texts(tmp_path, {p: [f"{p}{i}" for i in range(3)] for p in "abcde"})
     chosen = choose_texts(*files, count, among=5)
-    assert [text for _, text in chosen] == expected
-    assert all(messages == [{"role": "user", "content": text[0]}] for messages, text in chosen)
+    assert [item.response for item in chosen] == expected
+    assert all(item.messages == [{"role": "user", "content": item.response[0]}] for item in chosen)
 
 
 def test_probe_texts_are_those_of_the_first_shard(tmp_path):
@@ -251,7 +251,7 @@ def test_probe_texts_are_those_of_the_first_shard(tmp_path):
     for count in (1, 4, 32):
         chosen = choose_texts(prompts, candidates, count, among=2)
         assert chosen == choose_texts(prompts, first, count, among=2)
-        assert {text[0] for _, text in chosen} <= {"a", "b"}
+        assert {item.response[0] for item in chosen} <= {"a", "b"}
 
 
 def test_before_the_first_score_a_reward_is_looked_at_without_a_word(watched):

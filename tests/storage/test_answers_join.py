@@ -20,6 +20,7 @@ def rows(first: int, count: int) -> pa.Table:
             "finish_reason": ["stop"] * count,
             "policy": [3] * count,
             "digest": [None if i % 3 else 2**62 + i for i in range(first, first + count)],
+            "thinking": [i if i % 5 == 0 else None for i in range(first, first + count)],
         },
         schema=tables.schema(Candidate),
     )
