@@ -323,7 +323,8 @@ def test_check_of_models_that_do_not_fit(mini_world, tmp_path):
     (broken / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     (broken / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
     settings = configuration.load(TINY, [*overrides(mini_world), f"policy.model={broken}"])
-    assert finding(settings, "models", tmp_path)[0] == "error"
+    level, text = finding(settings, "policy.model", tmp_path)
+    assert level == "error" and "model.safetensors is damaged: its header is longer than the file" in text
     sets = [word for each in [*overrides(mini_world), f"policy.model={broken}"] for word in ("--set", each)]
     code, out, _ = selfplay("check", "--config", TINY, "--run-dir", tmp_path / "run", *sets)
     assert code == 2 and "is damaged" in out and "chance to pass by true win rate" in out
