@@ -196,7 +196,11 @@ def test_files_of_before_are_read_as_those_of_today(tmp_path):
     rewards, parts = [4.0, None, 2.0, 1.0], [{"external": v, "disagreement": 0.5} for v in (0.0, 1.0, 1.0, 1.0)]
     parts[1] = {}
     rows = [
-        ScoredBefore(**{k: v for k, v in dataclasses.asdict(c).items() if k not in ("digest", "thinking")}, reward=r, reward_parts=p)
+        ScoredBefore(
+            **{k: v for k, v in dataclasses.asdict(c).items() if k not in ("digest", "thinking")},
+            reward=r,
+            reward_parts=p,
+        )
         for c, r, p in zip(answers(), rewards, parts, strict=True)
     ]
     wide = tables.to_table(rows, ScoredBefore)
