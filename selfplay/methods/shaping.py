@@ -14,16 +14,22 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 
-def within(values: ArrayLike, groups: Sequence[Hashable]) -> Array:
-    """Values (N,) minus the mean of their group, over the finite ones; NaN stays NaN."""
+def means(values: ArrayLike, groups: Sequence[Hashable]) -> Array:
+    """For each of the values (N,) the mean of its group, over the finite ones; 0 where a group has none."""
     v = np.asarray(values, np.float64)
     codes = {group: code for code, group in enumerate(dict.fromkeys(groups))}
     at = np.array([codes[g] for g in groups], np.int64)
     finite = np.isfinite(v)
     counts = np.bincount(at[finite], minlength=len(codes))
     sums = np.bincount(at[finite], weights=v[finite], minlength=len(codes))
-    means = np.divide(sums, counts, out=np.zeros(len(codes)), where=counts > 0)
-    return np.where(finite, v - means[at], np.nan)
+    found: Array = np.divide(sums, counts, out=np.zeros(len(codes)), where=counts > 0)[at]
+    return found
+
+
+def within(values: ArrayLike, groups: Sequence[Hashable]) -> Array:
+    """Values (N,) minus the mean of their group, over the finite ones; NaN stays NaN."""
+    v = np.asarray(values, np.float64)
+    return np.where(np.isfinite(v), v - means(v, groups), np.nan)
 
 
 def length_slope(rewards: ArrayLike, lengths: ArrayLike, groups: Sequence[Hashable]) -> float:
@@ -43,13 +49,18 @@ def length_slope(rewards: ArrayLike, lengths: ArrayLike, groups: Sequence[Hashab
 def length_control(rewards: ArrayLike, lengths: ArrayLike, groups: Sequence[Hashable], share: float) -> Array:
     """Takes `share` of the rewards' linear dependence on length out; the round's mean reward stays as it is.
 
+    Answers to one prompt that have the same reward get the same term, that of their mean length: what the reward does
+    not tell apart, its correction does not either. Otherwise a reward with few values, such as right or wrong, would give
+    pairs in which length alone decides.
+
     The idea of length-controlled win rates (Dubois et al., 2024, arXiv 2404.04475), applied to the reward by regression.
     """
-    n = np.asarray(lengths, np.float64)
-    scored = np.isfinite(np.asarray(rewards, np.float64))
+    r, n = np.asarray(rewards, np.float64), np.asarray(lengths, np.float64)
+    scored = np.isfinite(r)
     if not scored.any():
         return np.zeros(len(n))
-    term: Array = -share * length_slope(rewards, n, groups) * (n - n[scored].mean())
+    alike = np.where(scored, means(n, list(zip(groups, r.tolist(), strict=True))), n)
+    term: Array = -share * length_slope(r, n, groups) * (alike - n[scored].mean())
     return term
 
 

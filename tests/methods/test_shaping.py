@@ -34,6 +34,21 @@ def test_length_control_takes_the_slope_out_and_leaves_the_mean():
     np.testing.assert_array_equal(shaping.length_control([math.nan], [3], ["a"], 1.0), [0.0])
 
 
+def test_length_control_decides_nothing_between_answers_with_the_same_reward():
+    """Right (1) or wrong (0), and the longer answers are right a little more often: no right answer gets above another."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(5, 100, 400)
+    rewards = (rng.random(400) < 0.3 + 0.004 * lengths).astype(float)
+    groups = np.repeat(np.arange(50), 8).tolist()
+    shaped = rewards + shaping.length_control(rewards, lengths, groups, 1.0)
+    for group in range(50):
+        own = slice(8 * group, 8 * group + 8)
+        for value in (0.0, 1.0):
+            assert len(set(shaped[own][rewards[own] == value])) <= 1
+    assert shaped.mean() == pytest.approx(rewards.mean())
+    assert abs(shaping.length_slope(shaped, lengths, groups)) < shaping.length_slope(rewards, lengths, groups)
+
+
 def test_penalties():
     np.testing.assert_allclose(shaping.length_penalty([5, 10, 13], 0.1, 10), [0, 0, -0.3])
     np.testing.assert_allclose(shaping.cut_off_penalty(["stop", "length"], 2.0), [0, -2])
