@@ -7,7 +7,7 @@ from typing import Any
 
 from selfplay.prompts.files.part import all_parts
 from selfplay.prompts.formats import Found, Reading
-from selfplay.prompts.formats.report import Recognised, counted, nothing_in
+from selfplay.prompts.formats.report import Recognised, counted, nothing_in, prompts_of
 from selfplay.prompts.survey import why_not_stored
 
 
@@ -16,13 +16,7 @@ def rows_of(source: str, reading: Reading) -> tuple[list[dict[str, Any]], str]:
     rows: list[dict[str, Any]] = []
     recognised, bad = Recognised(), Counter[str]()
     for part in all_parts(source, reading):
-        for row in part.rows():
-            found = row if isinstance(row, str) else reading.read(row)
-            if isinstance(found, str):
-                bad[found] += 1
-                if isinstance(row, dict):
-                    recognised.not_found(row, found)
-                continue
+        for _, row, found in prompts_of(part.rows(), reading, recognised, bad):
             added = _row(found) | (
                 {"source": str(row["source"])} if isinstance(row, dict) and row.get("source") else {}
             )

@@ -15,7 +15,7 @@ from selfplay.prompts.files.part import all_parts
 from selfplay.prompts.files.sources import local_files
 from selfplay.prompts.formats import Found, Reading, canonical
 from selfplay.prompts.formats.reading import NO_FORMAT
-from selfplay.prompts.formats.report import Recognised, counted, nothing_in
+from selfplay.prompts.formats.report import Recognised, counted, nothing_in, prompts_of
 from selfplay.types import Message
 
 SAMPLE = 2000  # prompts whose lengths are looked at
@@ -55,18 +55,11 @@ def preview(
     files = local_files(source, split, config)
     recognised, bad = Recognised(), Counter[str]()
     seen = set[int]()
-    rows = twice = 0
+    twice = 0
     sample: dict[int, Found] = {}
     limit = 1 << 63
     for part in all_parts(source, reading, split, config):
-        for row in part.rows():
-            rows += 1
-            found = row if isinstance(row, str) else reading.read(row)
-            if isinstance(found, str):
-                bad[found] += 1
-                if isinstance(row, dict):
-                    recognised.not_found(row, found)
-                continue
+        for _, _, found in prompts_of(part.rows(), reading, recognised, bad):
             recognised.found(found)
             number = seeds.derive(canonical(found.messages))
             twice += number in seen
@@ -84,7 +77,7 @@ def preview(
     said = [
         ("files", f"{len(files.paths):,}, {' and '.join(sorted(what))}" + (f"; {files.left:,} of other splits left out" if files.left else "")),
         ("format", recognised.words()),
-        ("rows", f"{rows:,}: {recognised.formats.total():,} prompts, {bad.total():,} set aside" + (f": {counted(bad)}" if bad else "")),
+        ("rows", f"{recognised.formats.total() + bad.total():,}: {recognised.formats.total():,} prompts, {bad.total():,} set aside" + (f": {counted(bad)}" if bad else "")),
     ]  # fmt: skip
     if NO_FORMAT in bad:
         said.append(("set aside", f"{keys}: {hint}"))

@@ -24,7 +24,7 @@ from selfplay.prompts import benchmarks
 from selfplay.prompts.files.part import Part
 from selfplay.prompts.formats import Found, canonical, hash_of, names
 from selfplay.prompts.formats.reading import NO_FORMAT
-from selfplay.prompts.formats.report import Recognised, counted, nothing_in
+from selfplay.prompts.formats.report import Recognised, counted, nothing_in, prompts_of
 from selfplay.prompts.references import readers, unreadable
 from selfplay.prompts.workers import each
 from selfplay.types import Message, Split
@@ -158,13 +158,7 @@ def look(part: Part, kinds: Sequence[Kind] = (), also_in: AlsoIn | None = None) 
     bad = Counter[str]()
     refused: str | None = None
     recognised = Recognised()
-    for number, row in enumerate(part.rows()):
-        found = row if isinstance(row, str) else part.reading.read(row)
-        if isinstance(found, str):
-            bad[found] += 1
-            if isinstance(row, dict):
-                recognised.not_found(row, found)
-            continue
+    for number, _, found in prompts_of(part.rows(), part.reading, recognised, bad):
         text = canonical(found.messages)
         # Only half of a surrogate pair is no text, and whole pairs are rare as well.
         kept = [found.messages, found.parent, found.reference]

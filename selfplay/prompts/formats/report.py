@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from selfplay.errors import InputError
 from selfplay.prompts.formats.known import WHOLE
-from selfplay.prompts.formats.reading import EMPTY, NO_FORMAT, Found
+from selfplay.prompts.formats.reading import EMPTY, NO_FORMAT, Found, Reading, Row
 
 MOST_KEYS, MOST_LETTERS = 12, 40  # of a row, that a message names
 MOST_KINDS = 64  # different sets of keys that are counted
@@ -88,6 +88,21 @@ class Recognised:
             f"name the column with the prompt in prompts.columns, such as {{prompt: {guess}}} (add-prompts: --column {guess}); "
             "`selfplay prompts` shows what is read",
         )
+
+
+def prompts_of(
+    rows: Iterable[Row], reading: Reading, recognised: Recognised, bad: Counter[str]
+) -> Iterator[tuple[int, Row, Found]]:
+    """The rows that ask something: their numbers, themselves and what they ask. The others are counted in `recognised`
+    and, by reason, in `bad`; whoever takes a prompt tells `recognised`."""
+    for number, row in enumerate(rows):
+        found = row if isinstance(row, str) else reading.read(row)
+        if not isinstance(found, str):
+            yield number, row, found
+            continue
+        bad[found] += 1
+        if isinstance(row, dict):
+            recognised.not_found(row, found)
 
 
 def nothing_in(source: str, recognised: Recognised, bad: Mapping[str, int]) -> InputError:
