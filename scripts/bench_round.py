@@ -102,10 +102,15 @@ def cpu_seconds(run_dir: Path) -> float:
 
 def chain(run_dir: Path, folder: Path, tuned: bool) -> None:
     """The same work as the last finished round, in three processes one after another."""
+    from selfplay.storage.policies import Policies
+
     rounds = sorted((run_dir / "rounds").iterdir())
+    policies = Policies(run_dir)
+    current = policies.current
+    assert current is not None, "a run has a current policy"
     job: dict[str, Any] = {
         "round": str(rounds[-1]),
-        "policy": str((run_dir / "current").resolve()),
+        "policy": str(policies.folder(current).resolve()),
         "folder": str(folder),
         "config": None,
     }

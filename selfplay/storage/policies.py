@@ -3,7 +3,7 @@
 <run>/policies/0003/        model files + manifest.json; numbers are never reused
 <run>/policies/0000/        manifest.json alone: the initial policy stays where it is. Where its folder holds more than a
                             checkpoint, links to its files; where it is an adapter, that merged with its base
-<run>/current               symlink to the policy that serves
+<run>/current               the number of the policy that serves, as text: every file system can replace a file in one step
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def weights_sha256(manifest: Manifest) -> str:
 
 
 class Policies:
-    """The folder `<run>/policies` and the symlink `<run>/current`."""
+    """The folder `<run>/policies` and the file `<run>/current`."""
 
     def __init__(self, run_dir: Path) -> None:
         self.root = run_dir / "policies"
@@ -98,20 +98,30 @@ class Policies:
 
     @property
     def current(self) -> int | None:
-        """Number of the policy that serves; None before the first import."""
+        """Number of the policy that serves; None before the first import. Raises CheckpointError where it names none.
+
+        A run of an earlier version has a symbolic link to the policy's folder, which is read too.
+        """
         try:
-            return int(Path(os.readlink(self._current)).name)
+            link = self._current.is_symlink()
+            text = os.readlink(self._current) if link else self._current.read_text(encoding="utf-8")
+            return int(Path(text.strip()).name)
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._current} does not name the policy that serves ({error})",
+                "write the number of that policy into it; `selfplay rounds` shows which one serves",
+            ) from error
 
     def set_current(self, version: int) -> None:
-        """Point `current` at a policy, in one atomic step."""
+        """Write down which policy serves, in one atomic step."""
         assert (self.folder(version) / folders.MANIFEST).is_file(), f"policy {version} is not there"
-        beside = self._current.with_name(".current.partial")
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(Path("policies") / f"{version:04d}")
-        beside.rename(self._current)
-        folders.sync(self._current.parent)
+        with folders.whole(self._current) as partial:
+            partial.unlink(
+                missing_ok=True
+            )  # an earlier version made a link of this name, which would be written through
+            partial.write_text(f"{version}\n", encoding="utf-8")
 
     def import_initial(
         self,

@@ -22,6 +22,7 @@ from reward.client import RewardClient
 from selfplay.methods import signs as guard
 from selfplay.storage import ledger as store
 from selfplay.storage import tables
+from selfplay.storage.policies import Policies
 from selfplay.types import Candidate, Pair, Prompt, Reward
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -93,7 +94,7 @@ def service(relay, disk, served, mini_world, tmp_path_factory):
 
 def promoted(service, folder: Path) -> None:
     service.until(lambda: service.rounds()[-1] == "promoted", "the end of the round")
-    assert os.readlink(service.run_dir / "current") == f"policies/{folder.name}"
+    assert Policies(service.run_dir).current == int(folder.name)
 
 
 def test_a_reward_server_that_comes_and_goes_costs_no_score(service, relay):
@@ -149,7 +150,7 @@ def test_members_disagree_shaping_adds_up_and_the_guard_looks_on(service):
 def test_a_reward_model_that_is_swapped_stops_the_round_before_it_trains(service, relay, mini_world, tmp_path):
     """Another model at the same address is noticed before it scores anything, is not tried again, and nothing is lost."""
     scale = (service.run_dir / "reward" / "reward-scale.json").read_bytes()
-    right, serving = relay.target, os.readlink(service.run_dir / "current")
+    right, serving = relay.target, Policies(service.run_dir).current
     with reward_server(other(mini_world / "reward", tmp_path / "hostile", 0.0, sign=-1.0)) as wrong:
         relay.target = wrong
         folder = service.next_round()
@@ -161,7 +162,7 @@ def test_a_reward_model_that_is_swapped_stops_the_round_before_it_trains(service
         )
         assert "what to do: nothing was trained or promoted on it. Serve the earlier reward model again" in why
         assert not (folder / "score").exists()
-        assert os.readlink(service.run_dir / "current") == serving
+        assert Policies(service.run_dir).current == serving
         relay.target = right
     before = service.said.tell()
     assert service.order("resume")[0] == "done"

@@ -1,5 +1,4 @@
 import dataclasses
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,9 +47,29 @@ def test_policies_by_number_and_the_current_one(run, tmp_path):
     assert Path(run.get(0).path) == tmp_path / "source"
     assert run.current == 0
     run.set_current(5)
-    assert (run.current, os.readlink(tmp_path / "current")) == (5, "policies/0005")
-    assert checkpoints.tensors(tmp_path / "current") == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
+    assert (run.current, (tmp_path / "current").read_text()) == (5, "5\n")
+    assert checkpoints.tensors(run.folder(5)) == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
     run.adopt(5, tmp_path / "nothing")  # adopted before: nothing to do
+
+
+def test_a_link_of_an_earlier_version_names_the_current_policy_and_becomes_a_file(run, tmp_path):
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to("policies/0003")
+    (tmp_path / ".current.partial").symlink_to("policies/0004")  # left by a kill
+    assert run.current == 3
+    run.set_current(4)
+    assert run.current == 4 and not (tmp_path / "current").is_symlink()
+    assert not (tmp_path / ".current.partial").is_symlink() and (run.folder(4) / "manifest.json").is_file()
+
+
+def test_a_current_that_names_no_policy_is_an_error_that_says_so(run, tmp_path):
+    (tmp_path / "current").write_text("policy five")
+    with pytest.raises(CheckpointError, match="current does not name the policy that serves"):
+        run.current  # noqa: B018
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").mkdir()
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        run.current  # noqa: B018
 
 
 def test_a_tampered_truncated_or_unfinished_policy_is_never_loaded(run):
