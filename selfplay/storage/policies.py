@@ -98,10 +98,10 @@ class Policies:
 
     @property
     def current(self) -> int | None:
-        """Number of the policy that serves; None before the first import."""
+        """Number of the policy that `current` leads to; None where it leads to none, or is no link."""
         try:
             return int(Path(os.readlink(self._current)).name)
-        except FileNotFoundError:
+        except (OSError, ValueError):
             return None
 
     def set_current(self, version: int) -> None:
@@ -110,6 +110,8 @@ class Policies:
         beside = self._current.with_name(".current.partial")
         beside.unlink(missing_ok=True)
         beside.symlink_to(Path("policies") / f"{version:04d}")
+        if self._current.is_dir() and not self._current.is_symlink():  # a copy has made a folder of the link
+            self._current.rename(self._current.with_name("current.copied"))
         beside.rename(self._current)
         folders.sync(self._current.parent)
 
