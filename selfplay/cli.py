@@ -381,7 +381,6 @@ def export(
     """
     from selfplay.errors import InputError
     from selfplay.reporting.export import export_pairs, export_policy
-    from selfplay.storage.policies import Policies
 
     if what not in ("pairs", "policy"):
         raise InputError(f"cannot export {what!r}", "export `pairs`, or a `policy`")
@@ -389,7 +388,7 @@ def export(
     if what == "pairs":
         print(f"{export_pairs(folder, out)} pairs in {out}")
         return
-    chosen = version if version is not None else Policies(folder).current
+    chosen = version if version is not None else _store(config, set_, run_dir).serving()
     if chosen is None:
         raise InputError(f"{folder} has no policy yet", "the first round imports one")
     export_policy(folder, chosen, out)

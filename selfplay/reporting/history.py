@@ -21,7 +21,6 @@ from selfplay.reporting.answers import read as read_answers
 from selfplay.reporting.terminal import STAGES
 from selfplay.storage import figures, paging, tables
 from selfplay.storage.ledger import Store
-from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
 
 ANSWERED = 8  # audit prompts whose answers are shown
@@ -130,10 +129,10 @@ def read(run_dir: Path) -> Run:
         worked = [] if ended is None else who_worked.spans(paging.stages(store, ended), store.metrics(ended))
         policies, events = store.policies()[-TABLE_ROUNDS:], store.events()
         answers = read_answers(store, run_dir, prompts=ANSWERED)
+        current = store.serving()
     finally:
         store.close()
     served = [row["policy"] for row in rows.values() if row["policy"] is not None]
-    current = Policies(run_dir).current
     index = next((r.index for r in reversed(rounds) if r.metrics.get("pairs/base")), None)
     folder = run_dir / "rounds" / f"{index or 0:04d}"
     return Run(

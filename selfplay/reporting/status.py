@@ -7,7 +7,6 @@ from typing import Any
 
 from selfplay.storage import paging
 from selfplay.storage.ledger import Store
-from selfplay.storage.policies import Policies
 
 
 def lines(store: Store, alive: bool) -> Iterator[str]:
@@ -20,7 +19,7 @@ def lines(store: Store, alive: bool) -> Iterator[str]:
     for last in store.last_rounds(1):
         done = ", ".join(store.seconds(last["round"])) or "nothing yet"
         yield f"round    {last['round']} {last['state']} (stages done: {done})"
-    current = Policies(store.path.parent).current or 0
+    current = store.serving() or 0
     promoted = store.count_rounds().get("promoted", 0)
     yield f"policy   {current} serves; {promoted} {'round was' if promoted == 1 else 'rounds were'} promoted"
     if trouble := store.state("webhook"):

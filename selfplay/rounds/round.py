@@ -32,7 +32,7 @@ from selfplay.rounds.stages import (
     TRAIN,
 )
 from selfplay.rounds.steps import Steps
-from selfplay.storage import policies, retention
+from selfplay.storage import agreement, policies, retention
 from selfplay.types import RoundReport
 
 Outcome = Literal["promoted", "rejected", "skipped", "cancelled"]
@@ -144,14 +144,14 @@ def roll_back(run: Run, version: int) -> str:
     The one that serves may be what is wrong: nothing asks whether its files are whole.
     """
     assert run.store.unfinished() is None, "a round's policies are not changed under it"
-    before, wanted = run.policies.current, run.policy(version)
+    before, wanted = run.store.serving(), run.policy(version)
     policies.verify(run.policies.folder(version))
     began = time.monotonic()
     if run.serving.loaded:
         run.generator.swap(wanted)
     else:
         run.generator.load(wanted)
-    run.policies.set_current(version)
+    agreement.set_current(run.store, run.policies, version)
     return f"policy {version} is current instead of {before}, shown to serve within {time.monotonic() - began:.2f} s"
 
 

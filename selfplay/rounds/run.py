@@ -36,7 +36,7 @@ from selfplay.rounds.importing import ask_importer
 from selfplay.rounds.requirements import packages, require_models
 from selfplay.rounds.suites import require_suites
 from selfplay.rounds.turns import Turns
-from selfplay.storage import folders
+from selfplay.storage import agreement, folders
 from selfplay.storage.ledger import RESTARTS, Store
 from selfplay.storage.lock import RunLock
 from selfplay.storage.policies import Policies
@@ -148,8 +148,7 @@ class Run:
             source, made, settings = Path(initial["source"]), folder / POLICY, config.fingerprint()
             self.policies.import_initial(source, initial["canaries"], settings, packages(), made)
         self.store.record_policy(0, "initial", round=0)
-        if self.policies.current is None:
-            self.policies.set_current(0)
+        agreement.require(self.store, self.dir, self.event)
         self.canary_ids: list[list[int]] = initial["canaries"]["token_ids"]
         if Path(config.policy.model).is_dir() and Path(config.policy.model).resolve() != Path(initial["source"]):
             raise InputError(
@@ -253,7 +252,7 @@ class Run:
     @property
     def current(self) -> Policy:
         """The policy that serves between rounds."""
-        version = self.policies.current
+        version = self.store.serving()
         assert version is not None, "a run has a current policy from its import on"
         return self.policies.get(version)
 

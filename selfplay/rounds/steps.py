@@ -29,7 +29,7 @@ from selfplay.rounds.rewarding import Rewarding
 from selfplay.rounds.run import Run
 from selfplay.rounds.stages import EVOLVE, PROMOTE, STAGES, SUITE, TRAIN
 from selfplay.stage import Metrics
-from selfplay.storage import folders, policies, tables
+from selfplay.storage import agreement, folders, policies, tables
 from selfplay.training.embedding import representatives
 from selfplay.training.gradients import gradients
 from selfplay.training.stage import train
@@ -284,7 +284,7 @@ class Steps:
             winner=self.run.policy(self.index if promoted else self.champion),
             promoted=promoted,
             serving=self.run.serving,
-            set_current=self.run.policies.set_current,
+            set_current=functools.partial(agreement.set_current, self.run.store, self.run.policies),
         )
 
     @property

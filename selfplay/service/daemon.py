@@ -215,7 +215,7 @@ class Daemon:
         last = rounds[-1] if rounds else None
         if (last["round"] if last else 0) < said.get("run_now", 0):
             return None
-        return self._starts.why_not(self.config, store, self.run_dir, last, now)
+        return self._starts.why_not(self.config, store, last, now)
 
     def _failed(self, error: Exception) -> None:
         """Try again later, or pause and say why."""

@@ -6,7 +6,6 @@ The waiting service asks once a second, so nothing here reads more of the ledger
 from __future__ import annotations
 
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from selfplay import seeds
@@ -15,7 +14,6 @@ from selfplay.processes import gpus
 from selfplay.service import schedule
 from selfplay.service.due import next_start
 from selfplay.storage.ledger import Store
-from selfplay.storage.policies import Policies
 
 
 class Starts:
@@ -27,10 +25,10 @@ class Starts:
         self._set_back: tuple[datetime, datetime] | None = None  # a start in the future, and when it was noticed
 
     def why_not(
-        self, config: Config, store: Store, run_dir: Path, last: dict[str, Any] | None, now: datetime
+        self, config: Config, store: Store, last: dict[str, Any] | None, now: datetime
     ) -> tuple[str, str] | None:
         """State («ended» or «waiting») and reason for starting no round now, or None. `last`: the newest round, closed."""
-        if reason := self._ended(config, store, run_dir, now):
+        if reason := self._ended(config, store, now):
             return "ended", reason
         settings = config.schedule
         start = last["started"] if last else store.created() if settings.cron is not None else None
@@ -41,12 +39,12 @@ class Starts:
         due = next_start(settings, begun, self.up_since, now, jitter, ended)
         return None if due <= now else ("waiting", due.isoformat(timespec="seconds"))
 
-    def _ended(self, config: Config, store: Store, run_dir: Path, now: datetime) -> str | None:
+    def _ended(self, config: Config, store: Store, now: datetime) -> str | None:
         """Why the schedule has no further round, or None."""
         end = config.schedule.end
         if all(value is None for value in end.model_dump().values()):
             return None
-        current, totals = Policies(run_dir).current or 0, store.all_totals()
+        current, totals = store.serving() or 0, store.all_totals()
         so_far = schedule.SoFar(
             rounds=int(sum(count for state, count in totals.get("rounds", {}).items() if state != "cancelled")),
             reward=None if end.reward is None else store.metric(current, "evaluate/reward"),

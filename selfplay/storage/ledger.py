@@ -36,6 +36,8 @@ __all__ = ["RESTARTS", "LedgerError", "PairRow", "RunLock", "Store", "now"]
 
 RESTARTS = ("engine_restart", "swap_restart", "reward_restart", "trainer_restart")
 """Kinds of events that say that a child was started again."""
+MADE = ("rounds/*/*/manifest.json", "pool/initial.json")
+"""Files that a run folder has only after its ledger."""
 BUSY = 30.0  # seconds to wait for another process that writes
 LONGEST_WAL = 64 << 20  # bytes that the write-ahead log keeps on disk once it was written back
 PAIRS_AT_A_TIME = 4096  # rows of pairs that are in memory while a round is indexed
@@ -67,6 +69,8 @@ class Store(Reader):
 
     def __init__(self, run_dir: Path) -> None:
         path = run_dir / "ledger.sqlite"
+        if not path.is_file() or not path.stat().st_size:
+            _require_nothing_made(run_dir, "is gone")
         super().__init__(path, sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY}))
         sa.event.listen(self._engine, "connect", _prepare)
         # Service, API and command line may open a new ledger at the same moment.
@@ -74,6 +78,8 @@ class Store(Reader):
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 with self._engine.begin() as connection:
+                    if not sa.inspect(connection).has_table("schema_version"):
+                        _require_nothing_made(run_dir, "is empty")
                     migrate(connection, str(self.path))
             except OperationalError:
                 raise
@@ -268,6 +274,21 @@ class Store(Reader):
         """Have retention keep the weights of a policy, or no longer."""
         with self._engine.begin() as connection:
             connection.execute(policies.update().where(policies.c.version == version).values(pinned=pinned))
+
+
+def _require_nothing_made(run_dir: Path, what: str) -> None:
+    """Raise InputError where a run folder has a ledger no more, but pool or finished stages.
+
+    A new one would know nothing of pins, orders and which policy serves. Where only ledger.sqlite was copied, all that the
+    ledger said may have been in ledger.sqlite-wal.
+    """
+    made = next((path for name in MADE for path in run_dir.glob(name)), None)
+    if made is not None:
+        raise InputError(
+            f"{run_dir / 'ledger.sqlite'} {what}, and {made} is there: no new ledger is made beside what a run has done",
+            "put ledger.sqlite, with ledger.sqlite-wal where there is one, back from a copy; without a copy, `selfplay doctor` "
+            "makes one from the manifests of the folder",
+        )
 
 
 def _given(order: dict[str, Any]) -> str:

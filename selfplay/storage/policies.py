@@ -98,7 +98,7 @@ class Policies:
 
     @property
     def current(self) -> int | None:
-        """Number of the policy that serves; None before the first import. Raises CheckpointError where it names none.
+        """Number of the policy that `current` names; None where it names none, or is no file.
 
         A run of an earlier version has a symbolic link to the policy's folder, which is read too.
         """
@@ -106,17 +106,14 @@ class Policies:
             link = self._current.is_symlink()
             text = os.readlink(self._current) if link else self._current.read_text(encoding="utf-8")
             return int(Path(text.strip()).name)
-        except FileNotFoundError:
+        except (OSError, ValueError):
             return None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self._current} does not name the policy that serves ({error})",
-                "write the number of that policy into it; `selfplay rounds` shows which one serves",
-            ) from error
 
     def set_current(self, version: int) -> None:
         """Write down which policy serves, in one atomic step."""
         assert (self.folder(version) / folders.MANIFEST).is_file(), f"policy {version} is not there"
+        if self._current.is_dir() and not self._current.is_symlink():  # a copy has made a folder of an earlier link
+            self._current.rename(self._current.with_name("current.copied"))
         with folders.whole(self._current) as partial:
             partial.unlink(
                 missing_ok=True

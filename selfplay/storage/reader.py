@@ -13,6 +13,8 @@ import sqlalchemy as sa
 
 from selfplay.storage.schema import draws, events, metrics, orders, pairs, policies, rounds, runs, stages, state
 
+CURRENT = "current"
+"""In the ledger's state: {version, before}, the policy that serves and the one before it."""
 _ROUND = [column for column in rounds.c if column is not rounds.c.config]
 
 
@@ -92,6 +94,30 @@ class Reader:
         """What was kept last of the draws of earlier rounds."""
         query = sa.select(draws).where(draws.c.round < index).order_by(draws.c.round.desc()).limit(1)
         return next(iter(self._rows(query)), None)
+
+    def serving(self) -> int | None:
+        """The policy that serves between rounds; None before the import.
+
+        A ledger of an earlier version does not say so. There it is the policy of the last rollback that came after the last
+        round had ended, else the one that this round left, else policy 0.
+        """
+        if (kept := self.state(CURRENT)) is not None:
+            return int(kept["version"])
+        if self.policy(0) is None:
+            return None
+        last = next(
+            iter(self.query("SELECT policy, ended FROM rounds WHERE state != 'running' ORDER BY round DESC LIMIT 1")),
+            None,
+        )
+        back = self._rows(
+            sa.select(orders.c.arguments)
+            .where(
+                orders.c.kind == "rollback", orders.c.state == "done", orders.c.ended > (last["ended"] if last else "")
+            )
+            .order_by(orders.c.id.desc())
+            .limit(1)
+        )
+        return int(back[0]["arguments"]["version"]) if back else int(last["policy"]) if last else 0
 
     def last_round(self) -> int:
         """Number of the last round that was opened; 0 before there is one."""

@@ -20,7 +20,6 @@ from selfplay.reporting import answers
 from selfplay.service import alerts, orders
 from selfplay.storage import figures, paging, retention, tables
 from selfplay.storage.ledger import RESTARTS, LedgerError, Store
-from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
 from selfplay.web import api_models as m
 
@@ -66,7 +65,7 @@ class View:
             name=run.get("name", self.config.run.name),
             created=run.get("created"),
             service=self.service(),
-            current_policy=Policies(self.run_dir).current,
+            current_policy=self.store.serving(),
             rounds=self.store.count_rounds(),
             orders_pending=paging.waiting_orders(self.store),
             restarts=int(sum(self.store.totals("events").get(kind, 0) for kind in RESTARTS)),
@@ -217,7 +216,7 @@ class View:
 
     def policies(self, before: int | None = None, limit: int = 50) -> list[m.PolicyRow]:
         """Policies, newest first."""
-        current = Policies(self.run_dir).current
+        current = self.store.serving()
         rows = paging.policies(self.store, before, limit)
         return [m.PolicyRow(**row, current=row["version"] == current) for row in rows]
 

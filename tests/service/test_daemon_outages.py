@@ -11,7 +11,6 @@ from selfplay.rounds.run import Run
 from selfplay.service import daemon, orders
 from selfplay.storage import ledger as store
 from selfplay.storage.lock import RunLock
-from selfplay.storage.policies import Policies
 
 
 class Lock:
@@ -98,7 +97,7 @@ def test_what_fails_between_rounds_is_tried_again_and_then_pauses(world, monkeyp
     def damaged(self):
         raise CheckpointError("policies/0001/manifest.json cannot be read")
 
-    monkeypatch.setattr(Policies, "current", property(damaged))
+    monkeypatch.setattr(store.Store, "serving", damaged)
     service.turn()
     service.turn()
     assert len(service.events("warning")) == 2 and service.store.state("pause") is None

@@ -8,6 +8,7 @@ import pytest
 from selfplay.config import Config, PlacementConfig, load
 from selfplay.service.starts import Starts, devices
 from selfplay.storage.ledger import Store
+from selfplay.storage.reader import CURRENT
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
@@ -23,18 +24,18 @@ def store(tmp_path):
         if state != "cancelled":
             store.record_stage(index, "evaluate", 1800.0, {"reward": 0.4 if index == 1 else 0.9, "tokens": 20})
         store.close_round(index, state, 1, [])
-    serve(tmp_path, 1)
+    serve(store, 1)
     yield store
     store.close()
 
 
-def serve(run_dir: Path, version: int) -> None:
-    (run_dir / "current").write_text(f"{version}\n")
+def serve(store: Store, version: int) -> None:
+    store.set_state(CURRENT, {"version": version, "before": None})
 
 
 def why(store: Store, end: str, config: Config | None = None) -> str | None:
     config = config or load(TINY, [f"schedule.end={{{end}}}"])
-    found = Starts(NOON).why_not(config, store, store.path.parent, store.last_rounds(1)[0], NOON)
+    found = Starts(NOON).why_not(config, store, store.last_rounds(1)[0], NOON)
     return found[1] if found and found[0] == "ended" else None
 
 
@@ -42,13 +43,13 @@ def test_a_round_that_was_given_up_does_not_count(store):
     assert "its 2 rounds" in (why(store, "rounds: 2") or "") and why(store, "rounds: 3") is None
 
 
-def test_the_reward_target_is_for_the_policy_that_serves(store, tmp_path):
+def test_the_reward_target_is_for_the_policy_that_serves(store):
     """Round 2 was rejected. After a roll-back it is the reward of the policy that serves; the initial policy has none."""
     assert why(store, "reward: 0.5") is None
     assert "reward is 0.4" in (why(store, "reward: 0.4") or "")
     reached = []
     for version in range(3):
-        serve(tmp_path, version)
+        serve(store, version)
         reached.append(why(store, "reward: 0.5") is not None)
     assert reached == [False, False, True]
 

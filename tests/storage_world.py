@@ -1,0 +1,59 @@
+"""A run folder without models, for what opens and mends folders: manifests, ledger and the files that they name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from selfplay.storage import agreement, folders, hashes
+from selfplay.storage.ledger import Store
+from selfplay.storage.policies import Manifest, Policies
+
+STAGES = ("prompts", "generate", "score")
+
+
+def finished(run_dir: Path, rounds: int) -> Path:
+    """A run folder with so many promoted rounds, each with a policy of a few bytes."""
+    run_dir.mkdir()
+    store, policies = Store(run_dir), Policies(run_dir)
+    store.open_run("tiny", {"run.seed": 0})
+    for version in range(rounds + 1):
+        folder = policies.folder(version)
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes([version]) * 64)
+        folders.write_json(folder / folders.MANIFEST, dataclasses.asdict(manifest(version, folder)))
+    store.record_policy(0, "initial", round=0)
+    agreement.set_current(store, policies, 0)
+    for index in range(1, rounds + 1):
+        add_round(store, run_dir, index)
+    store.close()
+    return run_dir
+
+
+def manifest(version: int, folder: Path) -> Manifest:
+    return Manifest(
+        version=version, parent=version - 1 if version else None, round=version, beta=0.09 if version else None,
+        reference=0 if version else None, reference_sha256=None, fingerprint="f" * 64, packages={}, update={},
+        files=hashes.hash_files(folder), canaries={},
+    )  # fmt: skip
+
+
+def add_round(store: Store, run_dir: Path, index: int) -> None:
+    """A round that promoted its policy."""
+    store.open_round(index, index - 1, (0, 4 * (index - 1)), "f" * 64, {"run": {"name": "tiny", "seed": 0}})
+    for stage in STAGES:
+        folder = run_dir / "rounds" / f"{index:04d}" / stage
+        folder.mkdir(parents=True)
+        (folder / "rows.txt").write_text(f"{stage} {index}", encoding="utf-8")
+        said = {
+            "stage": stage,
+            "round": index,
+            "fingerprint": "f" * 64,
+            "seconds": 1.5,
+            "metrics": {"count": float(index)},
+        }
+        folders.write_json(folder / folders.MANIFEST, {**said, "files": hashes.hash_files(folder)})
+        store.record_stage(index, stage, 1.5, {"count": float(index)})
+    store.record_policy(index, "promoted", round=index, parent=index - 1, reference=0, beta=0.09)
+    agreement.set_current(store, Policies(run_dir), index)
+    store.close_round(index, "promoted", index, [])
