@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from math import ceil
 from typing import Any, TypeVar
 
+from reward import polling
 from reward.faults import ConnectError, LateAnswer, ProtocolError
 
 T = TypeVar("T")
@@ -138,10 +138,7 @@ def tls() -> ssl.SSLContext:
 
 
 def _poll(on: socket.socket, events: int, seconds: float) -> int:
-    poll = select.poll()  # unlike select, it takes any number of descriptors
-    poll.register(on, events)
-    found = poll.poll(ceil(max(seconds, 0.0) * 1000))
-    return found[0][1] if found else 0
+    return polling.wait({on: events}, seconds).get(on, 0)
 
 
 def _resolve(host: str, port: int, end: float) -> list[Any]:

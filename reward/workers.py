@@ -12,13 +12,14 @@ import ctypes
 import json
 import os
 import resource
-import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from reward import polling
 
 PR_SET_PDEATHSIG = 1
 STARTS = 60.0  # seconds that the imports of a process may take
@@ -89,7 +90,7 @@ class Worker:
         until, found = time.monotonic() + seconds, b""
         while not found.endswith(b"\n"):
             left = until - time.monotonic()
-            if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+            if left <= 0 or not polling.wait({process.stdout: polling.READ}, left):
                 raise TooSlow(f"no answer within {seconds:g} s")
             part = os.read(process.stdout.fileno(), 65536)
             if not part or len(found) > MOST:

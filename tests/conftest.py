@@ -2,6 +2,7 @@ import fcntl
 import gc
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,20 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
     yield mount
     for disk in mounted:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """A process that has so many descriptors open that each new one has a number that select would not take."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    held = [os.open("/dev/null", os.O_RDONLY)]
+    while held[-1] < 1024:
+        held.append(os.open("/dev/null", os.O_RDONLY))
+    yield
+    for descriptor in held:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture

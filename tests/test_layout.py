@@ -101,6 +101,14 @@ def test_reward_knows_nothing_of_selfplay():
         assert not imports(path), path
 
 
+def test_nothing_waits_with_select():
+    """It takes no descriptor above 1023, and a service that many connect to has such."""
+    for folder in ("selfplay", "reward", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            assert "select.select(" not in text and "from select import" not in text, path
+
+
 def test_heavy_libraries_are_imported_in_one_module_each():
     where: dict[str, set[str]] = {"vllm": set(), "trl": set(), "apscheduler": set()}
     for path in modules():

@@ -85,7 +85,9 @@ def _make(given: dict[str, Any], *, ready: int, go: int) -> None:
     if not first:
         os.close(end)
         _die_with_parent(0)  # in its namespace it has no parent, so it cannot see that way whether the maker lives
-        if select.select([alive], [], [], 0)[0]:
+        maker_lives = select.poll()
+        maker_lives.register(alive, select.POLLIN)
+        if maker_lives.poll(0):
             os._exit(1)
         program = os.fork()
         if not program:

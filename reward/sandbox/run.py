@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reward import polling
 from reward.scorer import ModelRefused
 
 HERE = Path(__file__).parent
@@ -54,7 +54,7 @@ class Running:
         found, is_whole = b"", True
         while True:
             left = self._until - time.monotonic()
-            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+            if left <= 0 or not polling.wait({self._process.stdout: polling.READ}, left):
                 is_whole = False
                 break
             part = os.read(self._process.stdout.fileno(), 65536)

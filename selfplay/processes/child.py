@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from reward import polling
 from selfplay.errors import Interrupted
 from selfplay.processes import children
 from selfplay.processes.guard import GUARDED
@@ -255,7 +255,7 @@ def wait_for_any(running: Sequence[Child], seconds: float) -> None:
     """Wait until one of several children says something or ends, or until the time is over. `Child.heard` tells what it was."""
     pipes = [child._pipe for child in running if child._pipe is not None]
     if not any(pipe.has_lines for pipe in pipes):
-        select.select([pipe.source for pipe in pipes], [], [], seconds)
+        polling.wait({pipe.source: polling.READ for pipe in pipes}, seconds)
 
 
 def _environment(run_dir: Path, env: Mapping[str, str]) -> dict[str, str]:

@@ -7,10 +7,10 @@ order, it also reads what the child says. The work is linear in the length of a 
 from __future__ import annotations
 
 import os
-import select
 from collections import deque
 from typing import IO
 
+from reward import polling
 from selfplay.processes import children
 
 READ_BYTES = 1 << 20  # The most that is read at a time. A pipe usually holds 64 KiB.
@@ -42,7 +42,7 @@ class Pipe:
 
         Returns whether the child still has its output open.
         """
-        while select.select([self._source], [], [], 0)[0]:
+        while polling.wait({self._source: polling.READ}, 0):
             if not self._read():
                 return False
         return True
@@ -80,15 +80,15 @@ class Pipe:
 
     def _wait(self, silence: float, sink: IO[bytes] | None = None) -> tuple[bool, bool]:
         """Wait until `source` can be read or `sink` can be written; tells which. Raises TimeoutError."""
-        readable, writable, _ = select.select([self._source], [sink] if sink else [], [], silence)
-        if not (readable or writable):
+        ready = polling.wait({self._source: polling.READ} | ({sink: polling.WRITE} if sink else {}), silence)
+        if not ready:
             raise TimeoutError(f"nothing moved for {silence:.0f} s")
-        return bool(readable), bool(writable)
+        return self._source in ready, sink in ready
 
     def _read(self) -> bool:
         """Take in what the child has written; False where it has closed its output."""
         try:
-            # This bypasses the buffer of the file object, because `select` does not see what lies in that buffer.
+            # This bypasses the buffer of the file object, because `poll` does not see what lies in that buffer.
             chunk = os.read(self._source.fileno(), READ_BYTES)
         except BlockingIOError:
             return True

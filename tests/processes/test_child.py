@@ -7,7 +7,7 @@ import time
 import pytest
 from child_world import gone, start
 
-from selfplay.processes.child import ChildDied, ChildError
+from selfplay.processes.child import ChildDied, ChildError, wait_for_any
 
 
 def test_orders_results_errors_and_the_log(tmp_path):
@@ -24,6 +24,18 @@ def test_orders_results_errors_and_the_log(tmp_path):
     child.stop()
     child.stop()
     assert gone(tmp_path)
+
+
+def test_a_child_works_in_a_process_of_many_descriptors(tmp_path, many_descriptors):
+    child = start(tmp_path)
+    child.wait_for("ready")
+    number = child.send("add", a=1, b=2)
+    events = []
+    while not events:
+        wait_for_any([child], 60)
+        events = child.heard()
+    assert events[0]["id"] == number
+    child.stop()
 
 
 def test_an_answer_to_an_abandoned_order_is_not_taken_for_another(tmp_path):

@@ -21,6 +21,14 @@ def scored(scorer, reference, response):
     return score
 
 
+def test_answers_are_compared_in_a_process_of_many_descriptors(many_descriptors):
+    [scorer] = Mathematics(seconds=30.0).scorers()
+    try:
+        assert scored(scorer, "#### 18", "It is 18.").value == 1.0
+    finally:
+        scorer._worker.stop()
+
+
 @pytest.mark.parametrize(
     ("reference", "right", "wrong"),
     [

@@ -41,6 +41,10 @@ def scored(scorer, code, reference=ADD) -> Score:
     return score
 
 
+def test_a_sandbox_works_in_a_process_of_many_descriptors(scorer, many_descriptors):
+    assert scored(scorer, "def add(a, b):\n    return a + b").value == 1.0
+
+
 def printed(scorer, code, expected="42\n", given=""):
     """The value of a program that has to print something."""
     return scored(scorer, code, json.dumps({"inputs": [given], "outputs": [expected]})).value
