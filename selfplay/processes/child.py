@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +14,12 @@ from reward import polling
 from selfplay.errors import Interrupted
 from selfplay.processes import children
 from selfplay.processes.guard import GUARDED
-from selfplay.processes.logs import bound_log, keep_bounded
 from selfplay.processes.pipe import Pipe
+from selfplay.processes.places import HERE, Place, Process
 from selfplay.processes.protocol import Event, encode_line, parse_line
 from selfplay.processes.reaping import RUN_MARKER
 
 PATIENT = 86_400.0  # The bound on silence, in seconds, for a child that may be fetching a model.
-
-# The kernel sends PR_SET_PDEATHSIG when the THREAD that started a process ends. This thread lives as long as the process.
-_spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
 
 
 class ChildError(RuntimeError):
@@ -49,7 +42,7 @@ class Child:
     """One supervised process. It takes orders as JSON lines on stdin and answers on stdout; all else goes to its log.
 
     `silence` (seconds) is the longest time in which it may neither take an order nor write anything while the controller
-    waits for one of the two. After that the child counts as hung and is ended.
+    waits for one of the two. After that the child counts as hung and is ended. `place` is where it is started.
     """
 
     def __init__(
@@ -61,15 +54,15 @@ class Child:
         log: Path,
         env: Mapping[str, str] | None = None,
         silence: float = 900.0,
+        place: Place = HERE,
     ) -> None:
-        self.name, self.log, self.silence = name, log, silence
-        self._argv = [sys.executable, "-m", "selfplay.processes.guard", str(os.getpid()), "--", *argv]
-        self._env = _environment(run_dir, env or {})
-        self._process: subprocess.Popen[bytes] | None = None
+        self.name, self.log, self.silence, self._place = name, log, silence, place
+        self._argv = list(argv)
+        self._variables = {**(env or {}), RUN_MARKER: str(run_dir.resolve()), GUARDED: "1"}
+        self._process: Process | None = None
         self._pipe: Pipe | None = None
         self._next_id = 0
         self._moved = 0.0  # The time.monotonic() at which an order was sent last, or an event was heard.
-        self._stopped = threading.Event()
 
     def start(self) -> None:
         """Start the guard and the child, and return at once. `wait_for("ready")` tells when the child can take orders.
@@ -78,26 +71,10 @@ class Child:
         """
         assert self._process is None, f"{self.name} was started already"
         children.check_may_start()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        bound_log(self.log)
-        with self.log.open("ab") as log:
-            self._process = _spawner.submit(
-                subprocess.Popen,
-                self._argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=self._env,
-                start_new_session=True,
-            ).result()
+        self._process = self._place.start(self._argv, self._variables, self.log)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._pipe = Pipe(self._process.stdout, self._process.stdin)
         children.add(self)
-        self._stopped = threading.Event()
-        watch = threading.Thread(
-            target=keep_bounded, args=(self.log, self._stopped), name=f"{self.name}-log", daemon=True
-        )
-        watch.start()
         try:
             children.check_may_start()
         except Interrupted:  # The cut came after the first check, and it may not have seen this child.
@@ -194,12 +171,9 @@ class Child:
             try:
                 process.wait(grace + 5)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.end()
                 process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()
-        self._stopped.set()
+        process.close()
         children.discard(self)
         self._process = self._pipe = None
 
@@ -239,13 +213,14 @@ class Child:
 
     def _died(self) -> ChildDied:
         """Clean up after a child that has ended or closed its output; returns the error to raise, which tells how."""
-        code = None
+        code, lost = None, ""
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self._process.wait(10)
-        how = "closed its output" if code is None else f"ended with exit code {code}"
+            lost = self._process.lost
+        how = lost or ("closed its output" if code is None else f"ended with exit code {code}")
         signals = {128 + s: s.name for s in signal.Signals}
-        if code in signals:
+        if code in signals and not lost:
             how = f"was killed by {signals[code]}"
         self.stop(grace=0)
         return ChildDied(self.name, how, self.log)
@@ -256,14 +231,3 @@ def wait_for_any(running: Sequence[Child], seconds: float) -> None:
     pipes = [child._pipe for child in running if child._pipe is not None]
     if not any(pipe.has_lines for pipe in pipes):
         polling.wait({pipe.source: polling.READ for pipe in pipes}, seconds)
-
-
-def _environment(run_dir: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a child that works for `run_dir`, with the variables in `env` added."""
-    environment = {**children.inherited_environment(), **env, RUN_MARKER: str(run_dir.resolve()), GUARDED: "1"}
-    # Without bytecode files the imports of a child take two to three times as long, at every start.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    # The service may be started in any folder, and its children have to find the package by its name.
-    root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-    return environment
