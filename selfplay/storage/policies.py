@@ -108,10 +108,11 @@ class Policies:
         """Point `current` at a policy, in one atomic step."""
         assert (self.folder(version) / folders.MANIFEST).is_file(), f"policy {version} is not there"
         beside = self._current.with_name(".current.partial")
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(Path("policies") / f"{version:04d}")
-        beside.rename(self._current)
-        folders.sync(self._current.parent)
+        with folders.disk_errors(self._current):
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(Path("policies") / f"{version:04d}")
+            beside.rename(self._current)
+            folders.sync(self._current.parent)
 
     def import_initial(
         self,
