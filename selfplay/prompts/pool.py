@@ -214,7 +214,8 @@ def _link(path: Path, new: Path) -> None:
 def write_added(folder: Path, prompts: Sequence[Prompt]) -> Path:
     """Let prompts join, whole or not at all; returns their file. Only the runner of the run folder may."""
     added = folder / ADDED
-    added.mkdir(exist_ok=True)
+    with folders.disk_errors(added):
+        added.mkdir(exist_ok=True)
     number = max((int(file.stem) for file in added.glob("*.parquet")), default=0) + 1
     fields = [field.name for field in dataclasses.fields(Prompt)]
     records = [Added(**{name: getattr(p, name) for name in fields}, same=same(p.messages)) for p in prompts]

@@ -81,6 +81,14 @@ class Frame:
         manifest = self.manifest(stage)
         self.store.record_stage(self.index, stage.name, manifest["seconds"], manifest["metrics"])
 
+    def record_finished(self) -> None:
+        """Record the stages that are done, for a round that is given up: a kill may have come before the record of the last."""
+        for stage in self.stages:
+            if self.done(stage):
+                with contextlib.suppress(CheckpointError):  # damaged, which may be why the round is given up
+                    manifest = self.manifest(stage)
+                    self.store.record_stage(self.index, stage.name, manifest["seconds"], manifest["metrics"])
+
     def metrics(self, stage: Stage) -> Metrics:
         """The metrics of a finished stage."""
         found: Metrics = self.manifest(stage)["metrics"]

@@ -33,7 +33,7 @@ from selfplay.rounds.stages import (
 )
 from selfplay.rounds.steps import Steps
 from selfplay.storage import agreement, policies, retention
-from selfplay.types import RoundReport
+from selfplay.types import Policy, RoundReport
 
 Outcome = Literal["promoted", "rejected", "skipped", "cancelled"]
 
@@ -120,21 +120,26 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
         needed_rounds=max(run.config.guard.history, run.config.pairs.history),
     )
     reference.forget(run, index, given_up=outcome == "cancelled")
-    store.close_round(index, outcome, current.version, list(reasons))
-    store.event(outcome, "; ".join(reasons) or f"policy {current.version} is current", index)
+    told = "; ".join(reasons) or f"policy {current.version} is current"
+    store.close_round(index, outcome, current.version, list(reasons), told)
     ended = report(store, index)
     run.track(ended)
     return ended
 
 
 def cancel_round(run: Run) -> RoundReport:
-    """Give up the open round: nothing of it is used, and the current policy serves on."""
+    """Give up the open round: nothing of it is used, and the policy that served before it serves on, or again."""
     assert run.store.unfinished() is not None, "there is a round to give up"
     steps = begin(run)
+    steps.frame.record_finished()
     if steps.adopted:  # it may have been adopted a moment before all ended
         record_candidate(steps)
-    if run.serving.loaded:
-        run.serving.serve(run.current, trial=False)
+    champion = run.policy(steps.champion)
+    if run.store.serving() != champion.version:  # it was cut off after its promotion
+        _show(run, champion)
+        agreement.set_current(run.store, run.policies, champion.version)
+    elif run.serving.loaded:
+        run.serving.serve(champion, trial=False)
     return close(steps, "cancelled", ["given up on request"])
 
 
@@ -147,12 +152,17 @@ def roll_back(run: Run, version: int) -> str:
     before, wanted = run.store.serving(), run.policy(version)
     policies.verify(run.policies.folder(version))
     began = time.monotonic()
-    if run.serving.loaded:
-        run.generator.swap(wanted)
-    else:
-        run.generator.load(wanted)
+    _show(run, wanted)
     agreement.set_current(run.store, run.policies, version)
     return f"policy {version} is current instead of {before}, shown to serve within {time.monotonic() - began:.2f} s"
+
+
+def _show(run: Run, policy: Policy) -> None:
+    """Have the engine serve a policy, and show that it does, whatever policy is current."""
+    if run.serving.loaded:
+        run.generator.swap(policy)
+    else:
+        run.generator.load(policy)
 
 
 def record_candidate(steps: Steps) -> None:

@@ -231,7 +231,7 @@ class Daemon:
     def pause(self, kind: str, why: str) -> None:
         """Pause by itself, and say why: to people first, for the ledger may be what is wrong. kind: failed, rejected, skipped."""
         time = self._clock().isoformat()
-        self._failures.give_up()
+        self._failures.give_up() if kind == "failed" else self._failures.forget()
         self._pause = {"why": why, "kind": kind, "time": time}
         self.display.warn(f"paused: {why}")
         self._alert(f"paused: {why}")
@@ -253,20 +253,18 @@ class Daemon:
         self._polled = time.monotonic()
         with contextlib.suppress(LedgerError):  # a locked ledger delays an order, not the round
             self._write_down()
-            for row in self.store.pending(("pause", "resume", "cancel", "pin")):
-                self._obey(row["id"])
-            if where == "stage" and (self.store.state("pause") or {}).get("after") == "stage":
+            standing = self.store.standing(orders.WITHIN)
+            if standing.ordered:
+                for row in self.store.pending(("pause", "resume", "cancel", "pin")):
+                    self._obey(row["id"])
+                standing = self.store.standing(orders.WITHIN)
+            if where == "stage" and (standing.states.get("pause") or {}).get("after") == "stage":
                 raise Interrupted("paused after the stage")
-            if self._is_cancelled():
+            if orders.is_cancelled(standing):
                 raise Interrupted("cancelled", now=True)
 
-    def _is_cancelled(self) -> bool:
-        """Whether the open round is to be given up; the state names it, so that no later one is taken for it."""
-        is_open = self.store.unfinished()
-        return is_open is not None and self.store.state("cancel") == is_open["round"]
-
     def _interrupted(self, stop: Interrupted) -> None:
-        if self._is_cancelled():
+        if orders.is_cancelled(self.store.standing(orders.WITHIN)):
             assert self.run is not None
             cancel_round(self.run)
             self._failures.forget()

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from selfplay.errors import InputError
 from selfplay.storage.ledger import Store
+from selfplay.storage.reader import Standing
 
 MAX_PROMPTS = 10_000  # in one order
+WITHIN = ("pause", "cancel")  # what orders left in the ledger that decides on the round that is open
 
 
 class _Order(BaseModel):
@@ -109,6 +111,11 @@ def parse(kind: str, arguments: dict[str, Any]) -> Order:
     except ValidationError as error:
         what = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or kind}: {e['msg']}" for e in error.errors())
         raise InputError(f"order {kind}: {what}") from None
+
+
+def is_cancelled(standing: Standing) -> bool:
+    """Whether the open round is to be given up; the state names it, so that no later one is taken for it."""
+    return standing.open is not None and standing.states.get("cancel") == standing.open
 
 
 def submit(store: Store, kind: str, arguments: dict[str, Any], origin: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from selfplay.errors import InputError
 from selfplay.storage import folders
 
 HINT = "put the run folder on a local disk (--run-dir), and keep copies elsewhere (docs/operations.md, Back up and restore)"
+
+SCRATCH = ".selfplay-"  # what the names of folders begin with in which something is tried
 
 
 def _lock(folder: Path) -> None:
@@ -59,7 +62,7 @@ def lacks(there: Path) -> list[str]:
     Raises OSError where nothing can be written.
     """
     found = []
-    with tempfile.TemporaryDirectory(prefix=".selfplay-", dir=there) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=there) as scratch:
         for what, do in NEEDS:
             try:
                 do(Path(scratch))
@@ -74,3 +77,9 @@ def require(folder: Path) -> None:
     """Raise InputError where a run cannot live in this folder."""
     if missing := lacks(folder):
         raise InputError(f"{folder} cannot be a run folder: its file system has no {'; no '.join(missing)}", HINT)
+
+
+def clean(folder: Path) -> None:
+    """Delete what a process left that was killed while it tried. For who holds the lock of the folder."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)

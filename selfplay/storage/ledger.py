@@ -136,13 +136,16 @@ class Store(Reader):
                 rounds.update().where(rounds.c.round == index).values(fingerprint=fingerprint, config=config)
             )
 
-    def close_round(self, index: int, state: str, policy: int, reasons: list[str]) -> None:
+    def close_round(self, index: int, state: str, policy: int, reasons: list[str], told: str | None = None) -> None:
+        """Record how a round ended. `policy`: the one that serves after it; `told`: an event that says so, at the same moment."""
         with self._engine.begin() as connection:
             connection.execute(
                 rounds.update()
                 .where(rounds.c.round == index)
                 .values(state=state, ended=now(), policy=policy, reasons=reasons)
             )
+            if told is not None:
+                connection.execute(events.insert().values(time=now(), round=index, kind=state, text=told))
 
     def record_stage(self, index: int, stage: str, seconds: float, values: dict[str, float]) -> None:
         """Record a finished stage with its metrics (names without the stage), once.

@@ -44,6 +44,7 @@ class RunLock:
                 f"{self._path.parent} is in use by {_holder(text)}",
                 "wait for it or end it; another run needs another folder",
             ) from None
+        filesystem.clean(self._path.parent)
         self._file.seek(0)
         self._file.truncate()
         json.dump(

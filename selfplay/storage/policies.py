@@ -112,13 +112,13 @@ class Policies:
     def set_current(self, version: int) -> None:
         """Write down which policy serves, in one atomic step."""
         assert (self.folder(version) / folders.MANIFEST).is_file(), f"policy {version} is not there"
-        if self._current.is_dir() and not self._current.is_symlink():  # a copy has made a folder of an earlier link
-            self._current.rename(self._current.with_name("current.copied"))
-        with folders.whole(self._current) as partial:
-            partial.unlink(
-                missing_ok=True
-            )  # an earlier version made a link of this name, which would be written through
-            partial.write_text(f"{version}\n", encoding="utf-8")
+        with folders.disk_errors(self._current):
+            if self._current.is_dir() and not self._current.is_symlink():  # a copy has made a folder of an earlier link
+                self._current.rename(self._current.with_name("current.copied"))
+            with folders.whole(self._current) as partial:
+                # An earlier version made a link of this name, which would be written through.
+                partial.unlink(missing_ok=True)
+                partial.write_text(f"{version}\n", encoding="utf-8")
 
     def import_initial(
         self,

@@ -1,0 +1,131 @@
+"""Puts the simulation where the service meets the outside: files, ledger, clock, threads and children."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import sqlalchemy as sa
+
+from selfplay.config import Config, load
+from selfplay.processes import children
+from selfplay.prompts import draws
+from selfplay.rounds import frame, round, run, steps, turns
+from selfplay.service import daemon, reload, stalls, stop
+from selfplay.storage import folders, hashes, ledger, reader
+from simulation import database, processes, stages
+from simulation.threads import CLOCK, THREADING
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEDULES = (
+    ("schedule.mode=continuous",),
+    ("schedule.mode=interval", "schedule.every_minutes=30"),
+    ("schedule.mode=cron", "schedule.cron=10 */2 * * *", "schedule.missed=skip"),
+)
+VARIANTS = (
+    ("retention.last=1", "retention.rejected_rounds=1", "retention.candidates_rounds=1"),
+    ("retention.last=0", "retention.rejected_rounds=0", "service.pause_after_rejected=1"),
+    ("retention.last=2", "retention.rejected_rounds=2", "service.retries=0"),
+)
+"""What the configuration becomes in turn, when somebody edits it and has it read anew."""
+BASE = (
+    "evaluate.judge=null", "evaluate.gold=null", "track=none", "guard.history=1", "pairs.history=0", "reward.cache.entries=0",
+    "service.retries=2", "service.pause_after_rejected=2", "service.retry_seconds=60",
+)  # fmt: skip
+
+
+class Configs:
+    """The configurations, each read once."""
+
+    def __init__(self, model: Path) -> None:
+        fixed = [*BASE, f"policy.model={model}"]
+        self._known = [
+            [load(ROOT / "configs" / "tiny.yaml", [*fixed, *schedule, *variant]) for variant in VARIANTS]
+            for schedule in SCHEDULES
+        ]
+        self.schedule = 0
+
+    def __call__(self, path: Path, overrides: list[str]) -> Config:
+        return self._known[self.schedule][CLOCK.world.variant % len(VARIANTS)]
+
+
+class Inline:
+    """As `ThreadPoolExecutor`, in the thread of the caller."""
+
+    def __init__(self, workers: int) -> None:
+        pass
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, what: Callable[..., Any], values: Any) -> Iterator[Any]:
+        return map(what, values)
+
+
+def once(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A method of a configuration, which does not change, asked once for each."""
+    known: dict[int, Any] = {}
+
+    def found(config: Any) -> Any:
+        if id(config) not in known:
+            known[id(config)] = method(config)
+        return known[id(config)]
+
+    return found
+
+
+@contextlib.contextmanager
+def installed(model: Path) -> Iterator[Configs]:
+    """The product in the simulation, for the time of the block. `model`: the folder of the initial policy."""
+    configs = Configs(model)
+    disk: Callable[[], Any] = lambda: CLOCK.world.disk  # noqa: E731
+    on_path = {
+        name: (lambda method: lambda path, *a, **k: getattr(disk(), method)(path, *a, **k))(name)
+        for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir")
+    }
+    clock = SimpleNamespace(monotonic=CLOCK.monotonic)
+    places: list[tuple[Any, str, Any]] = [
+        *((Path, name, function) for name, function in on_path.items()),
+        (shutil, "rmtree", lambda *a, **k: disk().rmtree(*a, **k)),
+        (shutil, "disk_usage", lambda path: disk().usage),
+        (folders, "sync", lambda path: disk().sync(path)),
+        (hashes, "ThreadPoolExecutor", Inline),
+        (sa, "create_engine", lambda *a, **k: database.ENGINE),
+        (sa.event, "listen", lambda *a: None),
+        (ledger, "migrate", lambda *a: None),
+        (ledger, "now", CLOCK.now),
+        (reader, "now", CLOCK.now),
+        *((module, "time", clock) for module in (daemon, stalls, frame, round, turns, children)),
+        (daemon, "threading", THREADING),
+        (stalls, "threading", THREADING),
+        (stop, "threading", THREADING),
+        (daemon, "load", configs),
+        (reload, "load", configs),
+        (Config, "fingerprint", once(Config.fingerprint)),
+        (Config, "fixed", once(Config.fixed)),
+        (run.Run, "require", lambda run: None),
+        (run, "reap", lambda folder: 0),
+        (run, "Generator", processes.Generator),
+        (run, "Trainer", processes.Trainer),
+        (run, "Scorer", processes.Scorer),
+        (run, "ask_importer", processes.ask_importer),
+        (run, "packages", lambda: {}),
+        (run, "Pool", stages.SimulatedPool),
+        (run, "intake", SimpleNamespace(add=stages.add)),
+        (steps, "size", lambda path: 1000),
+        (draws, "tables", SimpleNamespace(read_column=stages.read_column)),
+        (round, "read_ranked", stages.read_ranked),
+        (round, "Steps", stages.SimulatedSteps),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in places:
+            stack.enter_context(patch.object(owner, name, value))
+        yield configs

@@ -1,0 +1,147 @@
+"""What has to hold when a history has ended, by its ledger and its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from selfplay.storage.folders import MANIFEST
+from selfplay.storage.ledger import Store
+from selfplay.storage.policies import Policies
+from simulation.processes import PROMPTS, WEIGHTS, digest
+from simulation.stages import SHARDS, candidates, outcome, read, trained
+from simulation.taps import must
+from simulation.world import World
+
+SAMPLED = ("prompts", "generate", "score", "guard", "pairs")
+STAGES = {"skipped": SAMPLED, "promoted": (*SAMPLED, "depth", "train", "evaluate", "promote")}
+STAGES["rejected"] = STAGES["promoted"]
+KNOWN = {"pool", "rounds", "policies", "reward", "logs", "current", ".lock", ".ledger.lock", "pool.parts"}
+OUTCOMES = ("promoted", "rejected", "skipped", "cancelled")
+
+
+def check(world: World) -> None:
+    """Raises Violation for the first that does not hold."""
+    store = world.database.outside
+    events, rounds = store.events(), store.rounds()
+    _rounds(world, rounds, events)
+    _orders(store, events)
+    _current(world, store, rounds, events)
+    for row in rounds:
+        _folder(world, store, row)
+    _policies(world, store)
+    _prompts(world, rounds)
+    left = set(os.listdir(world.root)) - KNOWN
+    must(not left, f"the folder has {sorted(left)}")
+
+
+def _rounds(world: World, rounds: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+    """No round is lost, double, open still, or other than its rewards and verdict say."""
+    must([row["round"] for row in rounds] == list(range(1, len(rounds) + 1)), "the rounds have a gap")
+    told = Counter(event["round"] for event in events if event["kind"] in OUTCOMES)
+    for row in rounds:
+        index, state = row["round"], row["state"]
+        must(state in (outcome(world.base, index), "cancelled"), f"round {index} is {state}")
+        must(row["ended"] is not None, f"round {index} has no end")
+        must(told[index] == 1, f"the end of round {index} is told {told[index]} times")
+        wanted = index if state == "promoted" else row["champion"]
+        must(row["policy"] == wanted, f"round {index} is {state}, and policy {row['policy']} serves after it")
+
+
+def _orders(store: Store, events: list[dict[str, Any]]) -> None:
+    """Each order is obeyed or refused once."""
+    given = store.query("SELECT id, kind, state, result FROM orders ORDER BY id")
+    kinds = Counter(event["kind"] for event in events)
+    for row in given:
+        must(row["state"] in ("done", "refused"), f"order {row['id']} ({row['kind']}) is {row['state']}")
+        must("Error" not in row["result"].split(":")[0], f"order {row['id']} ({row['kind']}): {row['result']}")
+    must(kinds["order_given"] == len(given), "an order was given and is not there")
+    must(kinds["order_done"] + kinds["order_refused"] == len(given), "an order is answered twice")
+
+
+def _current(world: World, store: Store, rounds: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+    """The policy that serves is the last that was promoted, or that somebody went back to since."""
+    expected = 0
+    for event in events:
+        if event["kind"] == "promoted":
+            expected = event["round"]
+        elif event["kind"] == "order_done" and event["text"].startswith("rollback "):
+            expected = int(event["text"].partition("version=")[2].split()[0])
+    current = Policies(world.root).current
+    must(current == expected, f"policy {current} is current, and by the ledger it is {expected}")
+
+
+def _folder(world: World, store: Store, row: dict[str, Any]) -> None:
+    """The folder of a round has what the ledger tells of, and nothing else; and what each file was made from is in it."""
+    index, state = row["round"], row["state"]
+    folder = world.root / "rounds" / f"{index:04d}"
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    recorded = set(store.seconds(index))
+    must(there == recorded, f"round {index} ({state}) has {sorted(there)}, and the ledger tells of {sorted(recorded)}")
+    if state in STAGES:
+        must(recorded == set(STAGES[state]), f"round {index} ({state}) has the stages {sorted(recorded)}")
+    champion = _weights(world, row["champion"])
+    sampled = folder / "generate" / "candidates.parquet"
+    if champion is None or not sampled.is_file():
+        return  # retention has deleted it
+    said = read(sampled)
+    must(said == [candidates(champion, n) for n in range(SHARDS)], f"round {index} was sampled by other weights")
+    if "pairs" in there and (folder / "score" / "scored.parquet").is_file():
+        scored = (folder / "score" / "scored.parquet").read_text()
+        must(scored == json.dumps([digest("score", sampled.read_text())]), f"round {index} was scored otherwise")
+        must(
+            read(folder / "pairs" / "pairs.parquet")[0][0] == digest("pairs", scored), f"round {index} has other pairs"
+        )
+    if "evaluate" in there and (candidate := _weights(world, index)) is not None:
+        for name, weights in (("champion", champion), ("candidate", candidate)):
+            answers = read(folder / "evaluate" / f"{name}.parquet")
+            must(
+                answers == [digest("answers", weights, "held out")], f"round {index}: other weights answered as {name}"
+            )
+
+
+def _policies(world: World, store: Store) -> None:
+    """Each policy is in the ledger and in its folder, with weights or without, and was trained once from its champion."""
+    policies = Policies(world.root)
+    rows = {row["version"]: row for row in store.policies()}
+    must(sorted(rows) == policies.versions(), f"policies {policies.versions()}, and in the ledger {sorted(rows)}")
+    for version, row in rows.items():
+        if not version:
+            continue
+        files = {path.name for path in policies.folder(version).iterdir()}
+        wanted = {MANIFEST, WEIGHTS} if row["weights"] else {MANIFEST}
+        must(files == wanted, f"policy {version} has {sorted(files)}, in the ledger its weights are {row['weights']}")
+        closed = store.round(version)
+        must(row["state"] == closed["state"], f"policy {version} is {row['state']}, its round {closed['state']}")
+        parent = _weights(world, closed["champion"])
+        pairs = world.root / "rounds" / f"{version:04d}" / "depth" / "pairs.parquet"
+        manifest = read(policies.folder(version) / MANIFEST)
+        if row["weights"] and parent is not None:
+            made = trained(parent, manifest["reference_sha256"], pairs.read_text())
+            must(_weights(world, version) == made, f"policy {version} was trained otherwise")
+
+
+def _prompts(world: World, rounds: list[dict[str, Any]]) -> None:
+    """Of the prompts that were there from the start each is drawn once an epoch; one that was added is there once."""
+    drawn: Counter[str] = Counter()
+    for row in rounds:
+        file = world.root / "rounds" / f"{row['round']:04d}" / "prompts" / "prompts.parquet"
+        drawn.update(read(file) if file.is_file() else [])
+    known = read(world.root / "pool" / "prompts.json")
+    must(len(known) == PROMPTS, "a prompt of the pool is lost")
+    times = [drawn[name] for name in known]
+    must(max(times) - min(times) <= 1, f"prompts are drawn {sorted(times)} times")
+    added = [name for file in sorted((world.root / "pool" / "added").glob("*")) for name, _ in read(file)]
+    must(len(set(added)) == len(added), "a prompt was added twice")
+
+
+def _weights(world: World, version: int) -> str | None:
+    manifest = world.root / "policies" / f"{version:04d}" / MANIFEST
+    if not manifest.is_file():
+        return None
+    source = read(manifest)["source"]
+    file = (Path(source) if source else manifest.parent) / WEIGHTS
+    return file.read_text() if file.is_file() else None

@@ -1,0 +1,38 @@
+"""Seeded histories of the simulated service (scripts/simulation), and those that showed a bug once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from simulate import parsed
+from simulation.history import Simulation
+
+MEMORY = Path("/dev/shm")
+SHOWN = {
+    "a kill while the file system of a new folder is tried leaves nothing": (0, "3=kill"),
+}
+
+
+@pytest.fixture(scope="module")
+def simulation(tmp_path_factory):
+    with Simulation(tmp_path_factory.mktemp("simulated") / "simulation") as simulated:
+        yield simulated
+
+
+def test_every_history_keeps_what_must_hold(simulation):
+    broken = [f for seed in range(150) if (f := simulation.run(seed)).error is not None]
+    assert not broken, [f"--seed {found.seed}: {found.error}" for found in broken]
+
+
+def test_a_history_is_the_same_each_time_it_is_run(simulation):
+    told = [[], []]
+    found = [simulation.run(7, tell=each.append) for each in told]
+    assert found[0] == found[1] and told[0] == told[1]
+
+
+@pytest.mark.parametrize("what", SHOWN)
+def test_what_a_history_once_showed(simulation, what):
+    seed, plan = SHOWN[what]
+    assert simulation.run(seed, parsed(plan)).error is None
