@@ -3,8 +3,6 @@
 import contextlib
 import select
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,19 +12,29 @@ from pathlib import Path
 
 @contextmanager
 def served(folder: Path, port: int = 0) -> Iterator[str]:
-    """A reward server that is not ours, as a user runs it; its URL. It has ended when the block ends."""
-    if not port:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-    argv = [sys.executable, "-m", "reward.server", "--model", str(folder), "--port", str(port), "--dtype", "float32"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    """A reward server that no run started, in a thread of this process; its URL. It has ended when the block ends."""
+    import uvicorn  # here, since the quick tests that want the rest of this module should not wait for it
+
+    from reward import server
+    from reward.app import build_app
+    from reward.openrlhf import Unrender
+
+    listener = server.bind("127.0.0.1", port)
+    options = server.parser().parse_args(["--model", str(folder), "--dtype", "float32"])
+    app = build_app(
+        server.load(options), max_body=options.max_body_mib * 2**20, max_items=options.max_items,
+        max_waiting=options.max_waiting, unrender=Unrender(None),
+    )  # fmt: skip
+    serving = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    thread = threading.Thread(target=serving.run, args=([listener],))
+    thread.start()
     try:
-        assert process.stdout.readline(), "the server did not start"
-        yield f"http://127.0.0.1:{port}"
+        until(lambda: serving.started, 60)
+        yield server.url(listener)
     finally:
-        process.kill()
-        process.wait()
+        serving.should_exit = serving.force_exit = True  # as a kill does, it answers nobody any more
+        thread.join()
+        listener.close()
 
 
 class Relay:

@@ -1,10 +1,12 @@
 """The command line as a new user types it: in empty folders, on an empty ledger, and on a run of two rounds."""
 
+import io
 import json
 import resource
 import sqlite3
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from inspect import signature
 from pathlib import Path
 
@@ -38,7 +40,20 @@ def run_dir(calm):
 
 
 def selfplay(*args: object) -> tuple[int, str, str]:
-    """`selfplay …`: exit code, what it printed, and its errors; each on one line."""
+    """`selfplay …` in this process: exit code, what it printed, and its errors; each on one line."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["selfplay", *map(str, args)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, " ".join(out.getvalue().split()), " ".join(errors.getvalue().split())
+
+
+def typed(*args: object) -> tuple[int, str, str]:
+    """The same in a process of its own, as where a user types it."""
     done = subprocess.run(
         [sys.executable, "-m", "selfplay.cli", *map(str, args)], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
@@ -50,7 +65,7 @@ def test_help_is_quick_and_names_every_command():
     seconds = []
     for _ in range(3):  # the first may have to write bytecode
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        code, out, _ = selfplay("--help")
+        code, out, _ = typed("--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert code == 0
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -67,13 +82,13 @@ def test_help_is_quick_and_names_every_command():
 @on_a_run
 def test_what_a_run_says_of_itself(run_dir):
     at = ("--run-dir", run_dir)
-    code, out, _ = selfplay("status", *at)
+    code, out, _ = typed("status", *at)
     assert code == 0 and "never served" in out and "round 2 promoted" in out and "policy 2 serves" in out
     code, out, _ = selfplay("rounds", *at)
     assert code == 0 and "promoted" in out and "held-out" in out
     code, out, _ = selfplay("show", 1, *at)
     assert code == 0 and "pairs" in out and "policy 1 is current" in out
-    code, _, errors = selfplay("show", 7, *at)
+    code, _, errors = typed("show", 7, *at)
     assert code == 2 and "there is no round 7" in errors and "finished: 1 to 2" in errors
     code, _, errors = selfplay("status", "--run-dir", run_dir / "nothing")
     assert code == 2 and "is no run folder: it does not exist" in errors and "what to do:" in errors

@@ -28,6 +28,7 @@ def kill_core(generator):
 
 def test_a_killed_engine_core_is_noticed_whatever_it_did_and_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # its worker would build kernels and the headers for them
     run_dir = tmp_path / "run"
     policy, events, killed = write_policy(run_dir / "policies", 1, seed=1), [], []
     generator = Generator(

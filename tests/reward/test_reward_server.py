@@ -129,15 +129,15 @@ def test_one_line_on_stdout_and_sigterm_ends_cleanly(folder: Path) -> None:
         post(line, body("Paris."))
 
 
-def test_a_guarded_server_dies_with_its_parent(folder: Path) -> None:
+def test_a_guarded_server_dies_with_its_parent() -> None:
     parent_code = (
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'reward.server', '--model', sys.argv[1], '--port', '0'])\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'reward.server', '--rules', sys.argv[1], '--port', '0'])\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(100)"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", parent_code, str(folder)],
+        [sys.executable, "-c", parent_code, '[{"rule": "length", "max": 9}]'],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"SELFPLAY_GUARDED": "1", "OMP_NUM_THREADS": "1"},

@@ -21,6 +21,7 @@ from selfplay.rewards.texts import Item
 pytestmark = pytest.mark.service
 
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
+RULES = {"model": None, "rules": [{"rule": "length", "max": 9}]}  # a server of them starts without torch
 
 
 @pytest.fixture
@@ -66,18 +67,15 @@ def test_a_server_killed_while_it_scores_costs_a_pause(service, tmp_path):
 
 @pytest.mark.timeout(120)
 def test_a_server_killed_before_it_was_ever_asked_is_started_again(service, tmp_path):
-    ours, events = service()
+    ours, events = service(**RULES)
     ours.start()
     while not [pid for pid, words in commands(tmp_path) if words[1:3] == ["-m", "reward.server"]]:
         time.sleep(0.01)
     kill_server(tmp_path)
     while ours._child.alive:
         time.sleep(0.01)
-    assert ours.score([Item(MESSAGES, "Blue.")])[0] is not None
+    assert ours.score([Item(MESSAGES, "Blue.")]) == [1.0]
     assert events == [("reward_restart", "the reward server died; starting it again")]
-
-
-RULES = {"model": None, "rules": [{"rule": "length", "max": 9}]}
 
 
 @pytest.mark.timeout(120)
