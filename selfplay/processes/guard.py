@@ -9,6 +9,8 @@ carries the run folder in its environment, and `reaping.reap` ends it at the nex
 
 What the child and all below it write to stderr goes through the guard into the log, without characters that a terminal
 would obey: a person reads the log with `less` or `tail`, and parts of it come from models and servers.
+
+The temporary files of all of them are in a folder that the guard makes, and deletes when it ends (`scratch`).
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
-from selfplay.processes.reaping import descendants
+from selfplay.processes import scratch
+from selfplay.processes.reaping import RUN_MARKER, descendants
 from selfplay.visible import visible
 
 GUARDED = "SELFPLAY_GUARDED"  # An environment variable that is set for processes that have to die with their parent.
@@ -33,6 +37,7 @@ LAST_WORDS_SECONDS = (
 )
 
 _log: threading.Thread | None = None  # Passes on what the child writes to stderr.
+_scratch: Path | None = None
 
 
 def guard(parent: int, argv: list[str]) -> int:
@@ -46,11 +51,13 @@ def guard(parent: int, argv: list[str]) -> int:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:  # The controller ended before the kernel was asked to tell us.
         return 137
-    global _log
+    global _log, _scratch
+    _scratch = scratch.make(Path(os.environ.get(RUN_MARKER, ".")))
     written, stderr = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(stderr, 2)
+        os.environ.update(scratch.variables(_scratch))
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
         try:
@@ -105,6 +112,8 @@ def _end_all(code: int) -> int:
             break
     if _log is not None:
         _log.join(LAST_WORDS_SECONDS)
+    if _scratch is not None:
+        scratch.remove(_scratch)
     return code
 
 
