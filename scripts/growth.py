@@ -64,15 +64,16 @@ def main() -> int:
     temporary.mkdir(parents=True)
     sets = [*world(), *SETTINGS, *SMALLEST, *JOINS, "service.pause_after_rejected=1000000", *args.set]
     os.environ["TMPDIR"] = str(temporary)
-    print("| " + " | ".join(start(args.config, sets, run_dir, 1, temporary)) + " |", flush=True)
+    names = list(start(args.config, sets, run_dir, 1, temporary))
     began = time.monotonic()
     give_past(run_dir, args.before)
     print(f"a past of {args.before} rounds, made in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|", flush=True)
     lines = []
     for number in range(args.starts):
         last = 1 + args.before + (number + 1) * args.rounds // args.starts
         lines.append(start(args.config, sets, run_dir, last, temporary))
-        print("| " + " | ".join(f"{name} {value:.4g}" for name, value in lines[-1].items()) + " |", flush=True)
+        print("| " + " | ".join(f"{value:,.6g}" for value in lines[-1].values()) + " |", flush=True)
     grown = [name for name in BOUNDED if lines[-1][name] > lines[0][name] * 1.05 + 4]
     for name in grown:
         print(f"FAULT: {name} grows: {', '.join(f'{line[name]:.4g}' for line in lines)}")
@@ -152,7 +153,6 @@ def left(run_dir: Path, temporary: Path, since: datetime) -> Line:
     ((events,),) = ledger.execute("SELECT count(*) FROM events")
     ((orders,),) = ledger.execute("SELECT coalesce(sum(length(arguments)), 0) FROM orders")
     ((rounds,),) = ledger.execute("SELECT count(*) FROM rounds")
-    ((joins,),) = ledger.execute("SELECT count(*) FROM events WHERE kind = 'prompts'")
     spans = [
         (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
         for begin, end in ledger.execute("SELECT started, ended FROM rounds WHERE started > ?", (since.isoformat(),))
@@ -164,7 +164,7 @@ def left(run_dir: Path, temporary: Path, since: datetime) -> Line:
         "rounds": rounds,
         "temporary": len(list(temporary.rglob("*"))),
         "tensorboard": len(list((run_dir / "tensorboard").glob("*"))),
-        "joins": joins,
+        "joins": max(int(path.stem.partition("-")[2] or path.stem) for path in (run_dir / "pool/added").glob("*")),
         "pool files": len(list((run_dir / "pool" / "added").glob("*"))),
         "events": events,
         "orders KiB": orders / 1024,
