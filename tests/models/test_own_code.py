@@ -3,8 +3,7 @@
 import ast
 import json
 import pickle
-import subprocess
-import sys
+import re
 
 import numpy as np
 import pytest
@@ -61,24 +60,22 @@ class Bomb:
         return open, (self._path, "w")
 
 
-LOADS = """
-import sys, torch
-try:
-    torch.load(sys.argv[1], weights_only=False)
-except Exception as error:
-    print(type(error).__name__)
-torch.save({"step": 3, "weights": torch.zeros(2)}, sys.argv[2])
-print(torch.load(sys.argv[2], weights_only=False)["step"])
-"""
-
-
 @pytest.mark.slow
 def test_in_a_child_a_pickle_runs_nothing_whoever_loads_it_and_however(tmp_path, monkeypatch):
+    import torch
+
+    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran")), protocol=2))
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran"))))
-    words = [sys.executable, "-c", LOADS, tmp_path / "optimizer.pt", tmp_path / "fine.pt"]
-    done = subprocess.run(words, capture_output=True, text=True, env=inherited_environment(), check=True)
-    assert done.stdout.split() == ["UnpicklingError", "3"] and not (tmp_path / "ran").exists()
+    given = inherited_environment()
+    monkeypatch.delenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    for name in ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"):  # torch reads them at each call
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "optimizer.pt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
+    torch.save({"step": 3, "weights": torch.zeros(2)}, tmp_path / "fine.pt")
+    assert torch.load(tmp_path / "fine.pt", weights_only=False)["step"] == 3
 
 
 def test_no_module_reads_pickles():
@@ -87,7 +84,11 @@ def test_no_module_reads_pickles():
         *(ROOT / "reward").rglob("*.py"),
         *(ROOT / "scripts").rglob("*.py"),
     ]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not re.search(
+            r"pickle|dill|joblib|marshal|shelve|weights_only|torch\.load|yaml", text := path.read_text(encoding="utf-8")
+        ):
+            continue
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
                 assert not names & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}, path
