@@ -1,4 +1,4 @@
-.PHONY: demo demo-smollm quick test lint docs mini setup browser clean
+.PHONY: demo demo-smollm quick test lint docs mini audit sbom setup browser clean
 
 PY := .venv/bin/python
 # Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
@@ -35,6 +35,15 @@ docs: setup
 
 mini: setup
 	$(PY) scripts/make_tiny.py --size mini --out .cache/tiny-mini
+
+# Known weaknesses of the pinned versions. pip-audit asks its service for them, so it needs a network that reaches it.
+audit:
+	@command -v pip-audit > /dev/null || { echo "pip-audit is not on the PATH: install it in an environment of its own" >&2; exit 2; }
+	pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+# What a release consists of: every package with version and license, as CycloneDX.
+sbom: setup
+	$(PY) scripts/sbom.py --out dist/selfplay.cdx.json
 
 setup: .venv/.ready
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from selfplay.visible import filter_stderr, line, say
+
 if TYPE_CHECKING:
     from selfplay.storage.ledger import Store
 
@@ -38,6 +40,7 @@ def main() -> None:
     """Entry point: errors that a user can act on become two lines and an exit code."""
     from selfplay.errors import SelfplayError
 
+    filter_stderr()
     try:
         app(prog_name="selfplay")
     except SelfplayError as error:
@@ -104,7 +107,7 @@ def init(
     except ConfigError:
         path.unlink()  # what was given makes no configuration: nothing is left in the way of the next try
         raise
-    print(f"wrote {path}; next: selfplay check -c {path}")
+    say(f"wrote {path}; next: selfplay check -c {path}")
 
 
 @app.command()
@@ -113,7 +116,6 @@ def check(
     test_webhook: Annotated[bool, typer.Option("--test-webhook", help="Also post a test alert to the webhook.")] = False,
 ) -> None:  # fmt: skip
     """See whether it would run here, and what a round would do."""
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -122,9 +124,9 @@ def check(
     from selfplay.checks.plan import plan
     from selfplay.checks.webhook import takes
     from selfplay.config import load
+    from selfplay.reporting.console import TextConsole
 
-    settings = load(config, set_)
-    console = Console(highlight=False)
+    settings, console = load(config, set_), TextConsole()
     findings = check(settings, run_dir or settings.run_dir)
     if not any(finding.level == "error" for finding in findings):  # it takes seconds
         findings += loads(settings)
@@ -171,8 +173,8 @@ def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
     from selfplay.reporting.status import lines
 
     store = _store(config, set_, run_dir)
-    for line in lines(store, _serves((store.state("service") or {}).get("pid"))):
-        print(line)
+    for text in lines(store, _serves((store.state("service") or {}).get("pid"))):
+        say(line(text))
     store.close()
 
 
@@ -218,7 +220,7 @@ def show(
         )
     Display().round_table(report(store, round_))
     for event in store.events(round_):
-        print(f" {event['time']} {event['kind']}: {event['text']}")
+        say(line(f" {event['time']} {event['kind']}: {event['text']}"))
     store.close()
 
 
@@ -248,9 +250,7 @@ def _order(kind: str, arguments: dict[str, Any], config: Path, sets: list[str], 
     _orders([(kind, arguments)], config, sets, run_dir)
 
 
-def _orders(
-    given: list[tuple[str, dict[str, Any]]], config: Path, sets: list[str], run_dir: Path | None
-) -> None:  # fmt: skip
+def _orders(given: list[tuple[str, dict[str, Any]]], config: Path, sets: list[str], run_dir: Path | None) -> None:
     """Leave orders in the ledger. Where a service runs, wait for it and print what became of them.
 
     Ends with exit code 2 where one is refused.
@@ -269,11 +269,11 @@ def _orders(
             time.sleep(0.1)
             continue
         row = store.order(waiting[0])
-        print(f"order {waiting.pop(0)} {row['state']}: {row['result']}")
+        say(line(f"order {waiting.pop(0)} {row['state']}: {row['result']}"))
         refused |= row["state"] != "done"
     store.close()
     for number in waiting:
-        print(f"order {number} waits: a running service carries it out, some orders only between two rounds")
+        say(f"order {number} waits: a running service carries it out, some orders only between two rounds")
     if refused:
         raise typer.Exit(2)
 
@@ -347,7 +347,7 @@ def add_prompts(
     from selfplay.service.orders import MAX_PROMPTS
 
     rows, said = rows_of(file, Reading(prompt=column))
-    print(said)
+    say(said)
     starts = range(0, len(rows), MAX_PROMPTS)
     _orders([("add_prompts", {"rows": rows[at : at + MAX_PROMPTS]}) for at in starts], config, set_, run_dir)
 
@@ -386,13 +386,13 @@ def export(
         raise InputError(f"cannot export {what!r}", "export `pairs`, or a `policy`")
     folder = _folder(config, set_, run_dir)
     if what == "pairs":
-        print(f"{export_pairs(folder, out)} pairs in {out}")
+        say(f"{export_pairs(folder, out)} pairs in {out}")
         return
     chosen = version if version is not None else _store(config, set_, run_dir).serving()
     if chosen is None:
         raise InputError(f"{folder} has no policy yet", "the first round imports one")
     export_policy(folder, chosen, out)
-    print(f"policy {chosen} in {out}")
+    say(f"policy {chosen} in {out}")
 
 
 if __name__ == "__main__":

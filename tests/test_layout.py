@@ -7,7 +7,7 @@ import pytest
 from mini import ROOT
 
 LAYERS: list[set[str]] = [
-    {"types", "errors", "kinds", "seeds"},
+    {"types", "errors", "kinds", "seeds", "visible"},
     {"stage", "progress"},
     {"methods", "planning"},
     {"config"},

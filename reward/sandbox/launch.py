@@ -39,6 +39,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> None:
     given = json.loads(sys.argv[1])
+    os.umask(0o022)  # another user than this one may have to read the folders of the sandbox
     _die_with_parent(given["parent"])
     (ready, tell_ready), (go, tell_go) = os.pipe(), os.pipe()
     own = os.getpid()

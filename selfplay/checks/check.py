@@ -14,6 +14,7 @@ from selfplay.checks import (
     gpus,
     machine,
     models,
+    permissions,
     prompts,
     reward,
     service,
@@ -25,6 +26,7 @@ from selfplay.checks import (
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import SelfplayError
+from selfplay.rounds.requirements import withhold_secrets
 
 Look = Callable[[Config, Path], Iterator[Finding]]
 
@@ -42,6 +44,7 @@ LOOKS: tuple[tuple[str, Look], ...] = (
     ("schedule", service.schedule),
     ("track", service.tracker),
     ("token", service.token),
+    ("permissions", permissions.owners_alone),
     ("port", service.port),
     ("webhook", webhook.answers),
     ("disk", machine.disk),
@@ -53,6 +56,7 @@ LOOKS: tuple[tuple[str, Look], ...] = (
 
 def check(config: Config, run_dir: Path, looks: Sequence[tuple[str, Look]] = LOOKS) -> list[Finding]:
     """Everything that can be known before a round without loading a model. A look that fails is a finding too."""
+    withhold_secrets(config)
     found: list[Finding] = []
     for name, look in looks:
         try:

@@ -18,6 +18,7 @@ from selfplay.checks.prompts import sample
 from selfplay.config import Config
 from selfplay.errors import CheckpointError
 from selfplay.models.initial import said_beside
+from selfplay.processes.children import inherited_environment
 from selfplay.rounds.requirements import num_labels
 from selfplay.storage import checkpoints
 from selfplay.storage.beside import without_weights
@@ -152,7 +153,7 @@ def loads(config: Config) -> list[Finding]:
     done = subprocess.run(
         [sys.executable, "-m", "selfplay.checks.loading"], input=json.dumps(asked),
         capture_output=True, text=True, timeout=SECONDS,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+        env=inherited_environment() | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

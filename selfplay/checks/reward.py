@@ -16,6 +16,7 @@ from reward.scorer import ModelRefused
 from reward.settings import JudgeSettings, Rule
 from selfplay.checks.finding import Finding
 from selfplay.config import Config, RewardSource
+from selfplay.processes.children import inherited_environment
 from selfplay.prompts.references import readers
 
 SECONDS = 10.0  # for an answer
@@ -117,7 +118,7 @@ def _rules(key: str, rules: list[Rule]) -> Finding:
     """Make the rules, with their patterns, files and functions, in a process like the one that will serve them."""
     given = json.dumps([rule.model_dump(mode="json") for rule in rules])
     root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    environment = inherited_environment() | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-c", MAKE_RULES, given], capture_output=True, text=True, timeout=60, env=environment
     )

@@ -18,6 +18,7 @@ import httpx
 from selfplay.checks.finding import Finding
 from selfplay.config import Config, SuiteConfig
 from selfplay.evaluation import harness
+from selfplay.processes.children import inherited_environment
 from selfplay.rounds import suites
 
 SECONDS = 300.0  # for the imports of the harness, and a task's data
@@ -49,7 +50,7 @@ def _veto(config: Config, suite: SuiteConfig) -> str:
 def _task(key: str, suite: SuiteConfig) -> Finding:
     harness.require_harness(suite)
     root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {
+    environment = inherited_environment() | {
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
     }  # fmt: skip

@@ -24,5 +24,5 @@ class RetentionConfig(Section):
     pair_rows_rounds: Positive | None = None
     """The newest rounds whose pairs the page and the API can list and filter, never fewer than `guard.history` and
     `pairs.history`. The pairs of older rounds stay in their folders, and leave the ledger. None: the ledger has all."""
-    event_rows: Annotated[int, Field(ge=1000)] | None = None
+    event_rows: Annotated[int, Field(ge=1000)] | None = 100_000
     """The newest events that the ledger keeps. Orders that were answered before them go too. None: it keeps all."""

@@ -14,10 +14,12 @@ from reward import polling
 from selfplay.errors import Interrupted
 from selfplay.processes import children
 from selfplay.processes.guard import GUARDED
+from selfplay.processes.logs import open_log
 from selfplay.processes.pipe import Pipe
 from selfplay.processes.places import HERE, Place, Process
 from selfplay.processes.protocol import Event, encode_line, parse_line
 from selfplay.processes.reaping import RUN_MARKER
+from selfplay.visible import visible
 
 PATIENT = 86_400.0  # The bound on silence, in seconds, for a child that may be fetching a model.
 
@@ -202,8 +204,8 @@ class Child:
     def _parse(self, line: bytes) -> Event | None:
         event = parse_line(line)
         if event is None:  # A launcher prints to the same pipe.
-            with self.log.open("ab") as log:
-                log.write(line + b"\n")
+            with open_log(self.log) as log:
+                log.write(visible(line.decode("utf-8", "backslashreplace")).encode() + b"\n")
         return event
 
     def _hung(self) -> ChildDied:

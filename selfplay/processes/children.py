@@ -31,8 +31,13 @@ def withhold(*variables: str) -> None:
 
 
 def inherited_environment() -> dict[str, str]:
-    """The environment of this process without the variables that are withheld from children."""
-    return {name: value for name, value in os.environ.items() if name not in _withheld}
+    """The environment of this process, for a child: without the variables that are withheld.
+
+    In it torch.load makes tensors and plain values and runs no code, whatever a library asks it to do.
+    """
+    found = {name: value for name, value in os.environ.items() if name not in _withheld}
+    found.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    return found | {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 
 
 def heard() -> float:

@@ -6,21 +6,38 @@ such as a trainer behind a launcher, ends with its own parent, because `protocol
 
 One case remains: somebody kills the guard from outside, and a process that is not ours lives below it. That process
 carries the run folder in its environment, and `reaping.reap` ends it at the next start.
+
+What the child and all below it write to stderr goes through the guard into the log, without characters that a terminal
+would obey: a person reads the log with `less` or `tail`, and parts of it come from models and servers.
+
+The temporary files of all of them are in a folder that the guard makes, and deletes when it ends (`scratch`).
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from pathlib import Path
 
-from selfplay.processes.reaping import descendants
+from selfplay.processes import scratch
+from selfplay.processes.reaping import RUN_MARKER, descendants
+from selfplay.visible import visible
 
 GUARDED = "SELFPLAY_GUARDED"  # An environment variable that is set for processes that have to die with their parent.
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # From <linux/prctl.h>.
 TERM_SECONDS = 5  # The time that a child has to end after SIGTERM before it is killed.
+LAST_WORDS_SECONDS = (
+    5  # The time in which the log takes what was written last. It is there once all processes are dead.
+)
+
+_log: threading.Thread | None = None  # Passes on what the child writes to stderr.
+_scratch: Path | None = None
 
 
 def guard(parent: int, argv: list[str]) -> int:
@@ -34,8 +51,13 @@ def guard(parent: int, argv: list[str]) -> int:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:  # The controller ended before the kernel was asked to tell us.
         return 137
+    global _log, _scratch
+    _scratch = scratch.make(Path(os.environ.get(RUN_MARKER, ".")))
+    written, stderr = os.pipe()
     child = os.fork()
     if child == 0:
+        os.dup2(stderr, 2)
+        os.environ.update(scratch.variables(_scratch))
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
         try:
@@ -43,6 +65,9 @@ def guard(parent: int, argv: list[str]) -> int:
         except OSError as error:
             print(f"cannot run {argv[0]}: {error}", file=sys.stderr)
             os._exit(127)
+    os.close(stderr)
+    _log = threading.Thread(target=_pass_on, args=(written,), name="log", daemon=True)
+    _log.start()
     signal.signal(signal.SIGTERM, lambda *_: _terminate(child))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
@@ -62,6 +87,15 @@ def _terminate(child: int) -> None:
     signal.alarm(TERM_SECONDS)
 
 
+def _pass_on(written: int) -> None:
+    """Write to our stderr, which is the log, what the child writes to its own. A bar that is drawn anew gets a line each time."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    while piece := os.read(written, 1 << 16):
+        text = visible(decoder.decode(piece).replace("\r\n", "\n").replace("\r", "\n"))
+        with contextlib.suppress(OSError):  # On a full disk the log lacks some lines, and the child goes on.
+            os.write(2, text.encode())
+
+
 def _end_all(code: int) -> int:
     """Kill everything below this process until nothing is left; returns `code`."""
     while left := descendants(os.getpid()):
@@ -76,6 +110,10 @@ def _end_all(code: int) -> int:
                 pass
         except ChildProcessError:
             break
+    if _log is not None:
+        _log.join(LAST_WORDS_SECONDS)
+    if _scratch is not None:
+        scratch.remove(_scratch)
     return code
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from selfplay.processes import children
-from selfplay.processes.logs import bound_log, keep_bounded
+from selfplay.processes.logs import bound_log, keep_bounded, open_log
 
 Role = Literal["engine", "reward", "judge", "trainer"]
 
@@ -78,7 +78,7 @@ class Local(subprocess.Popen[bytes]):
     def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         bound_log(log)
-        with log.open("ab") as stderr:
+        with open_log(log) as stderr:
             pipe: Any = subprocess.PIPE
             super().__init__(argv, stdin=pipe, stdout=pipe, stderr=stderr, env=env, start_new_session=True)
         self._closed = threading.Event()

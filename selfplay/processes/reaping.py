@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+from selfplay.processes import scratch
+
 RUN_MARKER = "SELFPLAY_RUN"  # An environment variable of every child. Its value is the run folder that it works for.
 
 
@@ -48,7 +50,8 @@ def marked(run_dir: Path) -> list[int]:
 
 
 def reap(run_dir: Path) -> int:
-    """Kill what an earlier controller of `run_dir` left behind, and return how many processes that were.
+    """Kill what an earlier controller of `run_dir` left behind, and return how many processes that were. Their temporary
+    files go too.
 
     The caller holds the lock of the run folder: otherwise the children of a living controller would be killed.
     """
@@ -62,6 +65,7 @@ def reap(run_dir: Path) -> int:
             except ProcessLookupError:
                 continue
         time.sleep(0.05)
+    scratch.sweep(run_dir)
     return len(killed)
 
 

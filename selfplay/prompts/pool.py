@@ -2,7 +2,7 @@
 
 <run>/pool/prompts/000000000.arrow   what the importer wrote, in parts; a name is the number of the first prompt in it
           /facts.arrow               what draws and admissions ask about each of these prompts (parts.FACTS)
-          /added/0001.parquet        prompts that joined later, a file each time
+          /added/0001.parquet        prompts that joined later, a file each time, of which some become one (added.py)
           /orders/                   the order of an epoch (orders.py)
           /pool.parquet              in runs that began before there were parts: all that the importer wrote
 """
@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from selfplay.prompts import parts, rows
+from selfplay.prompts import added, parts, rows
 from selfplay.prompts.formats import hash_of, names
 from selfplay.prompts.held_out import WORDS, HeldOut, same
 from selfplay.storage import folders, tables
@@ -48,7 +48,7 @@ class Pool:
     def __init__(self, folder: Path) -> None:
         self._folder, self._files = folder, _files(folder)
         self._ends = np.cumsum([rows.count(file) for file in self._files], dtype=np.int64)
-        known = [_imported(folder), *map(_added, _added_files(folder))]
+        known = [_imported(folder), *map(_added, added.files(folder / ADDED))]
         self._hashes, self._splits, self._joined = (np.concatenate(columns) for columns in zip(*known, strict=True))
         self._order: NDArray[np.int64] | None = None  # of the hashes, once somebody looks for one
 
@@ -94,6 +94,9 @@ class Pool:
             self._hashes = np.append(self._hashes, hashes)
             self._splits, self._joined = np.append(self._splits, splits), np.append(self._joined, joined)
             self._order = None
+            if added.merge(self._folder / ADDED, Added):
+                self._files = _files(self._folder)
+                self._ends = np.cumsum([rows.count(file) for file in self._files], dtype=np.int64)
         return len(new)
 
     # what an admission asks
@@ -125,7 +128,7 @@ class Pool:
     def _same(self) -> Iterator[NDArray[np.int64]]:
         for batch in rows.columns(self._facts(), ["same"]):
             yield batch["same"].to_numpy()
-        for file in _added_files(self._folder):
+        for file in added.files(self._folder / ADDED):
             yield _added_same(file)
 
     def _facts(self) -> Path:
@@ -179,6 +182,13 @@ class Pool:
 
 def page(folder: Path, start: int, count: int) -> tuple[list[Prompt], int]:
     """Up to `count` prompts from number `start` on in the order they came, and how many there are; none before the import."""
+    try:
+        return _page(folder, start, count)
+    except FileNotFoundError:  # The run has just made one file of several.
+        return _page(folder, start, count)
+
+
+def _page(folder: Path, start: int, count: int) -> tuple[list[Prompt], int]:
     found: list[Prompt] = []
     total = 0
     for file in _files(folder):
@@ -213,13 +223,11 @@ def _link(path: Path, new: Path) -> None:
 
 def write_added(folder: Path, prompts: Sequence[Prompt]) -> Path:
     """Let prompts join, whole or not at all; returns their file. Only the runner of the run folder may."""
-    added = folder / ADDED
-    with folders.disk_errors(added):
-        added.mkdir(exist_ok=True)
-    number = max((int(file.stem) for file in added.glob("*.parquet")), default=0) + 1
+    with folders.disk_errors(folder / ADDED):
+        (folder / ADDED).mkdir(exist_ok=True)
+    path = added.next_file(folder / ADDED)
     fields = [field.name for field in dataclasses.fields(Prompt)]
     records = [Added(**{name: getattr(p, name) for name in fields}, same=same(p.messages)) for p in prompts]
-    path = added / f"{number:04d}.parquet"
     tables.write_rows(path, records, Added)
     folders.sync(folder)
     return path
@@ -228,11 +236,7 @@ def write_added(folder: Path, prompts: Sequence[Prompt]) -> Path:
 def _files(folder: Path) -> list[Path]:
     """The files of a pool in the order of their prompts."""
     old = [folder / OLD] if (folder / OLD).is_file() else []
-    return [*old, *sorted((folder / PROMPTS).glob(f"*{rows.ARROW}")), *_added_files(folder)]
-
-
-def _added_files(folder: Path) -> list[Path]:
-    return sorted((folder / ADDED).glob("*.parquet"), key=lambda file: int(file.stem))
+    return [*old, *sorted((folder / PROMPTS).glob(f"*{rows.ARROW}")), *added.files(folder / ADDED)]
 
 
 Known = tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int32]]

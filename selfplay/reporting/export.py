@@ -16,6 +16,7 @@ from selfplay.storage import folders, policies, retention, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.types import Pair, Prompt
+from selfplay.visible import visible
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema(
@@ -51,7 +52,7 @@ def export_pairs(run_dir: Path, out: Path) -> int:
             rows = [_row(index, samplers[index], pair, prompt) for pair, prompt in _pairs(path)]
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial / "data" / f"train-{index:05d}.parquet")
             total += len(rows)
-        (partial / "README.md").write_text(_dataset_card(configs, total, alone), encoding="utf-8")
+        (partial / "README.md").write_text(visible(_dataset_card(configs, total, alone)), encoding="utf-8")
     return total
 
 
@@ -100,7 +101,7 @@ def export_policy(run_dir: Path, version: int, out: Path) -> None:
         for name in manifest.files:
             if "/" not in name:  # masters and adapters are for training
                 shutil.copyfile(Path(policy.path) / name, partial / name)
-        (partial / "README.md").write_text(_model_card(run_dir, manifest), encoding="utf-8")
+        (partial / "README.md").write_text(visible(_model_card(run_dir, manifest)), encoding="utf-8")
 
 
 def _front(**fields: Any) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from selfplay.errors import SelfplayError
 from selfplay.processes.protocol import die_with_parent
@@ -28,6 +29,7 @@ from selfplay.reporting.pictures import png, svg
 from selfplay.reporting.words import NOT_INDEPENDENT, change, interval, join, number, verdict
 from selfplay.storage import folders
 from selfplay.types import Pair
+from selfplay.visible import filter_stderr, say, visible
 
 SAMPLE_KEPT, SAMPLE_ADDED, SAMPLE_DROPPED = 6, 2, 3  # pairs to read
 LONGEST_TEXT = 4000  # characters of a response
@@ -224,11 +226,21 @@ def _short(text: str) -> str:
     )
 
 
+def _finalize(value: Any) -> Any:
+    """A value as it goes into the page, before it is escaped."""
+    if isinstance(value, Markup):
+        return Markup(visible(value))
+    return visible(value) if isinstance(value, str) else value
+
+
 def html(run: Run, shown: Sequence[Chart]) -> str:
-    """The whole page. Jinja escapes every value. Only the charts go in as they are, because matplotlib escapes their words."""
+    """The whole page. Jinja escapes every value. Only the charts go in as they are, because matplotlib escapes their words.
+
+    No value has characters that a browser or an editor would obey."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("selfplay.reporting", "."),
         autoescape=True,
+        finalize=_finalize,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -267,13 +279,14 @@ def write(run_dir: Path) -> tuple[Path, Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     die_with_parent()
+    filter_stderr()
     parser = argparse.ArgumentParser(
         prog="python -m selfplay.reporting.report", description="Write report.html and report.png of a run."
     )
     parser.add_argument("run_dir", type=Path, help="folder of the run")
     try:
         for path in write(parser.parse_args(arguments).run_dir):
-            print(path)
+            say(str(path))
     except SelfplayError as error:
         print(f"error: {error}: {error.hint}", file=sys.stderr)
         return error.exit_code

@@ -7,7 +7,6 @@ printed as it is, never read as markup, and without the control characters that 
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import threading
 import time
@@ -25,18 +24,19 @@ from selfplay import progress
 from selfplay.errors import Interrupted
 from selfplay.reporting import gold, word_diff
 from selfplay.reporting.answers import Answers, about
+from selfplay.reporting.console import TextConsole
 from selfplay.reporting.round_summary import describe
 from selfplay.reporting.words import change, join, number
 from selfplay.storage import figures, paging
 from selfplay.storage.ledger import Store
 from selfplay.types import RoundReport
+from selfplay.visible import visible
 
 ANSWER_WIDTH = 28  # least characters of a column of answers
 LONGEST_ANSWER = 600  # characters of an answer in the terminal
 QUIET_SECONDS = 5.0  # least time between two plain lines of a stage
 STAGES = ("prompts", "generate", "score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "suite", "promote")
 STYLES = {"promoted": "green", "rejected": "yellow", "skipped": "cyan", "cancelled": "cyan"}
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class Line(progress.Line):
@@ -101,7 +101,7 @@ class Display(progress.Display):
     """Prints for one run. Stages may be shown from several threads, several at a time."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=cast(IO[str], _Output(sys.stdout)), highlight=False)
+        self.console = console or TextConsole(file=cast(IO[str], _Output(sys.stdout)))
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._progress: Progress | None = None
         self._open = 0
@@ -303,7 +303,7 @@ class Display(progress.Display):
     def _plain(self, text: str) -> str:
         """Text without control characters, in what the console can encode."""
         encoding = self.console.encoding
-        return _CONTROL.sub("�", text).encode(encoding, "replace").decode(encoding)
+        return visible(text).encode(encoding, "replace").decode(encoding)
 
 
 _SAYS = {"done": "done", "kept": "«kept» from the interrupted run", "failed": "failed", "interrupted": "interrupted"}

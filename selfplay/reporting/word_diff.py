@@ -10,17 +10,14 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 
+from selfplay.visible import UNSEEN
+
 Part = tuple[str, str]
 
 FEW_WORDS = 300
 MOST_WORDS = 4000  # of each text are compared; what follows counts as the same
 MOST_PARTS = 2000  # of a text; then unseen characters are replaced by �, and nothing is marked
 _WORD = re.compile(r"\w+|[^\w\s]|\s+")
-# Controls, marks that reorder text (Trojan Source), blanks without width, tags. Joiners stay: scripts and emoji need them.
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff"
-    "\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
 
 
 def compare(one: str, other: str) -> tuple[list[Part], list[Part]]:
@@ -53,11 +50,6 @@ def along(texts: Iterable[str | None]) -> list[list[Part]]:
             found.append(compare(before, text)[1])
         before = before if text is None else text
     return found
-
-
-def plain(text: str) -> str:
-    """The text with a � for each unseen character: for where nothing can be marked."""
-    return UNSEEN.sub("�", text)
 
 
 def reveal(parts: Iterable[Part]) -> list[Part]:

@@ -15,7 +15,7 @@ from reward.client import RewardClient, RewardRefused, RewardUnavailable
 from reward.dialects import Scored as Given
 from reward.kinds import Kind
 from reward.proxies import proxy_of
-from selfplay.config import RewardSource
+from selfplay.config import RewardSource, secrets
 from selfplay.errors import InputError, Interrupted, RewardError
 from selfplay.processes.child import PATIENT, Child, ChildDied
 from selfplay.processes.gpus import count, environment
@@ -47,7 +47,8 @@ class RewardService:
         self._config, self._run_dir, self.name, self._on_event = config, run_dir, name, on_event
         self._shared, self._gpus = shared, count() if gpus is None else len(gpus)
         self._everywhere = shared or len(gpus or ()) > 1
-        self._env = {"OMP_NUM_THREADS": "1", **environment(gpus)}
+        own = {name: os.environ[name] for name in secrets.of(config) if name in os.environ}  # withheld from the others
+        self._env = {"OMP_NUM_THREADS": "1", **environment(gpus), **own}
         self.log = run_dir / "logs" / f"{name}.log"
         self._child: Child | None = None
         self._starting: Child | None = None  # the same child while `_watch` waits until it serves

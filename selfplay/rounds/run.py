@@ -33,7 +33,7 @@ from selfplay.rewards.early import EarlyScoring
 from selfplay.rewards.scorer import Scorer
 from selfplay.rounds import intake
 from selfplay.rounds.importing import ask_importer
-from selfplay.rounds.requirements import packages, require_models
+from selfplay.rounds.requirements import packages, require_models, withhold_secrets
 from selfplay.rounds.suites import require_suites
 from selfplay.rounds.turns import Turns
 from selfplay.storage import agreement, folders
@@ -57,7 +57,7 @@ class Run:
         """`lock`: the folder's, where the caller holds it already."""
         self.config, self.dir, self.display = config, run_dir, display
         self._given_lock = lock
-        children.withhold(config.service.token_env, config.service.webhook_env, *trackers.secrets())
+        withhold_secrets(config)
         self.policies = Policies(run_dir)
         self.gold: Rubric | None = None
         self.rewriter: Rewriter | None = None  # None: the policy

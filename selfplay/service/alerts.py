@@ -15,6 +15,7 @@ from reward.http import ask
 from reward.proxies import proxy_of
 from selfplay.config.service import ServiceConfig
 from selfplay.storage.ledger import Store
+from selfplay.visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ class Alerts:
 
 def post(url: str, alert: Alert, proxy: str | None = None) -> int:
     """Post one alert; the status of the answer, of success or one of REFUSED. Raises whatever kept it from being taken."""
-    body, headers = json.dumps(alert), {"content-type": "application/json"}  # in ASCII, whatever characters it has
+    shown = {name: visible(value) if isinstance(value, str) else value for name, value in alert.items()}
+    body, headers = json.dumps(shown), {"content-type": "application/json"}  # in ASCII, whatever characters it has
     answer = ask("POST", url, body=body.encode(), headers=headers, seconds=SECONDS, limit=0, proxy=proxy)
     if not answer.success and answer.status not in REFUSED:
         raise NotTaken(answer.status)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from selfplay.config import ServiceConfig
 from selfplay.errors import GuardError, SelfplayError
-from selfplay.processes.logs import bound_log
+from selfplay.processes.logs import bound_log, open_log
 from selfplay.storage.ledger import LedgerError
+from selfplay.visible import visible
 
 LONGEST_WAIT = 3600.0  # seconds between two tries of a round, unless retry_seconds is more
 
@@ -65,6 +66,6 @@ def write_traceback(error: Exception, run_dir: Path, now: datetime) -> Path:
     with contextlib.suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         bound_log(log)
-        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{now.isoformat()} {''.join(traceback.format_exception(error))}\n")
+        with open_log(log) as file:
+            file.write(visible(f"{now.isoformat()} {''.join(traceback.format_exception(error))}\n").encode())
     return log

@@ -257,12 +257,16 @@ class Store(Reader):
         return int(key[0])
 
     def answer(self, order: int, state: str, result: str) -> None:
-        """Record what came of an order: `done` or `refused`, and an event that says so."""
+        """Record what came of an order: `done` or `refused`, and an event that says so.
+
+        Of prompts to add only their number stays: those that joined are in the pool, and the rest was refused.
+        """
+        values: dict[str, Any] = {"state": state, "ended": now(), "result": result}
         with self._engine.begin() as connection:
-            connection.execute(
-                orders.update().where(orders.c.id == order).values(state=state, ended=now(), result=result)
-            )
             row = connection.execute(sa.select(orders).where(orders.c.id == order)).mappings().one()
+            if "rows" in row["arguments"]:
+                values["arguments"] = {"prompts": len(row["arguments"]["rows"])}
+            connection.execute(orders.update().where(orders.c.id == order).values(values))
             text = f"{_given(dict(row))}: {result}"
             connection.execute(events.insert().values(time=now(), kind=f"order_{state}", text=text))
 

@@ -267,10 +267,11 @@ def last_event(store: Store) -> int:
 
 
 def orders(store: Store, before: int | None = None, state: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
-    """Orders, newest first. Of prompts to add only their number is told."""
+    """Orders, newest first. Of prompts to add only their number is told, which is all that is kept once they are answered."""
     rows = store.query(
-        "SELECT id, time, origin, kind, state, ended, result, CASE kind WHEN 'add_prompts' THEN json_object('prompts',"
-        " json_array_length(arguments, '$.rows')) ELSE arguments END AS arguments FROM orders WHERE id < :before"
+        "SELECT id, time, origin, kind, state, ended, result, CASE WHEN json_type(arguments, '$.rows') = 'array' THEN"
+        " json_object('prompts', json_array_length(arguments, '$.rows')) ELSE arguments END AS arguments FROM orders"
+        " WHERE id < :before"
         + (" AND state = :state" if state else "") + " ORDER BY id DESC LIMIT :limit",
         before=2**62 if before is None else before, state=state, limit=limit,
     )  # fmt: skip

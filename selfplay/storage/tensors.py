@@ -16,6 +16,7 @@ POINTER = (
 )
 FETCH_LFS = "fetch the files that the pointers stand for: git lfs pull"
 FETCH_AGAIN = "copy or fetch the file again: it is not whole"
+LARGEST_HEADER = 32 << 20  # In bytes. A tensor takes about a hundred, and large models have a hundred thousand tensors.
 
 
 def specs(file: Path) -> dict[str, TensorSpec]:
@@ -27,6 +28,7 @@ def specs(file: Path) -> dict[str, TensorSpec]:
     if not file.is_file():
         raise CheckpointError(f"{file} is no file", "put the file with the weights there")
     try:
+        _bound_header(file)
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
             return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
@@ -34,6 +36,17 @@ def specs(file: Path) -> dict[str, TensorSpec]:
         raise _damage(file, str(error)) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def _bound_header(file: Path) -> None:
+    """Raise CheckpointError where the header is larger than that of any model. It is read and parsed as a whole."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if LARGEST_HEADER < length <= file.stat().st_size - 8:  # A header that is longer than the file is named as damage.
+        raise CheckpointError(
+            f"{file} is no file of weights: its header has {length} bytes, and none needs more than {LARGEST_HEADER}",
+            "fetch the file from where you know that it is right",
+        )
 
 
 def is_pointer(file: Path) -> bool:

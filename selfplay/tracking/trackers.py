@@ -14,6 +14,7 @@ from typing import Protocol, cast
 from selfplay import kinds
 from selfplay.config import Config
 from selfplay.errors import ConfigError
+from selfplay.visible import line
 
 
 class Tracker(Protocol):
@@ -75,7 +76,7 @@ def log_round(
     tracker: Tracker, index: int, metrics: Mapping[str, float], history: list[dict[str, float | None]], first_step: int
 ) -> None:
     """Hand over one finished round: its metrics, and each optimizer step of it, numbered from `first_step` on."""
-    tracker.log("round", {k: v for k, v in metrics.items() if math.isfinite(v)}, index)
+    tracker.log("round", {line(k): v for k, v in metrics.items() if math.isfinite(v)}, index)
     for offset, row in enumerate(history):
-        values = {k.removeprefix("train/"): v for k, v in row.items() if k != "step" and v is not None}
+        values = {line(k.removeprefix("train/")): v for k, v in row.items() if k != "step" and v is not None}
         tracker.log("train", values, first_step + offset)

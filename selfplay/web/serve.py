@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from selfplay.errors import SelfplayError
 from selfplay.reporting.terminal import Display
-from selfplay.rounds.command import leave
+from selfplay.rounds.command import OWN, leave
 from selfplay.service import systemd
 from selfplay.service.daemon import Daemon
 from selfplay.service.stop import handle_signals
 from selfplay.storage import tables
+from selfplay.visible import filter_stderr
 from selfplay.web.access import read_token
 from selfplay.web.api import create_app
 from selfplay.web.server import serve_in_thread
@@ -19,6 +21,8 @@ from selfplay.web.server import serve_in_thread
 
 def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> int:
     """Serve a run folder until SIGTERM or SIGINT; returns the exit code, 0 after a clean stop, else that of the error."""
+    filter_stderr()
+    os.umask(OWN)
     display = Display()
     tables.leave_pandas_out()
     try:

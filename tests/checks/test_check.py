@@ -156,6 +156,22 @@ def test_the_run_folder_is_that_of_this_run_and_free(tmp_path):
     assert level == "error" and "run.seed (0 there, 7 here) cannot change" in text and "another folder" in text
 
 
+def test_files_that_other_accounts_can_read_are_named(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123")
+    token.chmod(0o640)
+    (tmp_path / "run").mkdir(mode=0o700)
+    config = settings(tmp_path, model(tmp_path / "policy"), f"service.token_file={token}")
+    assert said(config, tmp_path, "permissions")[0] == "ok", "a group may read the token"
+    token.chmod(0o644)
+    level, text = said(config, tmp_path, "permissions")
+    assert level == "warning" and f"{token} (mode 644): chmod 600" in text
+    token.chmod(0o600)
+    (tmp_path / "run").chmod(0o755)
+    level, text = said(config, tmp_path, "permissions")
+    assert level == "warning" and f"{tmp_path / 'run'} (mode 755): chmod 700" in text
+
+
 def test_who_may_not_read_the_weights_or_write_the_run_folder_is_told_at_once(tmp_path, monkeypatch):
     """Root may all, so what a user with fewer rights is answered is put in."""
     policy = model(tmp_path / "policy")

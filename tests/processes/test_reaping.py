@@ -6,13 +6,16 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
-from child_world import gone
+from child_world import ECHO, gone, start
+from mini import ROOT
 
-from selfplay.processes.reaping import marked
+from selfplay.processes import scratch
+from selfplay.processes.reaping import marked, reap
 from selfplay.storage import hashes
 
 # Three stages, each done by a child; the controller records what it did and may be killed at any moment.
@@ -85,3 +88,23 @@ def test_killed_anywhere_and_run_again_the_result_is_the_same(tmp_path):
         assert result(stormy) == result(calm)
     assert json.loads((stormy / "three" / "manifest.json").read_text())["before"] == hashes.hash_files(calm / "one")
     assert not [p for p in stormy.iterdir() if p.name.endswith(".partial")]
+    assert not list(Path(tempfile.gettempdir()).glob(f"{scratch._prefix(stormy)}*")), "of a killed guard, too"
+
+
+def test_temporary_files_of_a_child_go_with_it_and_those_of_a_killed_guard_at_the_next_start(tmp_path):
+    code = "import os, pathlib, sys, tempfile; sys.path.insert(0, sys.argv[1]); tempfile.mkdtemp(); " + ECHO
+    child = start(tmp_path, [sys.executable, "-c", code, str(ROOT)])
+    child.wait_for("ready")
+    (folder,) = Path(tempfile.gettempdir()).glob(f"{scratch._prefix(tmp_path)}*")
+    assert len(list(folder.iterdir())) == 1 and folder.stat().st_mode & 0o777 == 0o700
+    child.stop()
+    assert not folder.exists()
+    child = start(tmp_path)
+    child.wait_for("ready")
+    os.kill(child.pid, signal.SIGKILL)
+    child.stop()
+    (folder,) = Path(tempfile.gettempdir()).glob(f"{scratch._prefix(tmp_path)}*")
+    folder.with_name(folder.name + "-link").symlink_to(tmp_path)
+    reap(tmp_path)
+    assert not folder.exists() and tmp_path.is_dir()
+    folder.with_name(folder.name + "-link").unlink()

@@ -120,3 +120,30 @@ def test_the_facts_of_an_old_pool_are_made_once(tmp_path):
     assert again.has_same(known).tolist() == [True, False, True]
     assert (tmp_path / pool.FACTS).stat().st_mtime_ns == made
     assert list(again) == list(found) and again.ids("heldout") == [prompt("Why?").prompt_id]
+
+
+def test_prompts_that_join_often_are_in_few_files(tmp_path, monkeypatch):
+    """Of joins 1 … 10 three become a file, and three of these another. Order, places and a killed merge do not matter."""
+    monkeypatch.setattr(pool.added, "FILES", 3)
+    first, *later = (prompt(f"number {i}", joined=i or None) for i in range(12))
+    found = opened(tmp_path, [first])
+    there = tmp_path / "added"
+    for one in later[:8]:
+        found.join([one])
+    assert sorted(p.name for p in there.iterdir()) == [
+        "0001-0003.parquet",
+        "0004-0006.parquet",
+        "0007.parquet",
+        "0008.parquet",
+    ]
+    for name in ("0004", "0005"):  # as a kill between the merge and the deletion leaves them
+        tables.write_rows(there / f"{name}.parquet", [], pool.Added)
+    found = opened(tmp_path)
+    found.join([later[8]])
+    assert [p.name for p in there.iterdir()] == ["0001-0009.parquet"]
+    found.join(later[9:])
+    for each in (found, opened(tmp_path)):
+        assert list(each) == [first, *later]
+        assert each.read([later[7].prompt_id, later[10].prompt_id]) == [later[7], later[10]]
+        assert each.training()[1].tolist() == list(range(12))
+    assert pool.page(tmp_path, 6, 3) == ([first, *later][6:9], 12)

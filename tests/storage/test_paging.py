@@ -221,4 +221,11 @@ def test_lists_and_sums_of_a_run(tmp_path):
     store.submit("pause", {"after": "stage"}, "cli")
     assert [o["arguments"] for o in paging.orders(store)] == [{"after": "stage"}, {"prompts": 5}]
     assert paging.orders(store, state="done") == []
+    (waits,) = store.pending(["add_prompts"])
+    assert len(store.order(waits["id"])["arguments"]["rows"]) == 5
+    store.answer(waits["id"], "done", "5 added")
+    assert store.order(waits["id"])["arguments"] == {"prompts": 5}, (
+        "the prompts are in the pool, and need no second place"
+    )
+    assert [o["arguments"] for o in paging.orders(store, state="done")] == [{"prompts": 5}]
     store.close()

@@ -54,6 +54,21 @@ def test_rounds_and_steps_come_back_from_tensorboard(tmp_path):
     assert [e.step for e in found.Scalars("train/beta")] == [21]
 
 
+def test_every_start_goes_on_with_one_event_file_whatever_a_kill_left_of_its_end(tmp_path):
+    for index, torn in enumerate((b"", b"\x18\0\0", b"\0" * 64, (40).to_bytes(8, "little") + b"torn" * 12), 1):
+        tracker = trackers.open_tracker(load(TINY), tmp_path, "4f2a")
+        trackers.log_round(tracker, index, {"evaluate/win_rate": index / 8}, [], first_step=1)
+        tracker.close()
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        with file.open("ab") as stream:
+            stream.write(torn)
+    trackers.open_tracker(load(TINY), tmp_path, "4f2a").close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("round/evaluate/win_rate")] == [(i, i / 8) for i in range(1, 5)]
+
+
 def alone(script: str, *words: object, home: Path, **environment: str) -> str:
     """What a Python process of its own printed, both streams; wandb and trackio read their environment once a process."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TRACKIO_", "HF_"))}

@@ -12,10 +12,11 @@ from fastapi.responses import JSONResponse
 from nicegui import ui
 
 from selfplay.planning.gantt import Span
-from selfplay.reporting import gold, suites, who_worked, word_diff
+from selfplay.reporting import gold, suites, who_worked
 from selfplay.reporting.words import NOT_INDEPENDENT
 from selfplay.storage import figures, paging
 from selfplay.storage.ledger import LedgerError
+from selfplay.visible import visible
 from selfplay.web.api_models import Round, RunSummary
 from selfplay.web.page import answers as page_answers
 from selfplay.web.page import charts as page_charts
@@ -110,7 +111,7 @@ def glance(view: View, summary: RunSummary) -> None:
         now.set_text(f"{where}{s.stage}" if s.stage else {"waiting": "for the next round"}.get(s.state, ""))
         count = f"{s.done}/{s.total} {s.unit}" if s.total else f"{s.done} {s.unit}" if s.done else ""
         said = (s.why, count, s.text, took(s.seconds) if s.stage else "")
-        why.set_text(word_diff.plain(" · ".join(part for part in said if part)))
+        why.set_text(visible(" · ".join(part for part in said if part)))
         gate.set_visibility(not run.gate_independent)
         webhook.set_text(run.webhook)
         webhook.set_visibility(bool(run.webhook))

@@ -8,9 +8,10 @@ from typing import Any
 
 from nicegui import ui
 
-from selfplay.reporting import who_worked, word_diff
+from selfplay.reporting import who_worked
 from selfplay.reporting.terminal import STAGES
 from selfplay.reporting.words import NOT_INDEPENDENT, verdict
+from selfplay.visible import visible
 from selfplay.web.api_models import PolicyRow, RoundDetail
 from selfplay.web.page import charts as page_charts
 from selfplay.web.page.parts import (
@@ -81,7 +82,7 @@ def round_page(view: View, r: RoundDetail) -> None:
         ui.link(f"round {r.round + 1} ›", f"/rounds/{r.round + 1}")
         ui.link("its pairs", f"/pairs?round={r.round}")
     with card():
-        ui.label(word_diff.plain(verdict(r.state, r.policy, r.reasons))).classes("why")
+        ui.label(visible(verdict(r.state, r.policy, r.reasons))).classes("why")
         if r.metrics.get("evaluate/independent") == 0:
             ui.label(NOT_INDEPENDENT).classes("soft small")
         for sentence in r.deleted:
@@ -227,7 +228,7 @@ def listing(title: str, nothing: str, read: Callable[[int | None], list[tuple[in
                         ui.label(what).classes("what")
                         if state:
                             ui.label(state).classes(f"chip {state}")
-                    ui.label(word_diff.plain(text)).classes("why")
+                    ui.label(visible(text)).classes("why")
             pager(pages, show)
 
     follow(2.0, show)

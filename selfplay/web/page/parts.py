@@ -17,6 +17,7 @@ from selfplay.errors import InputError
 from selfplay.reporting import word_diff
 from selfplay.reporting.words import number
 from selfplay.storage.ledger import LedgerError
+from selfplay.visible import visible
 from selfplay.web.view import View
 
 NAVIGATION = (
@@ -133,7 +134,7 @@ class Column:
 
 def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]], key: str) -> ui.table:
     """A table of texts, unseen characters replaced; scrolls sideways where it is too wide."""
-    rows = [{k: word_diff.plain(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
+    rows = [{k: visible(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     shown = [
         {
             "name": c.name, "label": c.label, "field": c.name, "align": "right" if c.kind == "number" else "left",

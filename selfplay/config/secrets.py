@@ -1,0 +1,18 @@
+"""Which environment variables hold secrets, as far as a configuration names them."""
+
+from __future__ import annotations
+
+from selfplay.config import Config, RewardSource
+
+
+def named(config: Config) -> set[str]:
+    """All of them: the token of the service, the address of the webhook, and the keys of rewards, judges and suites."""
+    sources = config.all_sources().values()
+    return {config.service.token_env, config.service.webhook_env}.union(*map(of, sources))
+
+
+def of(source: RewardSource) -> set[str]:
+    """Those that one source of scores needs. A setting of a kind that names a variable ends in `_env`."""
+    served = source.served()
+    given = {"api_key_env": source.api_key_env} if served is None else dict(served[1])
+    return {str(value) for name, value in given.items() if name.endswith("_env") and name != "proxy_env" and value}
