@@ -26,10 +26,8 @@ Set = Annotated[
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option(
-        "--run-dir", metavar="FOLDER", help="Run folder; by default <run.dir>/<run.name> of the configuration."
-    ),
-]
+    typer.Option("--run-dir", metavar="FOLDER", help="Run folder; by default <run.dir>/<run.name> of the configuration."),
+]  # fmt: skip
 Source = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a glob, like prompts.source.")]
 Column = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the prompt, where it is not recognised.")]
 Version = Annotated[int, typer.Argument(metavar="N", min=0, help="Number of a policy.")]
@@ -245,16 +243,8 @@ def answers(
     store.close()
 
 
-def _order(kind: str, arguments: dict[str, Any], config: Path, sets: list[str], run_dir: Path | None) -> None:
-    """Leave one order in the ledger, as `_orders` does."""
-    _orders([(kind, arguments)], config, sets, run_dir)
-
-
 def _orders(given: list[tuple[str, dict[str, Any]]], config: Path, sets: list[str], run_dir: Path | None) -> None:
-    """Leave orders in the ledger. Where a service runs, wait for it and print what became of them.
-
-    Ends with exit code 2 where one is refused.
-    """
+    """Leave orders in the ledger. Where a service runs, wait for it and print what became of them. Exit code 2: one is refused."""
     import time
 
     from selfplay.service.orders import submit
@@ -278,37 +268,45 @@ def _orders(given: list[tuple[str, dict[str, Any]]], config: Path, sets: list[st
         raise typer.Exit(2)
 
 
+@app.command("take-over")
+def take_over(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
+    """Say that nobody else works in a run folder that is a copy, or whose runner was on another machine."""
+    from selfplay.rounds.command import take_over
+
+    take_over(config, set_, _folder(config, set_, run_dir))
+
+
 @app.command()
 def pause(
     after: Annotated[str, typer.Option(metavar="WHAT", help="`stage` or `round`: what is finished first.")] = "round",
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
     """Pause the service when the round, or the stage, is finished."""
-    _order("pause", {"after": after}, config, set_, run_dir)
+    _orders([("pause", {"after": after})], config, set_, run_dir)
 
 
 @app.command()
 def resume(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """End a pause of the service."""
-    _order("resume", {}, config, set_, run_dir)
+    _orders([("resume", {})], config, set_, run_dir)
 
 
 @app.command("run-now")
 def run_now(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """Start a round now, whatever the schedule says."""
-    _order("run", {}, config, set_, run_dir)
+    _orders([("run", {})], config, set_, run_dir)
 
 
 @app.command()
 def cancel(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """Give up the unfinished round; the current policy stays."""
-    _order("cancel", {}, config, set_, run_dir)
+    _orders([("cancel", {})], config, set_, run_dir)
 
 
 @app.command()
 def rollback(version: Version, config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """Make an earlier policy the current one."""
-    _order("rollback", {"version": version}, config, set_, run_dir)
+    _orders([("rollback", {"version": version})], config, set_, run_dir)
 
 
 @app.command()
@@ -318,7 +316,7 @@ def pin(
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
     """Keep the weights of a policy, whatever `retention` says."""
-    _order("pin", {"version": version, "pinned": not off}, config, set_, run_dir)
+    _orders([("pin", {"version": version, "pinned": not off})], config, set_, run_dir)
 
 
 @app.command()
@@ -355,7 +353,7 @@ def add_prompts(
 @app.command()
 def reload(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> None:  # noqa: B006
     """Let the service read its configuration file again."""
-    _order("reload", {}, config, set_, run_dir)
+    _orders([("reload", {})], config, set_, run_dir)
 
 
 @app.command()

@@ -27,6 +27,10 @@ class InputError(SelfplayError, ValueError):
     exit_code = 2
 
 
+class InUseError(InputError):
+    """Another process works in the run folder, or may work in it."""
+
+
 class CheckpointError(SelfplayError):
     """A policy's files are not what its manifest says, or do not fit the running model."""
 
@@ -68,6 +72,10 @@ class GuardError(SelfplayError):
 
 class DiskError(SelfplayError):
     """Too little disk space for the next stage, or the disk filled up while it wrote."""
+
+
+class LockLost(SelfplayError):
+    """This process has the run folder no longer: it was taken over, moved, or its lock was replaced. It writes nothing more."""
 
 
 class StageFailed(SelfplayError):

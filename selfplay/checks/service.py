@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
-from selfplay.errors import InputError
+from selfplay.errors import InUseError
 from selfplay.service.due import next_start
 from selfplay.storage import filesystem
 from selfplay.storage.ledger import Store
@@ -23,29 +23,20 @@ from selfplay.web import access
 
 def run_folder(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Whether the folder can be written to, belongs to this run, and nobody works in it."""
-    there = next(p for p in [run_dir, *run_dir.resolve().parents] if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        yield Finding.error("run folder", f"{run_dir}: user {os.getuid()} cannot write to {there}")
-        return
-    if missing := filesystem.lacks(there):
-        yield Finding.error(
-            "run folder", f"the file system of {there} has no {'; no '.join(missing)}; {filesystem.HINT}"
-        )
-        return
+    filesystem.require(run_dir, config.run.locks)
     if not (run_dir / "ledger.sqlite").is_file():
         yield Finding.ok("run folder", f"{run_dir} is new")
         return
-    if (run_dir / "pool").is_dir():  # before the import nothing is fixed
-        store = Store(run_dir)
-        try:
-            store.open_run(config.run.name, config.fixed())
-        finally:
-            store.close()
+    store = Store(run_dir)
     try:
-        with RunLock(run_dir):
-            yield Finding.ok("run folder", f"{run_dir} belongs to this run, and nobody works in it")
-    except InputError as error:
-        yield Finding.warning("run folder", str(error))
+        if (run_dir / "pool").is_dir():  # before the import nothing is fixed
+            store.open_run(config.run.name, config.fixed())
+        RunLock.of(config.run, run_dir).look(store)
+        yield Finding.ok("run folder", f"{run_dir} belongs to this run, and nobody works in it")
+    except InUseError as error:
+        yield Finding.warning("run folder", f"{error}; {error.hint}")
+    finally:
+        store.close()
 
 
 def schedule(config: Config, run_dir: Path) -> Iterator[Finding]:

@@ -6,9 +6,11 @@ import atexit
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Protocol
 
 from selfplay.errors import Interrupted
+from selfplay.processes.guard import LEASE
 
 
 class Running(Protocol):
@@ -22,6 +24,7 @@ class Running(Protocol):
 _running: set[Running] = set()
 _ending = threading.Event()  # While it is set, no child may start.
 _withheld: set[str] = set()
+_lease: dict[str, str] = {}  # Environment variables of every child that tell its guard of the lease of the run.
 _heard = 0.0  # The time.monotonic() of the last moment at which a child wrote to its output.
 
 
@@ -35,9 +38,17 @@ def inherited_environment() -> dict[str, str]:
 
     In it torch.load makes tensors and plain values and runs no code, whatever a library asks it to do.
     """
-    found = {name: value for name, value in os.environ.items() if name not in _withheld}
+    found = {name: value for name, value in os.environ.items() if name not in _withheld} | _lease
     found.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     return found | {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+
+
+def end_with(claim: tuple[Path, float] | None) -> None:
+    """Have children that start later end with a claim to the run folder: where its file is gone, is not the newest, or stood
+    still for so many seconds."""
+    _lease.clear()
+    if claim is not None:
+        _lease[LEASE] = f"{claim[1]}:{claim[0].absolute()}"
 
 
 def heard() -> float:

@@ -4,6 +4,9 @@ The guard is a sub-reaper: the kernel makes it the parent of whatever its child 
 that before it exits. The guard ends when the controller ends, and its child ends with it. A process of ours further down,
 such as a trainer behind a launcher, ends with its own parent, because `protocol.protocol()` asks the kernel for that.
 
+Where the run folder is held by a lease, the guard watches that too, by its own clock. The controller may be stopped, and
+another one may take the folder over: this child must not write there any more.
+
 One case remains: somebody kills the guard from outside, and a process that is not ours lives below it. That process
 carries the run folder in its environment, and `reaping.reap` ends it at the next start.
 
@@ -30,11 +33,10 @@ from selfplay.processes.reaping import RUN_MARKER, descendants
 from selfplay.visible import visible
 
 GUARDED = "SELFPLAY_GUARDED"  # An environment variable that is set for processes that have to die with their parent.
+LEASE = "SELFPLAY_LEASE"  # An environment variable: seconds, a colon, and the file of the controller's claim to the run folder.
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # From <linux/prctl.h>.
 TERM_SECONDS = 5  # The time that a child has to end after SIGTERM before it is killed.
-LAST_WORDS_SECONDS = (
-    5  # The time in which the log takes what was written last. It is there once all processes are dead.
-)
+LAST_WORDS_SECONDS = 5  # The time in which the log takes what was written last. It is there once all are dead.
 
 _log: threading.Thread | None = None  # Passes on what the child writes to stderr.
 _scratch: Path | None = None
@@ -68,6 +70,9 @@ def guard(parent: int, argv: list[str]) -> int:
     os.close(stderr)
     _log = threading.Thread(target=_pass_on, args=(written,), name="log", daemon=True)
     _log.start()
+    if lease := os.environ.get(LEASE):
+        seconds, _, path = lease.partition(":")
+        threading.Thread(target=_watch, args=(path, float(seconds)), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: _terminate(child))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
@@ -94,6 +99,29 @@ def _pass_on(written: int) -> None:
         text = visible(decoder.decode(piece).replace("\r\n", "\n").replace("\r", "\n"))
         with contextlib.suppress(OSError):  # On a full disk the log lacks some lines, and the child goes on.
             os.write(2, text.encode())
+
+
+def _watch(claim: str, seconds: float) -> None:
+    """Kill everything once the claim to the run folder is lost, or was not renewed for so long."""
+    folder, name = os.path.split(claim)
+    seen, since = b"", time.clock_gettime(time.CLOCK_BOOTTIME)
+    while True:
+        now = seen  # A file system that does not answer counts as one that stands still.
+        try:
+            if max((other for other in os.listdir(folder) if other.isdigit()), key=int, default="") != name:
+                break
+            with open(claim, "rb") as file:
+                now = file.read()
+        except FileNotFoundError:
+            break
+        except OSError:
+            pass
+        if now != seen:
+            seen, since = now, time.clock_gettime(time.CLOCK_BOOTTIME)
+        elif time.clock_gettime(time.CLOCK_BOOTTIME) - since > seconds:
+            break
+        time.sleep(min(1.0, seconds / 10))
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def _end_all(code: int) -> int:

@@ -19,6 +19,7 @@ from pydantic_core import to_json
 
 from selfplay.errors import InputError, RewardError
 from selfplay.rewards.texts import Item
+from selfplay.storage import sqlite_files
 from selfplay.storage.folders import disk_errors
 
 BUSY = 60.0  # seconds to wait while another process writes
@@ -75,14 +76,17 @@ class ScoreCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._disk():
-                self._connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+                where = sqlite_files.uri(path)
+                self._connection = sqlite3.connect(
+                    where, timeout=BUSY, isolation_level=None, check_same_thread=False, uri=True
+                )
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise InputError(f"the cache of scores cannot be in {path.parent}: {error.strerror}", PLACE) from None
         try:
             with self._disk():
                 # Without full durability a crash of the machine costs entries, never a wrong one.
-                for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
-                    self._connection.execute(f"PRAGMA {pragma}")
+                sqlite_files.set_journal(self._connection, path)
+                self._connection.execute("PRAGMA synchronous=NORMAL")
                 self._connection.execute(
                     "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL, used INTEGER NOT NULL) "
                     "WITHOUT ROWID"

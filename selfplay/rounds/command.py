@@ -51,7 +51,7 @@ def run_rounds(
             raise ConfigError(f"--rounds {total}: at least 1")
         settings = load(config, overrides)
         run_dir = run_dir or settings.run_dir
-        with disk_errors(run_dir), Run(settings, run_dir, display) as run:
+        with disk_errors(run_dir), Run(settings, run_dir, display) as run, disk_errors(run_dir):
             run.breathe = interrupt.again
             _rounds(run, total)
             if report:
@@ -95,6 +95,19 @@ def _rounds(run: Run, total: int | None) -> None:
         run.display.run_table(run.store)
     for _ in range(left):
         run.display.round_table(run_round(run))
+
+
+def take_over(config: Path, overrides: Sequence[str], run_dir: Path) -> None:
+    """Register as the runner of a folder, and leave it again: it is a copy, or its runner was on another machine, and a person
+    says that nobody else is at work in it. Raises InputError where somebody is."""
+    from selfplay.config import load
+    from selfplay.storage.ledger import Store
+    from selfplay.storage.lock import RunLock
+
+    settings = load(config, overrides).run
+    with RunLock(run_dir, settings.locks, settings.lease_seconds, print, take_over=True) as lock:
+        Store(run_dir, lock).close()
+    print(f"{run_dir} is a run of its own now, and the next start goes on with it")
 
 
 def leave(code: int) -> NoReturn:

@@ -101,12 +101,12 @@ class Run:
 
     def _enter(self) -> Run:
         self._lock = contextlib.ExitStack()
-        if self._given_lock is None:
-            self._lock.enter_context(RunLock(self.dir))
+        lock = self._given_lock or self._lock.enter_context(RunLock.of(self.config.run, self.dir, self.display.note))
         try:
-            if reaped := reap(self.dir):
+            self.store = Store(self.dir, lock)
+            children.end_with(lock.claim)
+            if reaped := reap(self.dir):  # not before: it is sure now that nobody else works here
                 self.display.note(f"ended {reaped} processes that an earlier, killed run left behind")
-            self.store = Store(self.dir)
             fresh = not (self.dir / "pool").is_dir()
             self.store.open_run(self.config.run.name, self.config.fixed(), fresh)
             self._open()

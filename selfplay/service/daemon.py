@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.config import load
-from selfplay.errors import InputError, Interrupted, SelfplayError
+from selfplay.errors import InputError, Interrupted, LockLost, SelfplayError
 from selfplay.progress import Line
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.round import cancel_round, roll_back, run_round
@@ -29,7 +29,7 @@ from selfplay.service.reload import read_anew
 from selfplay.service.stalls import Stalls, longest_quiet
 from selfplay.service.starts import Starts
 from selfplay.service.stop import Stop
-from selfplay.storage import tables
+from selfplay.storage import folders, tables
 from selfplay.storage.ledger import LedgerError, Store
 from selfplay.storage.lock import RunLock
 from selfplay.storage.reader import Standing
@@ -120,8 +120,9 @@ class Daemon:
         """One step of the loop, and the boundary around it: a bug, too, is tried again, and then pauses the service."""
         self._stalls.get_on()
         try:
-            self._step()
-        except Interrupted:  # the service was cut
+            with folders.disk_errors(self.run_dir / "run"):
+                self._step()
+        except (Interrupted, LockLost):  # the service was cut, or the folder is another one's now
             raise
         except Exception as error:
             if self._stopping.is_set():
@@ -166,8 +167,8 @@ class Daemon:
     def _open_ledger(self) -> None:
         if self._store is None:
             if self._lock is None:  # before anything is read or written there: the folder may be another service's
-                self._lock = RunLock(self.run_dir).__enter__()
-            store = Store(self.run_dir)
+                self._lock = RunLock.of(self.config.run, self.run_dir, self.display.note).__enter__()
+            store = Store(self.run_dir, self._lock)
             self._alerts.load(store)
             self._store = store
 

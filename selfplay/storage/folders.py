@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from selfplay.errors import DiskError
+from selfplay.errors import DiskError, InputError
+from selfplay.storage import fences
 
 MANIFEST = "manifest.json"
 
@@ -38,12 +39,14 @@ def finish(partial: Path, path: Path) -> None:
     """Sync a file that is written and give it its name."""
     with disk_errors(path):
         sync(partial)
+        fences.check(path)
         partial.rename(path)
         sync(path.parent)
 
 
 def make(path: Path) -> None:
     """Make a folder, and those above it that are missing, to stay: every new name is synced."""
+    fences.check(path)
     missing = [new for new in (path, *path.parents) if not new.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for new in missing:
@@ -64,6 +67,7 @@ def folder(target: Path) -> Iterator[Path]:
             make(partial)
             yield partial
             sync_tree(partial)
+            fences.check(target)
             partial.rename(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full
@@ -73,7 +77,8 @@ def folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn «no space left», the ledger's too, into a DiskError."""
+    """Turn «no space left», the ledger's too, into a DiskError, and what the file system refuses beside or below `path` into an
+    InputError, or into a DiskError where it may pass by itself."""
     try:
         yield
     except Exception as error:
@@ -83,7 +88,42 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"the disk of {path.parent} is full",
                 "free some space and run the same command again: finished stages are kept",
             ) from error
+        if isinstance(error, OSError):
+            fences.check(path)  # where the folder is not this process's any more, that is the error
+        if isinstance(error, OSError) and (found := _refused(error, path.parent)) is not None:
+            raise found from error
         raise
+
+
+REFUSALS = {
+    errno.EROFS: "its file system is mounted read-only: mount it for writing, or choose another run folder (--run-dir)",
+    errno.EACCES: "let the user of this process own the folder and all that is in it (chown -R), or choose another one (--run-dir)",
+    errno.EPERM: "see whether it is immutable (lsattr, chattr -i) and whose it is; a file system that refuses this altogether cannot "
+    "hold a run (docs/operations.md, File systems)",
+    errno.ENOTDIR: "move the file away that stands where the run has a folder",
+    errno.EEXIST: "move away what stands where the run has a folder",
+    errno.EISDIR: "move the folder away that stands where the run has a file",
+    errno.ENOLCK: "set run.locks: lease, or choose a folder on a local disk (docs/operations.md, File systems)",
+}
+NOT_THERE = "choose a folder on a local disk (docs/operations.md, File systems)"
+for _number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV, errno.EMLINK):
+    REFUSALS[_number] = NOT_THERE
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.EREMOTEIO)
+
+
+def _refused(error: OSError, root: Path) -> DiskError | InputError | None:
+    """The error of a user for what the file system refused below `root`; None for all other errors."""
+    if not isinstance(error.filename, (str, os.PathLike)) or error.errno is None:
+        return None
+    where = os.path.abspath(error.filename)
+    if not where.startswith(os.path.abspath(root) + os.sep):
+        return None
+    if error.errno in PASSING:
+        hint = "see whether the disk or the server of the file system is in order, then run the same command again"
+        return DiskError(f"{where}: {error.strerror}", hint)
+    if error.errno in REFUSALS:
+        return InputError(f"{where} cannot be written: {error.strerror}", REFUSALS[error.errno])
+    return None
 
 
 def sync_tree(root: Path) -> None:
@@ -97,6 +137,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
 

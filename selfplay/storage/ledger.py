@@ -5,8 +5,10 @@ The folders are the truth about what is finished; the ledger tells what happened
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-from collections.abc import Iterable
+import sqlite3
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +17,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError as LedgerError
 from sqlalchemy.exc import OperationalError
 
-from selfplay.errors import InputError
-from selfplay.storage.lock import RunLock
+from selfplay.errors import InputError, LockLost
+from selfplay.storage import lease, sqlite_files
+from selfplay.storage.lock import STATE, RunLock
 from selfplay.storage.reader import Reader, now
 from selfplay.storage.schema import (
     draws,
@@ -32,7 +35,7 @@ from selfplay.storage.schema import (
     state,
 )
 
-__all__ = ["RESTARTS", "LedgerError", "PairRow", "RunLock", "Store", "now"]
+__all__ = ["RESTARTS", "LedgerError", "PairRow", "Store", "now"]
 
 RESTARTS = ("engine_restart", "swap_restart", "reward_restart", "trainer_restart")
 """Kinds of events that say that a child was started again."""
@@ -67,15 +70,32 @@ class Store(Reader):
     for one that cannot be used.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, lock: RunLock | None = None) -> None:
+        """lock: of the runner, who is registered in the ledger. From then on each transaction asks whether the folder is held
+        still, and each that writes whether the ledger knows of no later runner; LockLost where not. Registering raises
+        InputError where the folder is a copy of one in which somebody may work.
+        """
         path = run_dir / "ledger.sqlite"
         if not path.is_file() or not path.stat().st_size:
             _require_nothing_made(run_dir, "is gone")
-        super().__init__(path, sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY}))
-        sa.event.listen(self._engine, "connect", _prepare)
+        database = sqlite_files.uri(path)
+        super().__init__(
+            path, sa.create_engine("sqlite://", poolclass=sa.QueuePool, creator=lambda: _connect(database))
+        )
+        sa.event.listen(self._engine, "connect", lambda connection, _: _prepare(connection, path))
+        self._migrate(run_dir)
+        if lock is not None:
+            try:
+                lock.register(self)
+            except BaseException:
+                self.close()
+                raise
+            sa.event.listen(self._engine, "begin", lambda _: lock.check())
+            sa.event.listen(self._engine, "commit", lambda connection: _require_ours(connection, lock))
+
+    def _migrate(self, run_dir: Path) -> None:
         # Service, API and command line may open a new ledger at the same moment.
-        with (run_dir / ".ledger.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alone(run_dir):
             try:
                 with self._engine.begin() as connection:
                     if not sa.inspect(connection).has_table("schema_version"):
@@ -304,10 +324,38 @@ def _given(order: dict[str, Any]) -> str:
     return f"{' '.join([order['kind'], *arguments])} (from {order['origin']})"
 
 
-def _prepare(connection: Any, _: Any) -> None:
-    if connection.execute("PRAGMA page_count").fetchone() == (0,):
+def _connect(database: str) -> sqlite3.Connection:
+    return sqlite3.connect(database, timeout=BUSY, check_same_thread=False, uri=True)
+
+
+def _prepare(connection: Any, path: Path) -> None:
+    if sqlite_files.is_new(path):
         # A new ledger can give back in small steps what retention frees. For one that has tables it is too late.
         connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
-    connection.execute("PRAGMA journal_mode=WAL")
+    sqlite_files.set_journal(connection, path)
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute(f"PRAGMA journal_size_limit={LONGEST_WAL}")
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """While one process makes or migrates a ledger. Where the folder is held by a lease, the transaction has to do."""
+    if lease.is_used(run_dir):
+        yield
+        return
+    with (run_dir / ".ledger.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _require_ours(connection: sa.Connection, lock: RunLock) -> None:
+    """Raise LockLost where a later runner has registered: what this one wrote is rolled back."""
+    query = "SELECT json_extract(value, '$.token') FROM state WHERE name = ?"
+    token = connection.exec_driver_sql(query, (STATE,)).scalar()
+    assert lock.runner is not None, "who writes with a lock is registered"
+    if token != lock.runner.token:
+        raise LockLost(
+            f"{lock.dir} was taken over by another process (token {token}, here {lock.runner.token}): this one stops, and writes "
+            "nothing more there",
+            "let that one work, or end it and start again: finished stages are kept",
+        )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.errors import CheckpointError
-from selfplay.storage import checkpoints, folders, hashes
+from selfplay.storage import checkpoints, fences, folders, hashes
 from selfplay.storage.checkpoints import MASTERS
 from selfplay.types import Policy
 
@@ -161,6 +161,7 @@ class Policies:
         if self.folder(version).is_dir():
             return
         verify(exported)
+        fences.check(self.root)
         exported.rename(self.folder(version))
         folders.sync(self.root)
         folders.sync(exported.parent)

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from selfplay.config import RetentionConfig
+from selfplay.storage import fences
 from selfplay.storage.folders import MANIFEST
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
@@ -35,6 +36,7 @@ def apply(
     guard or the selection of pairs still compares with (`guard.history`, `pairs.history`). The ledger's file gives back
     free pages in small steps, and only where more than a quarter is free: what the next rounds fill again stays.
     """
+    fences.check(run_dir)
     delete_weights(Policies(run_dir), settings, store, closed, needed_policies)
     if settings.candidates_rounds is not None:
         delete_candidates(run_dir, store, closed - max(settings.candidates_rounds, needed_rounds))

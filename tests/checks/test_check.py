@@ -1,5 +1,6 @@
 """Looks at models and settings that need no world: folders made by hand."""
 
+import errno
 import http.server
 import importlib.util
 import json
@@ -181,8 +182,14 @@ def test_who_may_not_read_the_weights_or_write_the_run_folder_is_told_at_once(tm
     (tmp_path / "run").unlink()
     closed = {tmp_path, policy / "tokenizer.json"}
     monkeypatch.setattr(os, "access", lambda path, mode: path not in closed)
-    level, text = said(config, tmp_path, "run folder")
-    assert level == "error" and text.endswith(f"cannot write to {tmp_path}")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            os,
+            "mkdir",
+            lambda path, *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied", path)),
+        )
+        level, text = said(config, tmp_path, "run folder")
+    assert level == "error" and "cannot be written: Permission denied" in text and "chown -R" in text
     with pytest.raises(InputError, match=r"^policy.model: .*/tokenizer.json cannot be read by user") as error:
         Run(config, tmp_path / "run", Display()).require()
     assert "chmod" in error.value.hint

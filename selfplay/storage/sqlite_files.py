@@ -1,0 +1,74 @@
+"""How SQLite opens the files of a run: with the locks and the shared memory of the kernel, or, in a folder that is held by a
+lease, without both.
+
+Without them a lock is a folder beside the file (`ledger.sqlite.lock`, SQLite's `unix-dotfile`), which any file system can make
+for one process alone. The write-ahead log needs shared memory, so the old pages are kept in a journal instead. Each transaction
+takes the lock and lets it go, so page, API and command line read and give orders as elsewhere. What a killed process leaves is
+broken by the next runner, once it has the lease.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from selfplay.storage import lease
+
+STILL = 10.0  # seconds for which a lock has to stand still: it is held for a transaction, which takes parts of a second
+
+
+def uri(path: Path) -> str:
+    """The URI by which `sqlite3.connect(…, uri=True)` opens a file that lies in a run folder, or in a folder of that."""
+    return f"file:{quote(str(path.absolute()))}" + ("?vfs=unix-dotfile" if _by_lease(path) else "")
+
+
+def set_journal(connection: Any, path: Path) -> None:
+    """Choose the journal of a connection to the file `path` that was just opened."""
+    if not _by_lease(path):
+        connection.execute("PRAGMA journal_mode=WAL")
+        return
+    if _has_log(path):  # one connection alone can open it without shared memory, and lets the lock go at its next read
+        connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+        connection.execute("PRAGMA journal_mode=TRUNCATE")
+        connection.execute("PRAGMA locking_mode=NORMAL")
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    connection.execute("PRAGMA journal_mode=TRUNCATE")
+
+
+def is_new(path: Path) -> bool:
+    """Whether nothing was written to a file yet."""
+    return not path.exists() or path.stat().st_size == 0
+
+
+def _by_lease(path: Path) -> bool:
+    return any(lease.is_used(folder) for folder in path.absolute().parents[:2])
+
+
+def _has_log(path: Path) -> bool:
+    """Whether a file was last written with a write-ahead log: its header says so (SQLite's file format, bytes 18 and 19)."""
+    with path.open("rb") as file:
+        return file.read(20)[18:] == b"\x02\x02"
+
+
+def break_locks(run_dir: Path) -> None:
+    """Remove the locks that killed processes left in a folder. Only for the runner that holds the lease."""
+    for lock in (*run_dir.glob("*.sqlite.lock"), *run_dir.glob("reward/*.sqlite.lock")):
+        seen, since = _changed(lock), time.monotonic()
+        while seen is not None and time.monotonic() - since < STILL:
+            time.sleep(0.1)
+            if (now := _changed(lock)) != seen:
+                seen, since = now, time.monotonic()
+        if seen is not None:
+            shutil.rmtree(lock, ignore_errors=True)
+
+
+def _changed(lock: Path) -> tuple[int, int] | None:
+    """Which lock it is and when it changed; None where there is none any more."""
+    try:
+        found = lock.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
