@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from selfplay.doctor.command import doctor
+
 if TYPE_CHECKING:
     from selfplay.storage.ledger import Store
 
@@ -54,9 +56,7 @@ def main() -> None:
 
 
 def _fail(error: str, hint: str, code: int = 3) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    if hint:
-        print(f"what to do: {hint}", file=sys.stderr)
+    print(f"error: {error}", *([f"what to do: {hint}"] if hint else []), sep="\n", file=sys.stderr)
     sys.exit(code)
 
 
@@ -144,6 +144,9 @@ def check(
         raise typer.Exit(2)
 
 
+app.command()(doctor)
+
+
 @app.command("round")
 def round_(
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
@@ -171,8 +174,7 @@ def status(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
     from selfplay.reporting.status import lines
 
     store = _store(config, set_, run_dir)
-    for line in lines(store, _serves((store.state("service") or {}).get("pid"))):
-        print(line)
+    print(*lines(store, _serves((store.state("service") or {}).get("pid"))), sep="\n")
     store.close()
 
 
@@ -238,8 +240,8 @@ def answers(
         raise InputError(f"--rounds {rounds}: not numbers of rounds", "give them with commas between, such as 4,8")
     store, display = _store(config, set_, run_dir), Display()
     chosen = sorted({int(index) for index in rounds.split(",")}) if rounds else None
-    folder, fit = store.path.parent, display.fitting_columns
-    display.answers(read(store, folder, columns=fit, rounds=chosen, start=start, prompts=prompts))
+    fit = display.fitting_columns
+    display.answers(read(store, store.path.parent, columns=fit, rounds=chosen, start=start, prompts=prompts))
     store.close()
 
 
@@ -248,9 +250,7 @@ def _order(kind: str, arguments: dict[str, Any], config: Path, sets: list[str], 
     _orders([(kind, arguments)], config, sets, run_dir)
 
 
-def _orders(
-    given: list[tuple[str, dict[str, Any]]], config: Path, sets: list[str], run_dir: Path | None
-) -> None:  # fmt: skip
+def _orders(given: list[tuple[str, dict[str, Any]]], config: Path, sets: list[str], run_dir: Path | None) -> None:
     """Leave orders in the ledger. Where a service runs, wait for it and print what became of them.
 
     Ends with exit code 2 where one is refused.

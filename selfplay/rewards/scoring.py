@@ -118,7 +118,7 @@ def _given(
     found: list[Floats] = []
     with Texts(prompts, candidates) as texts:
         for content, rows in zip(inside, _ranges(tables.count_rows(candidates), shard_items), strict=True):
-            if not known.path(content).exists():
+            if not known.has(content):
                 breathe("shard")
 
                 def progress(done: int, start: int = rows.start) -> None:

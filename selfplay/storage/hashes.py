@@ -26,10 +26,14 @@ def sha256(path: Path) -> str:
     if found is None:
         if len(_remembered) >= MOST_REMEMBERED:
             _remembered.clear()
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        _remembered[known] = found
+        found = _remembered[known] = digest(path)
     return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, which is read for it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def forget() -> None:
