@@ -81,8 +81,8 @@ def _under_way(folder: Path) -> Iterator[Finding]:
                 path=file, what="it is not what its hash says", mend="it is made again", repair=_deleting([file, path])
             )
     work = folder / "train.work"
-    for name in ("job.json", "agreement.json"):
-        if (work / name).is_file() and not _reads(functools.partial(seals.read_json, work / name, None)):
+    for name, fields in saves.BESIDE.items():
+        if (work / name).is_file() and not _reads(functools.partial(seals.read_json, work / name, fields)):
             yield Finding(
                 path=work / name, what="it cannot be read", mend="it is made again", repair=_deleting([work / name])
             )

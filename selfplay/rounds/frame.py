@@ -25,6 +25,7 @@ from selfplay.stage import Metrics, Stage, made_from
 from selfplay.storage import folders, hashes, manifests, seals
 from selfplay.storage.agreement import REPAIRED
 from selfplay.storage.ledger import LedgerError, Store
+from selfplay.storage.outside import explained
 
 GIVE_UP = "put the folder back from a copy, or give the round up (selfplay cancel): its policy was made from it"
 
@@ -125,12 +126,15 @@ class Frame:
                         "files": files,
                     },
                 )
-        except SelfplayError as error:
+        except Exception as error:
+            known = error if isinstance(error, SelfplayError) else explained(error)
+            if known is None:
+                raise
             self._tell_repairs()
-            log = getattr(error, "log", None) or self._log(stage)
+            log = getattr(known, "log", None) or self._log(stage)
             with contextlib.suppress(LedgerError):  # on a full disk the ledger cannot take the event either
-                self.store.event("failed", f"{stage.name}: {error}", self.index)
-            raise StageFailed(stage.name, self.index, error, log) from error
+                self.store.event("failed", f"{stage.name}: {known}", self.index)
+            raise StageFailed(stage.name, self.index, known, log) from error
         self._tell_repairs()
 
     def _tell_repairs(self) -> None:

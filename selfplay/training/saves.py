@@ -7,13 +7,16 @@ schedule, random numbers. One that is damaged only costs time. Training goes on 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from selfplay.errors import CheckpointError, DamagedError
 from selfplay.storage import folders, hashes, seals
+from selfplay.training.jobs import TrainJob
 
+BESIDE = {"job.json": (*TrainJob.model_fields, "world"), "agreement.json": ("mean", "p99", "tokens")}
+"""Files beside the saves, and the keys that they may have."""
 STATE = "epsilon_dpo.json"
 """β of a save, and the hashes of its other files."""
 
@@ -54,10 +57,10 @@ def keep_whole(work: Path, same: bool) -> None:
         shutil.rmtree(folder)
 
 
-def remembered(path: Path, fields: Collection[str]) -> dict[str, Any] | None:
+def remembered(path: Path) -> dict[str, Any] | None:
     """What lies beside the saves in a sealed file; None where it is gone or damaged, since it only saves time."""
     try:
-        return seals.read_json(path, fields)
+        return seals.read_json(path, BESIDE[path.name])
     except FileNotFoundError:
         return None
     except DamagedError as error:

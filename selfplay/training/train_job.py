@@ -221,7 +221,7 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
     if trainer.accelerator.is_main_process:
         folders.make(job.work)
         (job.work / STOP).unlink(missing_ok=True)
-        same = saves.remembered(mark, settings.keys()) == settings
+        same = saves.remembered(mark) == settings
         if not same:
             (job.work / AGREEMENT).unlink(missing_ok=True)
             seals.write_json(mark, settings)
@@ -278,7 +278,7 @@ class _AgreementCheck(TrainerCallback):
         bounds = {"mean": job.agreement_mean, "p99": job.agreement_p99}
         if not any(bounds.values()):
             return
-        found = saves.remembered(kept, ("mean", "p99", "tokens")) or self._measured()
+        found = saves.remembered(kept) or self._measured()
         logger.info("agreement with the generator: %s", found)
         for name, bound in bounds.items():
             if bound is not None and not found[name] <= bound:  # NaN must not pass
