@@ -56,9 +56,9 @@ def _reward(run_dir: Path) -> Iterator[Finding]:
 
 
 def _cache(path: Path) -> str | None:
-    """What is wrong with the cache of scores. Another process may be at work with it, so nothing is written."""
+    """What is wrong with the cache of scores. Nothing is written to it."""
     try:
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)
+        connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=5)
         try:
             connection.create_function("hash_of", 2, cache.hash_of)
             said = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]

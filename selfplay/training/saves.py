@@ -35,8 +35,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 def require_whole(folder: Path) -> None:
     """Read and hash all files of a save. Raises CheckpointError where one is not what was written."""
-    hashes.forget()  # a file may be damaged without another time of change
-    hashes.verify_files(folder, state(folder).get("files", {}), CheckpointError)
+    hashes.verify_files(folder, state(folder).get("files", {}), CheckpointError, anew=True)
 
 
 def keep_whole(work: Path, same: bool) -> None:
