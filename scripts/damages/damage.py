@@ -29,14 +29,14 @@ class Damage:
 
 
 def damages(run_dir: Path, per_kind: int, seed: int = 0) -> list[Damage]:
-    """So many damages of each kind of file in a folder, and four of the link `current`."""
+    """So many damages of each kind of file in a folder, and four more of `current`."""
     rng, kinds = random.Random(seed), dict[str, list[Damage]]()
     for path in sorted(run_dir.rglob("*")):
-        if path.is_file() and not path.is_symlink() and path.stat().st_size and "current" not in path.parts:
+        if path.is_file() and not path.is_symlink() and path.stat().st_size:
             for each in _of_file(path.relative_to(run_dir).as_posix(), path.stat().st_size, rng):
                 kinds.setdefault(each.kind, []).append(each)
     chosen = [each for of_kind in kinds.values() for each in rng.sample(of_kind, min(per_kind, len(of_kind)))]
-    return chosen + list(_of_link())
+    return chosen + list(_of_current())
 
 
 def _of_file(name: str, size: int, rng: random.Random) -> Iterator[Damage]:
@@ -49,21 +49,22 @@ def _of_file(name: str, size: int, rng: random.Random) -> Iterator[Damage]:
         yield Damage(file=name, how=f"cut to {left} of {size} bytes", do=lambda path, n=left: _cut(path, n))
 
 
-def _of_link() -> Iterator[Damage]:
-    def leads(path: Path, to: str | None) -> None:
-        path.unlink()
-        if to is not None:
-            path.symlink_to(to)
+def _of_current() -> Iterator[Damage]:
+    """What copies and people make of the file that names the policy which serves."""
 
-    def is_a(path: Path, kind: str) -> None:
-        target = path.resolve()
+    def is_a_folder(path: Path) -> None:
+        policy = next(path.parent.glob("policies/*[1-9]"), path.parent / "policies" / "0000")
         path.unlink()
-        shutil.copytree(target, path) if kind == "folder" else path.write_text(f"policies/{target.name}")
+        shutil.copytree(policy, path)
 
-    yield Damage(file="current", how="lost", do=lambda path: leads(path, None))
-    yield Damage(file="current", how="leads nowhere", do=lambda path: leads(path, "policies/x"))
-    yield Damage(file="current", how="is a folder", do=lambda path: is_a(path, "folder"))
-    yield Damage(file="current", how="is a file", do=lambda path: is_a(path, "file"))
+    def names(path: Path, text: str) -> None:
+        path.unlink()
+        path.write_text(text, encoding="utf-8")
+
+    yield Damage(file="current", how="lost", do=Path.unlink)
+    yield Damage(file="current", how="names nothing", do=lambda path: names(path, "x\n"))
+    yield Damage(file="current", how="names policy 0", do=lambda path: names(path, "0\n"))
+    yield Damage(file="current", how="is a folder", do=is_a_folder)
 
 
 def flip(path: Path, place: int, bit: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from selfplay.doctor import rebuild
 from selfplay.doctor.finding import Finding
 from selfplay.errors import CheckpointError, InputError
-from selfplay.storage import agreement
+from selfplay.storage import agreement, wal
 from selfplay.storage.folders import MANIFEST
 from selfplay.storage.ledger import LedgerError, Store
 from selfplay.storage.manifests import read
@@ -27,6 +27,11 @@ FROM_MANIFESTS = (
 def opened(run_dir: Path) -> tuple[Store | None, Finding | None]:
     """The ledger, or what is wrong with all of it."""
     path = run_dir / NAME
+    if what := wal.damage(log := run_dir / f"{NAME}-wal"):
+        mend = (
+            "the ledger goes on without these transactions; look once more afterwards whether it agrees with the folder"
+        )
+        return None, Finding(path=log, what=what, mend=mend, repair=functools.partial(_without_the_rest, path))
     if what := broken(path):
         return None, Finding(path=path, what=what, mend=FROM_MANIFESTS, repair=functools.partial(rebuild.make, run_dir))
     try:
@@ -50,6 +55,12 @@ def broken(path: Path) -> str | None:
     except sqlite3.DatabaseError as error:
         return None if "locked" in str(error) else str(error)
     return None
+
+
+def _without_the_rest(path: Path) -> None:
+    """Have SQLite take over what it can read of the write-ahead log."""
+    with contextlib.closing(sqlite3.connect(path, timeout=5)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def look(run_dir: Path, store: Store) -> Iterator[Finding]:

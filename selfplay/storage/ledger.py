@@ -16,7 +16,7 @@ from sqlalchemy.exc import DatabaseError as LedgerError
 from sqlalchemy.exc import OperationalError
 
 from selfplay.errors import InputError
-from selfplay.storage import hashed_rows
+from selfplay.storage import hashed_rows, wal
 from selfplay.storage.lock import RunLock
 from selfplay.storage.reader import Reader, now
 from selfplay.storage.schema import (
@@ -73,6 +73,9 @@ class Store(Reader):
         path = run_dir / "ledger.sqlite"
         if not path.is_file() or not path.stat().st_size:
             _require_nothing_made(run_dir, "is gone")
+        if what := wal.damage(Path(f"{path}-wal")):
+            hint = "put both files back from a copy; `selfplay doctor` goes on without these transactions"
+            raise InputError(f"{path}-wal is damaged: {what}", hint)
         super().__init__(path, sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY}))
         sa.event.listen(self._engine, "connect", _prepare)
         # Service, API and command line may open a new ledger at the same moment.
