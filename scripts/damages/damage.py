@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -43,10 +44,10 @@ def _of_file(name: str, size: int, rng: random.Random) -> Iterator[Damage]:
     for place in {rng.randrange(size), rng.randrange(size), size - 1 - rng.randrange(min(size, 64))}:
         bit = rng.randrange(8)
         yield Damage(
-            file=name, how=f"bit {bit} of byte {place} flipped", do=lambda path, p=place, b=bit: flip(path, p, b)
+            file=name, how=f"bit {bit} of byte {place} flipped", do=functools.partial(flip, place=place, bit=bit)
         )
     for left in {size // 2, size - 1}:
-        yield Damage(file=name, how=f"cut to {left} of {size} bytes", do=lambda path, n=left: _cut(path, n))
+        yield Damage(file=name, how=f"cut to {left} of {size} bytes", do=functools.partial(_cut, left=left))
 
 
 def _of_current() -> Iterator[Damage]:

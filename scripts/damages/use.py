@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.config import GuardConfig
+from selfplay.errors import CheckpointError
 from selfplay.prompts import sealing
 from selfplay.prompts.draws import Draws
 from selfplay.prompts.orders import Orders
@@ -115,7 +116,7 @@ def _under_way(folder: Path) -> list[Any]:
         target = folder / stage.name
         if target.is_dir():
             found = manifests.read(target / folders.MANIFEST)
-            hashes.verify_files(target, found["files"], policies.CheckpointError)
+            hashes.verify_files(target, found["files"], CheckpointError)
             read.append(found)
     for shards in sorted(folder.glob("*.shards")):
         files = sorted(path for path in shards.glob("*.parquet") if path.name != "asked.parquet")

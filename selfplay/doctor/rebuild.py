@@ -15,10 +15,10 @@ from selfplay.prompts.draws import Draws
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.pool import Pool
 from selfplay.rounds.stages import STAGES
-from selfplay.storage import agreement, closed, folders, manifests, policies
+from selfplay.storage import closed, folders, manifests, policies
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
-from selfplay.storage.reader import now
+from selfplay.storage.reader import CURRENT, now
 
 LEDGER = "ledger.sqlite"
 
@@ -91,7 +91,7 @@ def _policies(run_dir: Path, store: Store, records: dict[int, dict[str, Any] | N
         })  # fmt: skip
     if found.versions():
         version = _served(run_dir, max(records, default=0) + 1)
-        store.set_state(agreement.CURRENT, {"version": version, "before": None})
+        store.set_state(CURRENT, {"version": version, "before": None})
 
 
 def _served(run_dir: Path, before: int) -> int:
