@@ -50,19 +50,18 @@ def add_round(store: Store, run_dir: Path, index: int) -> None:
         folder = run_dir / "rounds" / f"{index:04d}" / stage
         folder.mkdir(parents=True)
         (folder / "rows.txt").write_text(f"{stage} {index}", encoding="utf-8")
-        said = {
-            "stage": stage,
-            "round": index,
-            "fingerprint": "f" * 64,
-            "seconds": 1.5,
-            "metrics": {"count": float(index)},
-        }
-        seals.write_json(folder / folders.MANIFEST, {**said, "files": hashes.hash_files(folder)})
+        sign(folder, index, count=float(index))
         store.record_stage(index, stage, 1.5, {"count": float(index)})
     store.record_policy(index, "promoted", round=index, parent=index - 1, reference=0, beta=0.09)
     agreement.set_current(store, Policies(run_dir), index)
     closed.write(run_dir / "rounds" / f"{index:04d}", store, index, state="promoted", policy=index, reasons=[])
     store.close_round(index, "promoted", index, [])
+
+
+def sign(stage: Path, index: int, **metrics: float) -> None:
+    """Write the manifest of a stage over the files that its folder has now."""
+    said = {"stage": stage.name, "round": index, "fingerprint": "f" * 64, "seconds": 1.5, "metrics": metrics}
+    seals.write_json(stage / folders.MANIFEST, {**said, "files": hashes.hash_files(stage)})
 
 
 def flip(path: Path, place: int, bit: int = 2) -> None:

@@ -87,7 +87,7 @@ def score(
     except RewardError:
         for content, rows in zip(inside, _ranges(len(missing), shard_items), strict=True):
             if missing[rows.start : rows.stop].any():
-                known.path(content).unlink(missing_ok=True)
+                known.drop(content)
         raise
     reward, parts = _combined(scorer, identities, given)
     reward, parts = shape(reward, parts, columns, candidates, settings.shaping)

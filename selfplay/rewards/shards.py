@@ -61,6 +61,11 @@ class Shards:
         """Whether a shard is scored. A file that is damaged counts as none, and is deleted."""
         return seals.is_whole(self.path(content))
 
+    def drop(self, content: str) -> None:
+        """Delete the file of a shard, whose scores are to be asked for again."""
+        for path in (self.path(content), seals.beside(self.path(content))):
+            path.unlink(missing_ok=True)
+
     def ask(self, content: str, items: Sequence[Item], on_progress: Callable[[int], None]) -> None:
         """Have items scored into their file. Raises as `Scorer.ask`, and GuardError where another reward answers."""
         answer = self.scorer.ask(items, on_progress)

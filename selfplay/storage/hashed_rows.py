@@ -86,4 +86,9 @@ def _of(name: str, row: str) -> str:
 
 
 def _hash(*values: Any) -> bytes:
-    return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
+    found = hashlib.blake2b(digest_size=16)
+    for value in values:
+        raw = value if isinstance(value, bytes) else repr(value).encode()
+        found.update(b"%s %d " % (type(value).__name__.encode(), len(raw)))
+        found.update(raw)
+    return found.digest()
