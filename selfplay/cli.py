@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from selfplay.doctor.command import doctor
 from selfplay.visible import filter_stderr, line, say
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ def main() -> None:
 
 
 def _fail(error: str, hint: str, code: int = 3) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    if hint:
-        print(f"what to do: {hint}", file=sys.stderr)
+    print(f"error: {error}", *([f"what to do: {hint}"] if hint else []), sep="\n", file=sys.stderr)
     sys.exit(code)
 
 
@@ -142,6 +141,9 @@ def check(
     console.print(rows)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(2)
+
+
+app.command()(doctor)
 
 
 @app.command("round")
@@ -238,8 +240,8 @@ def answers(
         raise InputError(f"--rounds {rounds}: not numbers of rounds", "give them with commas between, such as 4,8")
     store, display = _store(config, set_, run_dir), Display()
     chosen = sorted({int(index) for index in rounds.split(",")}) if rounds else None
-    folder, fit = store.path.parent, display.fitting_columns
-    display.answers(read(store, folder, columns=fit, rounds=chosen, start=start, prompts=prompts))
+    fit = display.fitting_columns
+    display.answers(read(store, store.path.parent, columns=fit, rounds=chosen, start=start, prompts=prompts))
     store.close()
 
 

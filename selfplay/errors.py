@@ -35,6 +35,18 @@ class CheckpointError(SelfplayError):
     """A policy's files are not what its manifest says, or do not fit the running model."""
 
 
+class DamagedError(CheckpointError):
+    """A file of a run folder is not what was written there, and cannot be made again by itself."""
+
+    def __init__(self, path: Path, what: str, hint: str = "") -> None:
+        super().__init__(
+            f"{path} is damaged: {what}",
+            hint
+            or "put it back from a copy; `selfplay doctor` says what else is damaged, and mends what can be mended",
+        )
+        self.path, self.what = path, what
+
+
 class Interrupted(Exception):
     """A round stops here because somebody wants it to; nothing is wrong, and the same call goes on with it.
 

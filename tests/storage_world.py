@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 from pathlib import Path
 
-from selfplay.storage import agreement, folders, hashes
+from selfplay.prompts import sealing
+from selfplay.storage import agreement, closed, folders, hashes, seals
+from selfplay.storage import policies as checkpoints
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Manifest, Policies
 
@@ -21,7 +23,10 @@ def finished(run_dir: Path, rounds: int) -> Path:
         folder = policies.folder(version)
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(bytes([version]) * 64)
-        folders.write_json(folder / folders.MANIFEST, dataclasses.asdict(manifest(version, folder)))
+        checkpoints.write(folder, manifest(version, folder))
+    (run_dir / "pool" / "prompts").mkdir(parents=True)
+    (run_dir / "pool" / "initial.json").write_text("{}", encoding="utf-8")
+    sealing.seal(run_dir / "pool", "policy")
     store.record_policy(0, "initial", round=0)
     agreement.set_current(store, policies, 0)
     for index in range(1, rounds + 1):
@@ -45,15 +50,24 @@ def add_round(store: Store, run_dir: Path, index: int) -> None:
         folder = run_dir / "rounds" / f"{index:04d}" / stage
         folder.mkdir(parents=True)
         (folder / "rows.txt").write_text(f"{stage} {index}", encoding="utf-8")
-        said = {
-            "stage": stage,
-            "round": index,
-            "fingerprint": "f" * 64,
-            "seconds": 1.5,
-            "metrics": {"count": float(index)},
-        }
-        folders.write_json(folder / folders.MANIFEST, {**said, "files": hashes.hash_files(folder)})
+        sign(folder, index, count=float(index))
         store.record_stage(index, stage, 1.5, {"count": float(index)})
     store.record_policy(index, "promoted", round=index, parent=index - 1, reference=0, beta=0.09)
     agreement.set_current(store, Policies(run_dir), index)
+    closed.write(run_dir / "rounds" / f"{index:04d}", store, index, state="promoted", policy=index, reasons=[])
     store.close_round(index, "promoted", index, [])
+
+
+def sign(stage: Path, index: int, **metrics: float) -> None:
+    """Write the manifest of a stage over the files that its folder has now."""
+    said = {"stage": stage.name, "round": index, "fingerprint": "f" * 64, "seconds": 1.5, "metrics": metrics}
+    seals.write_json(stage / folders.MANIFEST, {**said, "files": hashes.hash_files(stage)})
+
+
+def flip(path: Path, place: int, bit: int = 2) -> None:
+    """Flip one bit of a file; its time of change stays, as where a disk does it."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

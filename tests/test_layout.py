@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"rounds"},
     {"service"},
     {"web"},
-    {"checks", "worlds"},
+    {"checks", "doctor", "worlds"},
     {"cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from selfplay.generation.dealing import Deal, Piece
 from selfplay.generation.engines import Engines
-from selfplay.storage import folders
+from selfplay.storage import seals
 from selfplay.types import Policy
 
 SCORED = 256  # answers in a piece of work that scores: few enough for several engines, many enough to fill one
@@ -107,7 +107,7 @@ class Generator(Engines):
         count = _Count(on_progress)
 
         def done(shard: Shard, found: dict[str, Any]) -> None:
-            folders.finish(_partial(shard), shard.file)
+            seals.finish(_partial(shard), shard.file)
             count.done(shard, len(shard.seeds))
             on_shard(shard, Sampled(**found))
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from selfplay.generation.generator import Generator, Range
 from selfplay.progress import Line
-from selfplay.storage import tables
+from selfplay.storage import seals, tables
 from selfplay.types import Candidate, ReferenceLogp
 
 Floats = NDArray[np.float64]
@@ -88,7 +88,7 @@ def _logps(
     shards.mkdir(parents=True, exist_ok=True)
     files = {start: shards / f"{start:08d}.parquet" for start in range(0, count, rows)}
     sizes = {start: min(rows, count - start) for start in files}
-    missing = [start for start, file in files.items() if not file.exists()]
+    missing = [start for start, file in files.items() if not seals.is_whole(file)]
     there = count - sum(sizes[start] for start in missing)
     on_progress(there)
     generator.score(

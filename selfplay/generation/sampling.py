@@ -20,7 +20,7 @@ from selfplay.generation.generator import Ask, Generator, Sampling, Shard
 from selfplay.models import thinking
 from selfplay.progress import Line
 from selfplay.stage import Metrics, Stage, samples
-from selfplay.storage import answers, folders, tables
+from selfplay.storage import answers, folders, seals, tables
 from selfplay.types import Candidate, Policy, Prompt
 
 GENERATE = Stage(
@@ -173,12 +173,12 @@ def sample(
 
 
 def cut(folder: Path, seeds: Sequence[int], size: int) -> tuple[list[Shard], list[Shard]]:
-    """All shards of some prompts, and those of them that have no file yet."""
+    """All shards of some prompts, and those of them that have no file yet, or one that is damaged."""
     every = [
         Shard(start=start, seeds=seeds[start : start + size], file=folder / f"{start:08d}.parquet")
         for start in range(0, len(seeds), size)
     ]
-    return every, [shard for shard in every if not shard.file.exists()]
+    return every, [shard for shard in every if not seals.is_whole(shard.file)]
 
 
 def measure(candidates: Path, seconds: float) -> dict[str, float]:

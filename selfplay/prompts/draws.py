@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from selfplay.errors import InputError
+from selfplay.errors import DamagedError, InputError
 from selfplay.prompts.formats import hash_of, names
 from selfplay.prompts.orders import Orders
 from selfplay.storage import tables
@@ -178,7 +178,11 @@ class Draws:
 
     def _unpacked(self, row: dict[str, Any]) -> Levels:
         hashes = self._pool.training()[0][: row["size"]]
-        assert len(hashes) == row["size"], "no prompt ever leaves the pool"
+        if len(hashes) != row["size"]:  # no prompt ever leaves a pool
+            raise InputError(
+                f"the ledger knows {row['size']} prompts to train on, and the pool has {len(hashes)} of them",
+                "put the folder pool of the run back from a copy",
+            )
         values = np.empty(len(hashes), np.uint8)
         values[self.orders.order(row["epoch"], hashes)] = np.frombuffer(zlib.decompress(row["levels"]), np.uint8)
         return Levels(
@@ -197,10 +201,12 @@ def _times(levels: Levels, rounds: Path, indices: Sequence[int]) -> NDArray[np.i
     order = np.argsort(levels.hashes)
     for index in indices:
         path = _drawn_file(rounds, index)
-        assert path is not None, f"round {index} has drawn its prompts"
+        if path is None:
+            raise DamagedError(rounds / f"{index:04d}" / "prompts", "what the round has drawn is gone")
         drawn = np.array([hash_of(prompt_id) for prompt_id in tables.read_column(path, "prompt_id")], np.int64)
         found = order[np.minimum(np.searchsorted(levels.hashes, drawn, sorter=order), len(order) - 1)]
-        assert (levels.hashes[found] == drawn).all(), f"what round {index} has drawn is in the pool"
+        if not (levels.hashes[found] == drawn).all():
+            raise DamagedError(path, "it has prompts that are not in the pool", "put it, or the pool, back from a copy")
         times[found] += 1  # no round draws a prompt twice
     return times
 

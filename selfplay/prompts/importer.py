@@ -30,7 +30,7 @@ from selfplay.errors import SelfplayError
 from selfplay.models import initial
 from selfplay.models.rendering import Renderer, Template, load_tokenizer, run_encode, run_render
 from selfplay.processes.protocol import protocol, quick_imports
-from selfplay.prompts import parts, pool, references
+from selfplay.prompts import parts, pool, references, sealing
 from selfplay.prompts import survey as surveys
 from selfplay.prompts.draw import subset
 from selfplay.prompts.files import copies
@@ -165,6 +165,7 @@ def run_import(config: Config, template: Template, out: Path, work: Path, on_pro
         out / INITIAL,
         {"source": str(policy.source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(set_aside)},
     )
+    sealing.seal(out, POLICY)
     shutil.rmtree(work)
     return {"prompts": dict(splits), "set_aside": dict(set_aside), "dated": dated,
             "said": [*filter(None, [policy.said]), *(f"prompts: {said}" for said in recognised)]}  # fmt: skip

@@ -1,7 +1,8 @@
 """Scores that were paid for once: a SQLite file of bounded size, which several processes may share.
 
 A key names what scored (its weights and its template) and what was scored. So an entry is never wrong. It can only be one
-that nobody needs any more, and the entries that were not used for longest go first.
+that nobody needs any more, and the entries that were not used for longest go first. Each has a hash of its score, keyed by
+its key: one that was damaged on disk, or came to another key, counts as absent.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
@@ -19,11 +21,12 @@ from pydantic_core import to_json
 
 from selfplay.errors import InputError, RewardError
 from selfplay.rewards.texts import Item
-from selfplay.storage import sqlite_files
+from selfplay.storage import seals, sqlite_files
 from selfplay.storage.folders import disk_errors
 
 BUSY = 60.0  # seconds to wait while another process writes
 PLACE = "see that this user may write there and nobody else holds the file, or give another reward.cache.path, or set reward.cache.entries to 0"
+REMOVE = "DELETE FROM scores WHERE used < ? AND key = ?"
 AT_ONCE = 500  # keys in a query, below SQLite's limit of variables
 
 
@@ -44,6 +47,13 @@ def keys(identity: str, items: Sequence[Item]) -> list[bytes]:
         whole.update(b"]")
         found.append(whole.digest())
     return found
+
+
+def hash_of(key: bytes, score: object) -> bytes | None:
+    """A hash of a score, keyed by its key; None for what is none."""
+    if not isinstance(score, float) or not isinstance(key, bytes) or len(key) > hashlib.blake2b.MAX_KEY_SIZE:
+        return None
+    return hashlib.blake2b(struct.pack("<d", score), key=key, digest_size=8).digest()
 
 
 def _json(value: object) -> bytes:
@@ -88,10 +98,12 @@ class ScoreCache:
                 sqlite_files.set_journal(self._connection, path)
                 self._connection.execute("PRAGMA synchronous=NORMAL")
                 self._connection.execute(
-                    "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL, used INTEGER NOT NULL) "
-                    "WITHOUT ROWID"
+                    "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL, used INTEGER NOT NULL, "
+                    "hash BLOB) WITHOUT ROWID"
                 )
                 self._connection.execute("CREATE INDEX IF NOT EXISTS by_use ON scores (used)")
+                self._connection.create_function("hash_of", 2, hash_of, deterministic=True)
+                self._hash_older()
         except BaseException:
             self._connection.close()
             raise
@@ -100,16 +112,25 @@ class ScoreCache:
         """The scores that are there."""
         found: dict[bytes, float] = {}
         old: list[bytes] = []
+        damaged: list[bytes] = []
         with self._lock, self._disk():
             oldest = self._clock() - self._entries // 8
             for start in range(0, len(keys), AT_ONCE):
                 part = keys[start : start + AT_ONCE]
                 marks = ",".join("?" * len(part))
-                rows = self._connection.execute(f"SELECT key, score, used FROM scores WHERE key IN ({marks})", part)
-                for key, score, used in rows:
+                rows = self._connection.execute(
+                    f"SELECT key, score, hash, used FROM scores WHERE key IN ({marks})", part
+                )
+                for key, score, hashed, used in rows:
+                    if hashed != hash_of(key, score):
+                        damaged.append(key)
+                        continue
                     found[key] = score
                     if used < oldest:
                         old.append(key)
+            if damaged:
+                self._write(REMOVE, [(key,) for key in damaged])
+                seals.note_repair(f"{len(damaged)} scores in {self.path} were damaged, and are asked for again")
             if old:
                 self._write("UPDATE scores SET used = ? WHERE key = ?", [(key,) for key in old])
         return found
@@ -119,12 +140,15 @@ class ScoreCache:
         assert all(isfinite(v) for v in scores.values()), "a missing score is never kept: it is asked for again"
         with self._lock, self._disk():
             self._uncounted += len(scores)
-            self._write("INSERT OR REPLACE INTO scores (used, key, score) VALUES (?, ?, ?)", list(scores.items()))
+            self._write(
+                "INSERT OR REPLACE INTO scores (used, key, score, hash) VALUES (?, ?, ?, ?)",
+                [(key, score, hash_of(key, float(score))) for key, score in scores.items()],
+            )
 
     def remove(self, keys: Sequence[bytes]) -> None:
         """Remove scores that cannot be trusted."""
         with self._lock, self._disk():
-            self._write("DELETE FROM scores WHERE used < ? AND key = ?", [(k,) for k in keys])
+            self._write(REMOVE, [(k,) for k in keys])
 
     def clear(self) -> None:
         with self._lock, self._disk():
@@ -136,6 +160,23 @@ class ScoreCache:
     def close(self) -> None:
         with self._lock:
             self._connection.close()
+
+    def _hash_older(self) -> None:
+        """Give the rows of a file that an earlier version made their hashes, once."""
+        if self._has_hashes():
+            return
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            if not self._has_hashes():  # another process may have been first
+                self._connection.execute("ALTER TABLE scores ADD COLUMN hash BLOB")
+                self._connection.execute("UPDATE scores SET hash = hash_of(key, score)")
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+
+    def _has_hashes(self) -> bool:
+        return any(row[1] == "hash" for row in self._connection.execute("PRAGMA table_info(scores)"))
 
     def _clock(self) -> int:
         return int(self._connection.execute("SELECT coalesce(max(used), 0) FROM scores").fetchone()[0])

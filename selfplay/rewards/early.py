@@ -107,7 +107,7 @@ class EarlyScoring:
                     return
                 count = tables.count_rows(file)
                 [content] = contents(file, count)
-                if not shards.path(content).exists():
+                if not shards.has(content):
                     self._asks_since = time.monotonic()
                     shards.ask(content, conversations.of_file(file), self._still_wanted)
                     self._seconds, self._asks_since = self.seconds, 0.0

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from selfplay.config import GuardConfig
-from selfplay.errors import GuardError
+from selfplay.errors import DamagedError, GuardError
 from selfplay.methods import signs
 from selfplay.rewards.alarms import Alarm, alarms
 from selfplay.rewards.scorer import Scorer, name
 from selfplay.rewards.texts import Item, Texts
-from selfplay.storage import folders
+from selfplay.storage import seals
 from selfplay.storage.candidates import read_candidates
 
 PROBED = ("probe_change", "probe_missing")
@@ -136,8 +136,17 @@ class Probes:
 
     def _first(self) -> Mapping[str, Any] | None:
         """What the file says; None where there is none."""
-        found: Mapping[str, Any] | None = folders.read_json(self.path) if self.path.is_file() else None
-        return found
+        if not self.path.is_file():
+            return None
+        try:
+            return seals.read_json(self.path, ("round", "sources", "identities", "items", "scores"))
+        except DamagedError as error:
+            raise DamagedError(
+                self.path,
+                f"{error.what}; nothing shows any more that the reward is the one that this run began with",
+                "put it back from a copy. If the reward is the same as ever, delete it, and the next round takes the reward as "
+                "it is",
+            ) from error
 
     def _asked(self, scorer: Scorer, first: Mapping[str, Any] | None, texts: Callable[[int], list[Item]]) -> _Asked:
         """What the reward gives the probe texts now."""
@@ -193,7 +202,7 @@ class Probes:
 
     def _keep(self, round_index: int, now: _Asked) -> None:
         self.path.parent.mkdir(exist_ok=True)
-        folders.write_json(
+        seals.write_json(
             self.path,
             {
                 "round": round_index,

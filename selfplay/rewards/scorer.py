@@ -24,7 +24,7 @@ from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.cache import keys as cache_keys
 from selfplay.rewards.service import RewardService
 from selfplay.rewards.texts import Item
-from selfplay.storage import folders
+from selfplay.storage import seals
 
 LATEST = 1.0  # seconds
 
@@ -307,7 +307,7 @@ class Scorer:
             for member, scales in self._known_scales().items()
         }
         if known:
-            folders.write_json(self._scale_file, known)
+            seals.write_json(self._scale_file, known)
 
     def rename(self, before: Sequence[str], now: Sequence[str]) -> None:
         """The same models have other `names` now, and keep their scales."""
@@ -316,12 +316,12 @@ class Scorer:
             if (scale := _scale_of(known, member, old)) is not None:
                 known.setdefault(member, {}).setdefault(new, scale)
         if known:
-            folders.write_json(self._scale_file, known)
+            seals.write_json(self._scale_file, known)
 
     def _known_scales(self) -> dict[str, dict[str, dict[str, float]]]:
         """Mean and standard deviation, by member and by what scores."""
         found: dict[str, dict[str, dict[str, float]]] = (
-            folders.read_json(self._scale_file) if self._scale_file.is_file() else {}
+            seals.read_json(self._scale_file, None) if self._scale_file.is_file() else {}
         )
         return found
 
@@ -350,7 +350,7 @@ class Scorer:
                 )
         if new:
             self._scale_file.parent.mkdir(exist_ok=True)
-            folders.write_json(self._scale_file, known)
+            seals.write_json(self._scale_file, known)
             self._on_event("scale", f"the scale of the {self.role} ensemble is fixed: {', '.join(new)}")
         return [ensemble.Moments(**known[m][n]) for m, n in zip(self.members, names, strict=True)]
 

@@ -87,7 +87,7 @@ def score(
     except RewardError:
         for content, rows in zip(inside, _ranges(len(missing), shard_items), strict=True):
             if missing[rows.start : rows.stop].any():
-                known.path(content).unlink(missing_ok=True)
+                known.drop(content)
         raise
     reward, parts = _combined(scorer, identities, given)
     reward, parts = shape(reward, parts, columns, candidates, settings.shaping)
@@ -118,7 +118,7 @@ def _given(
     found: list[Floats] = []
     with Texts(prompts, candidates) as texts:
         for content, rows in zip(inside, _ranges(tables.count_rows(candidates), shard_items), strict=True):
-            if not known.path(content).exists():
+            if not known.has(content):
                 breathe("shard")
 
                 def progress(done: int, start: int = rows.start) -> None:

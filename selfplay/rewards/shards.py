@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from selfplay.errors import GuardError
 from selfplay.rewards.scorer import Scorer
 from selfplay.rewards.texts import Item
-from selfplay.storage import folders, tables
+from selfplay.storage import folders, seals, tables
 from selfplay.types import Candidate
 
 Floats = NDArray[np.float64]
@@ -56,6 +56,15 @@ class Shards:
     def path(self, content: str) -> Path:
         """The file with the scores of a shard, which is known by its content (`contents`)."""
         return self.folder / f"{content[:32]}.parquet"
+
+    def has(self, content: str) -> bool:
+        """Whether a shard is scored. A file that is damaged counts as none, and is deleted."""
+        return seals.is_whole(self.path(content))
+
+    def drop(self, content: str) -> None:
+        """Delete the file of a shard, whose scores are to be asked for again."""
+        for path in (self.path(content), seals.beside(self.path(content))):
+            path.unlink(missing_ok=True)
 
     def ask(self, content: str, items: Sequence[Item], on_progress: Callable[[int], None]) -> None:
         """Have items scored into their file. Raises as `Scorer.ask`, and GuardError where another reward answers."""

@@ -15,7 +15,7 @@ from selfplay.generation.serving import Serving
 from selfplay.prompts import draw
 from selfplay.prompts.pool import Pool
 from selfplay.rounds.frame import Frame
-from selfplay.storage import folders, tables
+from selfplay.storage import folders, seals, tables
 from selfplay.types import Candidate, Policy, Prompt
 
 
@@ -52,9 +52,10 @@ class Answers:
         sampling = settings.model_dump(mode="json", exclude={"engine", "shard_prompts", "candidates"})
         key = json.dumps([sampling | self._thinking, [prompt.prompt_id for prompt in audit]], sort_keys=True)
         path = self.run_dir / "audit" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
-        if not path.is_file():
+        if not seals.is_whole(path):
             path.parent.mkdir(exist_ok=True)
             tables.write_rows(path, self.answers("initial", audit, initial), Candidate)
+            seals.seal(path)
         return tables.read_rows(path, Candidate)
 
     def answers(

@@ -71,6 +71,9 @@ def run_rounds(
         display.note("interrupted: the same command goes on where this one stopped")
         return 130
     except Exception as error:
+        from selfplay.storage.outside import explained
+
+        known = explained(error)
         log = (run_dir or Path()) / "logs" / "round.log"
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -78,8 +81,12 @@ def run_rounds(
             with open_log(log) as file:
                 file.write(visible(traceback.format_exc()).encode())
         except OSError:
-            traceback.print_exc()
-        display.error(f"{type(error).__name__}: {error}", "this is a bug: please report it with the log", log)
+            if known is None:
+                traceback.print_exc()
+        if known is not None:
+            display.error(known)
+        else:
+            display.error(f"{type(error).__name__}: {error}", "this is a bug: please report it with the log", log)
         return 3
 
 

@@ -22,8 +22,10 @@ from selfplay.config import Config
 from selfplay.errors import CheckpointError, SelfplayError, StageFailed
 from selfplay.progress import Display, Line
 from selfplay.stage import Metrics, Stage, made_from
-from selfplay.storage import folders, hashes
+from selfplay.storage import folders, hashes, manifests, seals
+from selfplay.storage.agreement import REPAIRED
 from selfplay.storage.ledger import LedgerError, Store
+from selfplay.storage.outside import explained
 
 GIVE_UP = "put the folder back from a copy, or give the round up (selfplay cancel): its policy was made from it"
 
@@ -98,12 +100,9 @@ class Frame:
         """What a finished stage said of itself. Raises CheckpointError where that is gone or damaged."""
         path = self.dir / stage.name / folders.MANIFEST
         try:
-            found = folders.read_json(path)
-            return {key: found[key] for key in ("files", "seconds", "metrics")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error!r}): this stage cannot be shown to be whole", self._mend(stage)
-            ) from error
+            return manifests.read(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}: this stage cannot be shown to be whole", self._mend(stage)) from error
 
     def _mend(self, stage: Stage) -> str:
         """What to do about a damaged stage: those that were made from it go with it."""
@@ -124,7 +123,7 @@ class Frame:
                 assert not absent, f"{stage.name} has not written {absent}"
                 # A policy in the folder has a manifest of its own, and leaves it for policies/.
                 files = {n: h for n, h in hashes.hash_files(folder).items() if not n.startswith("policy/")}
-                folders.write_json(
+                seals.write_json(
                     folder / folders.MANIFEST,
                     {
                         "stage": stage.name,
@@ -135,11 +134,22 @@ class Frame:
                         "files": files,
                     },
                 )
-        except SelfplayError as error:
-            log = getattr(error, "log", None) or self._log(stage)
+        except Exception as error:
+            known = error if isinstance(error, SelfplayError) else explained(error)
+            if known is None:
+                raise
+            self._tell_repairs()
+            log = getattr(known, "log", None) or self._log(stage)
             with contextlib.suppress(LedgerError):  # on a full disk the ledger cannot take the event either
-                self.store.event("failed", f"{stage.name}: {error}", self.index)
-            raise StageFailed(stage.name, self.index, error, log) from error
+                self.store.event("failed", f"{stage.name}: {known}", self.index)
+            raise StageFailed(stage.name, self.index, known, log) from error
+        self._tell_repairs()
+
+    def _tell_repairs(self) -> None:
+        """Record what a stage has found damaged and makes again."""
+        with contextlib.suppress(LedgerError):
+            for text in seals.repairs():
+                self.store.event(REPAIRED, text, self.index)
 
     def _log(self, stage: Stage) -> Path | None:
         path = self.logs / f"{stage.log}.log"

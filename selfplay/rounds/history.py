@@ -7,6 +7,7 @@ from typing import Any
 
 from selfplay.storage import folders
 from selfplay.storage.ledger import Store
+from selfplay.storage.manifests import require_whole
 
 STATE = "scored_by"  # in the ledger: for which rounds the same reward gave the scores
 MEAN_REWARDS = ("score/part_external", "score/reward_mean")  # the external reward: the first of them that a round has
@@ -38,7 +39,7 @@ class History:
     def _of_the_last(self, count: int, name: str) -> list[Path]:
         first = max(1, self._index - count)
         wanted = sorted(set(range(first, self._index)) - self.cancelled()) if count else []
-        return [path for i in wanted if (path := self.artifact(i, name)).is_file()]
+        return [require_whole(path) for i in wanted if (path := self.artifact(i, name)).is_file()]
 
     def scored_alike(self) -> list[int]:
         """Earlier rounds whose rewards the same reward gave: another one has another range, and likes other things."""
@@ -79,7 +80,7 @@ class History:
     def _scored_by(self, index: int) -> list[str] | None:
         """What gave a round its rewards; None where that is not recorded."""
         path = self.artifact(index, "score/reward.json")
-        found: list[str] | None = folders.read_json(path).get("names") if path.is_file() else None
+        found: list[str] | None = folders.read_json(require_whole(path)).get("names") if path.is_file() else None
         return found
 
     def judge_before(self) -> tuple[int, list[str]] | None:
@@ -87,6 +88,6 @@ class History:
         for index in range(self._index - 1, 0, -1):
             path = self.artifact(index, "evaluate/judge.json")
             if path.is_file():
-                names: list[str] | None = folders.read_json(path).get("names")
+                names: list[str] | None = folders.read_json(require_whole(path)).get("names")
                 return None if names is None else (index, names)
         return None

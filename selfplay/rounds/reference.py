@@ -8,7 +8,7 @@ from pathlib import Path
 from selfplay.config import Ema, EveryN, TrainConfig
 from selfplay.errors import CheckpointError
 from selfplay.rounds.run import Run
-from selfplay.storage import folders, hashes, policies
+from selfplay.storage import folders, hashes, policies, seals
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.storage.references import MODEL, References
@@ -67,7 +67,7 @@ def of_round(run: Run, index: int, meanwhile: Callable[[], object] = lambda: Non
         )  # fmt: skip
         found = run.trainer.order("blend", job, meanwhile=meanwhile, last=False)
         made_of = {"round": index, "policy": champion, "share": share, "before": before, **found}
-        folders.write_json(out / folders.MANIFEST, {**made_of, "files": hashes.hash_files(out / MODEL)})
+        seals.write_json(out / folders.MANIFEST, {**made_of, "files": hashes.hash_files(out / MODEL)})
     made = references.get(index)
     was = "policy 0" if before is None else f"the reference of round {before}"
     run.store.event(

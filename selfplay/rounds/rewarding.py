@@ -18,6 +18,7 @@ from selfplay.rounds.history import History
 from selfplay.rounds.run import Run
 from selfplay.rounds.stages import SCORE
 from selfplay.stage import Metrics
+from selfplay.storage.manifests import require_whole
 
 
 class Rewarding:
@@ -76,7 +77,7 @@ class Rewarding:
             line,
             candidates=self._candidates,
             scored=self.frame.path("score/scored.parquet"),
-            earlier=[path for path in files if path.is_file()],
+            earlier=[require_whole(path) for path in files if path.is_file()],
             past=self.history.rewards_and_gold(alike),
             probed=self.frame.metrics(SCORE),
             settings=settings,

@@ -32,7 +32,7 @@ from selfplay.rounds.stages import (
     TRAIN,
 )
 from selfplay.rounds.steps import Steps
-from selfplay.storage import agreement, policies, retention
+from selfplay.storage import agreement, closed, policies, retention
 from selfplay.types import Policy, RoundReport
 
 Outcome = Literal["promoted", "rejected", "skipped", "cancelled"]
@@ -120,6 +120,7 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
         needed_rounds=max(run.config.guard.history, run.config.pairs.history),
     )
     reference.forget(run, index, given_up=outcome == "cancelled")
+    closed.write(steps.frame.dir, store, index, state=outcome, policy=current.version, reasons=list(reasons))
     told = "; ".join(reasons) or f"policy {current.version} is current"
     store.close_round(index, outcome, current.version, list(reasons), told)
     ended = report(store, index)

@@ -23,7 +23,7 @@ from selfplay.processes.child import Child, ChildDied
 from selfplay.processes.logs import last_line
 from selfplay.processes.reaping import reap
 from selfplay.progress import Display, Line
-from selfplay.prompts import references
+from selfplay.prompts import references, sealing
 from selfplay.prompts.draws import Draws
 from selfplay.prompts.importer import INITIAL, POLICY
 from selfplay.prompts.orders import Orders
@@ -140,6 +140,7 @@ class Run:
                 line.update(text="prompts and initial policy")
                 with folders.folder(folder) as partial:
                     self._import(partial, line)
+        sealing.require_whole(folder)
         self.prompts = Pool(folder)
         orders = Orders(config.run.seed, folder / ORDERS)
         self.draws = Draws(self.prompts, self.store, self.dir / "rounds", orders)

@@ -17,7 +17,7 @@ from selfplay.generation.sampling import cut
 from selfplay.generation.serving import Serving
 from selfplay.progress import Line
 from selfplay.rounds.frame import Frame
-from selfplay.storage import folders, tables
+from selfplay.storage import folders, seals, tables
 from selfplay.types import Policy
 
 
@@ -88,7 +88,7 @@ class SuiteEngine:
             for start in range(0, count, SCORED):
                 file, size = folder / f"{start:08d}.parquet", min(SCORED, count - start)
                 files[policy].append(file)
-                if file.exists():
+                if seals.is_whole(file):
                     there += size
                     continue
                 ranges.append(

@@ -18,7 +18,8 @@ from selfplay.prompts import draw, references
 from selfplay.prompts import suites as files
 from selfplay.rounds.frame import Frame
 from selfplay.rounds.suite_engine import SuiteEngine
-from selfplay.storage import folders, tables
+from selfplay.storage import folders, seals, tables
+from selfplay.storage.manifests import require_whole
 from selfplay.types import Prompt, SuiteAnswer
 
 if TYPE_CHECKING:
@@ -94,12 +95,13 @@ def _rows(run: Run, settings: SuiteConfig) -> suite_files.Rows:
     decides = [content, settings.prompts, run.config.run.seed, run.config.policy.model_dump(mode="json")]
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     kept = run.dir / "suites" / f"{digest[:16]}.parquet"
-    if not kept.is_file():
+    if not seals.is_whole(kept):
         kept.parent.mkdir(exist_ok=True)
         if settings.prompts is not None:
             ids = draw.subset([prompt.prompt_id for prompt in prompts], settings.prompts, run.config.run.seed, "suite")
             prompts = [prompt for prompt in prompts if prompt.prompt_id in set(ids)]
         tables.write_rows(kept, _rendered(run, settings, prompts), Prompt)
+        seals.seal(kept)
     found = tables.read_rows(kept, Prompt)
     choices = [prompt.meta["choice_ids"] for prompt in found] if files.CHOICES in found[0].meta else []
     return suite_files.Rows(prompts=found, choices=choices, digest=digest)
@@ -133,10 +135,10 @@ def known(
     def answers(name: str, identity: str) -> list[SuiteAnswer] | None:
         for before in range(index - 1, max(champion, 1) - 1, -1):
             said = artifact(before, "suite/suites.json")
-            if not said.is_file() or folders.read_json(said).get(name) != identity:
+            if not said.is_file() or folders.read_json(require_whole(said)).get(name) != identity:
                 continue
             side = "candidate" if before == champion else "champion"
-            rows = tables.read_rows(artifact(before, f"suite/{name}/{side}.parquet"), SuiteAnswer)
+            rows = tables.read_rows(require_whole(artifact(before, f"suite/{name}/{side}.parquet")), SuiteAnswer)
             if {row.policy for row in rows} == {champion}:
                 return rows
         return None

@@ -11,6 +11,7 @@ from selfplay.config import ServiceConfig
 from selfplay.errors import GuardError, SelfplayError
 from selfplay.processes.logs import bound_log, open_log
 from selfplay.storage.ledger import LedgerError
+from selfplay.storage.outside import explained
 from selfplay.visible import visible
 
 LONGEST_WAIT = 3600.0  # seconds between two tries of a round, unless retry_seconds is more
@@ -53,8 +54,10 @@ def in_words(error: Exception, run_dir: Path, now: datetime) -> str:
     """What an error is, for people, and what to do about it. The traceback of one that nobody expected goes to the log."""
     if isinstance(error, LedgerError):
         text = f"the ledger does not answer: {error.orig}"
-    elif isinstance(error, SelfplayError):
-        text = f"{error}; what to do: {error.hint}" if error.hint else str(error)
+    elif (known := error if isinstance(error, SelfplayError) else explained(error)) is not None:
+        text = f"{known}; what to do: {known.hint}" if known.hint else str(known)
+        if known is not error:
+            write_traceback(error, run_dir, now)
     else:
         text = f"{type(error).__name__}: {error} (see {write_traceback(error, run_dir, now)})"
     return text.encode("utf-8", "backslashreplace").decode()  # terminal and ledger take no lone surrogate

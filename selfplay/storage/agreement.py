@@ -46,6 +46,11 @@ def require(store: Store, run_dir: Path, tell: Callable[[str, str], None]) -> No
 
     A run that has no current policy yet gets policy 0.
     """
+    for row in store.damaged_rows():
+        raise InputError(
+            f"{store.path} is damaged: {row} is not what was written",
+            "put ledger.sqlite back from a copy; without one, `selfplay doctor` makes it again from the manifests of the folder",
+        )
     for found in (*rounds(store, run_dir), *kept_policies(store, run_dir)):
         raise InputError(f"{found.path}: {found.what}", f"{found.right}; {DOCTOR}")
     there = Policies(run_dir)

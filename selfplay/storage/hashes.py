@@ -26,10 +26,14 @@ def sha256(path: Path) -> str:
     if found is None:
         if len(_remembered) >= MOST_REMEMBERED:
             _remembered.clear()
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        _remembered[known] = found
+        found = _remembered[known] = digest(path)
     return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, which is read for it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def forget() -> None:
@@ -62,11 +66,16 @@ def of_weights(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
-def verify_files(root: Path, files: Mapping[str, str], error: type[SelfplayError]) -> None:
-    """Raise `error` naming the first file below `root` that is missing or is not what its hash says."""
+def verify_files(root: Path, files: Mapping[str, str], error: type[SelfplayError], anew: bool = False) -> None:
+    """Raise `error` naming the first file below `root` that is missing or is not what its hash says.
+
+    anew: read them all, whatever is remembered. A disk may damage a file without another time of change.
+    """
     for name in files:
         if not (root / name).is_file():
             raise error(f"{root / name} is missing")
+        if anew:
+            _remembered.pop(identity(root / name), None)
     for (name, expected), found in zip(files.items(), sha256_of(root / name for name in files), strict=True):
         if found != expected:
             raise error(f"{root / name} is not what its manifest says (SHA-256 differs)")

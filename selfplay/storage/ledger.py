@@ -18,12 +18,13 @@ from sqlalchemy.exc import DatabaseError as LedgerError
 from sqlalchemy.exc import OperationalError
 
 from selfplay.errors import InputError, LockLost
-from selfplay.storage import lease, sqlite_files
+from selfplay.storage import hashed_rows, lease, sqlite_files, wal
 from selfplay.storage.lock import STATE, RunLock
 from selfplay.storage.reader import Reader, now
 from selfplay.storage.schema import (
     draws,
     events,
+    metadata,
     metrics,
     migrate,
     orders,
@@ -78,6 +79,9 @@ class Store(Reader):
         path = run_dir / "ledger.sqlite"
         if not path.is_file() or not path.stat().st_size:
             _require_nothing_made(run_dir, "is gone")
+        if what := wal.damage(Path(f"{path}-wal")):
+            hint = "put both files back from a copy; `selfplay doctor` goes on without these transactions"
+            raise InputError(f"{path}-wal is damaged: {what}", hint)
         database = sqlite_files.uri(path)
         super().__init__(
             path, sa.create_engine("sqlite://", poolclass=sa.QueuePool, creator=lambda: _connect(database))
@@ -101,6 +105,8 @@ class Store(Reader):
                     if not sa.inspect(connection).has_table("schema_version"):
                         _require_nothing_made(run_dir, "is empty")
                     migrate(connection, str(self.path))
+                    hashed_rows.begin(connection)
+                self._engine.dispose()  # a connection that is opened now keeps the hashes of rows
             except OperationalError:
                 raise
             except LedgerError as error:
@@ -236,6 +242,16 @@ class Store(Reader):
         with self._engine.begin() as connection:
             connection.execute(policies.update().where(policies.c.version.in_(versions)).values(weights=False))
 
+    def damaged_rows(self, every: bool = False) -> list[str]:
+        """Rows that are not what was written, in words (`storage/hashed_rows.py`)."""
+        with self._engine.connect() as connection:
+            return list(hashed_rows.damaged(connection, every))
+
+    def insert(self, table: str, values: dict[str, Any]) -> None:
+        """Insert a row as it is: for a ledger that is made from a folder."""
+        with self._engine.begin() as connection:
+            connection.execute(metadata.tables[table].insert().values(**values))
+
     def delete_events(self, keep: int, most: int) -> None:
         """Delete events but the newest, `most` of them at a time, and orders that were answered before those that stay.
 
@@ -335,6 +351,7 @@ def _prepare(connection: Any, path: Path) -> None:
     sqlite_files.set_journal(connection, path)
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute(f"PRAGMA journal_size_limit={LONGEST_WAL}")
+    hashed_rows.prepare(connection)
 
 
 @contextlib.contextmanager

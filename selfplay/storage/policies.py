@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.errors import CheckpointError
-from selfplay.storage import checkpoints, fences, folders, hashes
+from selfplay.storage import checkpoints, fences, folders, hashes, seals
 from selfplay.storage.checkpoints import MASTERS
 from selfplay.types import Policy
 
@@ -36,6 +36,9 @@ class Manifest:
     source: str | None = None  # policy 0: the folder it refers to, where that is not its own
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(Manifest))
+
+
 def verify(path: Path, masters: bool = True) -> Manifest:
     """Read the manifest of the policy folder `path` and check every file against it.
 
@@ -52,11 +55,16 @@ def verify(path: Path, masters: bool = True) -> Manifest:
 def read(path: Path) -> Manifest:
     """Read the manifest of a policy folder without hashing its files."""
     try:
-        return Manifest(**folders.read_json(path / folders.MANIFEST))
+        return Manifest(**seals.read_json(path / folders.MANIFEST, FIELDS))
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no manifest: it is not a whole policy") from None
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
         raise CheckpointError(f"{path / folders.MANIFEST} cannot be read: {error}") from None
+
+
+def write(path: Path, manifest: Manifest) -> None:
+    """Write the manifest of a policy folder: it is whole with it."""
+    seals.write_json(path / folders.MANIFEST, dataclasses.asdict(manifest))
 
 
 def weights_sha256(manifest: Manifest) -> str:
@@ -150,11 +158,11 @@ class Policies:
         )
         if made is not None:
             folders.make(self.root)
-            folders.write_json(made / folders.MANIFEST, dataclasses.asdict(manifest))
+            write(made, manifest)
             self.adopt(0, made)
             return
         with folders.folder(self.folder(0)) as partial:
-            folders.write_json(partial / folders.MANIFEST, dataclasses.asdict(manifest))
+            write(partial, manifest)
 
     def adopt(self, version: int, exported: Path) -> None:
         """Move an exported policy (with its manifest) to its number. Does nothing when that was done before."""

@@ -175,6 +175,10 @@ class Reader:
             found.setdefault(row["round"], {})[row["name"]] = row["value"]
         return found
 
+    def run(self) -> dict[str, Any] | None:
+        """Name, time of the first opening, and what is fixed; None before that."""
+        return next(iter(self._rows(sa.select(runs))), None)
+
     def created(self) -> str:
         """When the run was first opened."""
         with self._engine.connect() as connection:

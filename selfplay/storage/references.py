@@ -10,10 +10,11 @@ import shutil
 from pathlib import Path
 
 from selfplay.errors import CheckpointError
-from selfplay.storage import folders, hashes
+from selfplay.storage import folders, hashes, seals
 from selfplay.types import Reference
 
 MODEL = "model"
+FIELDS = ("round", "policy", "share", "before", "sha256", "distance", "files")
 
 
 class References:
@@ -34,8 +35,8 @@ class References:
         """The reference of a round, its files checked. Raises CheckpointError where they are damaged or gone."""
         folder = self.folder(index)
         try:
-            files: dict[str, str] = folders.read_json(folder / folders.MANIFEST)["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            files: dict[str, str] = seals.read_json(folder / folders.MANIFEST, FIELDS)["files"]
+        except (OSError, KeyError, CheckpointError) as error:
             raise CheckpointError(f"{folder} has no manifest that can be read: {error}", _mend(folder)) from error
         try:
             hashes.verify_files(folder / MODEL, files, CheckpointError)

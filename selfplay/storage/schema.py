@@ -141,6 +141,14 @@ draws = sa.Table(
     sa.Column("size", sa.Integer, nullable=False),  # training prompts that have a level
     sa.Column("levels", sa.LargeBinary, nullable=False),  # see prompts/draws.py
 )
+row_hashes = sa.Table(
+    "row_hashes",
+    metadata,
+    sa.Column("of", sa.String, primary_key=True),  # name of a table
+    sa.Column("key", sa.String, primary_key=True),  # of a row in it
+    sa.Column("hash", sa.LargeBinary, nullable=False),  # see hashed_rows.py
+    sqlite_with_rowid=False,
+)
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, nullable=False))
 
 TOKENS = ("generate/tokens", "evolve/tokens", "evaluate/tokens")
@@ -210,6 +218,10 @@ def _champions(connection: sa.Connection) -> None:
     connection.execute(sa.text("UPDATE rounds SET champion = sampler WHERE champion IS NULL"))
 
 
+def _row_hashes(connection: sa.Connection) -> None:
+    row_hashes.create(connection, checkfirst=True)
+
+
 MIGRATIONS: list[Callable[[sa.Connection], None]] = [
     metadata.create_all,  # 1: everything above
     _orders_and_pins,  # 2: orders, state, policies.pinned
@@ -217,6 +229,7 @@ MIGRATIONS: list[Callable[[sa.Connection], None]] = [
     _totals_and_trends,  # 4: sums and charts that need no walk over all rounds; indexes by state, name, kind and round
     _draws,  # 5: what was drawn of the pool
     _champions,  # 6: rounds.champion, which another policy may sample for
+    _row_hashes,  # 7: hashes of the rows that decide
 ]
 
 

@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from selfplay.storage.folders import whole
+from selfplay.errors import DamagedError
+from selfplay.storage import seals
+from selfplay.storage.folders import disk_errors, whole
 
 Row = TypeVar("Row")
 GROUP_ROWS = 256  # rows that a reader of one row has to decode
@@ -110,6 +112,7 @@ def writing_to(path: Path, row_type: type[Any]) -> Iterator[Writer]:
         use_dictionary=texts,
         use_byte_stream_split=numbers,
         write_statistics=False,
+        write_page_checksum=True,
     ) as file:
         yield Writer(file, row_type)
 
@@ -147,9 +150,11 @@ def to_table(rows: Sequence[Any], row_type: type[Any]) -> pa.Table:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table as it is, whole or not at all. For numbers that pass between parts of a stage."""
-    with whole(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+    """Write a table as it is, whole or not at all, with its hash beside it (`storage/seals.py`)."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+    seals.finish(partial, path)
 
 
 def write_rows(path: Path, rows: Sequence[Any], row_type: type[Any]) -> None:
@@ -190,8 +195,8 @@ def read_slice(path: Path, row_type: type[Row], start: int, count: int) -> list[
 
 def rows_with(path: Path, row_type: type[Row], column: str, values: Container[str]) -> Iterator[Row]:
     """The records whose `column` is one of `values`, in order; of row groups without any, only that column is decoded."""
-    with pq.ParquetFile(path) as file:
-        keys, groups = _Groups(file, [column], row_type), _Groups(file, schema(row_type).names, row_type)
+    with _opened(path) as file:
+        keys, groups = _Groups(path, file, [column], row_type), _Groups(path, file, schema(row_type).names, row_type)
         for group in range(file.num_row_groups):
             # Compared in Python: Arrow's own way to a mask imports pandas, which is 40 MB.
             cells = keys.read(group)[column].to_pylist()
@@ -229,8 +234,8 @@ def each_group(
     assert names is not None or row_type is not None, "say which columns are wanted"
     wanted = list(names if names is not None else schema(row_type).names)  # type: ignore[arg-type]
     before = 0
-    with pq.ParquetFile(path) as file:
-        groups = _Groups(file, wanted, row_type)
+    with _opened(path) as file:
+        groups = _Groups(path, file, wanted, row_type)
         for group, rows in enumerate(groups.rows):
             low = max(start - before, 0)
             high = rows if count is None else min(start + count - before, rows)
@@ -244,8 +249,8 @@ def each_group(
 
 def read_table(path: Path, names: Sequence[str], row_type: type[Any] | None = None) -> pa.Table:
     """Some whole columns of a file. Not for token ids or texts of a whole round."""
-    with pq.ParquetFile(path) as file:
-        return _Groups(file, names, row_type).whole()
+    with _opened(path) as file:
+        return _Groups(path, file, names, row_type).whole()
 
 
 def read_array(path: Path, name: str) -> NDArray[Any]:
@@ -278,8 +283,8 @@ class RowReader:
 
     def __init__(self, path: Path, names: Sequence[str], row_type: type[Any]) -> None:
         self._empty = schema(row_type).empty_table().select(list(names))
-        self._file = pq.ParquetFile(path)
-        self._groups = _Groups(self._file, names, row_type)
+        self._file = _opened(path)
+        self._groups = _Groups(path, self._file, names, row_type)
         self._starts = np.concatenate([[0], np.cumsum(self._groups.rows, dtype=np.int64)])
         self._last: tuple[int, pa.Table] | None = None  # the group that the next call probably needs again
 
@@ -315,20 +320,49 @@ class RowReader:
 
 def count_rows(path: Path) -> int:
     """Records of a file, from its footer alone."""
-    return int(pq.read_metadata(path).num_rows)
+    with _opened(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def read_whole(path: Path, names: Sequence[str] | None = None) -> pa.Table:
+    """A file as it is, all of it in memory, for a process that trains on it."""
+    with _damage(path):
+        return pq.read_table(path, columns=None if names is None else list(names), page_checksum_verification=True)
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    """An open file, each page of which is checked against its checksum when it is read. Raises DamagedError."""
+    with _damage(path):
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        _ = file.schema_arrow  # it is decoded here, where damage is told
+        return file
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn what Arrow says of bytes that it cannot read into a DamagedError with the file's name."""
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DamagedError(path, str(error)) from error
+    except OSError as error:
+        if error.errno is None and path.is_file():  # Arrow's own word for a page that is not what its checksum says
+            raise DamagedError(path, str(error)) from error
+        raise
 
 
 class _Groups:
     """The row groups of an open file: some columns of each, with the types that the record type has today."""
 
-    def __init__(self, file: pq.ParquetFile, names: Sequence[str], row_type: type[Any] | None) -> None:
-        self._file, self._names, self._row_type = file, list(names), row_type
+    def __init__(self, path: Path, file: pq.ParquetFile, names: Sequence[str], row_type: type[Any] | None) -> None:
+        self._path, self._file, self._names, self._row_type = path, file, list(names), row_type
         self._written = file.schema_arrow.empty_table()
         self._there = [name for name in self._names if name in self._written.column_names]
         self.rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
     def read(self, group: int) -> pa.Table:
-        return self._complete(self._file.read_row_group(group, columns=self._there, use_threads=False))
+        with _damage(self._path):
+            return self._complete(self._file.read_row_group(group, columns=self._there, use_threads=False))
 
     def whole(self) -> pa.Table:
         """All groups."""
@@ -349,9 +383,6 @@ def completed(table: pa.Table, names: Sequence[str], row_type: type[Any]) -> pa.
         elif table.schema.field(name).type != field.type:
             table = table.set_column(table.column_names.index(name), field, table[name].cast(field.type))
     return table.select(list(names))
-
-
-# memory
 
 
 def release_unused() -> None:

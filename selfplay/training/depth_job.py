@@ -132,7 +132,7 @@ def tokens(pair: dict[str, Any]) -> int:
 def read_pairs(path: Path) -> list[dict[str, Any]]:
     """The pairs that were kept. Raises TrainError for a file without any."""
     try:
-        rows = pq.read_table(path, columns=list(COLUMNS)).to_pylist()
+        rows = tables.read_whole(path, COLUMNS).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise TrainError("input", f"{path} is no Parquet file of pairs: {error}", "write it again") from error
     pairs = [row for row in rows if row["kept_because"] is not None]
@@ -211,4 +211,4 @@ def _write(
     )
     rows = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1])
     with folders.whole(path) as partial:
-        pq.write_table(table.append_column("feature", rows), partial)
+        pq.write_table(table.append_column("feature", rows), partial, write_page_checksum=True)

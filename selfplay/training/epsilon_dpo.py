@@ -42,8 +42,7 @@ from selfplay.methods.epsilon_dpo import (
     pair_betas,
     pair_losses,
 )
-from selfplay.storage import folders
-from selfplay.training import sharding, step_sums
+from selfplay.training import saves, sharding, step_sums
 from selfplay.training.batches import pair_difference, pair_weights, per_response, response
 from selfplay.training.data import check_pairs, largest_id
 from selfplay.training.refusals import check_limits, refuse
@@ -51,7 +50,7 @@ from selfplay.training.step_sums import SUMS
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "epsilon_dpo.json"  # β of a checkpoint; written last: a checkpoint without it is not whole
+STATE_FILE = saves.STATE  # written last: a checkpoint without it is not whole
 DROP_STEPS = 10  # optimizer steps over which `chosen_drop` averages
 
 
@@ -360,9 +359,7 @@ class EpsilonDPOTrainer(DPOTrainer):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             state = {"beta": self.beta, "epsilon": self.args.epsilon, "step": self.state.global_step,
                      "logratios": list(self._logratios)}  # fmt: skip
-            folders.sync_tree(folder)
-            folders.write_json(folder / STATE_FILE, state)
-            folders.sync(folder.parent)
+            saves.finish(folder, state)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """TRL's `train`; a checkpoint to resume from also gives β. Raises ValueError where it has none."""
@@ -375,7 +372,7 @@ class EpsilonDPOTrainer(DPOTrainer):
             file = Path(str(checkpoint)) / STATE_FILE
             if not file.is_file():
                 raise ValueError(f"{file} is missing: the checkpoint is not whole; resume from an earlier one")
-            state = folders.read_json(file)
+            state = saves.state(Path(str(checkpoint)))
             self.beta = float(state["beta"])
             self._logratios.extend(state["logratios"])
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)

@@ -176,6 +176,8 @@ class Trainer:
                     if self._engine.loaded:
                         self._engine.wake()
                 assert isinstance(result, dict), "an order is answered by a mapping"
+                for text in result.pop("repairs", ()):
+                    self._on_event("repaired", text)
                 return result
             except (ChildError, ChildDied) as error:
                 if start + 1 == STARTS or not self._lost_a_process(error):

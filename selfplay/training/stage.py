@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -120,7 +119,7 @@ def train(
         files=hashes.hash_files(job.out),
         canaries={"token_ids": canary_ids, "logps": result["canaries"]},
     )
-    folders.write_json(job.out / folders.MANIFEST, dataclasses.asdict(manifest))
+    policies.write(job.out, manifest)
     folders.write_json(out / "history.json", result["history"])
     found = metrics(result, beta) | ({"replayed": float(again)} if config.train.replay else {})
     line.update(text=f"β {beta:g} → {found['beta']:.4g}, update {found['update_relative_norm']:.2e}")

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
@@ -21,17 +20,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from selfplay.errors import TrainError
+from selfplay.errors import DamagedError, TrainError
 from selfplay.models import adapters, weights
 from selfplay.models.kept import Kept
-from selfplay.storage import folders
-from selfplay.training import sharding
+from selfplay.storage import folders, seals, tables
+from selfplay.training import saves, sharding
 from selfplay.training.data import COLUMNS, check_pairs
-from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
+from selfplay.training.epsilon_dpo import EpsilonDPOConfig, EpsilonDPOTrainer
 from selfplay.training.jobs import STOP, CanaryJob, LoraJob, TrainJob
 from selfplay.training.pace import Report, Reporter, flat
 
 logger = logging.getLogger(__name__)
+AGREEMENT = "agreement.json"  # beside the saves: what the check has found
 transformers_logging.disable_progress_bar()
 
 
@@ -62,7 +62,7 @@ def train(job: TrainJob, report: Report, kept: Kept | None = None) -> dict[str, 
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     clock.lap("train")
     if trainer.state.global_step < trainer.state.max_steps:
-        return {"stopped": trainer.state.global_step}
+        return {"stopped": trainer.state.global_step, "repairs": seals.repairs()}
 
     dtype = getattr(torch, job.serving_dtype)
     device, beta, steps = trainer.args.device, trainer.beta, trainer.state.global_step
@@ -104,7 +104,7 @@ def train(job: TrainJob, report: Report, kept: Kept | None = None) -> dict[str, 
     clock.lap("export")
     return {
         "history": history, "steps": steps, "beta": beta, "agreement": found, "canaries": canary_logps,
-        "update": {"share_changed": share, "relative_norm": norm}, "seconds": clock.laps,
+        "update": {"share_changed": share, "relative_norm": norm}, "seconds": clock.laps, "repairs": seals.repairs(),
     }  # fmt: skip
 
 
@@ -179,8 +179,8 @@ def _read_pairs(path: Path, replayed: Path | None = None) -> Any:
 def _read_table(path: Path) -> pa.Table:
     """A file of pairs. Raises TrainError (kind «input») for a file that is not one."""
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+        table = tables.read_whole(path)
+    except (OSError, pa.ArrowInvalid, DamagedError) as error:
         raise TrainError("input", f"{path} is no Parquet file of pairs: {error}", "write it again") from error
     if missing := [name for name in ("chosen_logp", "rejected_logp") if name not in table.column_names]:
         raise TrainError("input", f"{path} lacks {', '.join(missing)}", "write the generator's log-probabilities too")
@@ -221,13 +221,11 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
     if trainer.accelerator.is_main_process:
         folders.make(job.work)
         (job.work / STOP).unlink(missing_ok=True)
-        same = mark.is_file() and folders.read_json(mark) == settings
-        for folder in job.work.glob("checkpoint-*"):
-            if not (same and (folder / STATE_FILE).is_file()):
-                shutil.rmtree(folder)
+        same = saves.remembered(mark) == settings
         if not same:
-            (job.work / "agreement.json").unlink(missing_ok=True)
-            folders.write_json(mark, settings)
+            (job.work / AGREEMENT).unlink(missing_ok=True)
+            seals.write_json(mark, settings)
+        saves.keep_whole(job.work, same)
     trainer.accelerator.wait_for_everyone()
     whole = sorted(job.work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     return whole[-1] if whole else None
@@ -276,11 +274,11 @@ class _AgreementCheck(TrainerCallback):
         self.found: dict[str, float] | None = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        job, trainer, kept = self._job, self._trainer, self._job.work / "agreement.json"
+        job, trainer, kept = self._job, self._trainer, self._job.work / AGREEMENT
         bounds = {"mean": job.agreement_mean, "p99": job.agreement_p99}
         if not any(bounds.values()):
             return
-        found = folders.read_json(kept) if kept.is_file() else self._measured()
+        found = saves.remembered(kept) or self._measured()
         logger.info("agreement with the generator: %s", found)
         for name, bound in bounds.items():
             if bound is not None and not found[name] <= bound:  # NaN must not pass
@@ -294,11 +292,11 @@ class _AgreementCheck(TrainerCallback):
                 )
         trainer.accelerator.wait_for_everyone()
         if trainer.accelerator.is_main_process:
-            folders.write_json(kept, found)
+            seals.write_json(kept, found)
         self.found = found
 
     def _measured(self) -> dict[str, float]:
-        everything, own = self._trainer.train_dataset, pq.read_metadata(self._job.pairs).num_rows
+        everything, own = self._trainer.train_dataset, tables.count_rows(self._job.pairs)
         count = min(self._job.agreement_pairs, own)
         rows = np.random.default_rng(self._job.seed % 2**63).choice(own, count, replace=False)
         sample = everything.select(np.sort(rows))

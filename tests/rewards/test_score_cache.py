@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from selfplay.rewards import cache as score_cache
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.texts import Item
 from selfplay.rounds.run import Run
+from selfplay.storage import seals
 from selfplay.storage.ledger import Store
 
 ASK = [{"role": "user", "content": "Name a colour."}]
@@ -110,6 +112,35 @@ def test_all_are_counted_now_and_then_only(tmp_path, monkeypatch):
     assert counted == [1, 7, 13, 19]
     cache.put(dict.fromkeys(keys(5200), 1.0))
     assert ScoreCache.count(cache) == 5000
+
+
+def test_a_damaged_score_counts_as_absent_and_is_told(tmp_path):
+    path = tmp_path / "scores.sqlite"
+    cache = ScoreCache(path, 100)
+    a, b, c = keys(3)
+    cache.put({a: 1.0, b: 2.0, c: 3.0})
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE scores SET score = 1.0000000000000002 WHERE key = ?", (a,))
+        other.execute("UPDATE scores SET hash = (SELECT hash FROM scores WHERE key = ?) WHERE key = ?", (c, b))
+        other.commit()
+    assert cache.get([a, b, c]) == {c: 3.0} and cache.count() == 1
+    (said,) = seals.repairs()
+    assert said == f"2 scores in {path} were damaged, and are asked for again"
+    cache.close()
+
+
+def test_a_cache_of_an_earlier_version_keeps_its_scores(tmp_path):
+    path, (a, b) = tmp_path / "scores.sqlite", keys(2)
+    with contextlib.closing(sqlite3.connect(path)) as older:
+        older.execute(
+            "CREATE TABLE scores (key BLOB PRIMARY KEY, score REAL NOT NULL, used INTEGER NOT NULL) WITHOUT ROWID"
+        )
+        older.execute("INSERT INTO scores VALUES (?, 0.5, 1)", (a,))
+        older.commit()
+    cache = ScoreCache(path, 100)
+    cache.put({b: 2.0})
+    assert cache.get([a, b]) == {a: 0.5, b: 2.0} and seals.repairs() == []
+    cache.close()
 
 
 def test_a_missing_score_is_not_kept(tmp_path):

@@ -11,6 +11,7 @@ from engine_world import logps
 from mini import Opened, config, nothing_left
 from prometheus_client import generate_latest
 from steps_world import LINE
+from storage_world import sign
 from transformers import AutoModelForCausalLM
 
 from selfplay.errors import Interrupted
@@ -277,6 +278,7 @@ def test_the_champions_answers_are_those_of_the_round_that_trained_it(tmp_path):
                 prompt_id="x", text=side, n_tokens=1, finish_reason="stop", policy=policy, reward=float(index)
             )
             tables.write_rows(folder / "s" / f"{side}.parquet", [row], SuiteAnswer)
+        sign(folder, index)
     known = suites.known(artifact, 4, 2)
     assert known("s", "a")[0].text == "candidate" and known("s", "b")[0].text == "champion"
     assert known("s", "c") is None and known("other", "a") is None

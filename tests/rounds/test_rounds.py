@@ -1,6 +1,8 @@
 """The command's exit codes, over a run and rounds that only pretend."""
 
 import contextlib
+import errno
+import json
 import signal
 import sqlite3
 
@@ -118,6 +120,12 @@ def test_an_unfinished_round_is_completed_however_many_are_asked_for(command, tm
             3,
             "cannot be used: database is locked",
         ),
+        (OSError(errno.EROFS, "Read-only file system", "logs"), 3, "mounted read-only"),
+        (PermissionError(errno.EPERM, "Operation not permitted", "policies/0001"), 3, "policies/0001: Operation not"),
+        (OSError(errno.EIO, "Input/output error"), 3, "dmesg"),
+        (OSError(errno.ENOLCK, "No locks available"), 3, "put the run folder on a local disk"),
+        (json.JSONDecodeError("Expecting value", "", 0), 3, "selfplay doctor"),
+        (MemoryError(), 3, "no memory left"),
         (ZeroDivisionError("x"), 3, "this is a bug"),
     ],
 )
@@ -125,7 +133,9 @@ def test_exit_codes(command, tmp_path, capsys, error, code, words):
     assert command(error)[0] == code
     said = " ".join(capsys.readouterr().out.split())
     assert words in said and "Traceback" not in said
-    assert (tmp_path / "run" / "logs" / "round.log").is_file() == (words == "this is a bug")
+    assert ("this is a bug" in said) == isinstance(error, ZeroDivisionError)
+    kept = isinstance(error, ZeroDivisionError | OSError | MemoryError | ValueError) and not hasattr(error, "hint")
+    assert (tmp_path / "run" / "logs" / "round.log").is_file() == kept
 
 
 def test_what_is_wrong_before_a_run_begins(command, tmp_path, capsys):

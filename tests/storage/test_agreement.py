@@ -1,5 +1,6 @@
 """Folder and ledger of a run: what happens where they do not tell the same."""
 
+import dataclasses
 import shutil
 import sqlite3
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from storage_world import finished
 
 from selfplay.errors import InputError
-from selfplay.storage import agreement, folders
+from selfplay.storage import agreement, folders, policies
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.storage.reader import CURRENT
@@ -100,7 +101,7 @@ def test_what_the_folder_has_and_the_ledger_does_not_know_stops_the_run(run_dir)
 
 def test_another_beta_than_the_ledgers_stops_the_run(run_dir):
     path = run_dir / "policies" / "0002" / folders.MANIFEST
-    folders.write_json(path, {**folders.read_json(path), "beta": 0.25})
+    policies.write(path.parent, dataclasses.replace(policies.read(path.parent), beta=0.25))
     assert "β of policy 2 is 0.25 there and 0.09 in the ledger" in refused(run_dir)
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from storage_world import flip
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -212,6 +213,21 @@ def test_a_repeated_job_resumes_and_another_job_does_not(world: Path, tmp_path: 
         assert bytes_of(folder / "out") == whole
         _, seen = run(job.model_copy(update={"beta": 0.2}))
         assert [step for step, _ in seen] == [0] * 6 + [1, 2, 3, 4, 5, 6]
+
+
+def test_training_goes_on_from_the_save_before_a_damaged_one(world: Path, tmp_path: Path) -> None:
+    job = job_of(world, tmp_path, save_steps=2, epochs=2)
+    run(job)
+    whole = bytes_of(tmp_path / "out")
+    flip(job.work / "checkpoint-6" / "optimizer.pt", 2000)
+    result, seen = run(job)
+    assert [step for step, _ in seen] == [5, 6] and bytes_of(tmp_path / "out") == whole
+    (said,) = result["repairs"]
+    assert "checkpoint-6/optimizer.pt is not what" in said
+    (job.work / "job.json").write_text("{")
+    result, seen = run(job)
+    assert [step for step, _ in seen][-6:] == [1, 2, 3, 4, 5, 6] and bytes_of(tmp_path / "out") == whole
+    assert ["job.json" in said for said in result["repairs"]] == [True]
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -1,0 +1,57 @@
+"""Hashes of a pool: its manifest names what the importer wrote, and each file of prompts that joined later has its own beside it.
+
+All of it is read and hashed when a run opens. What of it is damaged later is seen at the next start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from selfplay.errors import CheckpointError, DamagedError
+from selfplay.prompts.pool import ADDED, ORDERS
+from selfplay.storage import folders, hashes, seals
+from selfplay.storage.folders import MANIFEST
+
+MEND = "put the folder pool of the run back from a copy: its prompts are those that all rounds have drawn from"
+
+
+def seal(folder: Path, but: str) -> None:
+    """Write the manifest of a pool that is made. `but`: a folder in it that goes elsewhere."""
+    seals.write_json(folder / MANIFEST, {"files": _files(folder, but)})
+
+
+def require_whole(folder: Path) -> None:
+    """Raise DamagedError where a file of a pool is not what was written. A pool of an earlier version gets its hashes now."""
+    if not (folder / MANIFEST).is_file():
+        seal(folder, "")
+    for path, what in damaged(folder):
+        raise DamagedError(path, what, MEND)
+
+
+def damaged(folder: Path) -> list[tuple[Path, str]]:
+    """The damaged files of a pool, and what is wrong with each."""
+    found: list[tuple[Path, str]] = []
+    try:
+        files: dict[str, str] = seals.read_json(folder / MANIFEST, ("files",))["files"]
+    except (DamagedError, FileNotFoundError) as error:
+        return [(folder / MANIFEST, error.what if isinstance(error, DamagedError) else "it is gone")]
+    for name, expected in files.items():
+        try:
+            hashes.verify_files(folder, {name: expected}, CheckpointError, anew=True)
+        except CheckpointError as error:
+            found.append((folder / name, str(error).removeprefix(f"{folder / name} ")))
+    for beside in sorted((folder / ADDED).glob(f"*{seals.BESIDE}")):
+        path = beside.with_name(beside.name.removesuffix(seals.BESIDE))
+        if not path.is_file():
+            found.append((path, "it is gone"))
+        elif not seals.is_sealed(path):
+            found.append((path, "its SHA-256 differs from the one beside it"))
+    return found
+
+
+def _files(folder: Path, but: str) -> dict[str, str]:
+    """SHA-256 of all files by name, but of those that only save time and of those that have their own."""
+    skipped = {ADDED, ORDERS, but}
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [name for name in names if name.parts[0] not in skipped and name.as_posix() != folders.MANIFEST]
+    return dict(zip(map(Path.as_posix, names), hashes.sha256_of(folder / name for name in names), strict=True))

@@ -1,0 +1,94 @@
+"""Hashes of the ledger's rows: SQLite notices a page that is no page, but not a bit that has changed in a value.
+
+Rows that decide are hashed: which run it is, rounds, policies with β and pins, draws, and what is kept under names. Triggers
+of each connection keep the hashes, so each changes in the transaction of its row. They are temporary: whoever changes a row
+with another program changes no hash, and is told of it at the next start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+
+from selfplay.storage.schema import draws, policies, rounds, row_hashes, runs, state
+
+HASHED: dict[str, sa.Table] = {table.name: table for table in (runs, rounds, policies, draws, state)}
+LAST = 64
+"""Rounds whose rows are looked at when a run opens."""
+
+
+def prepare(connection: sqlite3.Connection) -> None:
+    """Have a connection keep the hashes, where the ledger has them."""
+    connection.create_function("row_hash", -1, _hash, deterministic=True)
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'row_hashes'").fetchone() is None:
+        return
+    for name in HASHED:
+        for event in ("INSERT", "UPDATE"):
+            connection.execute(
+                f"CREATE TEMP TRIGGER IF NOT EXISTS hash_{name}_{event} AFTER {event} ON main.{name} BEGIN"
+                f" INSERT OR REPLACE INTO row_hashes VALUES ('{name}', {_key(name, 'NEW')}, {_of(name, 'NEW')}); END"
+            )
+        connection.execute(
+            f"CREATE TEMP TRIGGER IF NOT EXISTS hash_{name}_DELETE AFTER DELETE ON main.{name} BEGIN"
+            f" DELETE FROM row_hashes WHERE of = '{name}' AND key = {_key(name, 'OLD')}; END"
+        )
+
+
+def begin(connection: sa.Connection) -> None:
+    """Hash the rows of a ledger that has no hashes yet."""
+    if connection.scalar(sa.select(row_hashes.c.of).limit(1)) is None:
+        hash_all(connection)
+
+
+def hash_all(connection: sa.Connection) -> None:
+    """Hash all rows as they are."""
+    connection.execute(row_hashes.delete())
+    for name in HASHED:
+        connection.exec_driver_sql(
+            f"INSERT INTO row_hashes SELECT '{name}', {_key(name, name)}, {_of(name, name)} FROM {name}"
+        )
+
+
+def damaged(connection: sa.Connection, every: bool = False) -> Iterable[str]:
+    """Rows that are not what their hashes say, in words: of rounds and draws the newest alone, unless `every` is asked for."""
+    for name in HASHED:
+        newest = "" if every or name not in ("rounds", "draws") else f" ORDER BY round DESC LIMIT {LAST}"
+        rows = connection.exec_driver_sql(
+            f"SELECT found.key FROM (SELECT {_key(name, name)} AS key, {_of(name, name)} AS hash FROM {name}{newest}) AS found"
+            f" LEFT JOIN row_hashes ON of = '{name}' AND row_hashes.key = found.key WHERE row_hashes.hash IS NOT found.hash"
+        )
+        for (key,) in rows:
+            yield f"the row {key} of its table {name}"
+    gone = connection.exec_driver_sql(
+        "SELECT of, key FROM row_hashes WHERE "
+        + " AND ".join(
+            f"(of != '{name}' OR key NOT IN (SELECT {_key(name, name)} FROM {name}))"
+            for name in HASHED
+            if name != "draws"
+        )
+        + " AND of != 'draws'"
+    )
+    for of, key in gone:
+        yield f"the row {key} of its table {of}, which is gone"
+
+
+def _key(name: str, row: str) -> str:
+    (column,) = HASHED[name].primary_key.columns
+    return f"CAST({row}.{column.name} AS TEXT)"
+
+
+def _of(name: str, row: str) -> str:
+    return f"row_hash({', '.join(f'{row}.{column.name}' for column in HASHED[name].columns)})"
+
+
+def _hash(*values: Any) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for value in values:
+        raw = value if isinstance(value, bytes) else repr(value).encode()
+        found.update(b"%s %d " % (type(value).__name__.encode(), len(raw)))
+        found.update(raw)
+    return found.digest()

@@ -1,0 +1,118 @@
+"""Hashes that a file carries itself: JSON in a key of its own, shards in a small file beside them.
+
+A stage or a policy is known to be whole by its manifest. These are for what counts before there is a manifest (shards of a
+stage that is under way), for what has none, and for manifests themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections import deque
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from selfplay.errors import DamagedError
+from selfplay.storage import folders, hashes
+
+SEAL = "sha256"
+"""Key of a sealed JSON file: the hash of all its other keys and values."""
+BESIDE = ".sha256"
+"""Behind the name of a sealed file: the file with its hash."""
+
+_repairs: deque[str] = deque()
+
+
+def note_repair(text: str) -> None:
+    """Say that something damaged was dropped, to be made again. Any thread may; whoever has the ledger records it."""
+    _repairs.append(text)
+
+
+def repairs() -> list[str]:
+    """What was said so since the last call."""
+    found = []
+    with contextlib.suppress(IndexError):
+        while True:
+            found.append(_repairs.popleft())
+    return found
+
+
+# JSON
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping with its hash, whole or not at all."""
+    assert SEAL not in value, "the key is the seal's"
+    folders.write_json(path, {**value, SEAL: _hash(json.loads(json.dumps(value)))})
+
+
+def read_json(path: Path, fields: Collection[str] | None) -> dict[str, Any]:
+    """Read what `write_json` has written. Raises DamagedError where it is another, FileNotFoundError where it is gone.
+
+    fields: the keys that it may have; None: any, for mappings. A file of an earlier version has no hash. One that has other
+    keys, or a text among its mappings, is no such file.
+    """
+    try:
+        found = folders.read_json(path)
+    except ValueError as error:
+        raise DamagedError(path, f"it is no JSON any more ({error})") from error
+    if not isinstance(found, dict):
+        raise DamagedError(path, "it holds no mapping")
+    seal = found.pop(SEAL, None)
+    older = found.keys() <= set(fields) if fields is not None else all(isinstance(v, dict) for v in found.values())
+    if seal is None and older:
+        return found
+    if seal != _hash(found):
+        raise DamagedError(path, "its content is not what its own SHA-256 says")
+    return found
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+# files
+
+
+def finish(partial: Path, path: Path) -> None:
+    """Give a file that is written its name, as `folders.finish`, with its hash beside it.
+
+    The hash is not synced: where a power cut takes it, the file counts as damaged, and is made again.
+    """
+    with folders.disk_errors(path):
+        beside(path).write_text(hashes.digest(partial), encoding="ascii")
+        folders.finish(partial, path)
+
+
+def seal(path: Path) -> None:
+    """Put the hash of a file beside it that has its name already, and that is made again where a kill leaves it without."""
+    beside(path).write_text(hashes.digest(path), encoding="ascii")
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is there and is what its hash says. In a folder of an earlier version no file has a hash."""
+    try:
+        return path.is_file() and beside(path).read_text(encoding="ascii").strip() == hashes.digest(path)
+    except FileNotFoundError:
+        return not any(path.parent.glob(f"*{BESIDE}"))
+    except UnicodeDecodeError:
+        return False
+
+
+def is_whole(path: Path) -> bool:
+    """The same, for a file that can be made again: a damaged one is deleted, and told (`repairs`)."""
+    if not path.exists():
+        return False
+    if is_sealed(path):
+        return True
+    path.unlink()
+    beside(path).unlink(missing_ok=True)
+    note_repair(f"{path} was damaged and is made again")
+    return False
+
+
+def beside(path: Path) -> Path:
+    """The file with the hash of a sealed file."""
+    return path.with_name(path.name + BESIDE)

@@ -1,0 +1,130 @@
+"""`selfplay doctor`: what it finds in a run folder, what it mends, and what it leaves to a person."""
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from storage_world import finished, flip
+from typer.testing import CliRunner
+
+from selfplay.cli import app
+from selfplay.doctor.look import look
+from selfplay.errors import InputError
+from selfplay.storage import agreement, closed
+from selfplay.storage.ledger import Store
+from selfplay.storage.lock import RunLock
+from selfplay.storage.policies import Policies
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return finished(tmp_path / "run", rounds=3)
+
+
+def doctor(run_dir: Path, *words: str, said: str = "") -> tuple[int, str]:
+    found = CliRunner().invoke(app, ["doctor", str(run_dir), *words], input=said, env={"COLUMNS": "250"})
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found.exit_code, found.output
+
+
+def ledger(run_dir: Path) -> dict[str, list[tuple]]:
+    """What the ledger has, but for times."""
+    connection = sqlite3.connect(run_dir / "ledger.sqlite")
+    names = ("runs", "rounds", "policies", "metrics", "pairs", "row_hashes")
+    found = {name: connection.execute(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall() for name in names}
+    found["current"] = connection.execute(
+        "SELECT json_extract(value, '$.version') FROM state WHERE name = 'current'"
+    ).fetchall()
+    found["stages"] = connection.execute("SELECT round, stage, seconds FROM stages ORDER BY 1, 2").fetchall()
+    connection.close()
+    found["row_hashes"] = [row[:2] for row in found["row_hashes"] if row[0] != "state"]
+    return found
+
+
+def test_a_whole_folder_has_nothing_wrong(run_dir):
+    assert doctor(run_dir) == (0, f"{run_dir}: nothing is wrong\n")
+
+
+def test_a_folder_that_is_none_or_in_use_is_refused(run_dir, tmp_path):
+    with pytest.raises(InputError, match="no run folder"):
+        doctor(tmp_path / "nothing")
+    with RunLock(run_dir), pytest.raises(InputError, match="in use"):
+        doctor(run_dir)
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "cut", "a page is overwritten", "a row is changed"])
+def test_a_ledger_is_made_again_from_the_folder_as_it_was(run_dir, how):
+    path, before = run_dir / "ledger.sqlite", ledger(run_dir)
+    store = Store(run_dir)
+    store.pin(1, True)
+    closed.write(run_dir / "rounds" / "0003", store, 3, state="promoted", policy=3, reasons=[])
+    store.close_round(3, "promoted", 3, [])
+    store.close()
+    before = ledger(run_dir)
+    if how == "gone":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:9000])
+    elif how == "a page is overwritten":
+        content = bytearray(path.read_bytes())
+        content[8192 : 8192 + 4096] = bytes(4096)
+        path.write_bytes(content)
+    else:
+        other = sqlite3.connect(path)
+        other.execute("UPDATE policies SET pinned = 0")
+        other.commit()
+        other.close()
+    code, said = doctor(run_dir)
+    assert code == 3 and "ledger.sqlite" in said and "(by doctor)" in said
+    code, said = doctor(run_dir, "--yes")
+    assert (code, "mended: 1 of 1" in said) == (0, True), said
+    after = ledger(run_dir)
+    for name, rows in before.items():
+        assert [r[:3] + r[4:] for r in after[name]] == [r[:3] + r[4:] for r in rows], name
+    store = Store(run_dir)
+    agreement.require(store, run_dir, lambda kind, text: pytest.fail(text))
+    assert store.policy(1)["pinned"] and store.events()[-1]["kind"] == "repaired"
+    store.close()
+
+
+def test_nothing_is_changed_without_a_yes(run_dir):
+    (run_dir / "current").unlink()
+    code, said = doctor(run_dir, said="n\n")
+    assert code == 3 and "current" in said and not (run_dir / "current").is_symlink()
+    code, said = doctor(run_dir, said="y\n")
+    assert code == 0 and Policies(run_dir).current == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("policies/0002/model.safetensors", "put the folder back from a copy"),
+        ("policies/0003/manifest.json", "selfplay rollback"),
+        ("rounds/0001/score/rows.txt", "later rounds go on without it"),
+        ("rounds/0002/generate/manifest.json", "put it back from a copy"),
+    ],
+)
+def test_what_cannot_be_made_again_is_named_and_left_alone(run_dir, name, words):
+    flip(run_dir / name, 3)
+    damaged = (run_dir / name).read_bytes()
+    code, said = doctor(run_dir, "--yes")
+    assert code == 3 and words in said and name.rpartition("/")[0] in said
+    assert (run_dir / name).read_bytes() == damaged
+
+
+def test_the_record_of_a_round_is_written_again_and_leftovers_go(run_dir):
+    flip(run_dir / "rounds" / "0002" / "closed.json", 30)
+    (run_dir / "rounds" / "0003" / ".train.partial").mkdir()
+    (run_dir / "rounds" / "0003" / "score-1.shards").mkdir()
+    assert len(look(run_dir)) == 3
+    assert doctor(run_dir, "--yes")[0] == 0 and look(run_dir) == []
+
+
+def test_a_round_of_which_the_ledger_alone_knows_is_named(run_dir):
+    shutil.rmtree(run_dir / "rounds" / "0002")
+    code, said = doctor(run_dir, "--yes")
+    assert code == 3 and "rounds/0002" in said and "the ledger is right" in said

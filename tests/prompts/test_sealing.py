@@ -1,0 +1,53 @@
+"""Hashes of a pool: what the importer wrote, and what joined later."""
+
+import json
+
+import pytest
+from storage_world import flip
+
+from selfplay.errors import DamagedError
+from selfplay.prompts import pool, sealing
+from selfplay.storage import folders, seals
+from selfplay.types import Prompt
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "pool"
+    (made / "prompts").mkdir(parents=True)
+    (made / "prompts" / "000000000.arrow").write_bytes(bytes(100))
+    (made / "initial.json").write_text(json.dumps({"source": "x"}))
+    sealing.seal(made, "policy")
+    for number in range(2):
+        prompt = Prompt(prompt_id=f"{number:016x}", messages=[], prompt_ids=[1], split="train", joined=1)
+        pool.write_added(made, [prompt])
+    return made
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["prompts/000000000.arrow", "initial.json", "manifest.json", "added/0001.parquet", "added/0002.parquet.sha256"],
+)
+@pytest.mark.parametrize("how", ["flip", "cut"])
+def test_a_damaged_pool_stops_the_run_and_is_named(folder, name, how):
+    sealing.require_whole(folder)
+    path = folder / name
+    if how == "flip":
+        flip(path, 12)
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DamagedError, match=name.removesuffix(seals.BESIDE)) as error:
+        sealing.require_whole(folder)
+    assert "back from a copy" in error.value.hint
+
+
+def test_a_file_that_is_gone_is_named(folder):
+    (folder / "added" / "0001.parquet").unlink()
+    (folder / "prompts" / "000000000.arrow").unlink()
+    assert [path.name for path, _ in sealing.damaged(folder)] == ["000000000.arrow", "0001.parquet"]
+
+
+def test_a_pool_of_an_earlier_version_gets_its_hashes(folder):
+    (folder / folders.MANIFEST).unlink()
+    sealing.require_whole(folder)
+    assert sealing.damaged(folder) == []

@@ -1,0 +1,125 @@
+"""Hashes that files and rows carry: one flipped bit is found, and what can be made again counts as absent."""
+
+import contextlib
+import json
+import sqlite3
+
+import pyarrow as pa
+import pytest
+from storage_world import finished, flip
+
+from selfplay.errors import DamagedError, InputError
+from selfplay.storage import agreement, manifests, seals, tables
+from selfplay.storage.ledger import Store
+from selfplay.types import ReferenceLogp
+
+
+def test_a_sealed_mapping_is_read_and_any_other_is_not(tmp_path):
+    path = tmp_path / "a.json"
+    seals.write_json(path, {"beta": 0.1, "files": {"a": "b"}, "steps": (1, 2)})
+    assert seals.read_json(path, ()) == {"beta": 0.1, "files": {"a": "b"}, "steps": [1, 2]}
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in (0, 3, 6):
+            flip(path, place, bit)
+            with contextlib.suppress(DamagedError):
+                found = seals.read_json(path, ("beta", "files", "steps"))
+                assert found == {"beta": 0.1, "files": {"a": "b"}, "steps": [1, 2]}, (place, bit)  # white space
+            path.write_bytes(whole)
+
+
+def test_a_mapping_of_an_earlier_version_has_no_hash(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"beta": 0.1}))
+    assert seals.read_json(path, ("beta",)) == {"beta": 0.1}
+    with pytest.raises(DamagedError):
+        seals.read_json(path, ("epsilon",))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "hash"])
+def test_a_damaged_shard_counts_as_absent_and_is_told(tmp_path, damage):
+    path = tmp_path / "0.parquet"
+    tables.write_table(path, pa.table({"logp": [0.5, 1.5]}))
+    assert seals.is_whole(path) and seals.repairs() == []
+    if damage == "flip":
+        flip(path, 9)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    else:
+        flip(seals.beside(path), 5)
+    assert not seals.is_whole(path) and not path.exists() and not seals.beside(path).exists()
+    (said,) = seals.repairs()
+    assert str(path) in said
+
+
+def test_shards_of_an_earlier_version_have_no_hash(tmp_path):
+    (tmp_path / "0.parquet").write_bytes(b"x")
+    assert seals.is_whole(tmp_path / "0.parquet")
+    tables.write_table(tmp_path / "1.parquet", pa.table({"logp": [0.5]}))
+    assert not seals.is_whole(tmp_path / "0.parquet")
+    seals.repairs()
+
+
+def test_a_page_that_is_not_what_its_checksum_says_is_named_wherever_it_is_read(tmp_path):
+    path = tmp_path / "rows.parquet"
+    tables.write_rows(
+        path, [ReferenceLogp(prompt_id=f"{i:04d}", index=0, logp=-i / 7) for i in range(64)], ReferenceLogp
+    )
+    flip(path, 40)
+    for read in (
+        lambda: tables.read_rows(path, ReferenceLogp),
+        lambda: tables.read_table(path, ["prompt_id", "logp"]),
+        lambda: list(tables.rows_with(path, ReferenceLogp, "prompt_id", {"0001"})),
+        lambda: tables.read_whole(path),
+        lambda: tables.RowReader(path, ["prompt_id"], ReferenceLogp).take([3]),
+    ):
+        with pytest.raises(DamagedError, match=r"rows.parquet is damaged"):
+            read()
+
+
+def test_a_file_of_an_earlier_round_is_read_only_as_its_manifest_has_it(tmp_path):
+    run_dir = finished(tmp_path / "run", rounds=1)
+    path = run_dir / "rounds" / "0001" / "score" / "rows.txt"
+    assert manifests.require_whole(path) == path
+    path.write_text("score 2")
+    with pytest.raises(DamagedError, match="is not what .*manifest.json says") as error:
+        manifests.require_whole(path)
+    assert "doctor" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE policies SET pinned = 1 WHERE version = 2",
+        "UPDATE policies SET beta = 0.5 WHERE version = 1",
+        "UPDATE rounds SET policy = 1 WHERE round = 2",
+        "UPDATE state SET value = '{\"version\": 1, \"before\": 0}' WHERE name = 'current'",
+        "UPDATE runs SET created = '2020-01-01'",
+        "DELETE FROM policies WHERE version = 1",
+        "INSERT INTO state VALUES ('pause', 'null')",
+    ],
+)
+def test_a_row_that_was_changed_by_other_hands_stops_the_run(tmp_path, change):
+    run_dir = finished(tmp_path / "run", rounds=2)
+    other = sqlite3.connect(run_dir / "ledger.sqlite")
+    other.execute(change)
+    other.commit()
+    other.close()
+    store = Store(run_dir)
+    with pytest.raises(InputError, match=r"ledger.sqlite is damaged: the row .* is not what was written|which is gone"):
+        agreement.require(store, run_dir, lambda kind, text: None)
+    store.close()
+
+
+def test_rows_that_the_run_writes_keep_their_hashes(tmp_path):
+    run_dir = finished(tmp_path / "run", rounds=2)
+    store = Store(run_dir)
+    store.pin(1, True)
+    store.weights_deleted([1])
+    store.set_state("pause", {"why": "x"})
+    store.set_state("pause", None)
+    store.record_draw(2, 0, 4, b"levels")
+    store.record_draw(2, 0, 4, b"others")
+    store.change_config(2, "g", {"a": 1})
+    assert store.damaged_rows(every=True) == []
+    store.close()
