@@ -111,37 +111,16 @@ def init(
 def check(
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006  typer wants a list
     test_webhook: Annotated[bool, typer.Option("--test-webhook", help="Also post a test alert to the webhook.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also do a round of four prompts, in a folder that is removed.")] = False,
 ) -> None:  # fmt: skip
     """See whether it would run here, and what a round would do."""
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
+    from selfplay.checks.command import run_check
+    from selfplay.rounds.command import leave
 
-    from selfplay.checks.check import check
-    from selfplay.checks.models import loads
-    from selfplay.checks.plan import plan
-    from selfplay.checks.webhook import takes
-    from selfplay.config import load
-
-    settings = load(config, set_)
-    console = Console(highlight=False)
-    findings = check(settings, run_dir or settings.run_dir)
-    if not any(finding.level == "error" for finding in findings):  # it takes seconds
-        findings += loads(settings)
-    if test_webhook:
-        findings.append(takes(settings))
-    table = Table("level", "about", Column(overflow="fold"), box=None, show_header=False, padding=(0, 1))
-    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    for finding in findings:
-        table.add_row(Text(finding.level, styles[finding.level]), finding.about, Text(finding.text))
-    console.print(table)
-    console.print("\na round", style="bold")
-    rows = Table(box=None, show_header=False, padding=(0, 1))
-    for what, how_much in plan(settings, run_dir or settings.run_dir):
-        rows.add_row(what, how_much)
-    console.print(rows)
-    if any(finding.level == "error" for finding in findings):
-        raise typer.Exit(2)
+    code = run_check(config, set_, run_dir, test_webhook, deep)
+    if deep:
+        leave(code)
+    raise typer.Exit(code)
 
 
 @app.command("round")
