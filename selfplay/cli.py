@@ -348,30 +348,21 @@ def report(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
 @app.command()
 def export(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="`pairs` or `policy`.")],
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
+    out: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="Folder to make.")] = None,
     version: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Policy to export; by default the current one.")
     ] = None,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Repository on the Hub for a policy; the token is in HF_TOKEN.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a repository that everybody can read.")] = False,
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
     """Write pairs as a dataset for TRL, or a policy as a model.
 
     The folder gets a card that says where its content comes from. Nothing that exists already is written over.
     """
-    from selfplay.errors import InputError
-    from selfplay.reporting.export import export_pairs, export_policy
+    from selfplay.publishing.command import run_export
 
-    if what not in ("pairs", "policy"):
-        raise InputError(f"cannot export {what!r}", "export `pairs`, or a `policy`")
-    folder = _folder(config, set_, run_dir)
-    if what == "pairs":
-        print(f"{export_pairs(folder, out)} pairs in {out}")
-        return
-    chosen = version if version is not None else _store(config, set_, run_dir).serving()
-    if chosen is None:
-        raise InputError(f"{folder} has no policy yet", "the first round imports one")
-    export_policy(folder, chosen, out)
-    print(f"policy {chosen} in {out}")
+    run_export(_folder(config, set_, run_dir), what, out, version, push, public)
 
 
 if __name__ == "__main__":
