@@ -84,27 +84,19 @@ def _store(config: Path, sets: list[str], run_dir: Path | None) -> Store:
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to write.")],
-    model: Annotated[str, typer.Option(help="The model to align: folder or Hub id of an instruct model.")],
-    reward: Annotated[str, typer.Option(help="Reward model, a folder or Hub id; or the URL of a reward server.")],
-    prompts: Annotated[str, typer.Option(help="Prompts: a file, a folder or a glob, or the id of a Hub dataset.")],
-) -> None:
-    """Write a configuration for your model, reward and prompts."""
-    from selfplay.config import load
-    from selfplay.config.starter import starter
-    from selfplay.errors import ConfigError, InputError
+    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="YAML file to write.")] = Path("selfplay.yaml"),
+    model: Annotated[str | None, typer.Option(help="The model to align: folder or Hub id of an instruct model.")] = None,
+    reward: Annotated[str | None, typer.Option(help="A reward model, the URL of a reward server, or instructions, math, code.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file, a folder or a glob, or the id of a Hub dataset.")] = None,
+    column: Column = None,
+    preset: Annotated[str | None, typer.Option(help="Numbers to begin with: 0.5b, 8b-lora, 8b-full, 70b-lora.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:  # fmt: skip
+    """Write a configuration for your model, reward, prompts and machine."""
+    from selfplay.starting.command import run_init
 
-    if path.exists():
-        raise InputError(f"{path} exists already, and nothing is written over it", "name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
-    path.write_text(starter(name, model, reward, prompts), encoding="utf-8")
-    try:
-        load(path)
-    except ConfigError:
-        path.unlink()  # what was given makes no configuration: nothing is left in the way of the next try
-        raise
-    print(f"wrote {path}; next: selfplay check -c {path}")
+    run_init(path, {"model": model, "reward": reward, "prompts": prompts}, column, preset, yes, force)
 
 
 @app.command()
