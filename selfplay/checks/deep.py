@@ -51,7 +51,7 @@ def smallest(config: Config) -> Config:
     What decides on memory stays as it is: models, engine, lengths, micro-batches, processes and placement.
     """
     together = config.train.micro_batch_pairs * launch.read(config.train.accelerate).processes
-    unlimited = {name: {} for name, limits in GuardConfig() if name not in ("history", "probes")}
+    unlimited: dict[str, Any] = {name: {} for name, limits in GuardConfig() if name not in ("history", "probes")}
     changed: dict[str, dict[str, Any]] = {
         "prompts": {"per_round": PROMPTS},
         "breadth": {"clusters": None},
@@ -68,7 +68,7 @@ def smallest(config: Config) -> Config:
     }  # fmt: skip
     given = config.model_dump(mode="json")
     given["reward"]["cache"]["path"] = None  # a cache that runs share is not to learn from this
-    given["track"] = "none"
+    given |= {"track": "none", "publish": {}}  # nobody else is to hear of it
     for section, values in changed.items():
         given[section] |= values
     return Config.model_validate(given)

@@ -8,7 +8,7 @@ from mini import config, nothing_left
 from rich.console import Console
 
 from selfplay.checks.deep import deep, smallest
-from selfplay.config import load
+from selfplay.config import PublishConfig, load
 from selfplay.errors import InputError
 from selfplay.reporting.terminal import Display
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_a_round_of_four_prompts_is_one_step_with_the_memory_of_a_whole_one(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    given = load(file)
+    given = load(file, ["publish={hub: me/mine, folder: /srv/mine, vllm: ['http://host']}"])
     small = smallest(given)
     assert (small.prompts.per_round, small.generate.candidates, small.train.epochs) == (4, 2, 1)
     assert small.train.batch_pairs >= 4 > small.train.batch_pairs - 4 * given.train.micro_batch_pairs * 8
@@ -29,7 +29,7 @@ def test_a_round_of_four_prompts_is_one_step_with_the_memory_of_a_whole_one(file
         given.placement,
         given.policy,
     )
-    assert small.track == "none"
+    assert small.track == "none" and small.publish == PublishConfig()
 
 
 def test_what_a_round_refuses_is_refused_and_leaves_nothing(mini_world, tmp_path):

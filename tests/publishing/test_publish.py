@@ -139,6 +139,20 @@ def test_a_folder_of_others_is_left_alone_and_no_round_fails(run, tmp_path):
         folder.put(run.run_dir, "another", manifest(run, 1), tmp_path / "home")
 
 
+def test_a_service_alerts_people_and_tries_again_when_it_starts(run, tmp_path, world):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    Policies(run.run_dir).set_current(1)
+    service = world(f"publish.folder={tmp_path / 'home'}")
+    service.daemon._write_down()
+    (alert,) = run.store.state("alerts")
+    assert "policy 1 was not published" in alert["text"] and run.store.state(STATE).popitem()[1]["state"] == "failed"
+    (tmp_path / "home" / "letter.txt").unlink()
+    service.made()
+    service.opened()
+    assert os.readlink(tmp_path / "home" / "current") == "0001" and len(run.events("published")) == 1
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with hub_stand_in() as server:

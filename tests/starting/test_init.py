@@ -1,5 +1,6 @@
 """`selfplay init`, on machines whose nvidia-smi is a program of the test, and with answers of a Hub that cannot be reached."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from selfplay.checks import gpus, hub
 from selfplay.checks.check import check
 from selfplay.config import load
 from selfplay.errors import InputError
+from selfplay.starting import command
 from selfplay.starting.presets import FSDP2, PRESETS
 
 LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
@@ -159,3 +161,10 @@ def test_a_reward_server_says_what_it_is(tmp_path, monkeypatch):
     made = load("selfplay.yaml").reward
     assert (made.dialect, made.served_model, made.tokenizer) == ("vllm-classify", "rm", "/models/rm")
     assert "a vLLM server of rm" in said and Path("selfplay.yaml").is_file()
+
+
+def test_a_terminal_is_asked_for_what_is_missing(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("org/m\n\norg/r\n"))
+    given = {"model": None, "prompts": None, "reward": None}
+    found = command._answers(given, "0.5b", may_ask=True)
+    assert found == {"model": "org/m", "prompts": PRESETS["0.5b"].prompts["source"], "reward": "org/r"}
