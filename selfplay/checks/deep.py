@@ -42,6 +42,8 @@ def deep(config: Config, run_dir: Path, display: Display) -> list[Finding]:
                 lines = error.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
                 display.note("\n".join([f"the end of {error.log.name}, which is removed:", *lines]))
                 error.log = None
+            if error.hint.endswith("finished stages are kept"):
+                error.hint = "mend it, and try again"
             raise
 
 

@@ -58,6 +58,7 @@ def run_init(
         raise InputError(f"{accelerate} exists already, and nothing is written over it", "name another file")
     settings = sizing.for_data(settings, model, data)
     settings = sizing.for_machine(settings, model, machine, accelerate)
+    settings = sizing.for_disk(settings, len(machine.gpus))
     _write(path, _title(chosen, preset, machine), settings, accelerate, len(machine.gpus))
     print(f"\nwrote {path}, with numbers of the preset {chosen} for this machine")
     config = load(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ ROOM = 0.75  # of an engine's memory that weights may take; the rest is for keys
 BUFFERS = 0.05  # of a GPU, for what the plan does not count
 UTILISATION = tuple(round(0.9 - 0.05 * step, 2) for step in range(13))
 MICRO = (4, 2, 1)
+KEPT = ((3, 2), (1, 1), (0, 0))  # policies, and rounds of rejected ones
 
 
 def nested(settings: Settings) -> dict[str, Any]:
@@ -88,17 +90,15 @@ def _candidates(settings: Settings, model: Model, there: Machine, accelerate: Pa
     count, size = len(there.gpus), min(gpu.total for gpu in there.gpus) or 80 * GIB
     weights = 2.0 * (model.parameters or 0)
     methods = [settings] if "train.lora.r" in settings else [settings, _as_adapter(settings)]
-    for base in methods:
+    for base, by_turns in product(methods, (False, True) if count == 1 else (True,)):
         for utilisation in UTILISATION:
             parallel = next((n for n in _divisors(count) if weights / n <= ROOM * utilisation * size), None)
-            if parallel is None:
-                continue
-            for micro in MICRO:
-                yield _placed(base, count, parallel, utilisation, micro, accelerate)
+            for micro in MICRO if parallel is not None else ():
+                yield _placed(base, count, parallel, utilisation, micro, accelerate, by_turns)
 
 
 def _placed(
-    settings: Settings, count: int, parallel: int, utilisation: float, micro: int, accelerate: Path
+    settings: Settings, count: int, parallel: int, utilisation: float, micro: int, accelerate: Path, by_turns: bool
 ) -> Settings:
     engines, step = count // parallel, micro * count
     why = settings["generate.engine.gpu_memory_utilization"][1]
@@ -111,11 +111,12 @@ def _placed(
         "train.micro_batch_pairs": (micro, settings["train.micro_batch_pairs"][1]),
         "train.batch_pairs": (step * math.ceil(settings["train.batch_pairs"][0] / step), settings["train.batch_pairs"][1]),
     }  # fmt: skip
-    if count == 1:
+    if not by_turns:
         return found | {
             "placement.colocated": (True, "engine and trainer take turns on the GPU; the reward model stays")
         }
-    found["train.accelerate"] = (str(accelerate), f"{count} processes that share the weights (FSDP2)")
+    if count > 1:
+        found["train.accelerate"] = (str(accelerate), f"{count} processes that share the weights (FSDP2)")
     return found | {"placement": ("shared", "every role uses every GPU, by turns")}
 
 
@@ -144,7 +145,7 @@ def _too_small(settings: Settings, there: tuple[Gpu, ...]) -> str:
     """What the plan of the memory says against it; empty where it confirms it."""
     with TemporaryDirectory(prefix="selfplay-init-") as scratch:
         config = _config(settings, Path(scratch), len(there))
-        said = [finding.text for finding in gpus.gpus(config, None) if finding.level == "error"]
+        said = [finding.text for finding in gpus.too_small(config, there)]
         for i, moments in gpus.held(config, there).items() if not said else ():
             for moment, parts in moments.items():
                 if sum(parts.values()) > (1 - BUFFERS) * there[i].total:
@@ -159,6 +160,23 @@ def _require(settings: Settings, accelerate: str | None, there: Machine) -> None
         for finding in machine.memory(config, Path(scratch)):
             if finding.level == "error":
                 raise InputError(finding.text, "take a smaller model, or a machine with more main memory")
+
+
+def for_disk(settings: Settings, processes: int) -> Settings:
+    """The same with fewer policies kept, where the disk of the run has no room for more. What it still lacks, `check` says."""
+    for last, rejected in KEPT:
+        found = settings | {
+            "retention.last": (
+                last,
+                "policies whose weights stay, beside the current one, its parent and the initial one",
+            ),
+            "retention.rejected_rounds": (rejected, "rounds after which the weights of a rejected one go"),
+        }
+        with TemporaryDirectory(prefix="selfplay-init-") as scratch:
+            config = _config(found, Path(scratch), processes)
+            if all(finding.level != "error" for finding in machine.disk(config, config.run_dir)):
+                return found
+    return found
 
 
 def _config(settings: Settings, scratch: Path, count: int) -> Config:
