@@ -20,7 +20,7 @@ from selfplay.publishing import folder, publish, vllm
 from selfplay.publishing.publish import STATE
 from selfplay.publishing.server import EXTENSION, Server
 from selfplay.reporting.terminal import Display
-from selfplay.storage import policies
+from selfplay.storage import agreement, policies
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 
@@ -54,7 +54,7 @@ class Published:
 
     def publish(self, version: int, retry: bool = False, **targets) -> str:
         """What the ledger says of it then: the state of the only target."""
-        Policies(self.run_dir).set_current(version)
+        agreement.set_current(self.store, Policies(self.run_dir), version)
         display = Display(Console(file=self.said, width=300))
         publish.publish(config(**targets), self.run_dir, self.store, display, self.alerts.append, retry)
         return " ".join(f"{row['version']} {row['state']}" for row in self.store.state(STATE, {}).values())
@@ -142,7 +142,7 @@ def test_a_folder_of_others_is_left_alone_and_no_round_fails(run, tmp_path):
 def test_a_service_alerts_people_and_tries_again_when_it_starts(run, tmp_path, world):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("mine")
-    Policies(run.run_dir).set_current(1)
+    agreement.set_current(run.store, Policies(run.run_dir), 1)
     service = world(f"publish.folder={tmp_path / 'home'}")
     service.daemon._write_down()
     (alert,) = run.store.state("alerts")
@@ -185,7 +185,7 @@ def test_the_hub_gets_a_policy_once_and_the_token_is_nowhere(run, hub):
 
 def test_a_push_needs_a_token_and_says_where_the_policy_is(run, hub, monkeypatch):
     words = ["export", "policy", "--push", "me/mine", "--run-dir", str(run.run_dir)]
-    Policies(run.run_dir).set_current(1)
+    agreement.set_current(run.store, Policies(run.run_dir), 1)
     done = subprocess.run([sys.executable, "-m", "selfplay.cli", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"policy 1 is at {hub.url}/me/mine/commit/" in done.stdout and TOKEN not in done.stdout + done.stderr
