@@ -24,10 +24,10 @@ def put(run_dir: Path, run: str, manifest: Manifest, root: Path) -> Path:
 
     Whatever was done of it before is not done again. Raises InputError for a folder that is not this run's.
     """
-    listed = _listed(root, run)
+    known = listed(root, run)
     folders.make(root)
     out, before = root / f"{manifest.version:04d}", _target(root)
-    _list(root, run, listed | {out.name})  # first, so that nothing is made there which is not known as ours
+    _list(root, run, known | {out.name})  # first, so that nothing is made there which is not known as ours
     if out.is_dir() and not _is(out, manifest):  # damaged, or of a run that began anew under this name
         shutil.rmtree(out)
     if not out.is_dir():
@@ -40,7 +40,7 @@ def put(run_dir: Path, run: str, manifest: Manifest, root: Path) -> Path:
     partial.rename(root / CURRENT)
     folders.sync(root)
     kept = {out.name, before or out.name}
-    for name in listed - kept:
+    for name in known - kept:
         shutil.rmtree(root / name, ignore_errors=True)
     _list(root, run, kept)
     return out
@@ -50,7 +50,7 @@ def _list(root: Path, run: str, versions: set[str]) -> None:
     folders.write_json(root / LIST, {"run": run, "versions": sorted(versions)})
 
 
-def _listed(root: Path, run: str) -> set[str]:
+def listed(root: Path, run: str) -> set[str]:
     """The policies that LIST names; none for a folder that is new or empty. Raises InputError."""
     if not (root / LIST).is_file():
         if root.is_dir() and any(path.name != f".{LIST}.partial" for path in root.iterdir()):

@@ -112,9 +112,6 @@ def _to_server(
     config: Config, run_dir: Path, manifest: Manifest, url: str, touched: bool, begin: Callable[[], None]
 ) -> str:
     settings, run = config.publish, Policies(run_dir)
-    key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
-    if settings.api_key_env and key is None:
-        raise PublishError(f"${settings.api_key_env} is not set", "export it, or leave publish.api_key_env out")
     place = {}
     for version in run.versions():
         found = policies.read(run.folder(version))
@@ -123,6 +120,15 @@ def _to_server(
     if settings.folder is not None:
         path = str(settings.folder.resolve() / f"{manifest.version:04d}")
     return vllm.put(
-        Server(url, key, settings.proxy_env), manifest.version, path, place,
+        server(config, url), manifest.version, path, place,
         dtype=config.policy.dtype, largest=config.swap.tolerance, seconds=settings.reload_seconds, touched=touched, begin=begin,
     )  # fmt: skip
+
+
+def server(config: Config, url: str) -> Server:
+    """The server at an address, with the key from the environment. Raises PublishError where that is not set."""
+    settings = config.publish
+    key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
+    if settings.api_key_env and key is None:
+        raise PublishError(f"${settings.api_key_env} is not set", "export it, or leave publish.api_key_env out")
+    return Server(url, key, settings.proxy_env)

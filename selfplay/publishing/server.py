@@ -7,9 +7,10 @@ does not fit cannot be mended. The routes are there with VLLM_SERVER_DEV_MODE=1 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from reward.http import Answer, HttpError, InvalidAddress, ask
@@ -33,17 +34,21 @@ class Server:
 
     def open(self) -> str:
         """See whether weights can be put into it; returns the place that its model was loaded from."""
-        models = [row for row in self._ask("GET", "/v1/models")["data"] if not row.get("parent")]  # adapters have one
-        self._model = str(models[0]["id"])
+        with self._as_vllm():
+            models = [
+                row for row in self._ask("GET", "/v1/models")["data"] if not row.get("parent")
+            ]  # adapters have one
+            self._model, root = str(models[0]["id"]), str(models[0]["root"])
         if self._say("GET", "/is_paused").status == 404:
             raise PublishError(f"{self.url} takes no new weights: its routes for developers are off", DEV)
-        engines = [int(self._ask("GET", f"/get_world_size?include_dp={dp}")["world_size"]) for dp in ("true", "false")]
+        with self._as_vllm():
+            engines = [self._ask("GET", f"/get_world_size?include_dp={dp}")["world_size"] for dp in ("true", "false")]
         if engines[0] != engines[1]:
             raise PublishError(
                 f"{self.url} runs several engines (data parallel), and only one of them could be shown to be renewed",
                 "run a server for each, and name all of them in publish.vllm",
             )
-        return str(models[0]["root"])
+        return root
 
     def logps(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Summed log-probabilities (nats) of the tokens 1 … T−1 of each sequence under the weights that it serves."""
@@ -51,15 +56,28 @@ class Server:
             "model": self._model, "prompt": [list(ids) for ids in sequences], "max_tokens": 1, "temperature": 0.0,
             "prompt_logprobs": 0,
         }  # fmt: skip
-        choices = sorted(self._ask("POST", "/v1/completions", body)["choices"], key=lambda choice: choice["index"])
-        return [
-            math.fsum(step[str(token)]["logprob"] for token, step in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True))
-            for ids, choice in zip(sequences, choices, strict=True)
-        ]  # fmt: skip
+        with self._as_vllm():
+            choices = sorted(self._ask("POST", "/v1/completions", body)["choices"], key=lambda choice: choice["index"])
+            steps = [choice["prompt_logprobs"][1:] for choice in choices]
+            return [
+                math.fsum(step[str(token)]["logprob"] for token, step in zip(ids[1:], each, strict=True))
+                for ids, each in zip(sequences, steps, strict=True)
+            ]
+
+    @contextlib.contextmanager
+    def _as_vllm(self) -> Iterator[None]:
+        """An answer of another form is that of another service."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise PublishError(
+                f"{self.url} is no vLLM of a known version: its answer lacks {error}", "vLLM 0.32 is known"
+            ) from None
 
     @property
     def paused(self) -> bool:
-        return bool(self._ask("GET", "/is_paused")["is_paused"])
+        with self._as_vllm():
+            return bool(self._ask("GET", "/is_paused")["is_paused"])
 
     def pause(self) -> None:
         """Freeze requests. Those that run go on after `resume`, from the tokens that they have."""

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from engine_world import CANARIES, write_policy
-from http_stand_in import hub_stand_in
+from http_stand_in import answering, hub_stand_in
 from rich.console import Console
 from typer.testing import CliRunner
 from vllm_world import vllm_server
 
 from selfplay import cli
+from selfplay.checks import publishing
 from selfplay.config import Config
 from selfplay.errors import InputError, PublishError
 from selfplay.publishing import folder, publish, vllm
@@ -195,6 +196,30 @@ def test_a_push_needs_a_token_and_says_where_the_policy_is(run, hub, monkeypatch
         CliRunner().invoke(cli.app, words, catch_exceptions=False)
     with pytest.raises(InputError, match="--push is for a policy"):
         CliRunner().invoke(cli.app, ["export", "pairs", *words[2:]], catch_exceptions=False)
+
+
+def test_check_looks_at_every_target(tmp_path, monkeypatch):
+    (tmp_path / "letter.txt").write_text("mine")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    looked = [
+        (f.level, f.about, f.text)
+        for f in publishing.targets(config(hub="me/mine", folder=tmp_path, vllm=["http://127.0.0.1:9"]), tmp_path)
+    ]
+    assert [row[:2] for row in looked] == [
+        ("error", "publish.hub"),
+        ("error", "publish.folder"),
+        ("warning", "publish.vllm"),
+    ]
+    assert (
+        "HF_TOKEN is not set" in looked[0][2]
+        and "holds other files" in looked[1][2]
+        and "does not answer" in looked[2][2]
+    )
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with answering({"/v1/models": '{"data": [{"id": "mine", "root": "/m"}]}'}) as url:
+        found = publishing.targets(config(hub="me/mine", folder=tmp_path / "new", vllm=[url]), tmp_path)
+        looked = [(f.level, f.text) for f in found]
+    assert [level for level, _ in looked] == ["ok", "ok", "warning"] and "VLLM_SERVER_DEV_MODE=1" in looked[2][1]
 
 
 @pytest.mark.slow
