@@ -93,7 +93,9 @@ def _candidates(settings: Settings, model: Model, there: Machine, accelerate: Pa
     for base, by_turns in product(methods, (False, True) if count == 1 else (True,)):
         for utilisation in UTILISATION:
             parallel = next((n for n in _divisors(count) if weights / n <= ROOM * utilisation * size), None)
-            for micro in MICRO if parallel is not None else ():
+            if parallel is None:
+                continue
+            for micro in MICRO:
                 yield _placed(base, count, parallel, utilisation, micro, accelerate, by_turns)
 
 
