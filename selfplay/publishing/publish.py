@@ -1,6 +1,6 @@
 """What is published where, and what of it is done: the ledger says it, so that a kill at any moment changes nothing.
 
-A target that fails fails no round. There is a warning among the events and an alert, and it is tried again with the next
+A target that fails fails no round. There is an alert, and it is tried again with the next
 policy and at the next start.
 """
 
@@ -67,7 +67,7 @@ def publish(
             hint = f"; {error.hint}" if isinstance(error, SelfplayError) and error.hint else ""
             text = f"policy {version} was not published to {name}, and is tried again at the next start: {error}{hint}"
             note("failed", known[name]["touched"])
-            store.event("warning", text)
+            store.event("alert", text)
             display.warn(text)
             alert(text)
         else:

@@ -130,7 +130,7 @@ def test_a_folder_of_others_is_left_alone_and_no_round_fails(run, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("mine")
     assert run.publish(1, folder=tmp_path / "home") == "1 failed"
-    (said,) = run.events("warning")
+    (said,) = run.events("alert")
     assert "holds other files" in said and "name a new folder" in said and run.alerts == [said]
     run.publish(1, folder=tmp_path / "home")
     assert len(run.alerts) == 1, "with the same policy it is tried again at the next start alone"
