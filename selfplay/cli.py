@@ -84,63 +84,35 @@ def _store(config: Path, sets: list[str], run_dir: Path | None) -> Store:
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to write.")],
-    model: Annotated[str, typer.Option(help="The model to align: folder or Hub id of an instruct model.")],
-    reward: Annotated[str, typer.Option(help="Reward model, a folder or Hub id; or the URL of a reward server.")],
-    prompts: Annotated[str, typer.Option(help="Prompts: a file, a folder or a glob, or the id of a Hub dataset.")],
-) -> None:
-    """Write a configuration for your model, reward and prompts."""
-    from selfplay.config import load
-    from selfplay.config.starter import starter
-    from selfplay.errors import ConfigError, InputError
+    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="YAML file to write.")] = Path("selfplay.yaml"),
+    model: Annotated[str | None, typer.Option(help="The model to align: folder or Hub id of an instruct model.")] = None,
+    reward: Annotated[str | None, typer.Option(help="A reward model, the URL of a reward server, or instructions, math, code.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file, a folder or a glob, or the id of a Hub dataset.")] = None,
+    column: Column = None,
+    preset: Annotated[str | None, typer.Option(help="Numbers to begin with: 0.5b, 8b-lora, 8b-full, 70b-lora.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:  # fmt: skip
+    """Write a configuration for your model, reward, prompts and machine."""
+    from selfplay.starting.command import run_init
 
-    if path.exists():
-        raise InputError(f"{path} exists already, and nothing is written over it", "name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
-    path.write_text(starter(name, model, reward, prompts), encoding="utf-8")
-    try:
-        load(path)
-    except ConfigError:
-        path.unlink()  # what was given makes no configuration: nothing is left in the way of the next try
-        raise
-    say(f"wrote {path}; next: selfplay check -c {path}")
+    run_init(path, {"model": model, "reward": reward, "prompts": prompts}, column, preset, yes, force)
 
 
 @app.command()
 def check(
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006  typer wants a list
     test_webhook: Annotated[bool, typer.Option("--test-webhook", help="Also post a test alert to the webhook.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also do a round of four prompts, in a folder that is removed.")] = False,
 ) -> None:  # fmt: skip
     """See whether it would run here, and what a round would do."""
-    from rich.table import Column, Table
-    from rich.text import Text
+    from selfplay.checks.command import run_check
+    from selfplay.rounds.command import leave
 
-    from selfplay.checks.check import check
-    from selfplay.checks.models import loads
-    from selfplay.checks.plan import plan
-    from selfplay.checks.webhook import takes
-    from selfplay.config import load
-    from selfplay.reporting.console import TextConsole
-
-    settings, console = load(config, set_), TextConsole()
-    findings = check(settings, run_dir or settings.run_dir)
-    if not any(finding.level == "error" for finding in findings):  # it takes seconds
-        findings += loads(settings)
-    if test_webhook:
-        findings.append(takes(settings))
-    table = Table("level", "about", Column(overflow="fold"), box=None, show_header=False, padding=(0, 1))
-    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    for finding in findings:
-        table.add_row(Text(finding.level, styles[finding.level]), finding.about, Text(finding.text))
-    console.print(table)
-    console.print("\na round", style="bold")
-    rows = Table(box=None, show_header=False, padding=(0, 1))
-    for what, how_much in plan(settings, run_dir or settings.run_dir):
-        rows.add_row(what, how_much)
-    console.print(rows)
-    if any(finding.level == "error" for finding in findings):
-        raise typer.Exit(2)
+    code = run_check(config, set_, run_dir, test_webhook, deep)
+    if deep:
+        leave(code)
+    raise typer.Exit(code)
 
 
 app.command()(doctor)
@@ -369,30 +341,21 @@ def report(config: Config = TINY, set_: Set = [], run_dir: RunDir = None) -> Non
 @app.command()
 def export(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="`pairs` or `policy`.")],
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
+    out: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="Folder to make.")] = None,
     version: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Policy to export; by default the current one.")
     ] = None,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Repository on the Hub for a policy; the token is in HF_TOKEN.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a repository that everybody can read.")] = False,
     config: Config = TINY, set_: Set = [], run_dir: RunDir = None,  # noqa: B006
 ) -> None:  # fmt: skip
     """Write pairs as a dataset for TRL, or a policy as a model.
 
     The folder gets a card that says where its content comes from. Nothing that exists already is written over.
     """
-    from selfplay.errors import InputError
-    from selfplay.reporting.export import export_pairs, export_policy
+    from selfplay.publishing.command import run_export
 
-    if what not in ("pairs", "policy"):
-        raise InputError(f"cannot export {what!r}", "export `pairs`, or a `policy`")
-    folder = _folder(config, set_, run_dir)
-    if what == "pairs":
-        say(f"{export_pairs(folder, out)} pairs in {out}")
-        return
-    chosen = version if version is not None else _store(config, set_, run_dir).serving()
-    if chosen is None:
-        raise InputError(f"{folder} has no policy yet", "the first round imports one")
-    export_policy(folder, chosen, out)
-    say(f"policy {chosen} in {out}")
+    run_export(_folder(config, set_, run_dir), what, out, version, push, public)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,10 @@ class RewardError(SelfplayError):
     """Rewards are missing: an outage, or too many items without a score. They are never guessed."""
 
 
+class PublishError(SelfplayError):
+    """A policy could not be published; the run goes on."""
+
+
 class GuardError(SelfplayError):
     """The reward is not what it was, or looks wrong; nothing was trained on it."""
 

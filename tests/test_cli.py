@@ -127,7 +127,7 @@ def test_a_run_before_its_first_round_has_nothing_to_show(bare):
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_two_lines(monkeypatch, capsys):
-    words = ["init", "/proc/nothing/my.yaml", "--model", "m", "--reward", "r", "--prompts", "p"]
+    words = ["init", "/proc/nothing/my.yaml", "--model", "org/m", "--reward", "org/r", "--prompts", "org/p"]
     monkeypatch.setattr(sys, "argv", ["selfplay", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -289,26 +289,6 @@ def test_a_run_that_was_never_opened_has_no_policy_to_export(tmp_path):
         CliRunner().invoke(
             cli.app, ["export", "policy", str(tmp_path / "x"), "--run-dir", str(tmp_path)], catch_exceptions=False
         )
-
-
-def test_a_starting_configuration_is_written_and_valid(tmp_path):
-    file = tmp_path / "my.yaml"
-    for reward, expected in (
-        ("org/reward", ("org/reward", [])),
-        ("http://127.0.0.1:9", (None, ["http://127.0.0.1:9"])),
-    ):
-        file.unlink(missing_ok=True)
-        words = ["init", str(file), "--model", "org/model", "--reward", reward, "--prompts", "org/prompts"]
-        done = CliRunner().invoke(cli.app, words)
-        assert done.exit_code == 0 and "next: selfplay check" in done.output
-        made = configuration.load(file)
-        assert (made.policy.model, made.run.name, (made.reward.model, made.reward.url)) == ("org/model", "my", expected)
-    assert selfplay("init", file, "--model", "m", "--reward", "r", "--prompts", "p")[0] == 2
-    file.unlink()
-    secret = ("--reward", "http://user:password@host", "--model", "m", "--prompts", "p")
-    code, _, errors = selfplay("init", file, *secret)
-    assert code == 2 and "api_key_env" in errors and "password@" not in errors
-    assert not file.exists()
 
 
 @on_a_run

@@ -14,11 +14,12 @@ LAYERS: list[set[str]] = [
     {"storage", "processes"},
     {"models", "tracking", "reporting"},
     {"prompts", "generation", "rewards", "pairs", "training"},
-    {"evaluation"},
+    {"evaluation", "publishing"},
     {"rounds"},
     {"service"},
     {"web"},
     {"checks", "doctor", "worlds"},
+    {"starting"},
     {"cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -116,7 +116,7 @@ def gpus(config: Config, run_dir: object) -> Iterator[Finding]:
     told = list(_never_met(config, len(there)))
     yield from told
     if all(finding.level != "error" for finding in told):
-        yield from _too_small(config, there)
+        yield from too_small(config, there)
     for i, gpu in enumerate(there):
         called = f"GPU {i}" + ("" if gpu.smi == str(i) else f" ({gpu.smi} of nvidia-smi)")
         if not gpu.total:
@@ -159,7 +159,7 @@ def _several(count: int) -> str:
     return f"{count} GPUs are" if count > 1 else "1 GPU is"
 
 
-def _too_small(config: Config, there: Sequence[Gpu]) -> Iterator[Finding]:
+def too_small(config: Config, there: Sequence[Gpu]) -> Iterator[Finding]:
     """Errors where a GPU has less memory than it is to hold at some moment of a round."""
     for i, moments in held(config, there).items():
         total = there[i].total

@@ -40,11 +40,15 @@ def folders(config: Config, run_dir: Path) -> Iterator[Finding]:
     for key, model in named(config).items():
         source = rewards.get(key.removesuffix(".model"))
         labels = 1 if source and not source.heads and not source.trust_remote_code else None
-        path = Path(model)
-        if not path.is_dir():
-            yield _on_the_hub(key, model, config.policy.revision if source is None else None)
-            continue
-        yield from _in_folder(key, path, labels)
+        yield from whole(key, model, config.policy.revision if source is None else None, labels)
+
+
+def whole(key: str, model: str, revision: str | None = None, labels: int | None = None) -> Iterator[Finding]:
+    """Whether a model, a folder or one on the Hub, has all its files; `labels`: how many it has to have."""
+    if Path(model).is_dir():
+        yield from _in_folder(key, Path(model), labels)
+    else:
+        yield _on_the_hub(key, model, revision)
 
 
 def _in_folder(key: str, path: Path, labels: int | None) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from selfplay.config.pairs import DepthConfig, PairsConfig
 from selfplay.config.placement import PlacementConfig
 from selfplay.config.policy import PolicyConfig, SwapConfig
 from selfplay.config.prompts import BreadthConfig, ColumnsConfig, EvolveConfig, PromptsConfig
+from selfplay.config.publish import PublishConfig
 from selfplay.config.retention import RetentionConfig
 from selfplay.config.reward import (
     CacheConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "PlacementConfig",
     "PolicyConfig",
     "PromptsConfig",
+    "PublishConfig",
     "RetentionConfig",
     "RewardConfig",
     "RewardSource",

@@ -18,6 +18,7 @@ from selfplay.config.pairs import DepthConfig, PairsConfig
 from selfplay.config.placement import PlacementConfig
 from selfplay.config.policy import PolicyConfig, SwapConfig
 from selfplay.config.prompts import BreadthConfig, EvolveConfig, PromptsConfig
+from selfplay.config.publish import PublishConfig
 from selfplay.config.retention import RetentionConfig
 from selfplay.config.reward import WHICH, JudgeConfig, RewardConfig, RewardSource
 from selfplay.config.run import RunConfig
@@ -68,6 +69,8 @@ class Config(Section):
     """Verification of new weights in the engine."""
     placement: PlacementConfig = PlacementConfig()
     """Which GPUs do what."""
+    publish: PublishConfig = PublishConfig()
+    """Where the current policy goes after each promotion: the Hub, a folder, running servers."""
     retention: RetentionConfig = RetentionConfig()
     """Which weights, artifacts and rows of the ledger stay on disk."""
     track: Tracker = "tensorboard"

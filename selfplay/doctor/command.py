@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from selfplay.visible import say
+
 
 def doctor(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, in which nobody works.")],
@@ -17,12 +19,12 @@ def doctor(
     Nothing is changed before you have said yes. Exit codes: 0 nothing is wrong, or all was mended; 2 the folder cannot be looked
     at, or a runner is at work in it; 3 something is damaged that was not mended.
     """
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
     from selfplay.doctor.look import look
     from selfplay.errors import InputError
+    from selfplay.reporting.console import TextConsole
     from selfplay.storage.lock import RunLock
 
     if not any((run / name).exists() for name in ("ledger.sqlite", "pool", "rounds")):
@@ -30,20 +32,20 @@ def doctor(
     with RunLock(run):
         found = look(run)
         if not found:
-            print(f"{run}: nothing is wrong")
+            say(f"{run}: nothing is wrong")
             return
         table = Table("file", "what is wrong", Column("what can be done", overflow="fold"), box=None, padding=(0, 1))
         for each in found:
             name = each.path.relative_to(run) if each.path.is_relative_to(run) else each.path
             mend = each.mend if each.repair is None else f"{each.mend} (by doctor)"
             table.add_row(Text(str(name)), Text(each.what.replace(f"{run}/", "")), Text(mend))
-        Console(highlight=False).print(table)
+        TextConsole().print(table)
         able = [each for each in found if each.repair is not None]
         if able and (yes or _asked(len(able))):
             for each in able:
                 assert each.repair is not None
                 each.repair()
-            print(f"mended: {len(able)} of {len(found)}")
+            say(f"mended: {len(able)} of {len(found)}")
             found = look(run)  # what was found may have hidden something
         if found:
             raise typer.Exit(3)

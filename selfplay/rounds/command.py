@@ -91,8 +91,9 @@ def run_rounds(
 
 
 def _rounds(run: Run, total: int | None) -> None:
-    from selfplay.rounds.round import run_round
+    from selfplay.rounds.round import publish_current, run_round
 
+    publish_current(run, retry=True)
     unfinished = run.store.unfinished() is not None
     finished = sum(run.store.count_rounds().values()) - unfinished
     target = finished + 1 if total is None else total

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from selfplay.errors import CheckpointError
 from selfplay.pairs.selection import advice, why_none
 from selfplay.pairs.writing import read_ranked
+from selfplay.publishing.publish import publish
 from selfplay.rounds import reference
 from selfplay.rounds.frame import GIVE_UP
 from selfplay.rounds.run import Run
@@ -77,7 +78,9 @@ def run_round(run: Run) -> RoundReport:
         if steps.does_suites:
             do(SUITE, steps.suites)
         do(PROMOTE, steps.promote)
-    return close(steps, "promoted" if steps.promoted else "rejected", steps.reasons)
+    ended = close(steps, "promoted" if steps.promoted else "rejected", steps.reasons)
+    publish_current(run)
+    return ended
 
 
 def begin(run: Run) -> Steps:
@@ -155,6 +158,7 @@ def roll_back(run: Run, version: int) -> str:
     began = time.monotonic()
     _show(run, wanted)
     agreement.set_current(run.store, run.policies, version)
+    publish_current(run)
     return f"policy {version} is current instead of {before}, shown to serve within {time.monotonic() - began:.2f} s"
 
 
@@ -164,6 +168,11 @@ def _show(run: Run, policy: Policy) -> None:
         run.generator.swap(policy)
     else:
         run.generator.load(policy)
+
+
+def publish_current(run: Run, retry: bool = False) -> None:
+    """Have the targets of `publish` get the current policy. `retry`: also those that failed with it before."""
+    publish(run.config, run.dir, run.store, run.display, run.alert, retry)
 
 
 def record_candidate(steps: Steps) -> None:

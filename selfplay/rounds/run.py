@@ -63,6 +63,7 @@ class Run:
         self.rewriter: Rewriter | None = None  # None: the policy
         self.breathe: Callable[[str], None] = lambda where: None
         """Called between stages («stage»), shards («shard») and optimizer steps («step»); may raise Interrupted."""
+        self.alert: Callable[[str], None] = lambda text: None  # told of what people should know at once
         self._tracker: trackers.Tracker | None = None
         self._cache: ScoreCache | None = None
         self.early: EarlyScoring | None = None
@@ -167,7 +168,6 @@ class Run:
         except RewardError as error:  # no cache, or a broken one: it only saves time
             self._cache = None
             self.event("warning", f"{error}; nothing is kept in it. {error.hint}")
-
         self.reward = self._scorer(config, "reward", config.reward_sources(), config.reward.ensemble)
         self.judge = self._scorer(config, "judge", config.judge_sources(), judge.ensemble) if judge else self.reward
 

@@ -19,7 +19,7 @@ from selfplay.config import load
 from selfplay.errors import InputError, Interrupted, LockLost, SelfplayError
 from selfplay.progress import Line
 from selfplay.reporting.terminal import Display
-from selfplay.rounds.round import cancel_round, roll_back, run_round
+from selfplay.rounds.round import cancel_round, publish_current, roll_back, run_round
 from selfplay.rounds.run import Run
 from selfplay.service import failures, no_progress, orders
 from selfplay.service.alerts import Alerts
@@ -185,10 +185,11 @@ class Daemon:
 
     def _open_run(self) -> None:
         run = Run(self.config, self.run_dir, self.display, self._lock)
-        run.breathe = self._breathe
+        run.breathe, run.alert = self._breathe, self._alert
         self.run = run.__enter__()
         self._failures.forget()
         self.store.event("started", f"the service started (process {os.getpid()})")
+        publish_current(self.run, retry=True)
 
     def _held(self) -> tuple[str, str] | None:
         """State and reason while what failed waits for its next try, or for a person."""

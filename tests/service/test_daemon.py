@@ -3,6 +3,8 @@
 One service for the whole file, since its start is most of what a round costs here: each test does its next rounds.
 """
 
+import os
+
 import pytest
 from mini import TINY, commands, overrides
 
@@ -24,22 +26,27 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(served, file):
-    return served("service.retries=1", "service.retry_seconds=0.1", config=file)
+    published = f"publish.folder={file.parent / 'published'}"
+    return served("service.retries=1", "service.retry_seconds=0.1", published, config=file)
 
 
 def current(service):
     return (service.run_dir / "current").read_text()
 
 
-def test_orders_before_between_and_within_rounds(service):
+def published(file):
+    return os.readlink(file.parent / "published" / "current")
+
+
+def test_orders_before_between_and_within_rounds(service, file):
     assert service.order("pin", version=0) == ("done", "policy 0 is pinned")
     service.until(lambda: service.state() == "ended", "the end")
     assert service.rounds() == ["promoted"]
-    assert current(service) == "1\n"
+    assert current(service) == "1\n" and published(file) == "0001"
 
     state, result = service.order("rollback", version=0)
     assert state == "done" and "policy 0 is current instead of 1, shown to serve within" in result
-    assert current(service) == "0\n"
+    assert current(service) == "0\n" and published(file) == "0000"
     with pytest.raises(InputError, match="there is no policy 7"):
         orders.submit(service.store, "rollback", {"version": 7}, "test")
     assert service.order("cancel") == ("refused", "no round is open")
@@ -65,7 +72,7 @@ def test_orders_before_between_and_within_rounds(service):
     service.until(lambda: "generate" in service.store.seconds(3), "the third round's candidates")
     assert service.order("cancel")[0] == "done"
     service.until(lambda: service.rounds()[-1] == "cancelled", "the end of the cancelled round")
-    assert current(service) == "2\n"
+    assert current(service) == "2\n" and published(file) == "0002"
     said = [(e["kind"], e["text"]) for e in service.store.events()]
     assert any(kind == "order_done" and "rollback version=0 (from test)" in text for kind, text in said)
     service.until(lambda: service.state() == "ended", "the end of its work")

@@ -1,0 +1,79 @@
+"""Policies in a folder that others read from: a folder for each, and the link `current`, which changes in one step.
+
+<folder>/0007/            the policy as a model, with a card
+<folder>/current          symlink to the newest
+<folder>/published.json   whose folder it is, and which policies are in it
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from selfplay.errors import CheckpointError, InputError
+from selfplay.reporting.export import export_policy
+from selfplay.storage import folders, hashes
+from selfplay.storage.policies import Manifest
+
+LIST, CURRENT = "published.json", "current"
+
+
+def put(run_dir: Path, run: str, manifest: Manifest, root: Path) -> Path:
+    """Copy a policy there, point `current` at it, and delete all but it and the one before. Returns its folder.
+
+    Whatever was done of it before is not done again. Raises InputError for a folder that is not this run's.
+    """
+    known = listed(root, run)
+    folders.make(root)
+    out, before = root / f"{manifest.version:04d}", _target(root)
+    _list(root, run, known | {out.name})  # first, so that nothing is made there which is not known as ours
+    if out.is_dir() and not _is(out, manifest):  # damaged, or of a run that began anew under this name
+        shutil.rmtree(out)
+    if not out.is_dir():
+        export_policy(run_dir, manifest.version, out)
+    if before == out.name:
+        return out
+    partial = root / f".{CURRENT}.partial"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(out.name)
+    partial.rename(root / CURRENT)
+    folders.sync(root)
+    kept = {out.name, before or out.name}
+    for name in known - kept:
+        shutil.rmtree(root / name, ignore_errors=True)
+    _list(root, run, kept)
+    return out
+
+
+def _list(root: Path, run: str, versions: set[str]) -> None:
+    folders.write_json(root / LIST, {"run": run, "versions": sorted(versions)})
+
+
+def listed(root: Path, run: str) -> set[str]:
+    """The policies that LIST names; none for a folder that is new or empty. Raises InputError."""
+    if not (root / LIST).is_file():
+        if root.is_dir() and any(path.name != f".{LIST}.partial" for path in root.iterdir()):
+            hint = "name a new folder: policies are deleted there in time"
+            raise InputError(f"publish.folder: {root} holds other files", hint)
+        return set()
+    found = folders.read_json(root / LIST)
+    if found["run"] != run:
+        raise InputError(f"publish.folder: {root} is that of the run {found['run']}", "name another folder")
+    return set(found["versions"])
+
+
+def _target(root: Path) -> str | None:
+    try:
+        return Path(os.readlink(root / CURRENT)).name
+    except FileNotFoundError:
+        return None
+
+
+def _is(out: Path, manifest: Manifest) -> bool:
+    try:
+        files = {name: known for name, known in manifest.files.items() if "/" not in name}
+        hashes.verify_files(out, files, CheckpointError)
+    except CheckpointError:
+        return False
+    return True
