@@ -17,7 +17,7 @@ from daemon_world import waiting
 from served_world import HOSTILE, Progress, build, config
 from starlette.testclient import TestClient
 
-from selfplay.config import RetentionConfig
+from selfplay.config import RetentionConfig, ServiceConfig
 from selfplay.errors import ConfigError
 from selfplay.prompts.pool import write_added
 from selfplay.storage import retention, tables
@@ -451,7 +451,7 @@ def test_answers_are_small_on_the_wire_where_others_can_reach_them(run):
 def served(run):
     """The app on a real port."""
     app = create_app(run[0], config(), run[1], None, page=False)
-    server, port = serve_in_thread(app, "127.0.0.1", 0)
+    server, port = serve_in_thread(app, ServiceConfig(port=0))
     yield run[0], f"http://127.0.0.1:{port}"
     server.stop()
     assert not server.thread.is_alive()
@@ -493,7 +493,7 @@ def test_events_are_streamed_as_they_happen_and_resumed(served):
 
 
 def test_a_server_with_open_streams_stops_in_time(run):
-    server, port = serve_in_thread(create_app(run[0], config(), run[1], None, page=False), "127.0.0.1", 0)
+    server, port = serve_in_thread(create_app(run[0], config(), run[1], None, page=False), ServiceConfig(port=0))
     with httpx.stream("GET", f"http://127.0.0.1:{port}/api/events/stream", timeout=30):
         started = time.monotonic()
         server.stop()
@@ -507,9 +507,9 @@ def test_a_server_with_open_streams_stops_in_time(run):
 def test_a_port_that_is_taken(served, run):
     port = int(served[1].rpartition(":")[2])
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be listened on"):
-        serve_in_thread(create_app(run[0], config(), run[1], None, page=False), "127.0.0.1", port)
+        serve_in_thread(create_app(run[0], config(), run[1], None, page=False), ServiceConfig(port=port))
     with pytest.raises(ConfigError, match="no-such-host"):
-        serve_in_thread(create_app(run[0], config(), run[1], None, page=False), "no-such-host.invalid", 0)
+        serve_in_thread(create_app(run[0], config(), run[1], None, page=False), ServiceConfig(host="no-such-host.invalid"))
 
 
 def test_the_description_names_every_answer(client):
