@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Clients without a token that say nothing, drip or never end: do rounds go on, does memory stay, is `/healthz` answered?
 
-    python scripts/flood.py [--clients 1000] [--rounds 3] [--out runs/flood]
+    python scripts/flood.py [--clients 1000] [--rounds 3] [--only reward] [--out runs/flood]
 
 Against `selfplay serve` on the miniature of the tiny world, and against a reward server of its own that scores. Each does its
 work (a round; a number of answers) in turn alone and under a flood. The flood is so many idle clients, as many slow ones (half
@@ -54,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=1000, help="of each of the three kinds (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns alone, and as many under the flood")
+    parser.add_argument("--only", choices=["reward", "service"], help="one of the two servers")
     parser.add_argument("--out", type=Path, default=Path("runs/flood"))
     parser.add_argument("--attack", nargs=2, metavar=("HOST:PORT", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -64,7 +65,9 @@ def main() -> int:
         return 0
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    failed = against_reward(args.out, args.clients, args.rounds) + against_service(args.out, args.clients, args.rounds)
+    servers = {"reward": against_reward, "service": against_service}
+    named = [args.only] if args.only else [*servers]
+    failed = [fault for name in named for fault in servers[name](args.out, args.clients, args.rounds)]
     print("FAIL: " + "; ".join(failed) if failed else "PASS")
     return int(bool(failed))
 
@@ -185,10 +188,9 @@ def compare(
         with Watch(url, pid) as watch:
             alone.append(work())
         calm_mb = max(calm_mb, watch.most_mb)
-        with flooded(url, path, clients) as done:
+        with Watch(url, pid) as watch, flooded(url, path, clients) as done:
             time.sleep(3.0)  # all are there
-            with Watch(url, pid) as watch:
-                under.append(work())
+            under.append(work())
         flood_mb = max(flood_mb, watch.most_mb)
         answers += watch.answers
         did += done

@@ -166,7 +166,7 @@ class Http(H11Protocol):
         cycle = self.cycle
         app = service_unavailable if self._connections.full and scope.get("path") != HEALTH else self._inner
         try:
-            await app(scope, receive, send)  # type: ignore[arg-type]
+            await app(scope, receive, send)
         except Exception as error:
             if not (cycle.disconnected and all(map(_of_a_client_that_left, _leaves(error)))):
                 raise
