@@ -22,8 +22,8 @@ from reward.serving.connections import Connections, Phase
 
 log = logging.getLogger("reward.serving")
 
-HEAD_BYTES = 32 << 10  # of request line and headers; of one line of a chunk, and of trailers
-SLICE = 16 << 10  # bytes of a head that are parsed at a time
+HEAD_BYTES = 16 << 10  # of request line and headers; of one line of a chunk, and of trailers
+SLICE = 8 << 10  # bytes of a head that are parsed at a time
 HEAD_SECONDS = 10.0  # for request line and headers to be whole
 BODY_SECONDS = 10.0  # in which a body has to end, or to bring as much as this:
 BODY_BYTES = 64 << 10
@@ -65,11 +65,10 @@ class Http(H11Protocol):
             self._moved += len(data)
             if self._moved > REFUSED_BYTES:
                 self.cut()
-        left = memoryview(data)
-        while left and not self._upgraded and not self.transport.is_closing():
-            size = SLICE if self.conn.their_state is h11.IDLE else len(left)
-            super().data_received(bytes(left[:size]))
-            left = left[size:]
+        while data and not self._upgraded and not self.transport.is_closing():
+            size = SLICE if self.conn.their_state is h11.IDLE else len(data)
+            super().data_received(data[:size])
+            data = data[size:]
         if not self._upgraded:
             self._look()
 
