@@ -6,7 +6,7 @@
 Against `selfplay serve` on the miniature of the tiny world, and against a reward server of its own that scores. Each does its
 work (a round; a number of answers) in turn alone and under a flood. The flood is so many idle clients, as many slow ones (half
 of them drip headers, half a body), and as many endless ones (half send headers, half a body), all at once. A slow client sends a
-piece every two seconds, an endless one 16 KiB twice a second. Whoever is closed comes back after ten seconds. The flood has
+piece every two seconds, an endless one 16 KiB every second. Whoever is closed comes back after ten seconds. The flood has
 the lowest priority of the machine, since attackers would have machines of their own.
 
 PASS (exit code 0): the work takes at most 1.1 times as long (median of the turns), the server grows by at most 50 MB,
@@ -42,11 +42,8 @@ from reward.http import HttpError, ask  # noqa: E402
 from reward.serving import descriptors  # noqa: E402
 
 MOST_TIMES, MOST_MB, MOST_SECONDS = 1.1, 50.0, 1.0  # work under the flood, growth, /healthz
-DRIP, PACE, AGAIN = (
-    2.0,
-    0.5,
-    10.0,
-)  # seconds between pieces, between blocks, and until a client that was closed comes back
+DRIP, PACE = 2.0, 1.0  # seconds between two pieces of a slow client, and between two blocks of an endless one
+AGAIN = 10.0  # seconds until a client that was closed comes back
 BLOCK = 16 << 10
 
 
