@@ -74,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--max-connections",
         type=positive,
-        default=512,
-        help="then the one that waits longest goes (default: %(default)s)",
+        default=256,
+        help="at a time; then the one that waits longest goes (default: %(default)s)",
     )
     add(
         "--max-body-mib",
