@@ -26,7 +26,6 @@ from reward.scorer import Score, Scorer, Stopped
 log = logging.getLogger("reward.server")
 Form = TypeVar("Form", bound=BaseModel)
 
-DRAIN = 8  # a refused body is read to its end, so that the answer arrives, but not beyond this many times the limit
 LONGEST_WISH = 30  # seconds of Retry-After
 
 
@@ -43,7 +42,7 @@ class Desk:
 
     def __init__(self, scorers: Sequence[Scorer], places: int) -> None:
         self.inside = 0
-        """Requests that wait or are scored, those included whose body is still being read."""
+        """Requests that wait or are scored."""
         self._scorers, self._places = scorers, places
         self._free: asyncio.Queue[Scorer] = asyncio.Queue()
         for scorer in scorers:
@@ -51,19 +50,23 @@ class Desk:
         self._threads = ThreadPoolExecutor(max_workers=len(scorers), thread_name_prefix="score")
         self._usual = 1.0  # seconds a request, a running mean
 
-    def enter(self) -> None:
+    def require_place(self) -> None:
         """Raises Refusal (429) when all places are taken."""
         if self.inside >= len(self._scorers) + self._places:
             seconds = self.inside * self._usual / len(self._scorers) / 2  # by then half of them will have left
             wish = min(max(1, math.ceil(seconds)), LONGEST_WISH)
             raise Refusal(429, f"{self.inside} requests are waiting already: ask again later", wish)
-        self.inside += 1
-
-    def leave(self) -> None:
-        self.inside -= 1
 
     async def score(self, items: Sequence[Item], request: Request) -> list[Score]:
         """Raises Refusal."""
+        self.require_place()
+        self.inside += 1
+        try:
+            return await self._score(items, request)
+        finally:
+            self.inside -= 1
+
+    async def _score(self, items: Sequence[Item], request: Request) -> list[Score]:
         scorer = await self._free.get()
         began = time.monotonic()
         try:
@@ -104,12 +107,9 @@ def build_app(
         chunks, size = [], 0
         async for chunk in request.stream():
             size += len(chunk)
-            if size <= max_body:
-                chunks.append(chunk)
-            elif size > DRAIN * max_body:
-                break
-        if size > max_body:
-            raise Refusal(413, f"the body is longer than {max_body} bytes: send fewer items at once")
+            if size > max_body:
+                raise Refusal(413, f"the body is longer than {max_body} bytes: send fewer items at once")
+            chunks.append(chunk)
         try:
             # json.loads and not pydantic's parser: that one refuses a whole request for one lone surrogate
             return form.model_validate(json.loads(b"".join(chunks)))
@@ -160,11 +160,8 @@ def build_app(
         began = time.monotonic()
         path, status = request.url.path, 200
         try:
-            desk.enter()
-            try:
-                given = await (own(request) if path == "/score" else openrlhf(request))
-            finally:
-                desk.leave()
+            desk.require_place()  # before its body is read; only a whole one takes a place
+            given = await (own(request) if path == "/score" else openrlhf(request))
             return answer(200, given.model_dump())
         except Refusal as refusal:
             status = refusal.status

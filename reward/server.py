@@ -71,7 +71,18 @@ def parser() -> argparse.ArgumentParser:
         default={},
         help="variables for the chat templates of --model and --policy, such as '{\"enable_thinking\": false}'",
     )
-    add("--max-body-mib", type=positive, default=32, help="longest request body (default: %(default)s)")
+    add(
+        "--max-connections",
+        type=positive,
+        default=256,
+        help="at a time; then the one that waits longest goes (default: %(default)s)",
+    )
+    add(
+        "--max-body-mib",
+        type=positive,
+        default=32,
+        help="of a request, and of all that are on their way (default: %(default)s)",
+    )
     add("--threads", type=positive, default=1, help="threads of torch on a CPU (default: %(default)s)")
     add("--revision", help="branch, tag or commit on the Hub")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model (default: never)")
@@ -137,6 +148,9 @@ def serve(options: argparse.Namespace, out: TextIO) -> int:
     from reward.app import build_app
     from reward.openrlhf import Unrender
     from reward.scorer import ModelRefused
+    from reward.serving import descriptors
+    from reward.serving.connections import Bounds, Connections
+    from reward.serving.protocol import configure
 
     gc.disable()  # imports leave no garbage, and to search for it takes a sixth of their time
     try:
@@ -169,14 +183,10 @@ def serve(options: argparse.Namespace, out: TextIO) -> int:
                 scorer.stopping.set()  # the batch that runs now is the last one
             await super().shutdown(sockets)
 
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        log_level="warning",
-        timeout_keep_alive=60,
-        timeout_graceful_shutdown=10,
-        limit_concurrency=512,
+    places, backlog = descriptors.share(options.max_connections, descriptors.raise_limit())
+    connections = Connections(Bounds(connections=places, body_bytes=options.max_body_mib * 2**20))
+    config = configure(
+        app, connections, backlog, ws="none", proxy_headers=False, timeout_keep_alive=60, timeout_graceful_shutdown=10
     )
     Server(config).run(sockets=[listener])
     return 0

@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def bench(run_dir: Path, loads: int, browse: bool) -> int:
-    from selfplay.config import load
+    from selfplay.config import ServiceConfig, load
     from selfplay.web.api import create_app
     from selfplay.web.server import serve_in_thread
 
@@ -68,7 +68,7 @@ def bench(run_dir: Path, loads: int, browse: bool) -> int:
         "unit": "prompts",
     }
     app = create_app(run_dir, load(ROOT / "configs" / "tiny.yaml"), lambda: dict(progress), None)
-    server, port = serve_in_thread(app, "127.0.0.1", 0)
+    server, port = serve_in_thread(app, ServiceConfig(port=0))
     base = f"http://127.0.0.1:{port}"
     print(f"memory after the start: {resident():.0f} MB")
     with httpx.Client(base_url=base, timeout=60) as client:

@@ -207,7 +207,7 @@ def main(run_dir: Path, *overrides: str) -> None:
     tables.leave_pandas_out()
     settings, progress = config(*overrides), Progress()
     app = create_app(run_dir, settings, progress, read_token(settings.service))
-    server, port = serve_in_thread(app, settings.service.host, settings.service.port)
+    server, port = serve_in_thread(app, settings.service)
     print(json.dumps({"port": port}), flush=True)
     store = Store(run_dir)
     for line in sys.stdin:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from selfplay.config.base import Positive, Section
+
+
+def _network(text: str) -> str:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither an IP address nor a network, such as 10.0.0.0/8") from None
+    return text
 
 
 class ServiceConfig(Section):
@@ -17,6 +26,12 @@ class ServiceConfig(Section):
     """Port of API and page; 0 takes a free one."""
     hosts: list[str] = []
     """Further names that the page is reached by, such as that of a reverse proxy; addresses and localhost always are."""
+    proxies: list[Annotated[str, AfterValidator(_network)]] = []
+    """Addresses or networks of reverse proxies. What they say of the client is believed (X-Forwarded-For, X-Forwarded-Proto),
+    of nobody else; and they may have more than a fourth of the connections, as clients of this machine may."""
+    connections: Annotated[int, Field(ge=32)] = 256
+    """Connections to API and page at a time; fewer where the limit of descriptors leaves less. When all are taken, the one
+    that says nothing for longest goes when another comes."""
     token_env: str = "SELFPLAY_TOKEN"
     """Environment variable with the bearer token. The token itself never stands in a configuration."""
     token_file: Path | None = None

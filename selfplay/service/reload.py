@@ -10,7 +10,7 @@ from selfplay.config import Config, load
 from selfplay.errors import InputError
 from selfplay.service.due import trigger
 
-AT_START = ("host", "port", "hosts", "token_env", "token_file")
+AT_START = ("host", "port", "hosts", "proxies", "connections", "token_env", "token_file")
 """Settings of the section `service` that are read at the start alone."""
 
 

@@ -6,16 +6,11 @@ others out (DNS rebinding, forged requests). With a token all but `/healthz`, `/
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import json
-import logging
-import os
 import secrets
 import socket
-import time
-from http.cookies import CookieError, SimpleCookie
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
@@ -24,13 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfplay.config import ServiceConfig
 from selfplay.errors import ConfigError
+from selfplay.web.sessions import Sessions, configured_token
 
-logger = logging.getLogger(__name__)
-
-SHORTEST_TOKEN = 16  # characters
-SESSION_SECONDS = 7 * 24 * 3600
 OPEN = ("/healthz", "/readyz", "/login")
-LARGEST = {"/api/prompts": 8 << 20}  # bytes of a request's body
+LARGEST = {"/api/prompts": 8 << 20, "/login": 4 << 10}  # bytes of a request's body
 LARGEST_ELSE = 64 << 10
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -58,25 +50,11 @@ def is_loopback(host: str) -> bool:
 def read_token(service: ServiceConfig) -> str | None:
     """The bearer token, from its file or the environment; None where there is none and none is needed.
 
-    Raises ConfigError for an address that others can reach without a token, for a token file that cannot be read, and
-    for a token that could be guessed.
+    Raises ConfigError for an address that others can reach without a token, and as `sessions.configured_token` does.
     """
-    token, where = os.environ.get(service.token_env, "").strip(), f"the environment variable {service.token_env}"
-    if service.token_file is not None:
-        where = str(service.token_file)
-        try:
-            token = service.token_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"service.token_file: {service.token_file} cannot be read: {error}") from None
-    if token and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable()):
-        raise ConfigError(
-            f"the token in {where} must have at least {SHORTEST_TOKEN} printable ASCII characters",
-            "openssl rand -hex 24 makes one",
-        )
-    if service.token_file is not None and not token:
-        raise ConfigError(f"service.token_file: {service.token_file} is empty", "openssl rand -hex 24 makes a token")
-    require_token(service, token or None)
-    return token or None
+    token = configured_token(service)
+    require_token(service, token)
+    return token
 
 
 def require_token(service: ServiceConfig, token: str | None) -> None:
@@ -87,43 +65,6 @@ def require_token(service: ServiceConfig, token: str | None) -> None:
             f"put one into the environment variable {service.token_env} or into a file named by service.token_file "
             "(openssl rand -hex 24 makes one), or set service.host to 127.0.0.1",
         )
-
-
-class Sessions:
-    """Login cookies: an expiry signed with a key that derives from the token. Nothing is kept on either side."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token.encode()
-        self._key = hashlib.sha256(b"selfplay session\0" + self._token).digest()
-        # Cookies are shared by all ports of a host: another run there has another token, so another name.
-        self.cookie = f"selfplay_{hashlib.sha256(self._key).hexdigest()[:8]}"
-
-    def is_token(self, text: str) -> bool:
-        return hmac.compare_digest(text.encode("utf-8", "replace"), self._token)
-
-    def new(self) -> str:
-        head = f"{int(time.time()) + SESSION_SECONDS}.{secrets.token_hex(8)}"
-        return f"{head}.{self._sign(head)}"
-
-    def is_valid(self, value: str) -> bool:
-        head, _, signature = value.rpartition(".")
-        if not hmac.compare_digest(signature.encode("utf-8", "replace"), self._sign(head).encode()):
-            return False
-        return int(head.partition(".")[0]) > time.time()
-
-    def _sign(self, head: str) -> str:
-        return hmac.new(self._key, head.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
-
-    def admits(self, headers: Headers) -> bool:
-        """Whether a request carries the token or a valid cookie."""
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            return self.is_token(given.strip())
-        try:
-            found = SimpleCookie(headers.get("cookie", "")).get(self.cookie)
-        except CookieError:
-            return False
-        return found is not None and self.is_valid(found.value)
 
 
 class Guard:
@@ -139,13 +80,18 @@ class Guard:
             return
         headers = Headers(scope=scope)
         refusal = self._refusal(scope, headers)
+        sessions, path = self.sessions, scope["path"]
+
+        def admitted() -> bool:
+            return sessions is None or path in OPEN or sessions.admits(headers)
+
         if scope["type"] == "websocket":
             if refusal is None:
-                await self.app(scope, receive, send)
+                await self.app(scope, *_while_admitted(receive, send, admitted))
             else:
                 await send({"type": "websocket.close", "code": 1008, "reason": refusal[1]})
             return
-        answer = _Answer(send)
+        answer = _Answer(send, admitted)
         if refusal is None:
             await self.app(scope, _bounded(receive, _largest(scope)), answer.send)
         elif refusal[0] == 401 and scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
@@ -210,11 +156,37 @@ def _bounded(receive: Receive, limit: int) -> Receive:
     return bounded
 
 
-class _Answer:
-    """Sends an answer on with the security headers. A page is held back until it is whole, to put in its nonce."""
+def _while_admitted(receive: Receive, send: Send, admitted: Callable[[], bool]) -> tuple[Receive, Send]:
+    """`receive` and `send` of a WebSocket, which say no more once its session has ended."""
+    closed = False
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    async def is_over() -> bool:
+        nonlocal closed
+        if not closed and not admitted():
+            closed = True
+            await send({"type": "websocket.close", "code": 1008, "reason": "the session has ended"})
+        return closed
+
+    async def hear() -> Message:
+        message = await receive()
+        if message["type"] == "websocket.receive" and await is_over():
+            return {"type": "websocket.disconnect", "code": 1008}
+        return message
+
+    async def say(message: Message) -> None:
+        if not await is_over():
+            await send(message)
+
+    return hear, say
+
+
+class _Answer:
+    """Sends an answer on with the security headers. A page is held back until it is whole, to put in its nonce. A stream of
+    events ends when the session of who follows it ends."""
+
+    def __init__(self, send: Send, admitted: Callable[[], bool]) -> None:
+        self._send, self._admitted = send, admitted
+        self._streams = self._ended = False
         self._page: bytearray | None = None
         self._start: Message = {}
 
@@ -223,9 +195,11 @@ class _Answer:
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
                 headers[name] = value
-            if headers.get("content-type", "").startswith("text/html"):
+            kind = headers.get("content-type", "")
+            if kind.startswith("text/html") and "content-security-policy" not in headers:
                 self._start, self._page = message, bytearray()
                 return
+            self._streams = kind.startswith("text/event-stream")
             headers.setdefault("content-security-policy", "default-src 'none'; frame-ancestors 'none'")
         elif self._page is not None and message["type"] == "http.response.body":
             self._page += message.get("body", b"")
@@ -233,6 +207,11 @@ class _Answer:
                 return
             await self._send_page(bytes(self._page))
             return
+        elif self._streams:
+            if self._ended:
+                return
+            if not self._admitted():
+                self._ended, message = True, {"type": "http.response.body", "body": b""}
         await self._send(message)
 
     async def _send_page(self, page: bytes) -> None:

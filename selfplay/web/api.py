@@ -33,7 +33,8 @@ from selfplay.storage.ledger import LedgerError
 from selfplay.web import api_models as m
 from selfplay.web import login
 from selfplay.web import metrics as prometheus
-from selfplay.web.access import Guard, Sessions, is_loopback, require_token
+from selfplay.web.access import Guard, is_loopback, require_token
+from selfplay.web.sessions import Sessions
 from selfplay.web.view import TooManyOrders, View
 
 POLL_SECONDS = 1.0  # between two looks for new events
@@ -74,7 +75,7 @@ def create_app(
     """
     require_token(config.service, token)
     view = View(run_dir, config, progress)
-    sessions = Sessions(token) if token else None
+    sessions = Sessions(token, config.service) if token else None
     app = FastAPI(
         lifespan=_few_threads,
         title=f"selfplay: {config.run.name}", version=version("selfplay"), docs_url=None, redoc_url=None,

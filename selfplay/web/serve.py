@@ -30,9 +30,7 @@ def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = No
         settings = daemon.config.service
         token = read_token(settings)
         server, port = serve_in_thread(
-            create_app(daemon.run_dir, daemon.config, lambda: dict(daemon.progress), token),
-            settings.host,
-            settings.port,
+            create_app(daemon.run_dir, daemon.config, lambda: dict(daemon.progress), token), settings
         )
         display.note(f"page and API: http://{settings.host}:{port}")
         here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)

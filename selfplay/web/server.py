@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import ipaddress
 import socket
 import threading
 import time
@@ -10,10 +11,15 @@ import time
 import uvicorn
 from fastapi import FastAPI
 
+from reward.serving import descriptors
+from reward.serving.connections import Bounds, Connections
+from reward.serving.protocol import configure
+from selfplay.config import ServiceConfig
 from selfplay.errors import ConfigError, SelfplayError
 
 LINGER = 3  # seconds that open requests get when the server stops
 LARGEST_MESSAGE = 1 << 20  # bytes of a WebSocket message
+BODIES = 16 << 20  # bytes of all bodies of requests that are on their way
 
 
 class Server(uvicorn.Server):
@@ -28,11 +34,12 @@ class Server(uvicorn.Server):
         self.thread.join(LINGER + 5)
 
 
-def serve_in_thread(app: FastAPI, host: str, port: int) -> tuple[Server, int]:
+def serve_in_thread(app: FastAPI, service: ServiceConfig) -> tuple[Server, int]:
     """Serve `app` (of `api.create_app`) in the background; returns once it answers, with the port (0 takes a free one).
 
     Raises ConfigError where the address cannot be had.
     """
+    host, port = service.host, service.port
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.create_server(address[:2], family=family)
@@ -41,16 +48,19 @@ def serve_in_thread(app: FastAPI, host: str, port: int) -> tuple[Server, int]:
             f"service.host and service.port: {host}:{port} cannot be listened on: {error}",
             "end what uses the port, or take another one (service.port)",
         ) from None
+    places, backlog = descriptors.share(service.connections, descriptors.raise_limit())
+    proxies = [ipaddress.ip_network(proxy) for proxy in service.proxies]
     server = Server(
-        uvicorn.Config(
+        configure(
             app,
-            access_log=False,
-            log_level="warning",
-            log_config=None,
+            Connections(Bounds(connections=places, body_bytes=BODIES, proxies=proxies)),
+            backlog,
             server_header=False,
             lifespan="on",
             timeout_graceful_shutdown=LINGER,
             ws_max_size=LARGEST_MESSAGE,
+            proxy_headers=bool(proxies),
+            forwarded_allow_ips=service.proxies,
         )
     )
     server.thread = threading.Thread(target=server.run, args=([listening],), name="http", daemon=True)

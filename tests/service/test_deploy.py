@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 from served_world import Progress, build, config
 from typer.main import get_command
 
+from reward.serving import descriptors
 from selfplay import cli
 from selfplay.config import ServiceConfig, load
 from selfplay.web import metrics as prometheus
@@ -56,6 +57,10 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
 
 def test_the_unit_asks_for_what_the_service_says() -> None:
     assert "Type=notify\n" in UNIT and "WatchdogSec=" in UNIT and "Restart=on-failure" in UNIT
+
+
+def test_the_unit_grants_the_descriptors_that_the_service_asks_for() -> None:
+    assert int(found(r"^LimitNOFILE=(\d+)$", UNIT)) == descriptors.MOST
 
 
 def test_whoever_stops_the_service_waits_longer_than_it_drains() -> None:

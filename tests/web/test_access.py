@@ -1,9 +1,11 @@
 import asyncio
+import os
 import time
 
 import pytest
 from starlette.applications import Starlette
-from starlette.responses import HTMLResponse, PlainTextResponse
+from starlette.datastructures import Headers
+from starlette.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
@@ -11,7 +13,8 @@ from starlette.websockets import WebSocketDisconnect
 from selfplay.config import ServiceConfig
 from selfplay.errors import ConfigError
 from selfplay.web import access
-from selfplay.web.access import Guard, Sessions, is_loopback, read_token, require_token
+from selfplay.web.access import Guard, is_loopback, read_token, require_token
+from selfplay.web.sessions import MOST_SESSIONS, Sessions
 
 TOKEN = "correct horse battery staple"
 
@@ -53,25 +56,60 @@ def test_a_token_from_a_file(tmp_path, no_token):
     assert read_token(service) == TOKEN
 
 
-def test_a_login_is_valid_until_it_expires_and_only_for_its_token(monkeypatch):
+def cookie(sessions, value):
+    return Headers({"cookie": f"{sessions.cookie}={value}"})
+
+
+def test_a_session_lasts_until_it_expires_or_ends(monkeypatch):
     sessions = Sessions(TOKEN)
-    value = sessions.new()
-    assert sessions.is_valid(value) and Sessions(TOKEN).is_valid(value)
-    assert not Sessions(TOKEN + "!").is_valid(value)
-    assert TOKEN not in value
-    expiry, nonce, signature = value.split(".")
-    for forged in (
-        f"{int(expiry) + 1}.{nonce}.{signature}",
-        f"{expiry}.{nonce}.",
-        "",
-        ".",
-        "..",
-        f"{expiry}.{nonce}.é",
-        "x.y.z",
-    ):
-        assert not sessions.is_valid(forged)
-    monkeypatch.setattr(time, "time", lambda: int(expiry) + 1)
-    assert not sessions.is_valid(value)
+    one, other = (cookie(sessions, sessions.new()) for _ in range(2))
+    assert sessions.admits(one) and sessions.admits(other)
+    for forged in ("", "x", one["cookie"][:-1].partition("=")[2]):
+        assert not sessions.admits(cookie(sessions, forged))
+    sessions.end(one)
+    sessions.end(one)
+    assert not sessions.admits(one) and sessions.admits(other)
+    for _ in range(MOST_SESSIONS):
+        newest = sessions.new()
+    assert not sessions.admits(other) and sessions.admits(cookie(sessions, newest))
+    later = time.time() + 7 * 24 * 3600
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert not sessions.admits(cookie(sessions, newest))
+
+
+def test_a_changed_token_ends_the_sessions_with_the_old_one(tmp_path, no_token, caplog):
+    path = tmp_path / "token"
+    path.write_text(TOKEN)
+    service = ServiceConfig(token_file=path)
+    sessions = Sessions(read_token(service), service)
+    guarded = client(app(sessions))
+    old = sessions.new()
+    guarded.headers["cookie"] = f"{sessions.cookie}={old}"
+    assert guarded.get("/x").status_code == 200
+    with guarded.websocket_connect("/echo", headers={"host": "localhost:8470"}) as socket:
+        socket.send_text("before")
+        assert socket.receive_text() == "before"
+        path.write_text(TOKEN[::-1])
+        os.utime(path, (1, 1))  # a clock need not have moved on
+        socket.send_text("after")
+        with pytest.raises(WebSocketDisconnect) as ended:
+            socket.receive_text()
+        assert ended.value.code == 1008
+    assert guarded.get("/x").status_code == 401
+    assert guarded.get("/x", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 401
+    assert guarded.get("/x", headers={"authorization": f"Bearer {TOKEN[::-1]}"}).status_code == 200
+    path.unlink()
+    assert guarded.get("/x", headers={"authorization": f"Bearer {TOKEN[::-1]}"}).status_code == 401
+    assert guarded.get("/x", headers={"authorization": "Bearer "}).status_code == 401
+    assert "nobody is let in: service.token_file" in caplog.text and TOKEN not in caplog.text
+
+
+def test_a_stream_of_events_ends_with_the_session_of_who_follows_it():
+    sessions = Sessions(TOKEN)
+    headers = {"cookie": f"{sessions.cookie}={sessions.new()}"}
+    sessions_of_the_app = client(app(sessions))
+    said = sessions_of_the_app.get("/events", headers=headers)
+    assert said.text == "one\ntwo\n"  # and no three: it logs out after the second
 
 
 def app(sessions=None, **service):
@@ -87,8 +125,25 @@ def app(sessions=None, **service):
         await websocket.accept()
         await websocket.send_text("hello")
 
+    async def echo(websocket):
+        await websocket.accept()
+        async for text in websocket.iter_text():
+            await websocket.send_text(text)
+
+    async def events(request):
+        async def lines():
+            yield "one\n"
+            yield "two\n"
+            sessions.end(request.headers)
+            yield "three\n"
+            yield "four\n"
+
+        return StreamingResponse(lines(), media_type="text/event-stream")
+
     routes = [
         Route("/page", page),
+        Route("/events", events),
+        WebSocketRoute("/echo", echo),
         WebSocketRoute("/socket", socket),
         Route("/{path:path}", text, methods=["GET", "POST"]),
     ]
@@ -153,7 +208,8 @@ def test_bodies_are_bounded():
 
 
 def test_with_a_token_everything_asks_for_it():
-    get = client(app(Sessions(TOKEN))).get
+    sessions = Sessions(TOKEN)
+    get = client(app(sessions)).get
     for path in ("/", "/api/run", "/metrics", "/_nicegui/x.js", "/healthz/x", "//healthz"):
         answer = get(path)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
@@ -164,11 +220,10 @@ def test_with_a_token_everything_asks_for_it():
     assert get("/api/run", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
     for wrong in (f"Bearer {TOKEN}x", "Bearer ", f"Basic {TOKEN}", TOKEN, "Bearer é"):
         assert get("/api/run", headers={"authorization": wrong.encode()}).status_code == 401
-    sessions = Sessions(TOKEN)
     assert get("/api/run", headers={"cookie": f"a=b; {sessions.cookie}={sessions.new()}"}).status_code == 200
     for wrong in (
         f"{sessions.cookie}=x",
-        f"{sessions.cookie}={Sessions(TOKEN * 2).new()}",
+        f"{sessions.cookie}={Sessions(TOKEN).new()}",
         f"other={sessions.new()}",
         "=;=,\x01",
     ):

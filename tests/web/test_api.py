@@ -17,12 +17,13 @@ from daemon_world import waiting
 from served_world import HOSTILE, Progress, build, config
 from starlette.testclient import TestClient
 
-from selfplay.config import RetentionConfig
+from selfplay.config import RetentionConfig, ServiceConfig
 from selfplay.errors import ConfigError
 from selfplay.prompts.pool import write_added
 from selfplay.storage import retention, tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Prompt
+from selfplay.web import attempts, login
 from selfplay.web import view as views
 from selfplay.web.access import read_token
 from selfplay.web.api import create_app
@@ -413,8 +414,40 @@ def test_login_gives_a_cookie_that_scripts_cannot_read(run):
     assert right.status_code == 303 and "HttpOnly" in cookie and "SameSite=strict" in cookie and TOKEN not in cookie
     assert client.get("/api/run").status_code == 200
     assert client.post("/login", content=b"x" * 70_000).status_code == 413
+    value = client.cookies.get(cookie.partition("=")[0])
     assert client.post("/logout").status_code == 303
     assert client.get("/api/run").status_code == 401
+    kept = {"cookie": f"{cookie.partition('=')[0]}={value}"}
+    assert value and client.get("/api/run", headers=kept).status_code == 401  # who has kept it is logged out too
+
+
+def test_a_form_that_is_none_of_the_page_is_a_bad_request(run):
+    client = TestClient(create_app(run[0], config(), run[1], TOKEN, page=False), base_url="http://localhost")
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    for body in ("a=1&b=2&c=3&d=4&token=x", f"token={TOKEN}&token={TOKEN}", "", "token", "a=b", "token=%ff", "&" * 9):
+        answer = client.post("/login", content=body, headers=form)
+        assert (answer.status_code, "not the form" in answer.text) == (400, True) or body == "token", body
+    assert client.post("/login", content="token=é".encode(), headers=form).status_code == 400
+    assert client.post("/login", json={"token": TOKEN}).status_code == 400
+    assert client.post("/login", files={"token": TOKEN}).status_code == 400
+    answer = client.post("/login", content="token=", headers=form)
+    assert answer.status_code == 403 and "script-src" not in answer.headers["content-security-policy"]
+    assert "style-src 'sha256-" in answer.headers["content-security-policy"]
+
+
+def test_an_address_may_try_some_tokens_in_a_minute(run, monkeypatch, caplog):
+    monkeypatch.setattr(login, "WRONG_SECONDS", 0)
+    app = create_app(run[0], config(), run[1], TOKEN, page=False)
+    one, other = (TestClient(app, base_url="http://localhost", client=(host, 1)) for host in ("10.0.0.1", "x\ny\t"))
+    for _ in range(attempts.MOST):
+        assert one.post("/login", data={"token": "wrong"}).status_code == 403
+    refused = one.post("/login", data={"token": TOKEN})  # even the right one: it would tell which one is right
+    assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
+    assert other.post("/login", data={"token": "wrong"}).status_code == 403
+    assert "from 10.0.0.1" in caplog.text and "from an address that is none" in caplog.text
+    started = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: started + 61)
+    assert one.post("/login", data={"token": TOKEN}, follow_redirects=False).status_code == 303
 
 
 def test_the_token_is_nowhere_to_be_found(run, caplog, monkeypatch):
@@ -451,7 +484,7 @@ def test_answers_are_small_on_the_wire_where_others_can_reach_them(run):
 def served(run):
     """The app on a real port."""
     app = create_app(run[0], config(), run[1], None, page=False)
-    server, port = serve_in_thread(app, "127.0.0.1", 0)
+    server, port = serve_in_thread(app, ServiceConfig(port=0))
     yield run[0], f"http://127.0.0.1:{port}"
     server.stop()
     assert not server.thread.is_alive()
@@ -493,7 +526,7 @@ def test_events_are_streamed_as_they_happen_and_resumed(served):
 
 
 def test_a_server_with_open_streams_stops_in_time(run):
-    server, port = serve_in_thread(create_app(run[0], config(), run[1], None, page=False), "127.0.0.1", 0)
+    server, port = serve_in_thread(create_app(run[0], config(), run[1], None, page=False), ServiceConfig(port=0))
     with httpx.stream("GET", f"http://127.0.0.1:{port}/api/events/stream", timeout=30):
         started = time.monotonic()
         server.stop()
@@ -507,9 +540,11 @@ def test_a_server_with_open_streams_stops_in_time(run):
 def test_a_port_that_is_taken(served, run):
     port = int(served[1].rpartition(":")[2])
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be listened on"):
-        serve_in_thread(create_app(run[0], config(), run[1], None, page=False), "127.0.0.1", port)
+        serve_in_thread(create_app(run[0], config(), run[1], None, page=False), ServiceConfig(port=port))
     with pytest.raises(ConfigError, match="no-such-host"):
-        serve_in_thread(create_app(run[0], config(), run[1], None, page=False), "no-such-host.invalid", 0)
+        serve_in_thread(
+            create_app(run[0], config(), run[1], None, page=False), ServiceConfig(host="no-such-host.invalid")
+        )
 
 
 def test_the_description_names_every_answer(client):
