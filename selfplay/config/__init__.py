@@ -5,6 +5,7 @@ An unknown key is an error that names the nearest valid one.
 """
 
 from selfplay.config.base import Section
+from selfplay.config.cluster import ClusterConfig, RoleConfig
 from selfplay.config.evaluate import EvaluateConfig, GateConfig
 from selfplay.config.generate import EngineConfig, GenerateConfig
 from selfplay.config.guard import GuardConfig, Limits
@@ -33,6 +34,7 @@ from selfplay.config.train import Ema, EveryN, LoraConfig, TrainConfig
 __all__ = [
     "BreadthConfig",
     "CacheConfig",
+    "ClusterConfig",
     "ColumnsConfig",
     "Config",
     "DepthConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "RetentionConfig",
     "RewardConfig",
     "RewardSource",
+    "RoleConfig",
     "RunConfig",
     "ScheduleConfig",
     "Section",

@@ -31,6 +31,7 @@ from selfplay.generation.swap import (
 )
 from selfplay.processes import cores, gpus
 from selfplay.processes.child import Child
+from selfplay.processes.places import HERE, Place
 from selfplay.processes.protocol import Event
 from selfplay.types import Policy
 
@@ -62,10 +63,16 @@ class WarmEngine:
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, log: Path, name: str = "generator", gpus: Sequence[int] | None = None
+        self,
+        config: Config,
+        run_dir: Path,
+        log: Path,
+        name: str = "generator",
+        gpus: Sequence[int] | None = None,
+        place: Place = HERE,
     ) -> None:
-        """`gpus`: those of this engine; None for all that are visible."""
-        self.config, self.log, self.name, self.gpus = config, log, name, gpus
+        """`gpus`: those of this engine; None for all that are visible. `place`: where it runs."""
+        self.config, self.log, self.name, self.gpus, self._place = config, log, name, gpus, place
         self.child: Child | None = None
         self.info: EngineInfo | None = None  # of the process that was loaded last, also after its end
         self.loaded = False  # verified weights are in it (asleep or not)
@@ -118,6 +125,7 @@ class WarmEngine:
             log=self.log,
             env=gpus.environment(self.gpus),
             silence=engine.silence,
+            place=self._place,
         )
         self._started, self.loaded, self.asleep = time.monotonic(), False, None
         self.child.start()

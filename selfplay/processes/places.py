@@ -15,15 +15,16 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Protocol
 
 from selfplay.processes import children
 from selfplay.processes.logs import bound_log, keep_bounded
 
-Role = Literal["engine", "reward", "judge", "trainer"]
-
 ADDRESS = "%ADDRESS%"
 """In the arguments of a child it stands for the address at which others reach what listens where the child runs."""
+NODE, PORT = "%NODE%", "%PORT%"
+"""In the arguments of a child that runs on several nodes: the number of the node, and a port of the first one. ADDRESS is that of
+the first one then."""
 LOOPBACK = "127.0.0.1"
 
 # The kernel sends PR_SET_PDEATHSIG when the THREAD that started a process ends. This thread lives as long as the process.
@@ -66,8 +67,9 @@ class Place(Protocol):
 class Places(Protocol):
     """Where the children of a run are started, by their role."""
 
-    def of(self, role: Role, number: int = 0) -> Place:
-        """The place of a child; `number` tells apart the children of a role that live at the same time."""
+    def of(self, role: str, number: int = 0) -> Place:
+        """The place of a child. `role` is engine, reward, judge, trainer or suite-<name>, and `number` tells apart the children of
+        a role that live at the same time."""
 
 
 class Local(subprocess.Popen[bytes]):
@@ -99,7 +101,7 @@ class Local(subprocess.Popen[bytes]):
 class Here:
     """This machine, for every role."""
 
-    def of(self, role: Role, number: int = 0) -> Place:
+    def of(self, role: str, number: int = 0) -> Place:
         return self
 
     def start(self, argv: Sequence[str], variables: Mapping[str, str], log: Path, address: str = LOOPBACK) -> Process:
