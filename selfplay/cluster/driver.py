@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after the end would start another cluster
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # `host` tells each child its GPUs
 
 import ray
@@ -30,9 +30,6 @@ LOOK = 0.5  # Seconds between two looks at what waits for room.
 
 Bundle = Mapping[str, float]
 Strategy = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
-
-version: str = ray.__version__
-_handlers = threading.Lock()
 
 
 class Unreachable(Exception):

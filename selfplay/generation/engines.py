@@ -289,5 +289,4 @@ def _made_from(config: Config) -> tuple[object, ...]:
     place, generate = config.placement, config.generate
     lengths = (config.prompts.max_tokens, config.longest_answer)  # they decide on their context
     policy = config.policy.model_copy(update={"thinking": None})  # which is told with each order
-    where = (place.generator, place.colocated, config.cluster)
-    return policy, config.run.seed, lengths, generate.engine, generate.engines, *where
+    return policy, config.run.seed, lengths, generate.engine, generate.engines, place.generator, place.colocated

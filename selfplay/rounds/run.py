@@ -395,5 +395,5 @@ def _scored_with(config: Config) -> tuple[object, ...]:
     """What reward and judge are made from."""
     judge, place = config.evaluate.judge, config.placement
     ensembles = (config.reward.ensemble, judge and judge.ensemble)
-    gpus = (place.reward, place.shared, config.cluster)
+    gpus = (place.reward, place.shared)
     return config.reward_sources(), config.judge_sources(), ensembles, config.reward.cache, gpus
