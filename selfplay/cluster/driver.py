@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from selfplay.cluster.host import Host
 from selfplay.cluster.hosted import HostLost
+from selfplay.processes.places import lasting
 
 NAMESPACE = "selfplay"
 LOCAL_STORE = 80 << 20  # Bytes of a local cluster's object store. Only lines of the protocol pass through it.
@@ -72,7 +74,10 @@ def connect(address: str) -> None:
     """Become a driver of the cluster at `address`, or of a new one of this machine alone («local»). Raises Unreachable."""
     mine = {"object_store_memory": LOCAL_STORE, "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="error", **mine)
+        # Not on the main thread, where Ray would take SIGTERM over.
+        lasting(ray.init, address, namespace=NAMESPACE, log_to_driver=False, logging_level="error", **mine)
+        with contextlib.suppress(ValueError):  # its handler of SIGTERM that prints a stack; only the main thread can
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
         raise Unreachable(_first_line(error)) from error
 

@@ -12,13 +12,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, ParamSpec, Protocol, TypeVar
 
 from selfplay.processes import children
 from selfplay.processes.logs import bound_log, keep_bounded
+
+P, Made = ParamSpec("P"), TypeVar("Made")
 
 ADDRESS = "%ADDRESS%"
 """In the arguments of a child it stands for the address at which others reach what listens where the child runs."""
@@ -107,10 +109,15 @@ class Here:
     def start(self, argv: Sequence[str], variables: Mapping[str, str], log: Path, address: str = LOOPBACK) -> Process:
         told = [word.replace(ADDRESS, address) for word in argv]
         guarded = [sys.executable, "-m", "selfplay.processes.guard", str(os.getpid()), "--", *told]
-        return _spawner.submit(Local, guarded, log, environment(variables)).result()
+        return lasting(Local, guarded, log, environment(variables))
 
 
 HERE = Here()
+
+
+def lasting(work: Callable[P, Made], *args: P.args, **named: P.kwargs) -> Made:
+    """Do `work` on the thread that lives as long as the process, since what it starts may end with its thread."""
+    return _spawner.submit(work, *args, **named).result()
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
