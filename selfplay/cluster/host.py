@@ -7,7 +7,6 @@ by itself: to the controller the node is then lost, and another child may be at 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from reward import polling
 from selfplay.processes.gpus import ORDER
 from selfplay.processes.places import HERE, Local
 
@@ -53,7 +53,7 @@ class Host:
         self._heard = time.monotonic()
         source = self._running.stdout
         assert source is not None
-        if not select.select([source], [], [], seconds)[0]:
+        if not polling.wait({source: polling.READ}, seconds):
             return b""
         return os.read(source.fileno(), CHUNK) or None
 
