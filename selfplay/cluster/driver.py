@@ -130,10 +130,11 @@ class Group:
     def __init__(self, bundles: Sequence[Bundle], strategy: Strategy) -> None:
         self.bundles = [dict(bundle) for bundle in bundles]
         self._group: PlacementGroup = placement_group(self.bundles, strategy=strategy)
+        self._ready = self._group.ready()
 
     def ready(self, seconds: float) -> bool:
-        """Whether all of it is there; waits that long for it."""
-        return bool(self._group.wait(seconds))
+        """Whether all of it has been there once; waits that long for it. A host then waits for what is lost since."""
+        return bool(ray.wait([self._ready], timeout=seconds)[0])
 
     def host(self, number: int, name: str) -> Any:
         """Ask for a host in a bundle; an earlier one of that name, of whatever controller, is ended first."""
