@@ -86,6 +86,9 @@ def storm(args: argparse.Namespace, served: Served, cluster: TwoNodes) -> int:
             time.sleep(0.2)
             state = served.state()
             if state is not None and state[0] == "ended":
+                status = Path(f"/proc/{served.process.pid}/status").read_text()
+                peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+                print(f"  the controller took {peak:.0f} MB at most", flush=True)
                 served.stop()
                 return kills
             if served.process.poll() is not None or (state is not None and state[0] == "paused"):
