@@ -19,7 +19,7 @@ from reward import polling
 from selfplay.processes.gpus import ORDER
 from selfplay.processes.places import HERE, Local
 
-LEASE = 120.0  # Seconds without a word of the controller, which asks for output all the time.
+LEASE = 120.0  # Seconds without a word of the controller.
 CHUNK = 1 << 20  # The most bytes that are handed on at a time.
 
 
@@ -44,13 +44,13 @@ class Host:
         assert self._child is None, "a host has one child"
         os.chdir(folder)
         self._child = HERE.start(argv, {**variables, **self._visible}, Path(log), self._address)
-        self._heard = time.monotonic()
+        self.hear()
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
         return self._child.pid
 
     def read(self, seconds: float) -> bytes | None:
         """What the child writes next, empty where it is silent for so long; None where it has closed its output."""
-        self._heard = time.monotonic()
+        self.hear()
         source = self._running.stdout
         assert source is not None
         if not polling.wait({source: polling.READ}, seconds):
@@ -76,11 +76,15 @@ class Host:
 
     def exit_code(self, seconds: float) -> int | None:
         """The exit code of the guard; None where it still runs after so long."""
-        self._heard = time.monotonic()
+        self.hear()
         try:
             return self._running.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+
+    def hear(self) -> None:
+        """The controller is there."""
+        self._heard = time.monotonic()
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the guard."""

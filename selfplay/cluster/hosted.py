@@ -22,6 +22,7 @@ from selfplay.processes import children
 from selfplay.processes.places import ADDRESS, NODE, PORT
 
 ASK = 10.0  # Seconds that a question for output waits on the node.
+GREET = 20.0  # Seconds between two words to a host that is asked for nothing, because nobody reads what came last.
 LAST = 10.0  # Seconds that the other nodes of a trainer have to end when the first one has ended.
 KILLED = 137
 HANDED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "NCCL_", "GLOO_", "VLLM_")
@@ -184,7 +185,7 @@ class Hosted:
             self._orders.shutdown(socket.SHUT_RDWR)
 
     def _pass_signals(self) -> None:
-        while (number := self._signals.get()) is not None:
+        while (number := self._next_signal()) is not None:
             self._given_up.set()
             for host in self._hosts:
                 try:
@@ -195,6 +196,16 @@ class Hosted:
                     host.kill()
             if number == signal.SIGUSR1:
                 self.end()
+
+    def _next_signal(self) -> int | None:
+        """The next one, or None when it has ended. Meanwhile the hosts hear that the controller is there."""
+        while True:
+            try:
+                return self._signals.get(timeout=GREET)
+            except queue.Empty:
+                for host in self._hosts:
+                    with contextlib.suppress(HostLost):
+                        host.call("hear")
 
     def _say(self, lost: str) -> None:
         """Remember why it ended, and write it to its log."""

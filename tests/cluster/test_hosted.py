@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,19 @@ def test_a_host_that_hears_nothing_of_its_controller_ends_its_child(
     host.start([*PYTHON, "import time; time.sleep(300)"], variables, str(tmp_path / "log"), str(tmp_path))
     assert host._running.wait(60) == 137
     assert gone(tmp_path)
+
+
+def test_a_host_whose_child_nobody_listens_to_hears_of_its_controller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfplay.cluster.host.LEASE", 2.0)
+    monkeypatch.setattr("selfplay.cluster.hosted.GREET", 0.2)
+    child = start(tmp_path, [*PYTHON, LARGE])
+    child.wait_for("ready")
+    child.send("echo", rows="x" * 5_000_000)  # the answer fills all pipes on its way
+    time.sleep(6.0)
+    assert child.order("echo", rows="y") == "y"
+    child.stop()
 
 
 def test_nothing_outlives_the_process_of_the_host(tmp_path: Path) -> None:
