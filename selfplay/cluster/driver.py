@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -28,7 +30,8 @@ from selfplay.processes.places import lasting
 NAMESPACE = "selfplay"
 LOCAL_STORE = 80 << 20  # Bytes of a local cluster's object store. Only lines of the protocol pass through it.
 CALLS = 4  # Calls of a host at a time: one reads, one writes, one sends signals, and one waits for the end.
-LOOK = 0.5  # Seconds between two looks at what waits for room.
+ANSWER = 10.0  # Seconds for a cluster to take a connection.
+LOOK = 0.5  # Seconds before another try to take the name of a host that ends.
 
 Bundle = Mapping[str, float]
 Strategy = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
@@ -74,12 +77,21 @@ def connect(address: str) -> None:
     """Become a driver of the cluster at `address`, or of a new one of this machine alone («local»). Raises Unreachable."""
     mine = {"object_store_memory": LOCAL_STORE, "include_dashboard": False} if address == "local" else {}
     try:
+        _require_answer(address)
         # Not on the main thread, where Ray would take SIGTERM over.
         lasting(ray.init, address, namespace=NAMESPACE, log_to_driver=False, logging_level="error", **mine)
         with contextlib.suppress(ValueError):  # its handler of SIGTERM that prints a stack; only the main thread can
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
         raise Unreachable(_first_line(error)) from error
+
+
+def _require_answer(address: str) -> None:
+    """Raises OSError where nothing listens there. Ray itself would try for minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address() or ""
+    if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
+        socket.create_connection((found[1], int(found[2])), ANSWER).close()
 
 
 def disconnect() -> None:

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import hashlib
 import importlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from selfplay.processes.places import HERE, Place, Places, Process
 from selfplay.training import launch
 
 TELL = 30.0  # Seconds between two words about a child that waits for room.
-ANSWER = 10.0  # Seconds for a cluster to take a connection.
 LOOK = 0.5  # Seconds between two looks whether there is room, or nobody wants it any more.
 
 Tell = Callable[[str], None]
@@ -43,11 +41,8 @@ def connected(address: str) -> Any:
     """The same module, connected. Raises InputError where no cluster answers."""
     found = load_driver()
     try:
-        if address not in ("auto", "local"):  # Ray itself would try for a minute
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
         found.connect(address)
-    except (found.Unreachable, OSError) as error:
+    except found.Unreachable as error:
         raise InputError(
             f"cluster.address: no Ray cluster answers at {address}: {error}",
             "start one (ray start --head), or correct the address; all nodes need the same version of Ray and of Python",
