@@ -129,7 +129,7 @@ class Nodes:
         self._driver = connected(cluster.address)
         self._groups: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._with_gpus = False
         atexit.register(self.close)  # before Ray's own end: what is registered later is called earlier
 
     def of(self, role: str, number: int = 0) -> Place:
@@ -180,7 +180,8 @@ class Nodes:
 
     def _need(self, role: str) -> Need:
         there = self._driver.nodes().values()
-        return needs(self._config(), any(node["resources"].get("GPU") for node in there))[role]
+        self._with_gpus |= any(node["resources"].get("GPU") for node in there)  # those that are gone come back
+        return needs(self._config(), self._with_gpus)[role]
 
     def _group(self, role: str, need: Need) -> Any:
         with self._lock:

@@ -35,7 +35,8 @@ class ClusterConfig(Section):
     wait: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that a child may wait for room on a node."""
     autoscaling: bool = False
-    """The cluster gets further nodes when something waits for them. `selfplay check` then takes a lack of room for a warning."""
+    """The cluster gets further nodes when something waits for them. `selfplay check` then takes a lack of room for a warning, and
+    every role has to say how many GPUs it has, since none may be there yet."""
     engine: RoleConfig = RoleConfig()
     """Each engine of the generator."""
     reward: RoleConfig = RoleConfig()
@@ -44,6 +45,13 @@ class ClusterConfig(Section):
     """Each model of the judge."""
     trainer: TrainerRoleConfig = TrainerRoleConfig()
     """The trainer, on each of its nodes."""
+
+    @model_validator(mode="after")
+    def _gpus_are_said(self) -> ClusterConfig:
+        roles = ("engine", "reward", "judge", "trainer")
+        if self.autoscaling and (open_ := [name for name in roles if self.role(name).gpus is None]):
+            raise ValueError(f"autoscaling: say how many GPUs each {open_[0]} has ({open_[0]}.gpus), or 0 for none")
+        return self
 
     @model_validator(mode="after")
     def _address_is_one(self) -> ClusterConfig:

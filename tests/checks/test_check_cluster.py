@@ -69,7 +69,9 @@ def test_room_for_every_child_side_by_side() -> None:
 def test_what_can_never_be_met(more: list[str], nodes: list[dict[str, float]], about: str, text: str) -> None:
     ((level, where, said),) = room(tiny(*more), *nodes)
     assert (level, where) == ("error", about) and said.startswith(text)
-    ((level, _, _),) = room(tiny(*more, "cluster.autoscaling=true"), *nodes)
+    usual = needs(tiny(*more), True)
+    said_gpus = [f"cluster.{role}.gpus={need.gpus}" for role, need in usual.items()]
+    ((level, _, _),) = room(tiny(*more, *said_gpus, "cluster.autoscaling=true"), *nodes)
     assert level == "warning", "it may grow"
 
 
@@ -121,6 +123,7 @@ def test_a_cluster_that_does_not_answer_and_ray_that_is_not_there(
         (["cluster.trainer.nodes=2"], "name the processes on them in train.accelerate"),
         (["cluster.engine.gpus=1", "generate.engine.tensor_parallel=2"], "an engine lies on one node"),
         (["cluster.wait=900"], "a child that waits for room would be taken for one that hangs"),
+        (["cluster.autoscaling=true", "cluster.engine.gpus=1"], "say how many GPUs each reward has"),
         (["cluster.address=head"], "none of auto, local, ray://host:port and host:port"),
         (["cluster.address=http://head:1"], "none of auto, local, ray://host:port and host:port"),
     ],
