@@ -102,6 +102,8 @@ class Hosted:
         code = KILLED
         try:
             self._hosts = seats.take(self._given_up)
+            if self._given_up.is_set():  # it was stopped just now
+                raise HostLost("was not wanted any more")
             self._start()
             code = self._follow_first()
         except HostLost as lost:
