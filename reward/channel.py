@@ -65,6 +65,11 @@ class Channel:
         self._endpoints = Endpoints(self.urls, first_rest=first_wait, longest_rest=longest_wait)
         self._http = Http(connections, {"authorization": f"Bearer {api_key}"} if api_key else None, proxy)
 
+    def move(self, url: str) -> None:
+        """Ask at another address from now on, instead of the only one so far."""
+        self.urls = [url.rstrip("/")]
+        self._endpoints.move(self.urls[0])
+
     def close(self) -> None:
         self._http.close()
 

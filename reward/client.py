@@ -227,6 +227,11 @@ class RewardClient:
                 )
         return found[first]
 
+    def move(self, url: str) -> None:
+        """From now on ask at another address, where the only server now is. Requests that wait go there too."""
+        self._channel.move(url)
+        self.urls = self._channel.urls
+
     def close(self) -> None:
         self._channel.close()
 

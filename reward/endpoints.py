@@ -93,6 +93,13 @@ class Endpoints:
         with self._lock:
             endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + rest)
 
+    def move(self, url: str) -> None:
+        """The only address is another one now, and nothing is known against it."""
+        with self._lock:
+            (endpoint,) = self.all
+            if endpoint.url != url:
+                endpoint.url, endpoint.failures, endpoint.rests_until = url, 0, 0.0
+
     def _free(self, among: Sequence[Endpoint]) -> bool:
         """Whether any of these may be asked now: one with an open breaker only while no other request tries it."""
         now = time.monotonic()

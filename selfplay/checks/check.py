@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from selfplay.checks import (
+    cluster,
     functions,
     gpus,
     machine,
@@ -53,6 +54,7 @@ LOOKS: tuple[tuple[str, Look], ...] = (
     ("memory", machine.memory),
     ("gpu", gpus.gpus),
     ("utilisation", timeline.idle),
+    ("cluster", cluster.nodes),
 )
 
 

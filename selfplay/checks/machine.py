@@ -74,6 +74,8 @@ def disk(config: Config, run_dir: Path) -> Iterator[Finding]:
 
 def memory(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Whether the machine has the main memory that a round takes."""
+    if config.cluster is not None:  # the children are elsewhere
+        return
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     count = sizes.parameters(config.policy.model, config.policy.revision)
     if count is None:

@@ -209,6 +209,8 @@ def rows(config: Config, seen: Shown | None = None) -> Iterator[tuple[str, str]]
 
 def idle(config: Config, run_dir: Path) -> Iterator[Finding]:
     """A warning where GPUs do nothing for most of a round."""
+    if config.cluster is not None:  # it reckons with the GPUs of this machine
+        return
     try:
         plan = timeline(config, gpus.visible(), shown(run_dir))
     except (SelfplayError, ValueError):  # the looks at models, processes and GPUs say what is wrong

@@ -5,6 +5,7 @@ An unknown key is an error that names the nearest valid one.
 """
 
 from selfplay.config.base import Section
+from selfplay.config.cluster import ClusterConfig, RoleConfig
 from selfplay.config.evaluate import EvaluateConfig, GateConfig
 from selfplay.config.generate import EngineConfig, GenerateConfig
 from selfplay.config.guard import GuardConfig, Limits
@@ -34,6 +35,7 @@ from selfplay.config.train import Ema, EveryN, LoraConfig, TrainConfig
 __all__ = [
     "BreadthConfig",
     "CacheConfig",
+    "ClusterConfig",
     "ColumnsConfig",
     "Config",
     "DepthConfig",
@@ -59,6 +61,7 @@ __all__ = [
     "RetentionConfig",
     "RewardConfig",
     "RewardSource",
+    "RoleConfig",
     "RunConfig",
     "ScheduleConfig",
     "Section",

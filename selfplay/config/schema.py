@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from selfplay import kinds
 from selfplay.config.base import Section
+from selfplay.config.cluster import ClusterConfig
 from selfplay.config.evaluate import EvaluateConfig
 from selfplay.config.generate import GenerateConfig
 from selfplay.config.guard import GuardConfig
@@ -71,6 +72,8 @@ class Config(Section):
     """Which GPUs do what."""
     publish: PublishConfig = PublishConfig()
     """Where the current policy goes after each promotion: the Hub, a folder, running servers."""
+    cluster: ClusterConfig | None = None
+    """Further machines; null for this one alone."""
     retention: RetentionConfig = RetentionConfig()
     """Which weights, artifacts and rows of the ledger stay on disk."""
     track: Tracker = "tensorboard"
@@ -140,6 +143,30 @@ class Config(Section):
             raise ValueError(
                 "schedule.ahead goes without breadth.method = clusters: the trainer, which trains then, would have to embed "
                 "the prompts of the next round"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cluster_fits(self) -> Config:
+        if self.cluster is None:
+            return self
+        if self.placement != PlacementConfig() or isinstance(self.generate.engines, list):
+            raise ValueError(
+                "placement and the GPUs in generate.engines are numbers on one machine: with cluster, say in cluster.engine, "
+                "cluster.reward, cluster.judge and cluster.trainer how many GPUs each has"
+            )
+        if self.cluster.trainer.nodes > 1 and self.train.accelerate is None:
+            raise ValueError("cluster.trainer.nodes is more than 1: name the processes on them in train.accelerate")
+        if self.cluster.engine.gpus and self.cluster.engine.gpus < self.generate.engine.tensor_parallel:
+            raise ValueError(
+                f"cluster.engine.gpus = {self.cluster.engine.gpus} is less than generate.engine.tensor_parallel = "
+                f"{self.generate.engine.tensor_parallel}: an engine lies on one node"
+            )
+        silence = min(self.generate.engine.silence, self.train.silence)
+        if self.cluster.wait >= silence:
+            raise ValueError(
+                f"cluster.wait = {self.cluster.wait:g} is not less than generate.engine.silence and train.silence, of which "
+                f"the shorter is {silence:g}: a child that waits for room would be taken for one that hangs"
             )
         return self
 

@@ -23,6 +23,7 @@ from selfplay.generation.installing import EngineInfo, WarmEngine
 from selfplay.generation.supervised import SupervisedEngine
 from selfplay.generation.swap import SwapReport
 from selfplay.processes.child import ChildDied, ChildError
+from selfplay.processes.places import HERE, Places
 from selfplay.types import Policy
 
 
@@ -34,10 +35,16 @@ class Engines:
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, log: Path, *, on_event: Callable[[str, str], None] | None = None
+        self,
+        config: Config,
+        run_dir: Path,
+        log: Path,
+        *,
+        on_event: Callable[[str, str], None] | None = None,
+        places: Places = HERE,
     ) -> None:
-        """`log` is the log of the first engine; that of engine 2 lies beside it, as generator-2.log."""
-        self._config, self._run_dir, self._log = config, run_dir, log
+        """`log` is the log of the first engine; that of engine 2 lies beside it, as generator-2.log. `places`: where they run."""
+        self._config, self._run_dir, self._log, self._places = config, run_dir, log, places
         self._on_event = on_event or (lambda kind, text: None)
         self._said: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()  # events of the engines' threads
         self._checkpoints = Checkpoints(run_dir)
@@ -53,7 +60,8 @@ class Engines:
             several = self._config.generate.engine_count > 1
             log = self._log if number == 1 else self._log.with_stem(f"{self._log.stem}-{number}")
             name = f"generator {number}" if several else "generator"
-            warm = WarmEngine(self._config, self._run_dir, log, name, gpus)
+            place = self._places.of("engine", number - 1)
+            warm = WarmEngine(self._config, self._run_dir, log, name, gpus, place)
             found.append(SupervisedEngine(warm, self._checkpoints, lambda kind, text: self._said.put((kind, text))))
         return found
 

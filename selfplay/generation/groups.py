@@ -18,6 +18,8 @@ def groups(config: Config, gpus: int | None = None) -> list[Group]:
     """
     settings, given = config.generate, config.placement.generator
     count, size = settings.engine_count, settings.engine.tensor_parallel
+    if config.cluster is not None:  # the nodes give each engine its own
+        return [None] * count
     there = count_gpus() if gpus is None else gpus
     if isinstance(settings.engines, list):
         _require_named(settings.engines, given, there)
@@ -38,6 +40,8 @@ def groups(config: Config, gpus: int | None = None) -> list[Group]:
 
 def shares_gpus(config: Config, gpus: int | None = None) -> bool:
     """Whether an engine has a GPU on which a reward model or a judge of ours may be as well."""
+    if config.cluster is not None:  # no GPU has two of its children
+        return False
     if config.placement.shared:  # then a reward model has left the GPUs before an engine loads
         return False
     there = range(count_gpus() if gpus is None else gpus)

@@ -31,7 +31,9 @@ from selfplay.generation.swap import (
 )
 from selfplay.processes import cores, gpus
 from selfplay.processes.child import Child
+from selfplay.processes.places import HERE, Place
 from selfplay.processes.protocol import Event
+from selfplay.storage.policies import Policies
 from selfplay.types import Policy
 
 # What Python runs in the child. A measurement puts an engine without a model in its place.
@@ -62,10 +64,16 @@ class WarmEngine:
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, log: Path, name: str = "generator", gpus: Sequence[int] | None = None
+        self,
+        config: Config,
+        run_dir: Path,
+        log: Path,
+        name: str = "generator",
+        gpus: Sequence[int] | None = None,
+        place: Place = HERE,
     ) -> None:
-        """`gpus`: those of this engine; None for all that are visible."""
-        self.config, self.log, self.name, self.gpus = config, log, name, gpus
+        """`gpus`: those of this engine; None for all that are visible. `place`: where it runs."""
+        self.config, self.log, self.name, self.gpus, self._place = config, log, name, gpus, place
         self.child: Child | None = None
         self.info: EngineInfo | None = None  # of the process that was loaded last, also after its end
         self.loaded = False  # verified weights are in it (asleep or not)
@@ -118,6 +126,7 @@ class WarmEngine:
             log=self.log,
             env=gpus.environment(self.gpus),
             silence=engine.silence,
+            place=self._place,
         )
         self._started, self.loaded, self.asleep = time.monotonic(), False, None
         self.child.start()
@@ -161,6 +170,7 @@ class WarmEngine:
             found = self.order(
                 "load",
                 model=policy.path,
+                manifest=self._manifest(policy),
                 dtype=config.policy.dtype,
                 seed=config.run.seed % 2**31,
                 max_model_len=context,
@@ -198,7 +208,7 @@ class WarmEngine:
                 self.order("wake", tags=["weights"])
             else:  # This fills the prefix cache, so that a stale one shows.
                 self.order("canary_generate", **self._prefix_canary(new))
-            self.order("reload", path=policy.path)
+            self.order("reload", path=policy.path, manifest=self._manifest(policy))
             if self.asleep is not None:
                 self.order("wake", tags=["kv_cache"])
             self.order("reset")
@@ -274,6 +284,10 @@ class WarmEngine:
                 f"is {bound:.2g}"
             )
         return None
+
+    def _manifest(self, policy: Policy) -> str | None:
+        """The folder with a policy's manifest, for an engine elsewhere, which may see other files than this process has checked."""
+        return None if self._place is HERE else str(Policies(self._run_dir).folder(policy.version).resolve())
 
     def _context(self, model: dict[str, Any], canaries: Canaries) -> int:
         """Context of the engine (tokens): room for a prompt, its response, one scored token more, and the canaries."""

@@ -18,17 +18,21 @@ def usable() -> int:
 
 def trainer_threads(config: Config) -> int:
     """Threads of the trainer. By default all cores, because then nothing works beside it (`fit_together`)."""
-    return config.train.cpu_threads or usable()
+    return config.train.cpu_threads or (config.cluster.trainer.cpus if config.cluster else usable())
 
 
 def engine_threads(config: Config) -> int:
     """Threads of each engine. Where the configuration leaves them open, the engines share the cores that reward models of ours
     leave, which score meanwhile."""
     settings = config.generate
+    if config.cluster is not None:
+        return settings.engine.cpu_threads or config.cluster.engine.cpus
     scorers = sum(bool(source.model) and not source.url for source in config.reward_sources().values())
     return settings.engine.cpu_threads or max(1, (usable() - scorers) // settings.engine_count)
 
 
 def fit_together(config: Config) -> bool:
     """Whether trainer and engines have a core for each of their threads when they work side by side."""
+    if config.cluster is not None:  # each has those that Ray gives it
+        return True
     return trainer_threads(config) + config.generate.engine_count * engine_threads(config) <= usable()

@@ -12,18 +12,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, ParamSpec, Protocol, TypeVar
 
 from selfplay.processes import children
 from selfplay.processes.logs import bound_log, keep_bounded, open_log
 
-Role = Literal["engine", "reward", "judge", "trainer"]
+P, Made = ParamSpec("P"), TypeVar("Made")
 
 ADDRESS = "%ADDRESS%"
 """In the arguments of a child it stands for the address at which others reach what listens where the child runs."""
+NODE, PORT = "%NODE%", "%PORT%"
+"""In the arguments of a child that runs on several nodes: the number of the node, and a port of the first one. ADDRESS is that of
+the first one then."""
 LOOPBACK = "127.0.0.1"
 
 # The kernel sends PR_SET_PDEATHSIG when the THREAD that started a process ends. This thread lives as long as the process.
@@ -66,8 +69,9 @@ class Place(Protocol):
 class Places(Protocol):
     """Where the children of a run are started, by their role."""
 
-    def of(self, role: Role, number: int = 0) -> Place:
-        """The place of a child; `number` tells apart the children of a role that live at the same time."""
+    def of(self, role: str, number: int = 0) -> Place:
+        """The place of a child. `role` is engine, reward, judge, trainer or suite-<name>, and `number` tells apart the children of
+        a role that live at the same time."""
 
 
 class Local(subprocess.Popen[bytes]):
@@ -99,16 +103,21 @@ class Local(subprocess.Popen[bytes]):
 class Here:
     """This machine, for every role."""
 
-    def of(self, role: Role, number: int = 0) -> Place:
+    def of(self, role: str, number: int = 0) -> Place:
         return self
 
     def start(self, argv: Sequence[str], variables: Mapping[str, str], log: Path, address: str = LOOPBACK) -> Process:
         told = [word.replace(ADDRESS, address) for word in argv]
         guarded = [sys.executable, "-m", "selfplay.processes.guard", str(os.getpid()), "--", *told]
-        return _spawner.submit(Local, guarded, log, environment(variables)).result()
+        return lasting(Local, guarded, log, environment(variables))
 
 
 HERE = Here()
+
+
+def lasting(work: Callable[P, Made], *args: P.args, **named: P.kwargs) -> Made:
+    """Do `work` on the thread that lives as long as the process, since what it starts may end with its thread."""
+    return _spawner.submit(work, *args, **named).result()
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import queue
@@ -20,6 +21,7 @@ from reward.dialects import Scored as Given
 from selfplay.config import EnsembleConfig, RewardSource
 from selfplay.errors import GuardError, Interrupted, RewardError
 from selfplay.methods import ensemble
+from selfplay.processes.places import HERE, Places
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.cache import keys as cache_keys
 from selfplay.rewards.service import RewardService
@@ -64,13 +66,24 @@ class Scorer:
         shared: bool = False,
         turn: Callable[[str], None] = lambda role: None,
         on_event: Callable[[str, str], None],
+        places: Places = HERE,
     ) -> None:
-        """`shared`: servers of ours use all GPUs, by turns with other roles; `turn` waits for the turn of a role."""
+        """`shared`: servers of ours use all GPUs, by turns with other roles; `turn` waits for the turn of a role.
+        `places`: where these servers run."""
         self.role, self.sources, self._ensemble, self._cache, self._on_event = role, sources, settings, cache, on_event
         self._cache_fails = False
         self.members = [] if settings is None else settings.names
+        ours = itertools.count()
         self._services = [
-            RewardService(source, run_dir, name=name, gpus=gpus, shared=shared, on_event=on_event)
+            RewardService(
+                source,
+                run_dir,
+                name=name,
+                gpus=gpus,
+                shared=shared,
+                on_event=on_event,
+                place=HERE if source.url else places.of(role, next(ours)),
+            )
             for source, name in zip(sources, [f"{role}-{m}" for m in self.members] or [role], strict=True)
         ]
         self._shared, self._turn = shared, turn

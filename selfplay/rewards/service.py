@@ -20,6 +20,7 @@ from selfplay.errors import InputError, Interrupted, RewardError
 from selfplay.processes.child import PATIENT, Child, ChildDied
 from selfplay.processes.gpus import count, environment
 from selfplay.processes.logs import last_line
+from selfplay.processes.places import ADDRESS, HERE, Place
 from selfplay.rewards.texts import Item
 
 Answer = TypeVar("Answer")
@@ -42,13 +43,15 @@ class RewardService:
         gpus: Sequence[int] | None = None,
         shared: bool = False,
         on_event: Callable[[str, str], None],
+        place: Place = HERE,
     ) -> None:
-        """`shared`: the server uses all GPUs, and has to make room for others between its turns."""
+        """`shared`: the server uses all GPUs, and has to make room for others between its turns. `place`: where it runs."""
         self._config, self._run_dir, self.name, self._on_event = config, run_dir, name, on_event
         self._shared, self._gpus = shared, count() if gpus is None else len(gpus)
         self._everywhere = shared or len(gpus or ()) > 1
         own = {name: os.environ[name] for name in secrets.of(config) if name in os.environ}  # withheld from the others
-        self._env = {"OMP_NUM_THREADS": "1", **environment(gpus), **own}
+        self._place = place  # another place than this machine gives the server its GPUs itself
+        self._env = {"OMP_NUM_THREADS": "1", **environment(gpus if place is HERE else None), **own}
         self.log = run_dir / "logs" / f"{name}.log"
         self._child: Child | None = None
         self._starting: Child | None = None  # the same child while `_watch` waits until it serves
@@ -60,9 +63,20 @@ class RewardService:
         if self._config.url or self._child is not None:
             return
         name, settings = self._served()
-        options = ["--kind", name, "--settings", settings.model_dump_json(), "--port", str(self._port)]
+        options = [
+            "--kind",
+            name,
+            "--settings",
+            settings.model_dump_json(),
+            "--host",
+            ADDRESS,
+            "--port",
+            str(self._port),
+        ]
         argv = [sys.executable, "-m", "reward.server", *options]
-        child = Child(self.name, argv, run_dir=self._run_dir, log=self.log, env=self._env, silence=PATIENT)
+        child = Child(
+            self.name, argv, run_dir=self._run_dir, log=self.log, env=self._env, silence=PATIENT, place=self._place
+        )
         child.start()
         self._child = child
 
@@ -223,7 +237,10 @@ class RewardService:
             message = f"the {self.name} server for {what} did not start: {last_line(self.log)}"
             failure = InputError if re.search(r"exit code 2\b", str(error)) else RewardError
             raise failure(message, self._hint()) from error
-        self._port = int(url.rpartition(":")[2])
+        if self._place is HERE:
+            self._port = int(url.rpartition(":")[2])
+        if self._client is not None:  # it was started again, and may be on another node now
+            self._client.move(url)
         return url
 
     def _watch(self, done: threading.Event) -> None:

@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from selfplay.cluster.placing import places
 from selfplay.config import Config, EnsembleConfig, RewardSource, SuiteConfig
 from selfplay.config.functions import load_function
 from selfplay.errors import InputError, RewardError, SelfplayError
@@ -110,6 +111,7 @@ class Run:
                 self.display.note(f"ended {reaped} processes that an earlier, killed run left behind")
             fresh = not (self.dir / "pool").is_dir()
             self.store.open_run(self.config.run.name, self.config.fixed(), fresh)
+            self.places = self._lock.enter_context(places(lambda: self.config, self.dir, self.display.note))
             self._open()
         except BaseException:
             self.__exit__()
@@ -130,10 +132,10 @@ class Run:
 
     def _open(self) -> None:
         config = self.config
-        self.generator = Generator(config, self.dir, self.dir / "logs" / "generator.log", on_event=self.event)
-        turn = self.turns.take
-        self.serving = Serving(self.generator, lambda: self.current, self.make_way, self.display, turn)
-        self.trainer = Trainer(config, self.dir, self.serving, self.event)
+        log = self.dir / "logs" / "generator.log"
+        self.generator = Generator(config, self.dir, log, on_event=self.event, places=self.places)
+        self.serving = Serving(self.generator, lambda: self.current, self.make_way, self.display, self.turns.take)
+        self.trainer = Trainer(config, self.dir, self.serving, self.event, self.places)
         self._open_scorers(config)
         folder = self.dir / "pool"
         if not folder.is_dir():
@@ -183,10 +185,11 @@ class Run:
             ensemble,
             self.dir,
             cache=self._cache,
-            gpus=place.reward,
+            gpus=place.reward if config.cluster is None else range(config.cluster.role(role).gpus or 1),
             shared=place.shared,
             turn=lambda own: self.turns.take(turn or own),
             on_event=self.event,
+            places=self.places,
         )
 
     def _make_room_of_suites(self) -> None:
@@ -217,9 +220,8 @@ class Run:
             self.event("import", said)
             self.display.note(said)
         if found["set_aside"]:
-            self.event(
-                "warning", "prompts set aside: " + ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())
-            )
+            aside = ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())
+            self.event("warning", f"prompts set aside: {aside}")
         if found["dated"]:
             self.event("import", f"the chat template prints the date: for this run it is {self._template['today']}")
         self.display.note("prompts: " + ", ".join(f"{n} {split}" for split, n in sorted(found["prompts"].items())))
@@ -368,9 +370,8 @@ class Run:
             trackers.log_round(self._tracker, report.round, report.metrics, history, int(before) + 1)
         except Exception as error:
             self._close_tracker()  # the next round opens another
-            self.event(
-                "warning", f"{self.config.track} did not take round {report.round}: {type(error).__name__}: {error}"
-            )
+            why = f"{type(error).__name__}: {error}"
+            self.event("warning", f"{self.config.track} did not take round {report.round}: {why}")
 
     def _close_tracker(self) -> None:
         if self._tracker is not None:
@@ -382,9 +383,8 @@ class Run:
         """Write report.html and report.png (a process of its own: drawing needs libraries that the controller lacks)."""
         log = self.dir / "logs" / "report.log"
         with self.display.stage(None, "report"):
-            child = Child(
-                "report", [sys.executable, "-m", "selfplay.reporting.report", str(self.dir)], run_dir=self.dir, log=log
-            )
+            argv = [sys.executable, "-m", "selfplay.reporting.report", str(self.dir)]
+            child = Child("report", argv, run_dir=self.dir, log=log)
             child.start()
             code = child.wait()
         if code:

@@ -28,6 +28,8 @@ def read_anew(
     changed = [f"service.{name}" for name in AT_START if getattr(new.service, name) != getattr(old.service, name)]
     if (given_dir or new.run_dir) != run_dir:
         changed = ["run.dir or run.name", *changed]
+    if new.cluster != old.cluster:
+        changed.append("cluster")
     if changed:
         raise InputError(f"{', '.join(changed)} cannot change while the service runs: stop it, then start it anew")
     trigger(new.schedule, now)  # a cron line that is none is found now

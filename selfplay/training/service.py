@@ -16,6 +16,7 @@ from selfplay.errors import InputError, TrainError
 from selfplay.processes import cores, gpus
 from selfplay.processes.child import Child, ChildDied, ChildError
 from selfplay.processes.logs import last_line
+from selfplay.processes.places import ADDRESS, HERE, NODE, PORT, Places
 from selfplay.training.jobs import CLUSTERS
 
 STARTS = 2  # a trainer that dies is started once more; it resumes from its last save
@@ -53,8 +54,9 @@ class Trainer:
     stays (`train.stay`) imports once, and keeps the models that the next round starts from.
     """
 
-    def __init__(self, config: Config, run_dir: Path, engine: Neighbour, on_event: Tell) -> None:
+    def __init__(self, config: Config, run_dir: Path, engine: Neighbour, on_event: Tell, places: Places = HERE) -> None:
         self.config, self._run_dir, self._engine, self._on_event = config, run_dir, engine, on_event
+        self._place = places.of("trainer")
         self._child: Child | None = None
         self._launched: _Launch | None = None
 
@@ -90,7 +92,13 @@ class Trainer:
         self.stop()
         log = self._run_dir / "logs" / "trainer.log"
         self._child = Child(
-            "trainer", launch.argv, run_dir=self._run_dir, log=log, env=launch.env, silence=launch.silence
+            "trainer",
+            launch.argv,
+            run_dir=self._run_dir,
+            log=log,
+            env=launch.env,
+            silence=launch.silence,
+            place=self._place,
         )
         self._launched = launch
         self._child.start()
@@ -103,8 +111,12 @@ class Trainer:
             if not settings.accelerate.is_file():
                 raise InputError(f"train.accelerate: {settings.accelerate}: no such file")
             launcher += ["-m", "accelerate.commands.launch", "--config_file", str(settings.accelerate)]
+        cluster = self.config.cluster
+        if cluster is not None and cluster.trainer.nodes > 1:  # the first node's process takes the orders
+            launcher += ["--num_machines", str(cluster.trainer.nodes), "--machine_rank", NODE]
+            launcher += ["--main_process_ip", ADDRESS, "--main_process_port", PORT]
         given = self.config.placement.trainer
-        if settings.accelerate is None and gpus.count():
+        if settings.accelerate is None and cluster is None and gpus.count():
             given = (given or [0])[:1]  # of several GPUs that one process sees it would make another kind of trainer
         # Threads that wait for work sleep: the cores belong to whatever runs meanwhile.
         env = {

@@ -116,6 +116,7 @@ def test_a_configuration_that_would_end_the_service_is_refused(world, tmp_path):
     for bad, why in (
         ("schedule: {mode: cron, cron: 99 * * * *}", "schedule.cron"),
         ("service: {port: 1}", "service.port cannot change while the service runs"),
+        ("cluster: {address: auto}", "cluster cannot change while the service runs"),
         ("train.beta: 1", "unknown key"),
     ):
         file.write_text(f"{text}\n{bad}\n")
