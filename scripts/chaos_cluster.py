@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 from chaos import SETTINGS, Served, artifacts_of, compare, lasted, outlived, report_rows, world  # noqa: E402
-from cluster_world import TwoNodes, left_on, two_nodes  # noqa: E402
+from cluster_world import TwoNodes, left_on, two_nodes  # type: ignore[import-not-found]  # noqa: E402
 
 TWO = "{distributed_type: MULTI_GPU, num_machines: 1, num_processes: 2, mixed_precision: 'no'}\n"
 CPUS = 6  # of each node: all children have room on one, but for the trainer, whose processes are on two

@@ -19,13 +19,14 @@ from typing import IO, Any, Protocol
 
 from selfplay.cluster.host import CHUNK
 from selfplay.processes import children
+from selfplay.processes.guard import LEASE
 from selfplay.processes.places import ADDRESS, NODE, PORT
 
 ASK = 10.0  # Seconds that a question for output waits on the node.
 GREET = 20.0  # Seconds between two words to a host that is asked for nothing, because nobody reads what came last.
 LAST = 10.0  # Seconds that the other nodes of a trainer have to end when the first one has ended.
 KILLED = 137
-HANDED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "NCCL_", "GLOO_", "VLLM_")
+HANDED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "NCCL_", "GLOO_", "VLLM_", LEASE)
 """Beginnings of the environment variables that a child on a node gets from the controller, beside its own."""
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 """What has one of these in its name stays here: whoever reaches the ports of Ray could read it."""

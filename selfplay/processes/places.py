@@ -20,7 +20,8 @@ from typing import IO, Any, ParamSpec, Protocol, TypeVar
 from selfplay.processes import children
 from selfplay.processes.logs import bound_log, keep_bounded, open_log
 
-P, Made = ParamSpec("P"), TypeVar("Made")
+P = ParamSpec("P")
+Made = TypeVar("Made")
 
 ADDRESS = "%ADDRESS%"
 """In the arguments of a child it stands for the address at which others reach what listens where the child runs."""
@@ -106,7 +107,7 @@ class Here:
     def of(self, role: str, number: int = 0) -> Place:
         return self
 
-    def start(self, argv: Sequence[str], variables: Mapping[str, str], log: Path, address: str = LOOPBACK) -> Process:
+    def start(self, argv: Sequence[str], variables: Mapping[str, str], log: Path, address: str = LOOPBACK) -> Local:
         told = [word.replace(ADDRESS, address) for word in argv]
         guarded = [sys.executable, "-m", "selfplay.processes.guard", str(os.getpid()), "--", *told]
         return lasting(Local, guarded, log, environment(variables))

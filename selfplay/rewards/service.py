@@ -49,8 +49,8 @@ class RewardService:
         self._config, self._run_dir, self.name, self._on_event = config, run_dir, name, on_event
         self._shared, self._gpus = shared, count() if gpus is None else len(gpus)
         self._everywhere = shared or len(gpus or ()) > 1
-        own = {name: os.environ[name] for name in secrets.of(config) if name in os.environ}  # withheld from the others
-        self._place = place  # another place than this machine gives the server its GPUs itself
+        self._place = place  # another place than this machine gives the server its GPUs itself, and has its own secrets
+        own = {name: os.environ[name] for name in secrets.of(config) if name in os.environ and place is HERE}
         self._env = {"OMP_NUM_THREADS": "1", **environment(gpus if place is HERE else None), **own}
         self.log = run_dir / "logs" / f"{name}.log"
         self._child: Child | None = None

@@ -14,7 +14,7 @@ import zlib
 import pyarrow as pa
 
 from selfplay.errors import SelfplayError
-from selfplay.storage.filesystem import HINT
+from selfplay.storage import filesystem
 
 DOCTOR = "`selfplay doctor` says which file of the run folder is damaged, and mends what can be mended"
 RIGHTS = "see that the user of this process may read and write there, then run the same command again"
@@ -33,7 +33,7 @@ _ADVICE = {
     errno.ENFILE: "this machine has too many open files: end what has them, then run the same command again",
     errno.ENOMEM: "give it more memory, or lower what the plan of `selfplay check` counts",
     errno.EAGAIN: "this machine has too many processes: raise the limit (ulimit -u, TasksMax of the unit)",
-    **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP), HINT),
+    **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP), filesystem.LEASE),
 }
 _UNREADABLE = (
     json.JSONDecodeError,
