@@ -25,7 +25,7 @@ from selfplay.storage.policies import Policies
 
 run_dir, locks, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 try:
-    with RunLock(run_dir, locks, 3.0) as lock:
+    with RunLock(run_dir, locks, 8.0) as lock:
         store = Store(run_dir, lock)
         children.end_with(lock.claim)
         child = Child("sleep", ["sleep", "600"], run_dir=run_dir, log=run_dir / "logs" / "sleep.log")

@@ -26,6 +26,9 @@ def read_anew(
     if changed := [key for key in before if before[key] != fixed[key]]:
         raise InputError(f"{', '.join(changed)} cannot change within a run; the old configuration stays")
     changed = [f"service.{name}" for name in AT_START if getattr(new.service, name) != getattr(old.service, name)]
+    changed += [
+        f"run.{name}" for name in ("locks", "lease_seconds") if getattr(new.run, name) != getattr(old.run, name)
+    ]
     if (given_dir or new.run_dir) != run_dir:
         changed = ["run.dir or run.name", *changed]
     if new.cluster != old.cluster:

@@ -8,10 +8,11 @@ without it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,19 @@ def hashed(folder: Path) -> dict[str, str]:
 
 
 def linked(checkpoint: Checkpoint, out: Path) -> None:
-    """Make the folder `out` of links to the files of a checkpoint, and to nothing that lies beside them."""
+    """Make the folder `out` of links to the files of a checkpoint, and to nothing that lies beside them; of copies where the
+    file system has no symbolic links."""
     out.mkdir(parents=True)
     source = checkpoint.folder.resolve()
     below = [name for name in (TEMPLATES, MASTERS) if (source / name).is_dir()]
     for name in [*checkpoint.files(), *below]:
-        (out / name).symlink_to(source / name)
+        try:
+            (out / name).symlink_to(source / name)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            copy: Callable[..., object] = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+            copy(source / name, out / name)
 
 
 def companions(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -97,7 +98,12 @@ def lacks(there: Path, locks: Locks = "flock") -> list[tuple[str, bool]]:
     tried in a folder that is deleted again. Raises InputError or DiskError where nothing can be written.
     """
     found = []
-    with folders.disk_errors(there / "run"), tempfile.TemporaryDirectory(prefix=SCRATCH, dir=there) as scratch:
+    with folders.disk_errors(there / "run"), contextlib.ExitStack() as at_the_end:
+        try:
+            scratch = at_the_end.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=there))
+        except OSError as error:
+            error.filename = str(there)
+            raise
         for what, do in (*(LOCKS if locks == "flock" else CLAIMS), *ALWAYS):
             try:
                 do(Path(scratch))

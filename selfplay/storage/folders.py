@@ -116,7 +116,7 @@ def _refused(error: OSError, root: Path) -> DiskError | InputError | None:
     if not isinstance(error.filename, (str, os.PathLike)) or error.errno is None:
         return None
     where = os.path.abspath(error.filename)
-    if not where.startswith(os.path.abspath(root) + os.sep):
+    if not (where + os.sep).startswith(os.path.abspath(root) + os.sep):
         return None
     if error.errno in PASSING:
         hint = "see whether the disk or the server of the file system is in order, then run the same command again"

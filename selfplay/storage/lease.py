@@ -51,6 +51,7 @@ class Lease:
         self._renewed = 0.0
         self._released = threading.Event()
         self._beat = 0
+        self._writing = threading.Lock()
 
     @property
     def file(self) -> Path:
@@ -87,11 +88,12 @@ class Lease:
 
     def raise_to(self, token: int) -> None:
         """Claim a greater number: the ledger knows of a later runner than the files do, which were lost."""
-        if token > self.token:
-            before = self.file
-            if not self._claim(token):
-                raise LockLost(*_lost_to(self._dir, "another runner"))
-            before.unlink(missing_ok=True)
+        with self._writing:
+            if token > self.token:
+                before = self.file
+                if not self._claim(token):
+                    raise LockLost(*_lost_to(self._dir, "another runner"))
+                before.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise LockLost unless this process has the folder still."""
@@ -102,14 +104,20 @@ class Lease:
                 "see whether the file system of the run folder answers, and whether this process or its machine was stopped; "
                 "then start again: finished stages are kept",
             )
-        token, content = self._last()
+        try:
+            token, content = self._last()
+        except FileNotFoundError:
+            raise LockLost(
+                f"{self._folder} is not there any more: the run folder was moved or deleted while this process worked in it",
+                "start it again with the folder's new place (--run-dir, or run.dir and run.name): finished stages are kept",
+            ) from None
         if token != self.token:
             raise LockLost(*_lost_to(self._dir, str(Runner.read(content) or "another process")))
 
     def release(self, dissolve: bool = False) -> None:
         """Leave the folder. `dissolve`: it is locked in another way from now on."""
         self._released.set()
-        with contextlib.suppress(OSError, LockLost):
+        with self._writing, contextlib.suppress(OSError, LockLost):
             self.check()
             if dissolve:
                 shutil.rmtree(self._folder)
@@ -138,11 +146,14 @@ class Lease:
         """Renew the claim until it is released or lost."""
         while not self._released.wait(self._seconds / RENEWALS):
             try:
-                began = _now()
-                self.check()
-                self._write()
-                self.check()
-                self._renewed = began
+                with self._writing:
+                    if self._released.is_set():
+                        return
+                    began = _now()
+                    self.check()
+                    self._write()
+                    self.check()
+                    self._renewed = began
             except LockLost as error:
                 if not self._released.is_set():
                     self._lost(error)

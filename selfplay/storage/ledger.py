@@ -18,7 +18,7 @@ from sqlalchemy.exc import DatabaseError as LedgerError
 from sqlalchemy.exc import OperationalError
 
 from selfplay.errors import InputError, LockLost
-from selfplay.storage import hashed_rows, lease, sqlite_files, wal
+from selfplay.storage import folders, hashed_rows, lease, sqlite_files, wal
 from selfplay.storage.lock import STATE, RunLock
 from selfplay.storage.reader import Reader, now
 from selfplay.storage.schema import (
@@ -87,7 +87,8 @@ class Store(Reader):
             path, sa.create_engine("sqlite://", poolclass=sa.QueuePool, creator=lambda: _connect(database))
         )
         sa.event.listen(self._engine, "connect", lambda connection, _: _prepare(connection, path))
-        self._migrate(run_dir)
+        with folders.disk_errors(path):
+            self._migrate(run_dir)
         if lock is not None:
             try:
                 lock.register(self)

@@ -114,7 +114,7 @@ class RunLock:
         one in which somebody may work, and where somebody may work in it for all that the locks say."""
         if self.runner is not None:
             return
-        before, here = Runner.read(ledger.state(STATE)), Runner.here(self.dir)
+        before, here = Runner.read(ledger.state(STATE)), self._here()
         if before is not None:
             self._require_left(before, here)
         token = max((before.token if before else 0) + 1, self.lease.token if self.lease else 0)
@@ -129,10 +129,10 @@ class RunLock:
 
     def check(self) -> None:
         """Raise LockLost where this process has the folder no longer."""
-        if self._folder is not None and _inode(self.dir) != _inode(self._folder):
-            raise LockLost(f"{self.dir} was moved, deleted or replaced while this process worked in it", MOVED)
         if self.lease is not None:
             self.lease.check()
+        elif self._folder is not None and _inode(self.dir) != _inode(self._folder):
+            raise LockLost(f"{self.dir} was moved, deleted or replaced while this process worked in it", MOVED)
         elif self._file is not None and _inode(self.dir / FILE) != _inode(self._file):
             if self._folder is None:
                 raise LockLost(
@@ -164,7 +164,7 @@ class RunLock:
             if is_used(self.dir):
                 Lease(self.dir, self._seconds).look()
             elif (before := Runner.read(ledger.state(STATE))) is not None:
-                self._require_left(before, Runner.here(self.dir))
+                self._require_left(before, self._here())
         finally:
             self._close()
 
@@ -175,8 +175,8 @@ class RunLock:
             return
         if self.lease is not None and before.inode == here.inode:
             return  # its claim was watched
-        if same and self._folder is not None:
-            return  # the kernel has no other process that works here
+        if same and (self._folder is not None or (here.lock and here.lock == before.lock)):
+            return  # its lock is free: nobody else works here
         if same and fate == "alive":
             raise InUseError(f"{self.dir} is in use by {before}, though its lock is free", HINT)
         if self._take_over:
@@ -211,6 +211,10 @@ class RunLock:
             return None
         return descriptor
 
+    def _here(self) -> Runner:
+        inode = None if self._file is None else _inode(self._file)
+        return Runner.here(self.dir, lock=inode[1] if inode else 0)
+
     def _holder(self) -> str:
         """Who wrote the lock file, in words."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -221,7 +225,7 @@ class RunLock:
     def _write(self) -> None:
         """Have the lock file say who holds it."""
         if self._file is not None:
-            text = json.dumps((self.runner or Runner.here(self.dir)).written()).encode()
+            text = json.dumps((self.runner or self._here()).written()).encode()
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, text, 0)
 

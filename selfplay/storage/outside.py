@@ -14,26 +14,19 @@ import zlib
 import pyarrow as pa
 
 from selfplay.errors import SelfplayError
-from selfplay.storage import filesystem
+from selfplay.storage import folders
 
 DOCTOR = "`selfplay doctor` says which file of the run folder is damaged, and mends what can be mended"
-RIGHTS = "see that the user of this process may read and write there, then run the same command again"
 _ADVICE = {
-    errno.EACCES: RIGHTS,
-    errno.EPERM: f"{RIGHTS}; a file that is immutable (lsattr) cannot be written either",
-    errno.EROFS: "the file system is mounted read-only: mount it for writing, then run the same command again",
+    **folders.REFUSALS,
     errno.EIO: "the disk could not read or write: look at the log of the kernel (dmesg), and copy the run folder to another disk",
     errno.ESTALE: "the network file system has lost the file: mount it again, then run the same command again",
     errno.ENOTCONN: "the network file system is gone: mount it again, then run the same command again",
-    errno.ENOTDIR: f"a file lies where a folder belongs: move it away, then run the same command again; {DOCTOR}",
-    errno.EISDIR: f"a folder lies where a file belongs: move it away, then run the same command again; {DOCTOR}",
-    errno.EEXIST: f"something else lies where a file or folder belongs: move it away; {DOCTOR}",
     errno.ENOENT: f"it was there: has something deleted it? Put it back from a copy; {DOCTOR}",
     errno.EMFILE: "raise the limit of open files (ulimit -n, LimitNOFILE of the unit), then run the same command again",
     errno.ENFILE: "this machine has too many open files: end what has them, then run the same command again",
     errno.ENOMEM: "give it more memory, or lower what the plan of `selfplay check` counts",
     errno.EAGAIN: "this machine has too many processes: raise the limit (ulimit -u, TasksMax of the unit)",
-    **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP), filesystem.LEASE),
 }
 _UNREADABLE = (
     json.JSONDecodeError,

@@ -30,11 +30,12 @@ class Runner:
     path: str  # the run folder, as this process saw it
     device: int
     inode: int
+    lock: int = 0  # inode of the lock file that it holds; 0 where it holds none
     ended: bool = False
     """It has left the folder by itself."""
 
     @classmethod
-    def here(cls, run_dir: Path, token: int = 0) -> Runner:
+    def here(cls, run_dir: Path, token: int = 0, lock: int = 0) -> Runner:
         """This process in a run folder."""
         folder = run_dir.stat()
         return cls(
@@ -49,6 +50,7 @@ class Runner:
             path=str(run_dir.resolve()),
             device=folder.st_dev,
             inode=folder.st_ino,
+            lock=lock,
         )
 
     @classmethod

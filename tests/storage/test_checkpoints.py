@@ -1,5 +1,6 @@
 """Which files of a folder are the checkpoint: folders as people have them, of tiny real safetensors files."""
 
+import errno
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def refused(folder: Path, *words: str) -> None:
         assert word in str(error.value), str(error.value)
 
 
-def test_one_file_shards_and_what_lies_beside_them(tmp_path):
+def test_one_file_shards_and_what_lies_beside_them(tmp_path, monkeypatch):
     one = checkpoints.read(single(tmp_path / "one"))
     assert (one.weights, dict(one.beside)) == (("model.safetensors",), {})
     assert one.files() == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
@@ -96,6 +97,12 @@ def test_one_file_shards_and_what_lies_beside_them(tmp_path):
         again = checkpoints.read(clean)
         assert (again.weights, again.tensors, dict(again.beside)) == (weights, found.tensors, {})
         assert checkpoints.hashed(clean) == checkpoints.hashed(folder)
+        with monkeypatch.context() as patch:  # a file system without links
+            patch.setattr(os, "symlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no")))
+            checkpoints.linked(found, folder.with_name(f"{folder.name}-copied"))
+        copied = folder.with_name(f"{folder.name}-copied")
+        assert checkpoints.hashed(copied) == checkpoints.hashed(folder)
+        assert not any(path.is_symlink() for path in copied.iterdir())
         assert sorted(checkpoints.hashed(folder)) == sorted(found.files()), "what lies beside is no part of a manifest"
 
 

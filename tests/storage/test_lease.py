@@ -76,7 +76,7 @@ def test_a_killed_runner_is_followed_at_once_by_one_that_can_see_that_it_is_gone
     monkeypatch.setattr(
         lease.Lease, "_stays_still", lambda *_: pytest.fail("nobody has to wait for a process that is gone")
     )
-    with RunLock(run_dir, "lease", 3.0) as lock:
+    with RunLock(run_dir, "lease", 60.0) as lock:
         store = Store(run_dir, lock)
         assert lock.runner.token == 2 and store.events()[-1]["kind"] == "step"
         store.close()
@@ -108,7 +108,7 @@ def test_a_lease_that_another_has_or_that_is_too_old_is_lost(tmp_path, monkeypat
 
 def test_a_ledger_with_a_log_goes_on_by_a_lease_and_back(tmp_path):
     def work(locks: str) -> tuple[int, str]:
-        with RunLock(tmp_path, locks, 3.0) as lock:
+        with RunLock(tmp_path, locks, 60.0) as lock:
             store, other = Store(tmp_path, lock), Store(tmp_path)
             other.submit("pause", {}, "cli")  # the command line gives its orders beside the runner
             store.event("step", locks)
@@ -129,13 +129,13 @@ def test_a_lock_that_a_killed_process_left_on_the_ledger_is_broken_by_the_next_r
     from selfplay.storage import sqlite_files
 
     monkeypatch.setattr(sqlite_files, "STILL", 0.3)
-    with RunLock(tmp_path, "lease", 3.0) as lock:
+    with RunLock(tmp_path, "lease", 60.0) as lock:
         Store(tmp_path, lock).close()
     where = sqlite_files.uri(tmp_path / "ledger.sqlite")
     killed = "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1], uri=True); c.execute('BEGIN IMMEDIATE'); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", killed, where]).returncode == -signal.SIGKILL
     assert (tmp_path / "ledger.sqlite.lock").is_dir()
-    with RunLock(tmp_path, "lease", 3.0) as lock:
+    with RunLock(tmp_path, "lease", 60.0) as lock:
         store = Store(tmp_path, lock)
         store.event("step", "x")
         store.close()
@@ -143,7 +143,7 @@ def test_a_lock_that_a_killed_process_left_on_the_ledger_is_broken_by_the_next_r
 
 
 def test_without_waiting_a_look_says_who_has_claimed_the_folder(tmp_path):
-    with RunLock(tmp_path, "lease", 3.0) as lock:
+    with RunLock(tmp_path, "lease", 60.0) as lock:
         store = Store(tmp_path, lock)
         os.close(lock._file)  # as on a file system without locks
         os.close(lock._folder)
