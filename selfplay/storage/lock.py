@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from selfplay.config.run import RunConfig
 from selfplay.errors import InputError, InUseError, LockLost
@@ -45,15 +45,17 @@ class RunLock:
 
     Entering makes the folder. Raises InputError where the folder cannot be made or used, and InUseError where another process
     has it.
+    locks: None for those that the last runner had.
     note: is told when it has to wait, for a lease. take_over: the folder is a copy, or its runner is on another machine, and
     a person says that nobody else is at work in it.
     """
 
     def __init__(
-        self, run_dir: Path, locks: Literal["flock", "lease"] = "flock", seconds: float = 60.0,
+        self, run_dir: Path, locks: filesystem.Locks | None = None, seconds: float = 60.0,
         note: Callable[[str], None] = lambda text: None, take_over: bool = False,
     ) -> None:  # fmt: skip
-        self.dir, self._locks, self._seconds = run_dir, locks, seconds
+        self.dir, self._seconds = run_dir, seconds
+        self._locks: filesystem.Locks = locks or ("lease" if is_used(run_dir) else "flock")
         self._note, self._take_over = note, take_over
         self._folder: int | None = None  # descriptors that hold locks; None where the file system has no such lock
         self._file: int | None = None
