@@ -123,7 +123,7 @@ def _cursor(run_dir: Path, store: Store, index: int) -> list[int]:
 
 
 def _set_aside(run_dir: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm", "-journal"):
         path = run_dir / f"{LEDGER}{suffix}"
         if path.exists():
             path.rename(run_dir / f"{LEDGER}.damaged{suffix}")

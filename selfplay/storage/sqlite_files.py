@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from selfplay.storage import lease
@@ -20,9 +20,12 @@ from selfplay.storage import lease
 STILL = 10.0  # seconds for which a lock has to stand still: it is held for a transaction, which takes parts of a second
 
 
-def uri(path: Path) -> str:
-    """The URI by which `sqlite3.connect(…, uri=True)` opens a file that lies in a run folder, or in a folder of that."""
-    return f"file:{quote(str(path.absolute()))}" + ("?vfs=unix-dotfile" if _by_lease(path) else "")
+def uri(path: Path, mode: Literal["rw", "rwc"] = "rwc") -> str:
+    """The URI by which `sqlite3.connect(…, uri=True)` opens a file that lies in a run folder, or in a folder of that.
+
+    mode: `rw` for a file that has to be there.
+    """
+    return f"file:{quote(str(path.absolute()))}?mode={mode}" + ("&vfs=unix-dotfile" if _by_lease(path) else "")
 
 
 def set_journal(connection: Any, path: Path) -> None:
