@@ -6,7 +6,7 @@ import pytest
 from daemon_world import NOON, Bare, World, until, waiting, webhook
 from sqlalchemy.exc import OperationalError
 
-from selfplay.errors import CheckpointError, ConfigError, InputError
+from selfplay.errors import CheckpointError, ConfigError, InputError, LockLost
 from selfplay.rounds.run import Run
 from selfplay.service import daemon, orders
 from selfplay.storage import ledger as store
@@ -79,6 +79,15 @@ def test_a_folder_in_use_is_left_alone(world):
     assert service.store.state("service") is None and service.store.state("pause") is None
     service.turn()  # opens the run
     assert service.turn() == "paused" and waiting(service.store) == []
+
+
+def test_a_service_whose_folder_is_moved_ends_and_tries_nothing_again(world):
+    service = world()
+    assert service.turn() == "running" and service.ran == [1]
+    service.run_dir.rename(service.run_dir.with_name("moved"))
+    with pytest.raises(LockLost, match="was moved, deleted or replaced"):
+        service.turn()
+    assert service.ran == [1] and not service.run_dir.exists()
 
 
 def test_a_state_that_could_not_be_written_is_written_later(world, lock):
