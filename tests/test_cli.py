@@ -30,7 +30,7 @@ from selfplay.storage.ledger import Store
 on_a_run = pytest.mark.slow  # or on the mini world: both may have to be made first
 FOLDERS = [
     "status", "rounds", "show 1", "pause", "resume", "run-now", "cancel", "rollback 0", "pin 0", "reload", "report",
-    "export pairs out", "export policy out", "add-prompts more.jsonl", "answers",
+    "export pairs out", "export policy out", "add-prompts more.jsonl", "answers", "take-over",
 ]  # fmt: skip
 
 

@@ -235,7 +235,7 @@ class History:
         """What the kernel does when a process ends."""
         lock = daemon and daemon._lock
         if lock:
-            lock._file.close()
+            lock._close()
         children._running.clear()
         children.uncut()
         self.world.database.killed()

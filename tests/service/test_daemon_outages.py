@@ -174,7 +174,7 @@ def test_a_ledger_that_cannot_be_opened_is_waited_for(tmp_path, monkeypatch):
     service = World(tmp_path / "run", monkeypatch, "service.retries=1", "service.retry_seconds=0")
 
     class Full(store.Store):
-        def __init__(self, run_dir):
+        def __init__(self, run_dir, lock=None):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(daemon, "Store", Full)

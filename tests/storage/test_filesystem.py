@@ -49,6 +49,7 @@ def test_what_is_missing_is_named_before_anything_is_written(
     assert not any(Path(tmp_path).iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
 @pytest.mark.parametrize(
     ("faults", "words"),

@@ -39,6 +39,7 @@ def steps(run_dir: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
 def test_a_runner_that_slept_through_its_lease_stops_without_a_write(tmp_path, runners):
     run_dir = tmp_path / "run"
@@ -66,6 +67,7 @@ def test_a_runner_that_slept_through_its_lease_stops_without_a_write(tmp_path, r
     assert sorted(path.name for path in (run_dir / "rounds").iterdir() if path.name.startswith("1-")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
 def test_a_killed_runner_is_followed_at_once_by_one_that_can_see_that_it_is_gone(tmp_path, runners, monkeypatch):
     run_dir = tmp_path / "run"

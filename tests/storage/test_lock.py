@@ -46,6 +46,7 @@ def opened(run_dir: Path) -> int:
         return lock.runner.token
 
 
+@pytest.mark.slow
 def remembered(run_dir: Path, **changes: object) -> None:
     """Have the ledger say something else of its last runner."""
     store = Store(run_dir)
@@ -67,6 +68,8 @@ def test_a_lock_that_is_deleted_keeps_a_second_runner_out_and_comes_back(tmp_pat
     assert opened(run_dir) == before + 1
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
 def test_where_folders_cannot_be_locked_a_deleted_lock_stops_the_first_runner_and_no_second_one_starts(
     tmp_path, runners
@@ -83,6 +86,7 @@ def test_where_folders_cannot_be_locked_a_deleted_lock_stops_the_first_runner_an
     assert code == 3 and "was deleted or replaced while this process worked there" in said
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_moved_while_it_is_served_stops_its_runner_and_goes_on_at_its_new_place(tmp_path, runners):
     first = runners(tmp_path / "run")
     first.working()
