@@ -12,7 +12,7 @@ from selfplay.doctor.finding import Finding
 from selfplay.errors import DamagedError
 from selfplay.prompts import sealing
 from selfplay.rewards import cache
-from selfplay.storage import seals
+from selfplay.storage import seals, sqlite_files
 from selfplay.storage.folders import MANIFEST
 
 CACHE = Path("reward") / "scores.sqlite"
@@ -58,7 +58,7 @@ def _reward(run_dir: Path) -> Iterator[Finding]:
 def _cache(path: Path) -> str | None:
     """What is wrong with the cache of scores. Nothing is written to it."""
     try:
-        connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=5)
+        connection = sqlite3.connect(sqlite_files.uri(path), uri=True, timeout=5)
         try:
             connection.create_function("hash_of", 2, cache.hash_of)
             said = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from selfplay.doctor import rebuild
 from selfplay.doctor.finding import Finding
 from selfplay.errors import CheckpointError, InputError
-from selfplay.storage import agreement, wal
+from selfplay.storage import agreement, sqlite_files, wal
 from selfplay.storage.folders import MANIFEST
 from selfplay.storage.ledger import LedgerError, Store
 from selfplay.storage.manifests import read
@@ -46,7 +46,7 @@ def broken(path: Path) -> str | None:
     if not path.is_file() or not path.stat().st_size:
         return "it is gone" if not path.exists() else "it is empty"
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=5)) as connection:
+        with contextlib.closing(sqlite3.connect(sqlite_files.uri(path), uri=True, timeout=5)) as connection:
             said = [str(text) for (text,) in connection.execute("PRAGMA integrity_check(3)")]
             if said != ["ok"]:
                 return "; ".join(said)
@@ -59,7 +59,7 @@ def broken(path: Path) -> str | None:
 
 def _without_the_rest(path: Path) -> None:
     """Have SQLite take over what it can read of the write-ahead log."""
-    with contextlib.closing(sqlite3.connect(path, timeout=5)) as connection:
+    with contextlib.closing(sqlite3.connect(sqlite_files.uri(path), uri=True, timeout=5)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 

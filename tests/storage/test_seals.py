@@ -106,7 +106,7 @@ def test_a_row_that_was_changed_by_other_hands_stops_the_run(tmp_path, change):
     other.commit()
     other.close()
     store = Store(run_dir)
-    with pytest.raises(InputError, match=r"ledger.sqlite is damaged: the row .* is not what was written|which is gone"):
+    with pytest.raises(InputError, match=r"ledger.sqlite: it is damaged: the row .* is not what was written"):
         agreement.require(store, run_dir, lambda kind, text: None)
     store.close()
 
