@@ -14,8 +14,8 @@ from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import InUseError
 from selfplay.service.due import next_start
-from selfplay.storage import filesystem
-from selfplay.storage.ledger import Store
+from selfplay.storage import agreement, filesystem
+from selfplay.storage.ledger import Store, require_nothing_made
 from selfplay.storage.lock import RunLock
 from selfplay.tracking import trackers
 from selfplay.web import access
@@ -25,12 +25,16 @@ def run_folder(config: Config, run_dir: Path) -> Iterator[Finding]:
     """Whether the folder can be written to, belongs to this run, and nobody works in it."""
     filesystem.require(run_dir, config.run.locks)
     if not (run_dir / "ledger.sqlite").is_file():
+        require_nothing_made(run_dir, "is gone")
         yield Finding.ok("run folder", f"{run_dir} is new")
         return
     store = Store(run_dir)
     try:
         if (run_dir / "pool").is_dir():  # before the import nothing is fixed
             store.open_run(config.run.name, config.fixed())
+            if (wrong := next(agreement.disagreements(store, run_dir), None)) is not None:
+                yield Finding.error("run folder", f"{wrong.path}: {wrong.what}; {wrong.right}; {agreement.DOCTOR}")
+                return
         RunLock.of(config.run, run_dir).look(store)
         yield Finding.ok("run folder", f"{run_dir} belongs to this run, and nobody works in it")
     except InUseError as error:

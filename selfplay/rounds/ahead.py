@@ -21,7 +21,7 @@ from selfplay.prompts.draw import drawn_ahead
 from selfplay.rounds.answers import Answers
 from selfplay.rounds.run import Run
 from selfplay.stage import Metrics, samples
-from selfplay.storage import folders, policies, seals
+from selfplay.storage import folders, policies
 
 STATE = "ahead"  # in the ledger: {round, policy, shards}, the last round that was sampled ahead
 
@@ -54,9 +54,7 @@ class Ahead:
             )
         folders.make(shards)
         asked = shards / "asked.parquet"
-        if not seals.is_whole(asked):
-            self.run.prompts.write(prompt_ids, asked)
-            seals.seal(asked)
+        self.run.prompts.write(prompt_ids, asked)
         began = time.monotonic()
 
         def told(done: int) -> None:

@@ -46,12 +46,7 @@ def require(store: Store, run_dir: Path, tell: Callable[[str, str], None]) -> No
 
     A run that has no current policy yet gets policy 0.
     """
-    for row in store.damaged_rows():
-        raise InputError(
-            f"{store.path} is damaged: {row} is not what was written",
-            "put ledger.sqlite back from a copy; without one, `selfplay doctor` makes it again from the manifests of the folder",
-        )
-    for found in (*rounds(store, run_dir), *kept_policies(store, run_dir)):
+    for found in disagreements(store, run_dir):
         raise InputError(f"{found.path}: {found.what}", f"{found.right}; {DOCTOR}")
     there = Policies(run_dir)
     if (version := store.serving()) is None:
@@ -65,6 +60,17 @@ def require(store: Store, run_dir: Path, tell: Callable[[str, str], None]) -> No
         tell(REPAIRED, f"{wrong.path}: {wrong.what}. It names policy {version} again")
     if store.state(CURRENT) is None:  # a ledger of an earlier version
         store.set_state(CURRENT, {"version": version, "before": None})
+
+
+def disagreements(store: Store, run_dir: Path) -> Iterator[Disagreement]:
+    """Damaged rows, and all in which folder and ledger disagree but the file `current`."""
+    for row in store.damaged_rows():
+        yield Disagreement(
+            path=store.path, what=f"it is damaged: {row} is not what was written",
+            right="put it back from a copy; without one, `selfplay doctor` makes it again from the manifests of the folder",
+        )  # fmt: skip
+    yield from rounds(store, run_dir)
+    yield from kept_policies(store, run_dir)
 
 
 def current(store: Store, run_dir: Path) -> Disagreement | None:

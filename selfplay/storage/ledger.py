@@ -36,7 +36,7 @@ from selfplay.storage.schema import (
     state,
 )
 
-__all__ = ["RESTARTS", "LedgerError", "PairRow", "Store", "now"]
+__all__ = ["RESTARTS", "LedgerError", "PairRow", "Store", "now", "require_nothing_made"]
 
 RESTARTS = ("engine_restart", "swap_restart", "reward_restart", "trainer_restart")
 """Kinds of events that say that a child was started again."""
@@ -78,7 +78,7 @@ class Store(Reader):
         """
         path = run_dir / "ledger.sqlite"
         if not path.is_file() or not path.stat().st_size:
-            _require_nothing_made(run_dir, "is gone")
+            require_nothing_made(run_dir, "is gone")
         if what := wal.damage(Path(f"{path}-wal")):
             hint = "put both files back from a copy; `selfplay doctor` goes on without these transactions"
             raise InputError(f"{path}-wal is damaged: {what}", hint)
@@ -104,7 +104,7 @@ class Store(Reader):
             try:
                 with self._engine.begin() as connection:
                     if not sa.inspect(connection).has_table("schema_version"):
-                        _require_nothing_made(run_dir, "is empty")
+                        require_nothing_made(run_dir, "is empty")
                     migrate(connection, str(self.path))
                     hashed_rows.begin(connection)
                 self._engine.dispose()  # a connection that is opened now keeps the hashes of rows
@@ -320,7 +320,7 @@ class Store(Reader):
             connection.execute(policies.update().where(policies.c.version == version).values(pinned=pinned))
 
 
-def _require_nothing_made(run_dir: Path, what: str) -> None:
+def require_nothing_made(run_dir: Path, what: str) -> None:
     """Raise InputError where a run folder has a ledger no more, but pool or finished stages.
 
     A new one would know nothing of pins, orders and which policy serves. Where only ledger.sqlite was copied, all that the

@@ -155,6 +155,14 @@ def test_the_run_folder_is_that_of_this_run_and_free(tmp_path):
     other = settings(tmp_path, tmp_path / "policy", "run.seed=7")
     level, text = said(other, tmp_path, "run folder")
     assert level == "error" and "run.seed (0 there, 7 here) cannot change" in text and "another folder" in text
+    (run_dir / "rounds" / "0001" / "prompts").mkdir(parents=True)
+    (run_dir / "rounds" / "0001" / "prompts" / "manifest.json").touch()
+    level, text = said(config, tmp_path, "run folder")
+    assert level == "error" and "the ledger does not know round 1" in text and "selfplay doctor" in text
+    for path in run_dir.glob("ledger.sqlite*"):
+        path.unlink()
+    level, text = said(config, tmp_path, "run folder")
+    assert level == "error" and "no new ledger is made" in text
 
 
 def test_files_that_other_accounts_can_read_are_named(tmp_path):

@@ -84,7 +84,7 @@ def test_what_joined_counts_too(tmp_path):
         [{"prompt": "how do FERNS grow?"}, {"prompt": "How do trees grow?", "parent": first[0].prompt_id}], known
     )
     assert again[0] == "duplicate" and again[1].ancestor == "adam"
-    (file,) = (tmp_path / "added").iterdir()
+    (file,) = (tmp_path / "added").glob("*.parquet")
     pq.write_table(pq.read_table(file).drop_columns(["same"]), file)
     assert admit([{"prompt": "how do FERNS grow?"}], opened(tmp_path)) == ["duplicate"]
 

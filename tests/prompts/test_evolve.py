@@ -222,7 +222,7 @@ def test_joining_twice_is_joining_once(tmp_path):
     pool.join(new[:1])
     for _ in range(2):
         evolve.join(stage, pool=pool, ledger=store, index=1)
-    assert [p.name for p in sorted((tmp_path / "pool" / "added").iterdir())] == ["0001.parquet", "0002.parquet"]
+    assert [p.name for p in sorted((tmp_path / "pool" / "added").glob("*.parquet"))] == ["0001.parquet", "0002.parquet"]
     assert tables.read_rows(tmp_path / "pool" / "added" / "0002.parquet", Prompt) == new[1:]
     (event,) = store.events(1)
     store.close()

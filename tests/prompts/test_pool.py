@@ -41,7 +41,7 @@ def test_added_prompts_stay(tmp_path):
     pool.write_added(tmp_path, [third])
     found = opened(tmp_path)
     assert list(found) == [first, second, third] and len(found) == 3
-    assert sorted(p.name for p in (tmp_path / "added").iterdir()) == ["0001.parquet", "0002.parquet"]
+    assert sorted(p.name for p in (tmp_path / "added").glob("*.parquet")) == ["0001.parquet", "0002.parquet"]
     assert found.training()[1].tolist() == [0, 1, 2]
 
 

@@ -117,6 +117,7 @@ def test_all_are_counted_now_and_then_only(tmp_path, monkeypatch):
 def test_a_damaged_score_counts_as_absent_and_is_told(tmp_path):
     path = tmp_path / "scores.sqlite"
     cache = ScoreCache(path, 100)
+    seals.repairs()  # of other tests in this process
     a, b, c = keys(3)
     cache.put({a: 1.0, b: 2.0, c: 3.0})
     with contextlib.closing(sqlite3.connect(path)) as other:
@@ -131,6 +132,7 @@ def test_a_damaged_score_counts_as_absent_and_is_told(tmp_path):
 
 def test_a_cache_of_an_earlier_version_keeps_its_scores(tmp_path):
     path, (a, b) = tmp_path / "scores.sqlite", keys(2)
+    seals.repairs()
     with contextlib.closing(sqlite3.connect(path)) as older:
         older.execute(
             "CREATE TABLE scores (key BLOB PRIMARY KEY, score REAL NOT NULL, used INTEGER NOT NULL) WITHOUT ROWID"

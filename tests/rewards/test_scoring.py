@@ -139,7 +139,7 @@ def test_finished_shards_are_not_asked_again(server, tmp_path):
     stage = Stage(tmp_path, server)
     assert stage.rewards() == [8.0] * 10 and server.items == 10
     first = stage.rows
-    assert len(list(stage.shards[0].iterdir())) == 3
+    assert len(list(stage.shards[0].glob("*.parquet"))) == 3
     (stage.shards[0] / f"{contents(tmp_path / 'candidates.parquet', 4)[1][:32]}.parquet").unlink()
     assert stage.rewards() == [8.0] * 10 and server.items == 14
     assert stage.rows == first

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from steps_world import LINE, Opened
+from storage_world import sign
 from test_reward_client import fake
 
 from selfplay.errors import EngineError
@@ -46,6 +47,7 @@ def judged(run, index, names):
     folder = run.dir / "rounds" / f"{index:04d}" / "evaluate"
     folder.mkdir(parents=True)
     folders.write_json(folder / "judge.json", {"names": names})
+    sign(folder, index)
 
 
 def scored_by(run, index, identities):

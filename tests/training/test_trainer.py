@@ -25,6 +25,7 @@ from selfplay.models.kept import Kept
 from selfplay.models.weights import sequence_logps
 from selfplay.processes.child import Child, ChildDied, ChildError
 from selfplay.processes.reaping import descendants, marked
+from selfplay.storage import seals
 from selfplay.training import pace
 from selfplay.training.blend_job import blend
 from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOTrainer
@@ -219,6 +220,7 @@ def test_training_goes_on_from_the_save_before_a_damaged_one(world: Path, tmp_pa
     job = job_of(world, tmp_path, save_steps=2, epochs=2)
     run(job)
     whole = bytes_of(tmp_path / "out")
+    seals.repairs()  # of other tests in this process
     flip(job.work / "checkpoint-6" / "optimizer.pt", 2000)
     result, seen = run(job)
     assert [step for step, _ in seen] == [5, 6] and bytes_of(tmp_path / "out") == whole
