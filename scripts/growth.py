@@ -84,21 +84,21 @@ def give_past(run_dir: Path, rounds: int) -> None:
     """Rounds 2 … rounds + 1 of a run whose first one is done."""
     ledger = sqlite3.connect(run_dir / "ledger.sqlite")
     ledger.execute("PRAGMA synchronous=OFF")
-    ledger.execute("CREATE TEMP TABLE numbers AS WITH RECURSIVE n(value) AS (SELECT 2 UNION ALL SELECT value + 1 FROM n"
-                   f" WHERE value <= {rounds}) SELECT value FROM n")  # fmt: skip
+    ledger.execute("CREATE TEMP TABLE numbers AS WITH RECURSIVE n(number) AS (SELECT 2 UNION ALL SELECT number + 1 FROM n"
+                   f" WHERE number <= {rounds}) SELECT number FROM n")  # fmt: skip
     for table in COPIED:
         columns = [row[1] for row in ledger.execute(f"PRAGMA table_info({table})")]
-        changed = {"round": "numbers.value", "state": "'rejected'"}
+        changed = {"round": "number", "state": "'rejected'"}
         values = ", ".join(changed.get(column, column) for column in columns)
         ledger.execute(f"INSERT INTO {table} SELECT {values} FROM {table}, numbers WHERE round = 1")
     ledger.execute(
         "INSERT INTO policies (version, round, parent, reference, beta, state, weights, pinned)"
-        " SELECT value, value, 1, 1, 0.1, 'rejected', 0, 0 FROM numbers"
+        " SELECT number, number, 1, 1, 0.1, 'rejected', 0, 0 FROM numbers"
     )
     now = datetime.now().astimezone().isoformat()
     many = f"(WITH RECURSIVE k(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM k WHERE n < {EVENTS}) SELECT n FROM k)"
     ledger.execute(
-        f"INSERT INTO events (time, round, kind, text) SELECT ?, value, 'note', ? FROM numbers, {many}", (now, "x" * 80)
+        f"INSERT INTO events (time, round, kind, text) SELECT ?, number, 'note', ? FROM numbers, {many}", (now, "x" * 80)
     )
     ledger.commit()
     ledger.close()
