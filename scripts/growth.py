@@ -98,7 +98,8 @@ def give_past(run_dir: Path, rounds: int) -> None:
     now = datetime.now().astimezone().isoformat()
     many = f"(WITH RECURSIVE k(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM k WHERE n < {EVENTS}) SELECT n FROM k)"
     ledger.execute(
-        f"INSERT INTO events (time, round, kind, text) SELECT ?, number, 'note', ? FROM numbers, {many}", (now, "x" * 80)
+        f"INSERT INTO events (time, round, kind, text) SELECT ?, number, 'note', ? FROM numbers, {many}",
+        (now, "x" * 80),
     )
     ledger.commit()
     ledger.close()
@@ -164,7 +165,9 @@ def left(run_dir: Path, temporary: Path, since: datetime) -> Line:
         "rounds": rounds,
         "temporary": len(list(temporary.rglob("*"))),
         "tensorboard": len(list((run_dir / "tensorboard").glob("*"))),
-        "joins": max(int(path.stem.partition("-")[2] or path.stem) for path in (run_dir / "pool/added").glob("*")),
+        "joins": max(
+            int(path.stem.partition("-")[2] or path.stem) for path in (run_dir / "pool/added").glob("*.parquet")
+        ),
         "pool files": len(list((run_dir / "pool" / "added").glob("*"))),
         "events": events,
         "orders KiB": orders / 1024,
