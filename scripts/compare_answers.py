@@ -27,6 +27,7 @@ from selfplay.prompts.pool import Pool
 from selfplay.reporting.history import Round, read
 from selfplay.storage import tables
 from selfplay.types import Prompt, Scored
+from selfplay.visible import visible
 
 SAMPLES, CONFIDENCE = 2000, 0.95
 
@@ -140,14 +141,9 @@ def show(found: Compared, count: int) -> None:
     first, last = (followed(found.prompts, side, loose=False) for side in (found.initial, found.trained))
     order = sorted(range(len(found.prompts)), key=lambda i: all(first[i]) == all(last[i]))
     for i in order[:count]:
-        print(f"\n=== {plain(found.prompts[i].messages[-1]['content'])}")
+        print(f"\n=== {visible(found.prompts[i].messages[-1]['content'])}")
         for name, answer, kept in (("before", found.initial[i], first[i]), ("after", found.trained[i], last[i])):
-            print(f"--- {name} ({sum(kept)} of {len(kept)} constraints)\n{plain(answer.text)}")
-
-
-def plain(text: str) -> str:
-    """A text without characters that a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+            print(f"--- {name} ({sum(kept)} of {len(kept)} constraints)\n{visible(answer.text)}")
 
 
 def main() -> int:

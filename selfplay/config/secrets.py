@@ -6,9 +6,10 @@ from selfplay.config import Config, RewardSource
 
 
 def named(config: Config) -> set[str]:
-    """All of them: the token of the service, the address of the webhook, and the keys of rewards, judges and suites."""
-    sources = config.all_sources().values()
-    return {config.service.token_env, config.service.webhook_env}.union(*map(of, sources))
+    """All of them: the token of the service, the address of the webhook, and the keys of rewards, judges, suites and of the
+    servers that get new policies."""
+    own = {config.service.token_env, config.service.webhook_env, config.publish.api_key_env or ""} - {""}
+    return own.union(*map(of, config.all_sources().values()))
 
 
 def of(source: RewardSource) -> set[str]:

@@ -3,15 +3,21 @@
 Each join writes a file, `0001.parquet`. As soon as there are FILES of a size, they become one: `0001-0032.parquet`, and
 later `0001-1024.parquet`. So each prompt is written anew once or twice in ten thousand joins, and a pool that is opened
 reads some dozen files. A merge that was killed leaves files whose prompts are in a longer one too; these do not count.
+
+Each file has its hash beside it (`storage/seals.py`). Only files that are what their hashes say become one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from selfplay.storage import folders, tables
+import pyarrow as pa
+
+from selfplay.errors import DamagedError
+from selfplay.storage import folders, seals, tables
 
 FILES = 32  # of one size; one more size for each power of it
 
@@ -38,22 +44,37 @@ def merge(folder: Path, row_type: type[Any]) -> bool:
     """Make one file of the newest, where there are enough of one size; returns whether something changed.
 
     Only the runner of the run folder may. Whoever reads the folder meanwhile may find a file gone, and lists them anew.
+    Raises DamagedError.
     """
     changed = False
     while len(same := _newest_of_one_size(there := files(folder))) >= FILES:
-        first, last = _span(same[0])[0], _span(same[-1])[1]
-        with tables.writing(folder / f"{first:04d}-{last:04d}.parquet", row_type) as file:
-            for path in same:
-                for table in tables.each_group(path, row_type=row_type):
-                    file.table(table)
+        for path in same:
+            if seals.beside(path).is_file() and not seals.is_sealed(path):  # an earlier version kept no hashes
+                raise DamagedError(path, "its SHA-256 differs from the one beside it")
+        write(folder / f"{_span(same[0])[0]:04d}-{_span(same[-1])[1]:04d}.parquet", row_type, _tables(same, row_type))
         changed = True
     if changed:
         there = files(folder)
         for _, path in _spans(folder):
             if path not in there:
+                seals.beside(path).unlink(missing_ok=True)  # before the file, which would be missed by its hash
                 path.unlink()
         folders.sync(folder)
     return changed
+
+
+def write(path: Path, row_type: type[Any], content: Iterable[pa.Table]) -> None:
+    """Write a file with its hash, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with folders.disk_errors(path), tables.writing_to(partial, row_type) as file:
+        for table in content:
+            file.table(table)
+    seals.finish(partial, path)
+
+
+def _tables(paths: Sequence[Path], row_type: type[Any]) -> Iterator[pa.Table]:
+    for path in paths:
+        yield from tables.each_group(path, row_type=row_type)
 
 
 def _newest_of_one_size(there: list[Path]) -> list[Path]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from selfplay.prompts import added, parts, rows
 from selfplay.prompts.formats import hash_of, names
 from selfplay.prompts.held_out import WORDS, HeldOut, same
-from selfplay.storage import folders, seals, tables
+from selfplay.storage import folders, tables
 from selfplay.types import Prompt, Split
 
 PROMPTS, FACTS, ADDED, ORDERS, OLD = "prompts", "facts.arrow", "added", "orders", "pool.parquet"
@@ -228,10 +228,7 @@ def write_added(folder: Path, prompts: Sequence[Prompt]) -> Path:
     path = added.next_file(folder / ADDED)
     fields = [field.name for field in dataclasses.fields(Prompt)]
     records = [Added(**{name: getattr(p, name) for name in fields}, same=same(p.messages)) for p in prompts]
-    partial = path.with_name(f".{path.name}.partial")
-    with folders.disk_errors(path), tables.writing_to(partial, Added) as file:
-        file.records(records)
-    seals.finish(partial, path)
+    added.write(path, Added, [tables.to_table(records, Added)])
     folders.sync(folder)
     return path
 

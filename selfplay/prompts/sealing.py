@@ -43,6 +43,8 @@ def damaged(folder: Path) -> list[tuple[Path, str]]:
     for beside in sorted((folder / ADDED).glob(f"*{seals.BESIDE}")):
         path = beside.with_name(beside.name.removesuffix(seals.BESIDE))
         if not path.is_file():
+            if path.with_name(f".{path.name}.partial").is_file():
+                continue  # its writer was killed before it had its name, and nobody knows of it
             found.append((path, "it is gone"))
         elif not seals.is_sealed(path):
             found.append((path, "its SHA-256 differs from the one beside it"))

@@ -22,6 +22,7 @@ LIST, CURRENT = "published.json", "current"
 def put(run_dir: Path, run: str, manifest: Manifest, root: Path) -> Path:
     """Copy a policy there, point `current` at it, and delete all but it and the one before. Returns its folder.
 
+    Whoever can read `root` can read the policy, although what else a run writes is for its owner alone.
     Whatever was done of it before is not done again. Raises InputError for a folder that is not this run's.
     """
     known = listed(root, run)
@@ -32,6 +33,7 @@ def put(run_dir: Path, run: str, manifest: Manifest, root: Path) -> Path:
         shutil.rmtree(out)
     if not out.is_dir():
         export_policy(run_dir, manifest.version, out)
+    _open_as(root, out)
     if before == out.name:
         return out
     partial = root / f".{CURRENT}.partial"
@@ -44,6 +46,14 @@ def put(run_dir: Path, run: str, manifest: Manifest, root: Path) -> Path:
         shutil.rmtree(root / name, ignore_errors=True)
     _list(root, run, kept)
     return out
+
+
+def _open_as(root: Path, out: Path) -> None:
+    """Let those read a folder with its files who may read the one above it."""
+    others = root.stat().st_mode & 0o055
+    for path in out.iterdir():
+        path.chmod(0o600 | others & 0o044)
+    out.chmod(0o700 | others)
 
 
 def _list(root: Path, run: str, versions: set[str]) -> None:

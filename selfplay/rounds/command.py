@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from selfplay.visible import filter_stderr, visible
+from selfplay.visible import filter_stderr, say, visible
 
 if TYPE_CHECKING:
     from selfplay.rounds.run import Run
@@ -113,9 +113,9 @@ def take_over(config: Path, overrides: Sequence[str], run_dir: Path) -> None:
     from selfplay.storage.lock import RunLock
 
     settings = load(config, overrides).run
-    with RunLock(run_dir, settings.locks, settings.lease_seconds, print, take_over=True) as lock:
+    with RunLock(run_dir, settings.locks, settings.lease_seconds, say, take_over=True) as lock:
         Store(run_dir, lock).close()
-    print(f"{run_dir} is a run of its own now, and the next start goes on with it")
+    say(f"{run_dir} is a run of its own now, and the next start goes on with it")
 
 
 def leave(code: int) -> NoReturn:

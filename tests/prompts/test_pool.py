@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from selfplay.errors import DamagedError
 from selfplay.prompts import formats, parts, pool, rows
-from selfplay.storage import tables
+from selfplay.storage import seals, tables
 from selfplay.types import Prompt
 
 
@@ -130,17 +131,21 @@ def test_prompts_that_join_often_are_in_few_files(tmp_path, monkeypatch):
     there = tmp_path / "added"
     for one in later[:8]:
         found.join([one])
-    assert sorted(p.name for p in there.iterdir()) == [
-        "0001-0003.parquet",
-        "0004-0006.parquet",
-        "0007.parquet",
-        "0008.parquet",
-    ]
+    names = ["0001-0003.parquet", "0004-0006.parquet", "0007.parquet", "0008.parquet"]
+    assert sorted(p.name for p in there.iterdir()) == sorted([*names, *(f"{name}.sha256" for name in names)])
+    assert all(map(seals.is_sealed, there.glob("*.parquet")))
     for name in ("0004", "0005"):  # as a kill between the merge and the deletion leaves them
         tables.write_rows(there / f"{name}.parquet", [], pool.Added)
+    whole = (there / "0008.parquet").read_bytes()
+    (there / "0008.parquet").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedError, match="0008.parquet"):  # damage is not hashed anew as part of a larger file
+        opened(tmp_path).join([prompt("another", joined=9)])
+    (there / "0008.parquet").write_bytes(whole)
+    for path in (*there.glob("0009.*"),):
+        path.unlink()
     found = opened(tmp_path)
     found.join([later[8]])
-    assert [p.name for p in there.iterdir()] == ["0001-0009.parquet"]
+    assert sorted(p.name for p in there.iterdir()) == ["0001-0009.parquet", "0001-0009.parquet.sha256"]
     found.join(later[9:])
     for each in (found, opened(tmp_path)):
         assert list(each) == [first, *later]

@@ -51,3 +51,12 @@ def test_a_pool_of_an_earlier_version_gets_its_hashes(folder):
     (folder / folders.MANIFEST).unlink()
     sealing.require_whole(folder)
     assert sealing.damaged(folder) == []
+
+
+def test_a_join_that_was_killed_before_its_file_had_its_name_is_no_damage(folder):
+    """The hash is written first: a kill between the two leaves it, and a file with a name that does not count."""
+    (folder / "added" / "0002.parquet").rename(folder / "added" / ".0002.parquet.partial")
+    sealing.require_whole(folder)
+    pool.write_added(folder, [Prompt(prompt_id="f" * 16, messages=[], prompt_ids=[1], split="train", joined=2)])
+    sealing.require_whole(folder)
+    assert sorted(path.name for path in (folder / "added").glob("*.parquet")) == ["0001.parquet", "0002.parquet"]

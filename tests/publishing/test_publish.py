@@ -94,6 +94,21 @@ def test_a_folder_gets_each_policy_and_goes_back_with_a_rollback(run, tmp_path):
     assert run.publish(2, folder=root) == "2 done" and len(run.events("published")) == 4, "once is enough"
 
 
+def test_a_policy_in_a_folder_can_be_read_by_whoever_can_read_the_folder(run, tmp_path):
+    """Who runs rounds has the umask 077, and the servers that read a published policy may be of another account."""
+    root = tmp_path / "served"
+    before = os.umask(0o077)
+    try:
+        run.publish(1, folder=root)
+        assert root.stat().st_mode & 0o777 == (root / "0001").stat().st_mode & 0o777 == 0o700
+        root.chmod(0o755)
+        run.publish(2, folder=root)
+    finally:
+        os.umask(before)
+    assert (root / "0002").stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in (root / "0002").iterdir()} == {0o644}
+
+
 def dying(after: int):
     """A rename that ends the process once so many were done."""
     rename, left = Path.rename, iter(range(after))

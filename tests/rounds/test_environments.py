@@ -22,9 +22,10 @@ from selfplay.rounds.requirements import withhold_secrets
 from selfplay.rounds.run import Run
 from selfplay.training.service import Trainer
 
-SECRETS = ("SELFPLAY_TOKEN", "SELFPLAY_WEBHOOK", "WANDB_API_KEY", "REWARD_KEY", "JUDGE_KEY", "SUITE_KEY")
+SECRETS = ("SELFPLAY_TOKEN", "SELFPLAY_WEBHOOK", "WANDB_API_KEY", "REWARD_KEY", "JUDGE_KEY", "SUITE_KEY", "VLLM_KEY")
 JUDGE = "{url: ['http://127.0.0.1:9'], model: m, api_key_env: %s, proxy_env: HTTPS_PROXY}"
 SETTINGS = [
+    "publish.api_key_env=VLLM_KEY",
     "reward.model=null", f"reward.chat_judge={JUDGE % 'REWARD_KEY'}",
     "evaluate.judge={source: {kind: judge, url: ['http://127.0.0.1:8'], model: m, api_key_env: JUDGE_KEY}}",
     "evaluate.suites=[{name: s, file: a.jsonl, reward: {url: ['http://127.0.0.1:9'], api_key_env: SUITE_KEY}}, {name: t, task: t}]",
