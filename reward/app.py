@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ from reward.scorer import Score, Scorer, Stopped
 log = logging.getLogger("reward.server")
 Form = TypeVar("Form", bound=BaseModel)
 
+SMALL = 1 << 20  # bytes of a body in which there cannot be too many values
+VALUES = 128  # of JSON, and keys, for each item that a request may have
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 LONGEST_WISH = 30  # seconds of Retry-After
 
 
@@ -88,6 +92,15 @@ class Desk:
             self._free.put_nowait(scorer)
 
 
+def values(body: bytes, most: int) -> int:
+    """How many keys and values JSON holds, about; where there are more than `most`, that there are more.
+
+    Three bytes of it (`[],`) would become an object of 64.
+    """
+    plain, strings = STRING.subn(b"", body, count=most + 1)
+    return strings + plain.count(b",") + plain.count(b"[") + plain.count(b"{")
+
+
 def build_app(
     scorers: Sequence[Scorer], *, max_body: int, max_items: int, max_waiting: int, unrender: Unrender
 ) -> FastAPI:
@@ -110,9 +123,13 @@ def build_app(
             if size > max_body:
                 raise Refusal(413, f"the body is longer than {max_body} bytes: send fewer items at once")
             chunks.append(chunk)
+        body = b"".join(chunks)
+        most = VALUES * max(max_items, 4096)
+        if len(body) > SMALL and values(body, most) > most:
+            raise Refusal(413, "the body holds more values than score requests need: send fewer items at once")
         try:
             # json.loads and not pydantic's parser: that one refuses a whole request for one lone surrogate
-            return form.model_validate(json.loads(b"".join(chunks)))
+            return form.model_validate(json.loads(body))
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)
             where = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found[:3])

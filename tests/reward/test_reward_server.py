@@ -14,6 +14,7 @@ import httpx
 import pytest
 from reward_world import bare_scores, conversation, reward_model, serving
 
+from reward.app import values
 from reward.client import RewardClient
 from reward.schema import Health
 from reward.server import bind, is_loopback, parser, serve, url
@@ -107,6 +108,8 @@ def test_hostile_texts_break_nothing_and_change_no_other_score(ready: dict[str, 
         (body(*["a"] * 65), 413, "65 items, at most 64"),
         (body("a" * 2**21), 413, "longer than 2097152 bytes"),
         (b"a" * 2**25, 413, "longer than 2097152 bytes"),
+        (b'{"items": [' + b"[]," * 600_000 + b"[]]}", 413, "more values than score requests need"),
+        (b'"' + b'\\"' * 1_000_000, 400, "not JSON"),  # in time that is linear in its length
     ],
 )  # fmt: skip
 def test_what_is_no_request_is_refused_with_a_reason(
@@ -116,6 +119,12 @@ def test_what_is_no_request_is_refused_with_a_reason(
     assert answer.status_code == status
     assert says in answer.json()["error"]
     assert post(ready, body("Paris.")).json()["scores"][0] is not None
+
+
+def test_values_are_counted_outside_of_texts() -> None:
+    assert values(b'{"a": [1, 2, {"b": "[{,\\"[{,"}], "c": ""}', 99) == 11
+    assert values(b'["unfinished, [{', 99) == values(b'["\\', 99) == 2 and values(b"", 99) == 0
+    assert values(b'"",' * 50, 9) > 9
 
 
 def test_one_line_on_stdout_and_sigterm_ends_cleanly(folder: Path) -> None:
