@@ -32,6 +32,7 @@ STARTS = 25  # of the service in one history
 PATIENCE = 80  # looks at a service that has to finish, without faults
 BEGINNINGS = 32  # folders that histories begin with
 CONFIG = Path("selfplay.yaml")
+LEDGER = "ledger.sqlite"  # that it is there is all that is asked of the file
 
 
 class Display:
@@ -313,6 +314,7 @@ def _laid(root: Path, beginning: Beginning) -> None:
         os.link(kept, root / name)
     for name, target in beginning.links:
         os.symlink(target, root / name)
+    (root / LEDGER).write_bytes(b"in memory")
     for name in (".lock", ".ledger.lock") if beginning.folders else ():
         (root / name).touch()
 
@@ -325,6 +327,6 @@ def _listed(kept: Path, ledger: bytes, now: datetime) -> Beginning:
             found.links.append((name, os.readlink(path)))
         elif path.is_dir():
             found.folders.append(name)
-        elif name not in (".lock", ".ledger.lock"):
+        elif name not in (".lock", ".ledger.lock", LEDGER):
             found.files.append((name, str(path)))
     return found
