@@ -48,7 +48,7 @@ class Display:
 
         def update(**values: object) -> None:
             vars(line).update(values)
-            self.on_line(line)  # type: ignore[arg-type]
+            self.on_line(line)
 
         line.update = update
         self._world.tell(f"stage {name}")
@@ -215,7 +215,7 @@ class History:
         except SelfplayError as error:
             if world.calm:
                 raise Violation(f"the service does not start: {error}") from error
-            world.tell(f"exit {error.exit_code}: {error}")  # type: ignore[attr-defined]
+            world.tell(f"exit {error.exit_code}: {error}")
         finally:
             world.active = world.dead = False
             world.daemon = None

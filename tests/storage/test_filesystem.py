@@ -37,3 +37,9 @@ def test_what_is_missing_is_named_before_anything_is_written(tmp_path, monkeypat
     ):
         pass
     assert "local disk" in error.value.hint and not any(Path(tmp_path / "run").iterdir())
+
+
+def test_what_was_left_by_a_kill_during_the_trial_is_deleted_by_who_holds_the_lock(tmp_path):
+    (tmp_path / f"{filesystem.SCRATCH}left" / "whole").mkdir(parents=True)
+    with RunLock(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
