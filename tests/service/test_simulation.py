@@ -27,13 +27,14 @@ def simulation(tmp_path_factory):
 
 
 def test_every_history_keeps_what_must_hold(simulation):
-    broken = [f for seed in range(100) if (f := simulation.run(seed)).error is not None]
+    seeds = range(0, 800, 4)  # they begin with eight folders; to make each takes a tenth of a second
+    broken = [found for seed in seeds if (found := simulation.run(seed)).error is not None]
     assert not broken, [f"--seed {found.seed}: {found.error}" for found in broken]
 
 
 def test_a_history_is_the_same_each_time_it_is_run(simulation):
     told = [[], []]
-    found = [simulation.run(7, tell=each.append) for each in told]
+    found = [simulation.run(8, tell=each.append) for each in told]
     assert found[0] == found[1] and told[0] == told[1]
 
 
