@@ -32,6 +32,7 @@ STARTS = 25  # of the service in one history
 PATIENCE = 80  # looks at a service that has to finish, without faults
 BEGINNINGS = 32  # folders that histories begin with
 CONFIG = Path("selfplay.yaml")
+LEDGER = "ledger.sqlite"  # that it is there is all that is asked of the file
 
 
 class Display:
@@ -47,7 +48,7 @@ class Display:
 
         def update(**values: object) -> None:
             vars(line).update(values)
-            self.on_line(line)  # type: ignore[arg-type]
+            self.on_line(line)
 
         line.update = update
         self._world.tell(f"stage {name}")
@@ -214,7 +215,7 @@ class History:
         except SelfplayError as error:
             if world.calm:
                 raise Violation(f"the service does not start: {error}") from error
-            world.tell(f"exit {error.exit_code}: {error}")  # type: ignore[attr-defined]
+            world.tell(f"exit {error.exit_code}: {error}")
         finally:
             world.active = world.dead = False
             world.daemon = None
@@ -313,6 +314,7 @@ def _laid(root: Path, beginning: Beginning) -> None:
         os.link(kept, root / name)
     for name, target in beginning.links:
         os.symlink(target, root / name)
+    (root / LEDGER).write_bytes(b"in memory")
     for name in (".lock", ".ledger.lock") if beginning.folders else ():
         (root / name).touch()
 
@@ -325,6 +327,6 @@ def _listed(kept: Path, ledger: bytes, now: datetime) -> Beginning:
             found.links.append((name, os.readlink(path)))
         elif path.is_dir():
             found.folders.append(name)
-        elif name not in (".lock", ".ledger.lock"):
+        elif name not in (".lock", ".ledger.lock", LEDGER):
             found.files.append((name, str(path)))
     return found

@@ -19,7 +19,18 @@ from simulation.world import World
 SAMPLED = ("prompts", "generate", "score", "guard", "pairs")
 STAGES = {"skipped": SAMPLED, "promoted": (*SAMPLED, "depth", "train", "evaluate", "promote")}
 STAGES["rejected"] = STAGES["promoted"]
-KNOWN = {"pool", "rounds", "policies", "reward", "logs", "current", ".lock", ".ledger.lock", "pool.parts"}
+KNOWN = {
+    "ledger.sqlite",
+    "pool",
+    "rounds",
+    "policies",
+    "reward",
+    "logs",
+    "current",
+    ".lock",
+    ".ledger.lock",
+    "pool.parts",
+}
 OUTCOMES = ("promoted", "rejected", "skipped", "cancelled")
 
 
@@ -71,7 +82,8 @@ def _current(world: World, store: Store, rounds: list[dict[str, Any]], events: l
         elif event["kind"] == "order_done" and event["text"].startswith("rollback "):
             expected = int(event["text"].partition("version=")[2].split()[0])
     current = Policies(world.root).current
-    must(current == expected, f"policy {current} is current, and by the ledger it is {expected}")
+    must(store.serving() == expected, f"policy {store.serving()} serves, and by its events it is {expected}")
+    must(current == expected, f"the file current names policy {current}, and policy {expected} serves")
 
 
 def _folder(world: World, store: Store, row: dict[str, Any]) -> None:

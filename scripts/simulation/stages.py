@@ -76,7 +76,8 @@ class SimulatedSteps(Steps):
 
     def score(self, out: Path, line: Line) -> Metrics:
         self.run.breathe("shard")
-        found = self.run.reward.score(self._read("generate/candidates.parquet"))  # type: ignore[attr-defined]
+        reward: Any = self.run.reward
+        found = reward.score(self._read("generate/candidates.parquet"))
         (out / "scored.parquet").write_text(json.dumps([found]), encoding="utf-8")
         (out / "reward.json").write_text("{}", encoding="utf-8")
         return {}

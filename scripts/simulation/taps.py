@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from selfplay.storage import agreement
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from simulation.processes import WEIGHTS
@@ -21,16 +22,16 @@ def must(holds: object, text: str) -> None:
         raise Violation(text)
 
 
-def set_current(real: Callable[[Policies, int], None]) -> Callable[[Policies, int], None]:
-    def checked(policies: Policies, version: int) -> None:
+def set_current(real: Callable[..., None]) -> Callable[..., None]:
+    def checked(store: Store, policies: Policies, version: int) -> None:
         world = CLOCK.world
-        if world.active and policies.current is not None:  # the first is policy 0, before there is an engine
+        if store.serving() is not None:  # the first is policy 0, before there is an engine
             must(world.daemon is not None and world.daemon.run is not None, "a policy is changed without a run")
             generator: Any = world.daemon.run.generator  # type: ignore[union-attr]
             must(generator.shown == version, f"policy {version} becomes current, but no engine was shown to serve it")
             wanted = (Path(policies.get(version).path) / WEIGHTS).read_text()
             must(generator.weights in (wanted, None), f"policy {version} becomes current, and other weights are served")
-        real(policies, version)
+        real(store, policies, version)
         world.tell(f"policy {version} is current")
 
     return checked
@@ -44,7 +45,7 @@ def open_round(real: Callable[..., None]) -> Callable[..., None]:
         must(index == len(there) + 1, f"round {index} follows {len(there)} rounds")
         must(not [row for row in there if row["state"] == "running"], f"round {index} opens beside an open one")
         must(not store.state("pause"), f"round {index} opens in a pause")
-        must(Policies(world.root).current == champion, f"round {index} begins with {champion}, which is not current")
+        must(store.serving() == champion, f"round {index} begins with policy {champion}, which does not serve")
         run_now = index <= store.state("run_now", 0)
         schedule = world.daemon.config.schedule if world.daemon else None
         if there and schedule and schedule.every_minutes and not run_now and not world.jumped:
@@ -73,7 +74,7 @@ def close_round(real: Callable[..., None]) -> Callable[..., None]:
 @contextlib.contextmanager
 def tapped() -> Iterator[None]:
     with (
-        patch.object(Policies, "set_current", set_current(Policies.set_current)),
+        patch.object(agreement, "set_current", set_current(agreement.set_current)),
         patch.object(Store, "open_round", open_round(Store.open_round)),
         patch.object(Store, "close_round", close_round(Store.close_round)),
     ):

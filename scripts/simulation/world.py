@@ -198,10 +198,9 @@ class World:
 def plan_of(seed: int) -> dict[int, str]:
     """What happens in the history of a seed. An action that does not fit its moment is left out then."""
     rng = random.Random(f"plan {seed}")
-    every = rng.choice([4, 10, 20, 40])
-    plan: dict[int, str] = {}
-    at = 0
-    for _ in range(rng.choice([1, 1, 1, 1, 2, 2, 3])):
-        at += 1 + int(rng.expovariate(1 / every))
+    at, apart = rng.randint(1, rng.choice([40, 140])), rng.choice([4, 15, 40])
+    plan = {at: ANY}
+    for _ in range(rng.choice([0, 0, 0, 1, 1, 2])):
+        at += 1 + int(rng.expovariate(1 / apart))
         plan[at] = ANY
     return plan

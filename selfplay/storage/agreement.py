@@ -37,7 +37,8 @@ class Disagreement:
 
 def set_current(store: Store, found: Policies, version: int) -> None:
     """Make a policy the one that serves: in the ledger, which is right about it, and then in the file `current`."""
-    store.set_state(CURRENT, {"version": version, "before": store.serving()})
+    # What the file names, and not what served: after a full disk the file may be behind by more than one step.
+    store.set_state(CURRENT, {"version": version, "before": found.current})
     found.set_current(version)
 
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from selfplay.storage.schema import draws, events, metrics, orders, pairs, policies, rounds, runs, stages, state
 
 CURRENT = "current"
-"""In the ledger's state: {version, before}, the policy that serves and the one before it."""
+"""In the ledger's state: {version, before}, the policy that serves, and what the file `current` named before it."""
 _ROUND = [column for column in rounds.c if column is not rounds.c.config]
 
 

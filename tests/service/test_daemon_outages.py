@@ -1,6 +1,7 @@
 """What the service does where something fails outside its rounds, its ledger most of all: rounds only pretend here."""
 
 import sqlite3
+from datetime import timedelta
 
 import pytest
 from daemon_world import NOON, Bare, World, until, waiting, webhook
@@ -246,6 +247,19 @@ def test_rejected_rounds_pause_the_service_whatever_is_killed_when(world):
     service.turn()
     assert service.ran == [3]
     assert service.turn() == "paused" and service.ran == [3]  # the third in a row
+
+
+def test_a_pause_for_rejected_rounds_does_not_keep_orders_waiting_for_a_run_that_failed_to_open_before(world):
+    service = world("service.pause_after_rejected=2", "service.retry_seconds=60")
+    for _ in range(2):
+        service.open()
+        service.close("rejected")
+    service.made()
+    service.daemon._failures.add(OSError("the disk was full"), service.daemon.config.service, service.now)
+    service.now += timedelta(seconds=61)
+    service.turn()
+    assert service.turn() == "paused"
+    assert service.daemon.run is not None
 
 
 def test_skipped_rounds_pause_the_service_and_say_what_to_change(world):

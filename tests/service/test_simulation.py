@@ -11,8 +11,13 @@ from simulation.history import Simulation
 
 MEMORY = Path("/dev/shm")
 SHOWN = {
-    "a kill while the file system of a new folder is tried leaves nothing": (0, "3=kill"),
+    "a kill while the file system of a new folder was tried left a folder behind": (0, "3=kill"),
+    "a kill after the end of a round was recorded lost its event": (4, "119=kill"),
+    "a round that was given up after its promotion left its policy current": (4, "117=kill 120=order-cancel"),
+    "a round that was given up had a finished stage that the ledger did not know": (4, "100=locked 103=order-cancel"),
+    "a full disk and then a kill left a folder that did not open any more": (4, "95=full 136=kill"),
 }
+"""What was wrong, and the seed and plan that showed it. The moments are those of the product of that time."""
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +27,14 @@ def simulation(tmp_path_factory):
 
 
 def test_every_history_keeps_what_must_hold(simulation):
-    broken = [f for seed in range(150) if (f := simulation.run(seed)).error is not None]
+    seeds = range(0, 800, 4)  # they begin with eight folders; to make each takes a tenth of a second
+    broken = [found for seed in seeds if (found := simulation.run(seed)).error is not None]
     assert not broken, [f"--seed {found.seed}: {found.error}" for found in broken]
 
 
 def test_a_history_is_the_same_each_time_it_is_run(simulation):
     told = [[], []]
-    found = [simulation.run(7, tell=each.append) for each in told]
+    found = [simulation.run(8, tell=each.append) for each in told]
     assert found[0] == found[1] and told[0] == told[1]
 
 

@@ -1,6 +1,7 @@
 """Folder and ledger of a run: what happens where they do not tell the same."""
 
 import dataclasses
+import errno
 import shutil
 import sqlite3
 from pathlib import Path
@@ -65,6 +66,21 @@ def test_a_current_that_its_writer_did_not_come_to_is_set(run_dir):
     store.close()
     (said,) = opened(run_dir)
     assert "it names policy 3" in said and Policies(run_dir).current == 1
+
+
+def test_a_current_that_a_full_disk_kept_behind_is_set_after_a_kill_all_the_same(run_dir, monkeypatch):
+    store, policies = Store(run_dir), Policies(run_dir)
+
+    def full(found, version):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Policies, "set_current", full)
+    for _ in range(2):  # the stage is tried again, and killed before it comes to the file
+        with pytest.raises(OSError, match="full"):
+            agreement.set_current(store, policies, 1)
+    monkeypatch.undo()
+    store.close()
+    assert "names policy 1 again" in opened(run_dir)[0] and policies.current == 1
 
 
 def test_a_current_that_leads_elsewhere_stops_the_run_and_the_ledger_is_right(run_dir):

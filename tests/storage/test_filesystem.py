@@ -89,3 +89,9 @@ def test_what_a_file_system_refuses_below_a_run_is_an_error_that_says_what_to_do
     assert hint in error.value.hint and str(tmp_path / "run") in str(error.value)
     with pytest.raises(OSError, match="elsewhere"), folders.disk_errors(tmp_path / "run" / "stage"):
         fails("/elsewhere/file")  # it is for somebody else to say what that means
+
+
+def test_what_was_left_by_a_kill_during_the_trial_is_deleted_by_who_holds_the_lock(tmp_path):
+    (tmp_path / f"{filesystem.SCRATCH}left" / "whole").mkdir(parents=True)
+    with RunLock(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]

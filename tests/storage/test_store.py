@@ -4,6 +4,7 @@ import sqlite3
 import weakref
 
 import pytest
+import sqlalchemy as sa
 
 from selfplay.errors import InputError
 from selfplay.storage import ledger, schema
@@ -33,6 +34,24 @@ def test_a_round_from_its_opening_to_its_close(tmp_path):
     again = Store(tmp_path)
     assert again.metrics(1) == {"generate/tokens": 10.0}
     again.close()
+
+
+def test_the_end_of_a_round_and_its_event_are_there_together_or_not_at_all(tmp_path):
+    store = Store(tmp_path)
+    store.open_round(1, champion=0, cursor=(0, 0), fingerprint="f", config={})
+
+    def fail(connection, cursor, statement, *_):
+        if statement.startswith("INSERT INTO events"):
+            raise RuntimeError("killed")
+
+    sa.event.listen(store._engine, "before_cursor_execute", fail)
+    with pytest.raises(RuntimeError):
+        store.close_round(1, "rejected", 0, ["too long"], "too long")
+    assert store.unfinished() is not None
+    sa.event.remove(store._engine, "before_cursor_execute", fail)
+    store.close_round(1, "rejected", 0, ["too long"], "too long")
+    assert [(e["kind"], e["text"], e["round"]) for e in store.events()] == [("rejected", "too long", 1)]
+    store.close()
 
 
 def test_a_stage_that_was_done_again_replaces_what_was_recorded_of_it(tmp_path):
