@@ -7,15 +7,17 @@ the memory, and whether the new weights can be shown to be in the engine.
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from selfplay.checks.finding import Finding
 from selfplay.config import Config, GuardConfig
-from selfplay.errors import StageFailed
+from selfplay.errors import SelfplayError, StageFailed
 from selfplay.processes.reaping import reap
 from selfplay.progress import Display
 from selfplay.rounds.round import run_round
@@ -33,9 +35,9 @@ def deep(config: Config, run_dir: Path, display: Display) -> list[Finding]:
 
     The folder lies beside the run folder, on the same disk. What a killed check left there is ended and removed first.
     """
-    with _scratch(run_dir) as (folder, lock):
+    with _scratch(run_dir) as folder:
         try:
-            with Run(smallest(config), folder, display, lock) as run:
+            with Run(smallest(config), folder, display) as run:
                 return list(_shown(run_round(run)))
         except StageFailed as error:
             if error.log is not None and error.log.is_file():
@@ -77,24 +79,27 @@ def smallest(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def _scratch(run_dir: Path) -> Iterator[tuple[Path, RunLock]]:
-    """A folder for a run, and its lock; removed at the end, with the folders that were made for it."""
-    folder = run_dir.parent / f".{run_dir.name}.deep"
-    made = [parent for parent in folder.parents if not parent.exists()]
+def _scratch(run_dir: Path) -> Iterator[Path]:
+    """A folder for a run beside another one, which is removed at the end with the folders that were made for it."""
+    parent = run_dir.parent
+    made = [above for above in (parent, *parent.parents) if not above.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{run_dir.name}.deep-"
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
+        try:
+            with RunLock(left):
+                reap(left)
+        except SelfplayError:  # another check works there
+            continue
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
-        with RunLock(folder) as lock:
-            reap(folder)
-            for left in folder.iterdir():
-                if left.name != ".lock":
-                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-            try:
-                yield folder, lock
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        yield folder
     finally:
-        for parent in made:
+        shutil.rmtree(folder, ignore_errors=True)
+        for above in made:
             with contextlib.suppress(OSError):  # another process has put something there meanwhile
-                parent.rmdir()
+                above.rmdir()
 
 
 def _shown(report: RoundReport) -> Iterator[Finding]:

@@ -4,12 +4,13 @@ import io
 from pathlib import Path
 
 import pytest
-from mini import config, nothing_left
+from mini import config
 from rich.console import Console
 
 from selfplay.checks.deep import deep, smallest
 from selfplay.config import PublishConfig, load
 from selfplay.errors import InputError
+from selfplay.processes.reaping import RUN_MARKER
 from selfplay.reporting.terminal import Display
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ def test_the_whole_path_is_tried_beside_the_run_folder(mini_world, tmp_path):
     run_dir, said = tmp_path / "run", io.StringIO()
     run_dir.mkdir()
     (run_dir / "mine").write_text("untouched")
-    left = tmp_path / ".run.deep" / "rounds"  # of one that was killed
+    left = tmp_path / ".run.deep-left" / "rounds"  # of one that was killed
     left.mkdir(parents=True)
     before = {path: path.stat().st_mtime_ns for path in [run_dir, *run_dir.rglob("*")]}
     found = deep(config(mini_world), run_dir, Display(Console(file=said, width=200)))
@@ -53,4 +54,13 @@ def test_the_whole_path_is_tried_beside_the_run_folder(mini_world, tmp_path):
     for stage in ("import", "generate", "score", "pairs", "train", "evaluate", "promote"):
         assert f"{stage} done" in said.getvalue()
     assert {path: path.stat().st_mtime_ns for path in [run_dir, *run_dir.rglob("*")]} == before
-    assert not (tmp_path / ".run.deep").exists() and nothing_left(tmp_path / ".run.deep")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    marker = f"{RUN_MARKER}={tmp_path.resolve()}/".encode()
+    assert not [pid for pid in Path("/proc").glob("[0-9]*/environ") if marker in _read(pid)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
