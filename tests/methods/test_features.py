@@ -18,7 +18,6 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from selfplay.methods.features import PairGradients, linear_layers, pair_features, projection
 
@@ -56,8 +55,16 @@ def rows(n: int = 5, seed: int = 0) -> list[dict[str, list[int]]]:
 
 
 def collate(pairs: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    batch: dict[str, Tensor] = DataCollatorForPreference(pad_token_id=0)(pairs)
-    return batch
+    """Rows [chosen; rejected], padded on the right, as the trainer's collator makes them; TRL takes seconds to import."""
+    rows = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+    made = {
+        "input_ids": [[*prompt, *response] for prompt, response in rows],
+        "attention_mask": [[1] * (len(prompt) + len(response)) for prompt, response in rows],
+        "completion_mask": [[0] * len(prompt) + [1] * len(response) for prompt, response in rows],
+    }
+    return {
+        name: nn.utils.rnn.pad_sequence(list(map(torch.tensor, each)), batch_first=True) for name, each in made.items()
+    }
 
 
 def plain_loss(model: Any, pair: dict[str, list[int]], reference: Any, loss: dict[str, float]) -> Tensor:

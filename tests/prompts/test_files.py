@@ -8,7 +8,6 @@ import json
 import lzma
 import os
 
-import datasets
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
@@ -96,7 +95,9 @@ def read(source, **reading):
     return [row if isinstance(row, str) else row.messages[-1]["content"] for row in found]
 
 
-@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in TWO else name for name in CONTENTS]
+)
 def test_a_file_of_sixty_prompts_is_read_whole(tmp_path, monkeypatch, name):
     """By the check, which makes no copies, and by the import in small parts, which does."""
     (tmp_path / name).write_bytes(CONTENTS[name])
@@ -112,6 +113,7 @@ def columns():
     return pa.table({"created": [1] * 60, "prompt": ASKED, "wide": [[0.5] * 8] * 60})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "groups", "ipc", "stream"])
 def test_parquet_and_arrow(tmp_path, monkeypatch, kind):
     path = tmp_path / ("a.parquet" if kind in ("parquet", "groups") else "a.arrow")
@@ -128,6 +130,8 @@ def test_parquet_and_arrow(tmp_path, monkeypatch, kind):
 
 
 def test_a_data_set_as_the_library_keeps_it(tmp_path):
+    import datasets  # here: it takes a second, and every worker imports every file
+
     data = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(train=data, test=data.select([0, 1])).save_to_disk(str(tmp_path / "kept"))
     assert read(tmp_path / "kept") == ASKED
@@ -178,6 +182,7 @@ def test_a_table_keeps_its_numbers_as_texts_and_counts_broken_rows(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_folders_globs_and_cards(tmp_path):
     for name in ("data/train-00000.jsonl", "data/train-00001.jsonl.gz", "data/test-00000.jsonl", "extra/a.jsonl"):
         path = tmp_path / name
@@ -276,6 +281,7 @@ def mutated(draw):
     return name, bytes(content)
 
 
+@pytest.mark.slow
 @examples(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(st.composite(mutated)())
 def test_what_is_broken_is_counted_or_refused_and_nothing_is_lost(tmp_path_factory, file):
@@ -307,6 +313,7 @@ def test_what_is_broken_is_counted_or_refused_and_nothing_is_lost(tmp_path_facto
     assert all(reason for reason in aside)
 
 
+@pytest.mark.slow
 def test_a_killed_copy_is_made_again_and_a_finished_one_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(part, "PART_BYTES", 500)
     source = tmp_path / "a.json"

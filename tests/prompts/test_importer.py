@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -210,6 +209,8 @@ def test_many_parts_in_several_processes_make_the_pool_that_one_makes(tmp_path, 
 
 def test_a_hub_dataset_is_copied_and_read_like_a_file(tmp_path, monkeypatch, small_parts):
     """Of a dataset on this disk: what the Hub would do is load_dataset's own affair."""
+    import datasets  # here: it takes a second, and every worker imports every file
+
     rows = datasets.Dataset.from_list([{"question": f"why {i}?", "other": i} for i in range(300)])
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: asked.append((*name, split)) or rows)
@@ -289,6 +290,7 @@ def test_the_import_leaves_the_order_of_the_first_epoch(tmp_path, monkeypatch):
     assert (Orders(0, tmp_path / "pool" / ORDERS).order(0, hashes) == Orders(0, None).order(0, hashes)).all()
 
 
+@pytest.mark.slow
 def test_the_audit_set_may_have_a_file_of_its_own(tmp_path):
     """Of equal prompts that stands which is furthest from training: first the audit set, then the held-out prompts."""
     train = jsonl(tmp_path / "train.jsonl", [*prompts(20), *prompts(2, "h"), *prompts(3, "a")])

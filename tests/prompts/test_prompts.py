@@ -195,7 +195,7 @@ def test_a_prompt_that_joins_an_untouched_pool_is_like_the_others(history):
     assert sorted(one.draw(11)) == sorted([*POOL, "a"])
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 12))])
 def test_draws_are_those_that_a_dictionary_and_a_sort_would_make(history, seed):
     """Rounds of any size over several epochs, prompts that join, restarts, rounds that are given up, and both ends."""
     chance = random.Random(seed)

@@ -288,6 +288,7 @@ CHANGES = (
 @settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
+@pytest.mark.slow
 @given(
     start=st.sampled_from(("single", "sharded", "both", "adapter")),
     changes=st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(PARTS), st.integers(0, 2**16)), min_size=1, max_size=4),

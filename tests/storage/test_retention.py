@@ -114,6 +114,7 @@ def test_rows_of_pairs_go_a_few_rounds_at_a_time_and_the_pairs_stay(run, tmp_pat
     assert retention.lost_pair_rows(run, None) and not retention.lost_pair_rows(run, 6)
 
 
+@pytest.mark.slow
 def test_of_the_events_the_newest_stay_and_their_sums_do_not_change(tmp_path):
     store = Store(tmp_path)
     first = store.submit("pause", {}, "cli")

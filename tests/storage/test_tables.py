@@ -138,6 +138,7 @@ def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
         raise PermissionError(errno.EACCES, "no")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_what_was_finished_is_kept(small_disk):
     disk = small_disk("256k")
     with folders.folder(disk / "one") as partial:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from largest import Largest
 from peft import LoraConfig, PromptTuningConfig
-from plain_epsilon_dpo import PlainEpsilonDPOTrainer
+from plain_trainer import PlainEpsilonDPOTrainer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import (

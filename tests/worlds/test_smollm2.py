@@ -80,6 +80,7 @@ def test_a_gguf_of_another_model_is_refused(tmp_path: Path, architecture: str, p
     assert not (tmp_path / "policy").exists()
 
 
+@pytest.mark.slow
 def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"not a model" * 100)
     code, said = script("get_smollm2.py", "--out", tmp_path / "out", "--gguf", tmp_path / "model.gguf")
