@@ -26,7 +26,7 @@ def command(tmp_path, monkeypatch):
 
     class Pretended:
         def __init__(self, config, run_dir, display):
-            self.dir, self.display = run_dir, display
+            self.config, self.dir, self.display, self.alert = config, run_dir, display, asked.append
 
         def __enter__(self):
             self.dir.mkdir(exist_ok=True)

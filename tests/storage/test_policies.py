@@ -148,7 +148,11 @@ def test_a_roll_back_is_shown_by_an_engine_that_runs_or_is_started_for_it(run, w
     def service(shows):
         engine = Engine(run.get(5) if warm else None, shows)
         serving = SimpleNamespace(loaded=engine.policy is not None)
-        return SimpleNamespace(store=store, policies=run, policy=run.get, generator=engine, serving=serving)
+        config = load(TINY)
+        return SimpleNamespace(
+            store=store, policies=run, policy=run.get, generator=engine, serving=serving, config=config,
+            dir=run.root.parent, display=None, alert=None,
+        )  # fmt: skip
 
     agreement.set_current(store, run, 4)
     (run.folder(4) / "model.safetensors").unlink()  # what is rolled back may be damaged
