@@ -3,6 +3,8 @@
 <run>/pool/prompts/000000000.arrow   what the importer wrote, in parts; a name is the number of the first prompt in it
           /facts.arrow               what draws and admissions ask about each of these prompts (parts.FACTS)
           /added/0001.parquet        prompts that joined later, a file each time, of which some become one (added.py)
+                                     beside each of these its hash
+          /manifest.json             hashes of what the importer wrote (sealing.py)
           /orders/                   the order of an epoch (orders.py)
           /pool.parquet              in runs that began before there were parts: all that the importer wrote
 """

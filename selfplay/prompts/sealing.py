@@ -39,7 +39,7 @@ def damaged(folder: Path) -> list[tuple[Path, str]]:
         try:
             hashes.verify_files(folder, {name: expected}, CheckpointError, anew=True)
         except CheckpointError as error:
-            found.append((folder / name, str(error).removeprefix(f"{folder / name} ")))
+            found.append((folder / name, f"it {str(error).removeprefix(f'{folder / name} ')}"))
     for beside in sorted((folder / ADDED).glob(f"*{seals.BESIDE}")):
         path = beside.with_name(beside.name.removesuffix(seals.BESIDE))
         if not path.is_file():

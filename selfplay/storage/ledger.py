@@ -111,7 +111,7 @@ class Store(Reader):
             except OperationalError:
                 raise
             except LedgerError as error:
-                hint = "restore the run folder from a backup"
+                hint = "restore the run folder from a backup; without one, `selfplay doctor` makes the ledger again from the manifests"
                 raise InputError(f"{self.path} is damaged: {error.orig}", hint) from error
 
     def open_run(self, name: str, fixed: dict[str, Any], fresh: bool = False) -> None:
