@@ -33,7 +33,7 @@ def deep(config: Config, run_dir: Path, display: Display) -> list[Finding]:
 
     The folder lies beside the run folder, on the same disk. What a killed check left there is ended and removed first.
     """
-    with _scratch(run_dir) as (folder, lock):
+    with _scratch(config, run_dir) as (folder, lock):
         try:
             with Run(smallest(config), folder, display, lock) as run:
                 return list(_shown(run_round(run)))
@@ -77,24 +77,30 @@ def smallest(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def _scratch(run_dir: Path) -> Iterator[tuple[Path, RunLock]]:
+def _scratch(config: Config, run_dir: Path) -> Iterator[tuple[Path, RunLock]]:
     """A folder for a run, and its lock; removed at the end, with the folders that were made for it."""
     folder = run_dir.parent / f".{run_dir.name}.deep"
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
-        with RunLock(folder) as lock:
+        with RunLock.of(config.run, folder) as lock:
             reap(folder)
-            for left in folder.iterdir():
-                if left.name != ".lock":
-                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            _empty(folder)
             try:
                 yield folder, lock
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                _empty(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
         for parent in made:
             with contextlib.suppress(OSError):  # another process has put something there meanwhile
                 parent.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but what holds the folder: without that a lease would be lost."""
+    for left in folder.iterdir():
+        if left.name not in (".lock", ".lease"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _shown(report: RoundReport) -> Iterator[Finding]:
