@@ -35,7 +35,7 @@ def deep(config: Config, run_dir: Path, display: Display) -> list[Finding]:
 
     The folder lies beside the run folder, on the same disk. What a killed check left there is ended and removed first.
     """
-    with _scratch(run_dir) as folder:
+    with _scratch(config, run_dir) as folder:
         try:
             with Run(smallest(config), folder, display) as run:
                 return list(_shown(run_round(run)))
@@ -79,7 +79,7 @@ def smallest(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def _scratch(run_dir: Path) -> Iterator[Path]:
+def _scratch(config: Config, run_dir: Path) -> Iterator[Path]:
     """A folder for a run beside another one, which is removed at the end with the folders that were made for it."""
     parent = run_dir.parent
     made = [above for above in (parent, *parent.parents) if not above.exists()]
@@ -87,7 +87,7 @@ def _scratch(run_dir: Path) -> Iterator[Path]:
     prefix = f".{run_dir.name}.deep-"
     for left in parent.glob(f"{glob.escape(prefix)}*"):
         try:
-            with RunLock(left):
+            with RunLock.of(config.run, left):
                 reap(left)
         except SelfplayError:  # another check works there
             continue

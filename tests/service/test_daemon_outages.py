@@ -184,7 +184,7 @@ def test_a_ledger_that_cannot_be_opened_is_waited_for(tmp_path, monkeypatch):
     assert [service.turn() for _ in range(2)] == ["paused"] * 2
     monkeypatch.setattr(daemon, "Store", store.Store)
     assert service.turn() == "paused"
-    assert "No space left" in service.store.state("pause")["why"]
+    assert f"the disk of {tmp_path / 'run'} is full" in service.store.state("pause")["why"]
 
 
 def test_a_signal_to_reload_outlives_a_locked_ledger(world, lock):

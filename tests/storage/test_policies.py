@@ -6,11 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from selfplay.config import load
 from selfplay.errors import CheckpointError, SwapError
 from selfplay.rounds.round import roll_back
 from selfplay.storage import agreement, checkpoints, folders, hashes, policies
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Manifest, Policies
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 
 
 def checkpoint(folder: Path, value: float = 0.0) -> Path:
