@@ -104,6 +104,14 @@ class Policies:
             reference=manifest.reference,
         )
 
+    def whole(self, version: int) -> bool:
+        """Whether all files of a policy are there."""
+        try:
+            self.get(version)
+        except CheckpointError:
+            return False
+        return True
+
     @property
     def current(self) -> int | None:
         """Number of the policy that `current` names; None where it names none, or is no file.

@@ -19,6 +19,7 @@ from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 
 STATE = "retention"
+BEGUN = "deleting"  # a state of the ledger: the policies whose weights were deleted last, or are just now
 CANDIDATES, PAIR_ROWS = "candidates", "pair_rows"  # in this state: the newest round that lost them
 SAMPLED = ("generate", "score")  # stages whose rows go with the candidates
 ROUNDS_AT_A_TIME = 4  # whose rows of pairs go after one round: a ledger of millions takes several
@@ -57,7 +58,12 @@ def delete_weights(policies: Policies, settings: RetentionConfig, store: Store, 
     wanted |= set(kept[max(0, len(kept) - settings.last) :])
     wanted |= {version for version in kept if settings.every and version % settings.every == 0}
     wanted |= {version for version in rejected if version + settings.rejected_rounds > closed}
-    gone = [row["version"] for row in there if row["version"] not in wanted]
+    # The settings may keep what a kill left half deleted; it is of no use, and the rest of it goes.
+    begun = {version for version in store.state(BEGUN, []) if not policies.whole(version)}
+    gone = [row["version"] for row in there if row["version"] not in wanted or row["version"] in begun]
+    if not gone:
+        return
+    store.set_state(BEGUN, gone)
     for version in gone:
         for path in policies.folder(version).glob("*"):
             if path.name != MANIFEST:

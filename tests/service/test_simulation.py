@@ -15,6 +15,10 @@ SHOWN = {
     "a kill after the end of a round was recorded lost its event": (4, "119=kill"),
     "a round that was given up after its promotion left its policy current": (4, "117=kill 120=order-cancel"),
     "a round that was given up had a finished stage that the ledger did not know": (4, "100=locked 103=order-cancel"),
+    "a kill while weights were deleted, and other settings then, left a policy without them that the ledger kept": (
+        8,
+        "57=kill 58=order-reload 60=order-reload",
+    ),
     "a full disk and then a kill left a folder that did not open any more": (4, "95=full 136=kill"),
 }
 """What was wrong, and the seed and plan that showed it. The moments are those of the product of that time."""

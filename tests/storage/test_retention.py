@@ -255,6 +255,25 @@ def test_weights_that_went_before_a_kill_are_recorded_after_it(weights):
     assert [row["version"] for row in store.policies_with_weights()] == [0, 5]
 
 
+def test_weights_that_a_kill_left_half_deleted_go_even_where_other_settings_would_keep_them_now(weights, monkeypatch):
+    store, found = weights
+    folder = found.folder(1)
+    manifest = dataclasses.replace(
+        policies.read(folder), files={"model.safetensors": "x", "masters/model.safetensors": "x"}
+    )
+    folders.write_json(folder / folders.MANIFEST, dataclasses.asdict(manifest))
+
+    def killed(versions):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "weights_deleted", killed)
+    with pytest.raises(KeyboardInterrupt):
+        retention.delete_weights(found, RetentionConfig(last=2), store, 5, {5})
+    monkeypatch.undo()
+    retention.delete_weights(found, RetentionConfig(last=20), store, 5, {5})
+    assert [row["version"] for row in store.policies_with_weights()] == [0, 3, 4, 5] and left(found) == [3, 4, 5]
+
+
 def test_a_policy_whose_weights_went_is_named(weights):
     store, found = weights
     folder = found.folder(5)
