@@ -123,7 +123,7 @@ def test_an_unfinished_round_is_completed_however_many_are_asked_for(command, tm
         (OSError(errno.EROFS, "Read-only file system", "logs"), 3, "mounted read-only"),
         (PermissionError(errno.EPERM, "Operation not permitted", "policies/0001"), 3, "policies/0001: Operation not"),
         (OSError(errno.EIO, "Input/output error"), 3, "dmesg"),
-        (OSError(errno.ENOLCK, "No locks available"), 3, "put the run folder on a local disk"),
+        (OSError(errno.ENOLCK, "No locks available"), 3, "a folder on a local disk"),
         (json.JSONDecodeError("Expecting value", "", 0), 3, "selfplay doctor"),
         (MemoryError(), 3, "no memory left"),
         (ZeroDivisionError("x"), 3, "this is a bug"),
