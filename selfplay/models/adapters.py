@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -59,3 +60,13 @@ def merge(
             hint,
         )
     weights.export(merged(with_adapter), base, companions, out, dtype)
+
+
+def leave_dtypes(model: Any) -> None:
+    """Have the layers of an adapter take their inputs as they are, where autocast makes the products in one dtype anyway.
+
+    PEFT casts them to the dtype of the adapter before, float32, and autocast casts the result back: the same numbers twice.
+    """
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False

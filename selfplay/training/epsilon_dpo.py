@@ -42,6 +42,7 @@ from selfplay.methods.epsilon_dpo import (
     pair_betas,
     pair_losses,
 )
+from selfplay.models import adapters
 from selfplay.training import saves, sharding, step_sums
 from selfplay.training.batches import pair_difference, pair_weights, per_response, response
 from selfplay.training.data import check_pairs, largest_id
@@ -148,6 +149,8 @@ class EpsilonDPOTrainer(DPOTrainer):
             raise ValueError("DeepSpeed ZeRO-3 hides the output head: shard with FSDP2 instead, or use ZeRO-2")
         if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt learning adds tokens of its own: use LoRA")
+        if isinstance(self.model, PeftModel) and self.args.bf16 and not self.accelerator.is_fsdp2:
+            adapters.leave_dtypes(self.model)
         self._unchecked = [self.model]
         head.make_lean(_bare(self.model))
         if self.ref_model is not None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from largest import Largest
 from peft import LoraConfig, PromptTuningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from plain_trainer import PlainEpsilonDPOTrainer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -504,6 +505,19 @@ def test_an_adapter_learns_and_its_base_does_not_move(tmp_path: Path) -> None:
     first, *_, last, _ = trainer.state.log_history
     assert first["epsilon/zero"] == 1.0, "a fresh adapter is its own reference"
     assert last["loss"] < first["loss"] and trainer.beta != 0.1
+
+
+def test_in_bf16_an_adapter_casts_no_input_and_learns_the_same_to_the_bit(tmp_path: Path) -> None:
+    found = []
+    for casts in (False, True):
+        trainer = make(tmp_path / str(casts), peft_config=LORA, max_steps=3, bf16=True)
+        layers = [layer for layer in trainer.model.modules() if isinstance(layer, BaseTunerLayer)]
+        assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
+        for layer in layers:
+            layer.cast_input_dtype_enabled = casts
+        trainer.train()
+        found.append(weights_of(trainer))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_an_explicit_reference_of_an_adapter_is_used(tmp_path: Path) -> None:
