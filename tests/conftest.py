@@ -1,5 +1,5 @@
+import contextlib
 import fcntl
-import gc
 import os
 import re
 import resource
@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from selfplay.processes.protocol import quick_imports
+
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,13 +24,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.fsync = lambda fd: None
 
 
-# Collection imports a million objects, none of which is garbage.
-gc.disable()
+# Test modules import what trainer and engine import, and as quickly as they do. It ends with the collection.
+collection = contextlib.ExitStack()
+collection.enter_context(quick_imports())
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+    collection.close()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -40,24 +42,31 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if marks and left_out & set(re.findall(r"pytest\.mark\.(\w+)", marks[1])) else None
 
 
+LONGEST = (  # of the whole run on two cores, from five minutes down to one
+    "scripts/test_gpu_kit.py", "rounds/test_disturbed.py", "generation/test_killed_core.py", "worlds/test_smollm2.py",
+    "cluster/test_nodes.py", "generation/test_generator.py", "service/test_daemon_faults.py", "rounds/test_round_suites.py",
+    "service/test_daemon.py", "rounds/test_chaos.py", "generation/test_engines.py", "reward/test_reward_judge.py",
+    "reward/test_reward_vllm.py", "rounds/test_round_ahead.py", "rounds/test_round_goes_on.py", "web/test_page_service.py",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what uses the mini world; put the longest files first, so that no worker ends alone with one.
 
-    Of those that are equally long the ones that need the calm run come last: they would wait until the first has made it.
+    Behind them come those that ask for most time, and at the end those without a slow test, which fill what is left.
     """
-    longest: dict[Path, tuple[float, bool, bool]] = {}
+    place = {ROOT / "tests" / name: -i for i, name in enumerate(LONGEST)}
+    longest: dict[Path, tuple[int, float, bool]] = {}
     for item in items:
         if "mini_world" in getattr(item, "fixturenames", ()):
             item.add_marker("service")
         limit = item.get_closest_marker("timeout")
         heavy = any(item.get_closest_marker(name) is not None for name in ("slow", "service"))
-        seconds, was_heavy, alone = longest.get(item.path, (0.0, False, True))
+        _, seconds, was_heavy = longest.get(item.path, (0, 0.0, False))
         longest[item.path] = (
-            max(seconds, limit.args[0] if limit else 0.0),
-            was_heavy or heavy,
-            alone and "calm" not in getattr(item, "fixturenames", ()),
-        )
+            place.get(item.path, -len(place)), max(seconds, limit.args[0] if limit else 0.0), was_heavy or heavy,
+        )  # fmt: skip
     items.sort(key=lambda item: longest[item.path], reverse=True)
 
 
