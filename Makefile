@@ -19,10 +19,10 @@ demo-smollm: setup
 quick: setup
 	$(PY) -m pytest -n 2 -m "not slow and not service and not gpu"
 
-# Lint, types and all tests. Three test files at a time keep two cores busy: a test waits for its processes a third of its time.
+# Lint, types and all tests. Four test files at a time keep two cores busy: tests wait for processes and for each other half the time.
 test: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint mini browser
-	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check .
