@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from outside import until
 from safetensors.torch import load_file, save_file
 from test_trainer import bytes_of, checkpoint, job_of, start
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -18,10 +21,12 @@ from selfplay.errors import TrainError
 from selfplay.methods.depth import closeness_to_others, cluster, rank_correlation, sizes
 from selfplay.methods.features import linear_layers, pair_features
 from selfplay.models import weights
-from selfplay.processes.child import Child, ChildError
+from selfplay.processes.child import Child, ChildDied, ChildError
+from selfplay.processes.reaping import descendants, marked
 from selfplay.storage import tables
 from selfplay.training.depth_job import batches, collate, features, load
 from selfplay.training.jobs import FeaturesJob, LoraJob
+from selfplay.training.train_job import train
 from selfplay.types import PairGradient
 
 pytestmark = pytest.mark.service
@@ -259,21 +264,24 @@ def test_each_process_asks_its_own_gpu_for_memory(world: Path, tmp_path: Path, m
 
 
 @pytest.fixture(scope="module", autouse=True)
-def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Child]]:
-    """One behind accelerate's launcher and one without, which import while the tests without a child run."""
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    """One behind accelerate's launcher, which imports while the tests without a child run."""
     config = Path(__file__).parents[2] / "configs" / "accelerate" / "single.yaml"
     launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config))
-    argv = ("-m", "selfplay.training.trainer", "--clusters")
-    found = [start(tmp_path_factory.mktemp("child"), sys.executable, *before, *argv) for before in (launcher, ())]
+    argv = (sys.executable, *launcher, "-m", "selfplay.training.trainer", "--clusters")
+    found = start(tmp_path_factory.mktemp("child"), *argv)
     yield found
-    for one in found:
-        one.stop()
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def child(started: Child) -> Child:
+    started.wait_for("ready")
+    return started
 
 
 @pytest.mark.slow
-def test_the_trainer_takes_features_and_then_trains(world: Path, tmp_path: Path, children: list[Child]) -> None:
-    child, other = children
-    child.wait_for("ready")
+def test_the_trainer_takes_features_and_then_trains(world: Path, tmp_path: Path, child: Child) -> None:
     with pytest.raises(ChildError, match="layers must lie in") as error:
         child.order("features", job=features_job(world, tmp_path / "g", layers=9).model_dump(mode="json"))
     assert error.value.kind == "input" and "depth.layers" in error.value.hint
@@ -286,13 +294,22 @@ def test_the_trainer_takes_features_and_then_trains(world: Path, tmp_path: Path,
     here = features_job(world, tmp_path / "here")
     run(here)
     assert job.out.read_bytes() == here.out.read_bytes()
-    # Training after it ends with the bytes of training alone.
+    # Training after it ends with the bytes of training in this process.
     lora = LoraJob(r=4, alpha=8)
-    after, alone = (job_of(world, tmp_path / name, epochs=1, lora=lora, **UNCHECKED) for name in ("after", "alone"))
+    after, apart = (job_of(world, tmp_path / name, epochs=1, lora=lora, **UNCHECKED) for name in ("after", "apart"))
     child.order("features", job=features_job(world, tmp_path / "lora", lora=lora).model_dump(mode="json"))
     child.order("train", job=after.model_dump(mode="json"))
-    other.wait_for("ready")
-    other.order("train", job=alone.model_dump(mode="json"))
-    ours, theirs = bytes_of(after.out), bytes_of(alone.out)
+    train(apart, lambda *_: None)
+    ours, theirs = bytes_of(after.out), bytes_of(apart.out)
     # PEFT writes the set of target modules in the order of the process's hashes.
     assert {name for name in ours if ours[name] != theirs[name]} <= {"adapter/adapter_config.json"}
+
+
+@pytest.mark.slow
+def test_a_trainer_whose_launcher_is_killed_dies_with_it(world: Path, tmp_path: Path, child: Child) -> None:
+    """The last test with the child."""
+    launcher, _ = descendants(child.pid)
+    os.kill(launcher, signal.SIGKILL)
+    with pytest.raises(ChildDied):
+        child.order("train", job=job_of(world, tmp_path, epochs=1).model_dump(mode="json"))
+    until(lambda: not marked(child.log.parent), 20)
