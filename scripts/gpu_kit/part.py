@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gpu_kit.sizes import SIZES
+from selfplay.processes.protocol import quick_imports
 
 Figure = float | int | str | bool | None
 
@@ -58,7 +59,9 @@ def main() -> None:
     os.dup2(2, 1)
     findings = Findings(out)
     with findings.step(args.name):
-        importlib.import_module(f"gpu_kit.{args.name}").measure(SIZES[args.size], args.work, findings)
+        with quick_imports():
+            part = importlib.import_module(f"gpu_kit.{args.name}")
+        part.measure(SIZES[args.size], args.work, findings)
     sys.stdout.flush()
     os._exit(int(findings.failed))  # what a failed engine left waiting must not hold up the next part
 
