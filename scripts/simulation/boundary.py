@@ -17,7 +17,7 @@ from selfplay.processes import children
 from selfplay.prompts import draws
 from selfplay.rounds import frame, round, run, steps, turns
 from selfplay.service import daemon, reload, stalls, stop
-from selfplay.storage import folders, hashes, ledger, reader
+from selfplay.storage import closed, folders, hashes, ledger, reader
 from simulation import database, processes, stages
 from simulation.threads import CLOCK, THREADING
 
@@ -103,6 +103,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (ledger, "migrate", lambda *a: None),
         (ledger, "now", CLOCK.now),
         (reader, "now", CLOCK.now),
+        (closed, "now", CLOCK.now),
         *((module, "time", clock) for module in (daemon, stalls, frame, round, turns, children)),
         (daemon, "threading", THREADING),
         (stalls, "threading", THREADING),
@@ -118,6 +119,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (run, "Scorer", processes.Scorer),
         (run, "ask_importer", processes.ask_importer),
         (run, "packages", lambda: {}),
+        (run, "sealing", SimpleNamespace(require_whole=lambda folder: None)),
         (run, "Pool", stages.SimulatedPool),
         (run, "intake", SimpleNamespace(add=stages.add)),
         (steps, "size", lambda path: 1000),

@@ -17,6 +17,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.pool import StaticPool
 
+from selfplay.storage import hashed_rows
 from selfplay.storage.ledger import Store
 from selfplay.storage.schema import migrate
 from simulation.world import World
@@ -30,6 +31,9 @@ class Result:
 
     def __init__(self, names: Sequence[str], rows: list[tuple[Any, ...]], cursor: sqlite3.Cursor) -> None:
         self._names, self._rows, self._cursor = names, rows, cursor
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter(self._rows)
 
     def mappings(self) -> Mappings:
         return Mappings([dict(zip(self._names, row, strict=True)) for row in self._rows])
@@ -175,6 +179,7 @@ ENGINE = Engine()
 def empty() -> bytes:
     """A new ledger with its tables, without the sums of its charts."""
     raw = sqlite3.connect(":memory:")
+    hashed_rows.prepare(raw)
     engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=StaticPool)
     with engine.begin() as connection:
         migrate(connection, "the ledger")
@@ -191,6 +196,7 @@ class Database:
         self.world = world
         self.raw = sqlite3.connect(":memory:", check_same_thread=False)
         self.raw.deserialize(kept)
+        hashed_rows.prepare(self.raw)
         ENGINE.database = self
 
     @property

@@ -28,12 +28,12 @@ class Disk:
         ] = []  # folder and undoing of each new name that is not synced, in their order
         self._contents: set[int] = set()  # inodes of files whose content is not
 
-    def _change(self, what: str, path: Path) -> bool:
+    def _change(self, what: str, path: Path, kind: str = "write") -> bool:
         """Whether it is a file of the run, which the service changes."""
         world = self._world
         if not (world.active or world.dead) or not str(path).startswith(self._root):
             return False
-        world.moment("write", f"{what} {path.relative_to(self._root)}" if world.plan.get(world.moments + 1) else what)
+        world.moment(kind, f"{what} {path.relative_to(self._root)}" if world.plan.get(world.moments + 1) else what)
         return True
 
     def rename(self, path: Path, target: Path) -> Path:
@@ -74,7 +74,7 @@ class Disk:
 
     def unlink(self, path: Path, missing_ok: bool = False) -> None:
         if os.path.lexists(path):
-            self._change("unlink", path)
+            self._change("unlink", path, "delete")
         REAL["unlink"](path, missing_ok=missing_ok)
 
     def symlink_to(self, path: Path, target: Any, target_is_directory: bool = False) -> None:
@@ -93,7 +93,7 @@ class Disk:
 
     def rmtree(self, path: Any, ignore_errors: bool = False, **kwargs: Any) -> None:
         if os.path.lexists(path):
-            self._change("remove", Path(path))
+            self._change("remove", Path(path), "delete")
         REMOVE(path, ignore_errors=ignore_errors, **kwargs)
 
     def sync(self, path: Path) -> None:

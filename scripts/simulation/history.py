@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from selfplay.errors import InputError, SelfplayError
 from selfplay.processes import children
 from selfplay.service.daemon import Daemon
-from selfplay.storage.lock import RunLock
+from selfplay.storage.lock import STATE, RunLock
 from simulation.boundary import Configs, installed
 from simulation.database import Database, empty
 from simulation.disk import REMOVE, Disk
@@ -169,6 +169,9 @@ class Simulation:
         history.serve()
         kept = self._folder / f"beginning-{base}"
         shutil.copytree(world.root, kept, symlinks=True)
+        # Histories begin with a copy. That its runner is gone is known where it was, and not in a copy.
+        world.database.raw.execute("DELETE FROM state WHERE name = ?", (STATE,))
+        world.database.raw.commit()
         found = _listed(kept, world.database.raw.serialize(), world.now)
         history.close()
         return found
@@ -203,7 +206,6 @@ class History:
         world = self.world
         world.start_process()
         world.tell(f"start {self.starts}")
-        daemon = None
         try:
             display: Any = Display(world, lambda: self.after_round())
             daemon = Daemon(CONFIG, [], world.root, display, clock=lambda: world.now)
@@ -219,7 +221,7 @@ class History:
         finally:
             world.active = world.dead = False
             world.daemon = None
-            self._killed(daemon)
+            self._killed()
         self._look_without_service()
 
     def rounds(self) -> int:
@@ -232,11 +234,11 @@ class History:
         self.world.database.close()
         REMOVE(self.world.root, ignore_errors=True)
 
-    def _killed(self, daemon: Daemon | None) -> None:
+    def _killed(self) -> None:
         """What the kernel does when a process ends."""
-        lock = daemon and daemon._lock
-        if lock:
+        for lock in self.world.locks:
             lock._close()
+        self.world.locks.clear()
         children._running.clear()
         children.uncut()
         self.world.database.killed()

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from selfplay.storage import closed
 from selfplay.storage.folders import MANIFEST
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
@@ -90,7 +91,7 @@ def _folder(world: World, store: Store, row: dict[str, Any]) -> None:
     """The folder of a round has what the ledger tells of, and nothing else; and what each file was made from is in it."""
     index, state = row["round"], row["state"]
     folder = world.root / "rounds" / f"{index:04d}"
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    there = {path.name for path in folder.iterdir()} - {closed.NAME} if folder.is_dir() else set()
     recorded = set(store.seconds(index))
     must(there == recorded, f"round {index} ({state}) has {sorted(there)}, and the ledger tells of {sorted(recorded)}")
     if state in STAGES:
@@ -126,9 +127,9 @@ def _policies(world: World, store: Store) -> None:
         files = {path.name for path in policies.folder(version).iterdir()}
         wanted = {MANIFEST, WEIGHTS} if row["weights"] else {MANIFEST}
         must(files == wanted, f"policy {version} has {sorted(files)}, in the ledger its weights are {row['weights']}")
-        closed = store.round(version)
-        must(row["state"] == closed["state"], f"policy {version} is {row['state']}, its round {closed['state']}")
-        parent = _weights(world, closed["champion"])
+        ended = store.round(version)
+        must(row["state"] == ended["state"], f"policy {version} is {row['state']}, its round {ended['state']}")
+        parent = _weights(world, ended["champion"])
         pairs = world.root / "rounds" / f"{version:04d}" / "depth" / "pairs.parquet"
         manifest = read(policies.folder(version) / MANIFEST)
         if row["weights"] and parent is not None:

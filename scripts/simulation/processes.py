@@ -62,7 +62,7 @@ class Process:
 class Generator:
     """As `generation.generator.Generator`, whose engines are one here."""
 
-    def __init__(self, config: Config, run_dir: Path, log: Path, *, on_event: Tell) -> None:
+    def __init__(self, config: Config, run_dir: Path, log: Path, *, on_event: Tell, places: object) -> None:
         self._run_dir, self._tell = run_dir, on_event
         self.policy: Policy | None = None
         self.verified: Policy | None = None
@@ -155,7 +155,7 @@ class Trainer:
 
     alive = False
 
-    def __init__(self, config: Config, run_dir: Path, engine: object, on_event: Tell) -> None:
+    def __init__(self, config: Config, run_dir: Path, engine: object, on_event: Tell, places: object) -> None:
         self.config, self._process = config, None
 
     _process: Process | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,7 +116,7 @@ class SimulatedSteps(Steps):
             reference_sha256=reference.sha256, fingerprint="", packages={}, update={}, files=hashes.hash_files(folder),
             canaries={"token_ids": self.run.canary_ids, "logps": [-1.0]},
         )  # fmt: skip
-        folders.write_json(folder / folders.MANIFEST, dataclasses.asdict(manifest))
+        policies.write(folder, manifest)
         folders.write_json(out / "history.json", [])
         return {}
 

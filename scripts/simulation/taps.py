@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from selfplay.storage import agreement
 from selfplay.storage.ledger import Store
+from selfplay.storage.lock import RunLock
 from selfplay.storage.policies import Policies
 from simulation.processes import WEIGHTS
 from simulation.threads import CLOCK
@@ -71,10 +72,19 @@ def close_round(real: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
+def enter(real: Callable[[RunLock], RunLock]) -> Callable[[RunLock], RunLock]:
+    def remembered(lock: RunLock) -> RunLock:
+        CLOCK.world.locks.append(lock)
+        return real(lock)
+
+    return remembered
+
+
 @contextlib.contextmanager
 def tapped() -> Iterator[None]:
     with (
         patch.object(agreement, "set_current", set_current(agreement.set_current)),
+        patch.object(RunLock, "__enter__", enter(RunLock.__enter__)),
         patch.object(Store, "open_round", open_round(Store.open_round)),
         patch.object(Store, "close_round", close_round(Store.close_round)),
     ):

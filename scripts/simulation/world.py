@@ -14,6 +14,7 @@ from selfplay.service import orders
 
 if TYPE_CHECKING:
     from selfplay.service.daemon import Daemon
+    from selfplay.storage.lock import RunLock
     from simulation.database import Database
     from simulation.disk import Disk
 
@@ -29,6 +30,7 @@ OUTSIDE = (*(f"order-{kind}" for kind in ORDERS), "stop", "second", "jump")
 """What others do while the service works or waits."""
 ACTIONS: Mapping[str, tuple[str, ...]] = {
     "write": ("kill", "kill", "power", "power", "full"),
+    "delete": ("kill", "power"),
     "commit": ("kill", "kill", "power", "full", "locked"),
     "read": ("kill", "locked", *OUTSIDE),
     "child": ("kill", "die", "hang", *OUTSIDE),
@@ -60,6 +62,8 @@ class World:
         self.dead = False
         self.now, self.monotonic = NOON, 0.0
         self.jumped = False
+        self.locks: list[RunLock] = []
+        """Those that somebody tried to take."""
         self.opened: dict[int, float] = {}
         """When each round began, by the clock of intervals."""
         self.happened: dict[int, str] = {}
@@ -86,7 +90,7 @@ class World:
     # moments
 
     def moment(self, kind: str, what: object) -> str | None:
-        """The service does something: «write» and «commit» are about to be done, «read» is a look at the ledger, «child» a wait for
+        """The service does something: «write», «delete» and «commit» are about to be done, «read» is a look at the ledger, «child» a wait for
         a child and «idle» one for nothing. Raises Crash where it ends here. Returns what a fault does to a child, if anything."""
         if self.dead:
             raise Crash
