@@ -48,6 +48,7 @@ class Lease:
         self._dir, self._folder, self._seconds = run_dir, run_dir / FOLDER, seconds
         self._note, self._lost = note, lost or _end
         self.token = 0
+        self._record: Runner
         self._renewed = 0.0
         self._released = threading.Event()
         self._beat = 0
@@ -132,12 +133,13 @@ class Lease:
         except FileExistsError:
             return False
         self.token, self._renewed = token, began
+        self._record = Runner.here(self._dir, token)
         self._write()
         return True
 
     def _write(self, ended: bool = False) -> None:
         self._beat += 1
-        record = dataclasses.replace(Runner.here(self._dir, self.token), ended=ended).written()
+        record = dataclasses.replace(self._record, ended=ended).written()
         partial = self._folder / f".{self.file.name}.partial"
         partial.write_text(json.dumps({**record, "seconds": self._seconds, "renewals": self._beat}), encoding="utf-8")
         partial.rename(self.file)
