@@ -126,5 +126,5 @@ def _under_way(folder: Path) -> list[Any]:
     work = folder / "train.work"
     read += [saves.remembered(work / name) for name in saves.BESIDE]
     saves.keep_whole(work, same=True)
-    read.append([saves.state(save) for save in sorted(work.glob("checkpoint-*"))][-1:])
+    read += [saves.state(save) for save in sorted(work.glob("checkpoint-*"))[-1:]]
     return read

@@ -15,11 +15,15 @@ def look(run_dir: Path) -> list[Finding]:
     store, broken = ledger.opened(run_dir)
     found = [] if broken is None else [broken]
     open_round = None
-    if store is not None:
-        found += ledger.look(run_dir, store)
-        is_open = store.unfinished()
-        open_round = store.last_round() + 1 if is_open is None else is_open["round"]
-    found += policies.look(run_dir, store)
-    found += stages.look(run_dir, store)
-    found += beside.look(run_dir, open_round)
+    try:
+        if store is not None:
+            found += ledger.look(run_dir, store)
+            is_open = store.unfinished()
+            open_round = store.last_round() + 1 if is_open is None else is_open["round"]
+        found += policies.look(run_dir, store)
+        found += stages.look(run_dir, store)
+        found += beside.look(run_dir, open_round)
+    finally:
+        if store is not None:
+            store.close()  # what mends with it opens it again
     return found
