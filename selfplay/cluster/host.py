@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,9 @@ from selfplay.processes.gpus import ORDER
 from selfplay.processes.places import HERE, Local
 
 LEASE = 120.0  # Seconds without a word of the controller.
+AGAIN = ("/bin/sh", "-c", f'exec {sys.executable} -m selfplay.processes.guard "$PPID" -- "$@"', "guard")
+"""A guard below the guard. A worker of Ray that ends kills its own children, and so the first guard, which cannot end what is below
+it then. The second one sees its end."""
 CHUNK = 1 << 20  # The most bytes that are handed on at a time.
 
 
@@ -43,7 +47,7 @@ class Host:
         """Start a child in `folder`; returns the process id of its guard. Raises FileNotFoundError where that is not there."""
         assert self._child is None, "a host has one child"
         os.chdir(folder)
-        self._child = HERE.start(argv, {**variables, **self._visible}, Path(log), self._address)
+        self._child = HERE.start([*AGAIN, *argv], {**variables, **self._visible}, Path(log), self._address)
         self.hear()
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
         return self._child.pid

@@ -215,8 +215,9 @@ def test_a_host_whose_child_nobody_listens_to_hears_of_its_controller(
     child.stop()
 
 
-def test_nothing_outlives_the_process_of_the_host(tmp_path: Path) -> None:
-    """As where Ray kills the actor: the guard sees the end of its parent."""
+@pytest.mark.parametrize("kills", ["", "os.kill(host._child.pid, signal.SIGKILL)"])
+def test_nothing_outlives_the_process_of_the_host(tmp_path: Path, kills: str) -> None:
+    """As where a node dies, and as where a worker of Ray ends: that one kills its own children, the guard, before."""
     actor = f"""
 import os, signal, time
 from selfplay.cluster.host import Host
@@ -225,6 +226,7 @@ variables = {{"SELFPLAY_GUARDED": "1", "SELFPLAY_RUN": {str(tmp_path)!r}}}
 host.start({[*PYTHON, ECHO]!r}, variables, {str(tmp_path / "log")!r}, {str(tmp_path)!r})
 while b"ready" not in (host.read(10) or b""):
     pass
+{kills}
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([*PYTHON, actor], timeout=120).returncode == -signal.SIGKILL
