@@ -39,7 +39,7 @@ from soak import SMALLEST, open_round, used  # noqa: E402
 
 from selfplay.prompts.formats import prompt_id  # noqa: E402
 from selfplay.prompts.pool import Pool  # noqa: E402
-from selfplay.storage import schema  # noqa: E402
+from selfplay.storage import hashed_rows, schema  # noqa: E402
 from selfplay.types import Message, Prompt  # noqa: E402
 
 JOINS = ["evolve.every=1", "evolve.rewriter=selfplay.worlds.tiny.rewriter:rewrite"]
@@ -84,6 +84,7 @@ def give_past(run_dir: Path, rounds: int) -> None:
     """Rounds 2 … rounds + 1 of a run whose first one is done."""
     ledger = sqlite3.connect(run_dir / "ledger.sqlite")
     ledger.execute("PRAGMA synchronous=OFF")
+    hashed_rows.prepare(ledger)  # rows that another program has written are refused at the next start
     ledger.execute("CREATE TEMP TABLE numbers AS WITH RECURSIVE n(number) AS (SELECT 2 UNION ALL SELECT number + 1 FROM n"
                    f" WHERE number <= {rounds}) SELECT number FROM n")  # fmt: skip
     triggers = ledger.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
