@@ -71,7 +71,7 @@ def sample(generator, asked, folder, **settings):
     files = sampling.sample(
         generator, asked, candidates=4, seed=seed, shards=folder, shard_prompts=SHARD, **settings
     )  # fmt: skip
-    assert [path.name for path in sorted(folder.iterdir())] == [path.name for path in files]
+    assert sorted(folder.glob("*.parquet")) == list(files)
     return [path.read_bytes() for path in files]
 
 
@@ -152,8 +152,8 @@ def test_a_stop_finishes_what_is_in_flight_and_one_for_good_drops_it(two, asked,
             sampling.sample(
                 two, asked, candidates=4, seed=seed, shards=folder, shard_prompts=SHARD, before_shard=before
             )  # fmt: skip
-        whole = [path.name for path in folder.iterdir()]
-        assert not [name for name in whole if name.startswith(".")]
+        whole = list(folder.glob("*.parquet"))
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
         assert len(whole) == 6 if not now else len(whole) < 6
         assert sample(two, asked, folder) == golden
 
