@@ -12,6 +12,7 @@ from mini import CALM, ROOT, TINY, Command, nothing_left, overrides, rows, sets
 
 from selfplay.models import weights
 from selfplay.processes.child import Child
+from selfplay.prompts import sealing
 from selfplay.rounds.command import run_rounds
 from selfplay.storage import checkpoints, policies
 from selfplay.storage.ledger import Store
@@ -108,9 +109,11 @@ def test_what_cannot_run_is_refused_with_exit_code_2(calm, mini_world, tmp_path,
     assert "made by another config: run.seed (0 there, 9 here)" in refused("run.seed=9", at=calm[0])
     initial = calm[0] / "pool" / "initial.json"
     whole = initial.read_text()
-    initial.write_text(whole.replace(str(mini_world), "/an/older/world"))
-    assert f"to begin anew in this one: rm -r {calm[0]}" in refused(at=calm[0])
-    initial.write_text(whole)
+    for text, there in ((whole.replace(str(mini_world), "/an/older/world"), True), (whole, False)):
+        initial.write_text(text)
+        sealing.seal(calm[0] / "pool", "")
+        if there:
+            assert f"to begin anew in this one: rm -r {calm[0]}" in refused(at=calm[0])
     assert "at least 1" in refused(rounds=0)
     own = json.loads((mini_world / "reward" / "config.json").read_text())
     unsaid = {
