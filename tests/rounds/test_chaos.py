@@ -19,14 +19,14 @@ import chaos
 def test_killed_at_random_moments_a_served_run_ends_the_same(calm, mini_world, tmp_path):
     """The calm run had one engine and no service around it; it ends with the same bytes all the same."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--kills", "4", "--rounds", "2", "--share", "0.2", "--seed", "1",
+        [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--kills", "2", "--rounds", "2", "--share", "0.2", "--seed", "1",
          "--calm", str(calm[0]), *sets(*CALM, "generate.engines=2", "evaluate.judge=null"), "--out", str(tmp_path)],
         capture_output=True, text=True, timeout=1700,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 faults, 0 orphans" in done.stdout
     assert "rows compared: 0 lost rows, 0 double rows" in done.stdout
-    assert int(done.stdout.split("storm: ")[1].split()[0]) >= 4
+    assert int(done.stdout.split("storm: ")[1].split()[0]) >= 2
 
 
 def test_rows_that_are_missing_or_double_are_counted_by_kind(tmp_path, capsys):
