@@ -9,7 +9,6 @@ from mini import TINY
 from rich.console import Console
 
 from selfplay.config import load
-from selfplay.processes.places import HERE
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.run import Run
 from selfplay.rounds.steps import Steps
@@ -27,7 +26,7 @@ class Opened(Run):
         self.said = io.StringIO()
         run_dir.mkdir(exist_ok=True)
         super().__init__(load(TINY, settings), run_dir, Display(Console(file=self.said, width=10_000)))
-        self.store, self.places = Store(run_dir), HERE
+        self.store = Store(run_dir)
         self._open_scorers(self.config)
         self.prompts = SimpleNamespace(ids=lambda split: [], read=lambda ids: [])
         self.serving = None

@@ -41,6 +41,7 @@ from selfplay.reporting.terminal import Display  # noqa: E402
 from selfplay.rounds.round import run_round  # noqa: E402
 from selfplay.rounds.run import Run  # noqa: E402
 from selfplay.storage import answers, folders, tables  # noqa: E402
+from selfplay.storage.ledger import Store  # noqa: E402
 from selfplay.types import Message, PairGradient, Prompt  # noqa: E402
 
 PROMPT_TOKENS = 200
@@ -54,6 +55,8 @@ def measure(prompts: int, candidates: int, folder: Path) -> dict[str, Any]:
     source = Path(write_policy(folder / "source", 0).path)
     with instant_server() as reward, instant_server() as judge:
         config = _config(prompts, candidates, source, reward, judge)
+        run_dir.mkdir(parents=True)
+        Store(run_dir).close()  # a run folder has its ledger first
         write_pool(run_dir / "pool", prompts, source)
         watch = Watch()
         with Run(config, run_dir, watch) as run:

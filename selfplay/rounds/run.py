@@ -22,6 +22,7 @@ from selfplay.generation.serving import Serving
 from selfplay.processes import children
 from selfplay.processes.child import Child, ChildDied
 from selfplay.processes.logs import last_line
+from selfplay.processes.places import HERE, Places
 from selfplay.processes.reaping import reap
 from selfplay.progress import Display, Line
 from selfplay.prompts import references, sealing
@@ -69,8 +70,8 @@ class Run:
         self._cache: ScoreCache | None = None
         self.early: EarlyScoring | None = None
         """Scores of the open round that were asked for while it sampled, or are now."""
-        self.suite_scorers: list[Scorer] = []
-        """Rewards of the suites that are asked now."""
+        self.places: Places = HERE  # where children are started
+        self.suite_scorers: list[Scorer] = []  # of the suites that are asked now
         self.turns = Turns(
             {
                 "engine": lambda: self.generator.sleep() if self.serving.loaded else None,

@@ -8,7 +8,7 @@ from mini import config
 from selfplay.errors import InputError
 from selfplay.generation.generator import Generator
 from selfplay.generation.serving import Serving
-from selfplay.processes.child import Child
+from selfplay.processes.places import environment
 from selfplay.reporting.terminal import Display
 from selfplay.rewards.scorer import Scorer
 from selfplay.rounds.run import Run
@@ -86,8 +86,7 @@ def test_no_child_gets_the_keys_of_what_the_controller_alone_speaks_to(mini_worl
     for name in (names := ("SELFPLAY_TOKEN", "SELFPLAY_WEBHOOK", "WANDB_API_KEY")):
         monkeypatch.setenv(name, "hush-hush")
     Run(config(mini_world), tmp_path, Display())
-    child = Child("trainer", ["true"], run_dir=tmp_path, log=tmp_path / "log")
-    assert not child._env.keys() & set(names)
+    assert not environment({}).keys() & set(names)
 
 
 @pytest.mark.parametrize(
