@@ -18,7 +18,7 @@ from peft import get_peft_model
 from torch import Tensor, distributed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from selfplay.errors import TrainError
+from selfplay.errors import DamagedError, TrainError
 from selfplay.methods.depth import closeness_to_others, cluster, rank_correlation, sizes
 from selfplay.methods.features import PairGradients
 from selfplay.models import weights
@@ -133,7 +133,7 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
     """The pairs that were kept. Raises TrainError for a file without any."""
     try:
         rows = tables.read_whole(path, COLUMNS).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, DamagedError) as error:
         raise TrainError("input", f"{path} is no Parquet file of pairs: {error}", "write it again") from error
     pairs = [row for row in rows if row["kept_because"] is not None]
     if not pairs:
