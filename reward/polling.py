@@ -24,5 +24,5 @@ def wait(events: Mapping[S, int], seconds: float) -> dict[S, int]:
     poll = select.poll()
     for stream, wanted in events.items():
         poll.register(stream.fileno(), wanted)
-    found = dict(poll.poll(min(ceil(max(seconds, 0.0) * 1000), LONGEST)))
+    found = dict(poll.poll(ceil(min(max(seconds, 0.0) * 1000, LONGEST))))
     return {stream: found[stream.fileno()] for stream in events if stream.fileno() in found}

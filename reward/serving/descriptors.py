@@ -11,8 +11,10 @@ def raise_limit() -> int:
     """Raise the soft limit of descriptors as far as the hard one lets it; returns what it is now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+    if soft == resource.RLIM_INFINITY:
         return MOST
+    if soft >= wanted:
+        return min(soft, MOST)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return wanted
 

@@ -56,7 +56,9 @@ def ask(model: str, revision: str | None = None) -> Told:
 def _config(model: str, revision: str | None) -> Mapping[str, Any]:
     """Its config.json, which a round would fetch too; empty where that is refused, as for a gated model without a token."""
     import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
 
+    disable_progress_bars()  # they are drawn with characters that the terminal does not get
     try:
         path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision, etag_timeout=SECONDS)
     except Exception:  # as above: then the shape is only a guess from the number of parameters

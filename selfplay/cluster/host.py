@@ -7,6 +7,7 @@ by itself: to the controller the node is then lost, and another child may be at 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from selfplay.processes.gpus import ORDER
 from selfplay.processes.places import HERE, Local
 
 LEASE = 120.0  # Seconds without a word of the controller.
-AGAIN = ("/bin/sh", "-c", f'exec {sys.executable} -m selfplay.processes.guard "$PPID" -- "$@"', "guard")
+AGAIN = ("/bin/sh", "-c", f'exec {shlex.quote(sys.executable)} -m selfplay.processes.guard "$PPID" -- "$@"', "guard")
 """A guard below the guard. A worker of Ray that ends kills its own children, and so the first guard, which cannot end what is below
 it then. The second one sees its end."""
 CHUNK = 1 << 20  # The most bytes that are handed on at a time.

@@ -29,7 +29,7 @@ KILLED = 137
 HANDED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "NCCL_", "GLOO_", "VLLM_", LEASE)
 """Beginnings of the environment variables that a child on a node gets from the controller, beside its own."""
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-"""What has one of these in its name stays here: whoever reaches the ports of Ray could read it."""
+"""What has one of these behind the beginning of its name stays here: whoever reaches the ports of Ray could read it."""
 
 
 class HostLost(Exception):
@@ -221,8 +221,12 @@ class Hosted:
 
 def handed_on() -> dict[str, str]:
     """The controller's environment variables that a child on a node gets."""
-    here = children.inherited_environment().items()
-    return {n: v for n, v in here if n.startswith(HANDED_ON) and not any(part in n for part in SECRET)}
+    found = {}
+    for name, value in children.inherited_environment().items():
+        beginning = next((each for each in HANDED_ON if name.startswith(each)), None)
+        if beginning is not None and not any(part in name.removeprefix(beginning) for part in SECRET):
+            found[name] = value
+    return found
 
 
 def _filled(word: str, told: Mapping[str, object]) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from selfplay.config import Config, RewardSource
 
+HUB = "HF_TOKEN"
+"""All children that fetch models need it, although it may be the key of a judge as well."""
+
 
 def named(config: Config) -> set[str]:
-    """All of them: the token of the service, the address of the webhook, and the keys of rewards, judges, suites and of the
-    servers that get new policies."""
-    own = {config.service.token_env, config.service.webhook_env, config.publish.api_key_env or ""} - {""}
-    return own.union(*map(of, config.all_sources().values()))
+    """All that are not for every child: the token of the service, the address of the webhook, and the keys of rewards, judges,
+    suites and of the servers that get new policies."""
+    own = {config.service.token_env, config.service.webhook_env, config.publish.api_key_env or ""}
+    return own.union(*map(of, config.all_sources().values())) - {"", HUB}
 
 
 def of(source: RewardSource) -> set[str]:

@@ -29,6 +29,8 @@ NODE, PORT = "%NODE%", "%PORT%"
 """In the arguments of a child that runs on several nodes: the number of the node, and a port of the first one. ADDRESS is that of
 the first one then."""
 LOOPBACK = "127.0.0.1"
+OWN = 0o077
+"""The umask of whoever runs rounds, and of all children, on nodes too: what is in a run folder is for the owner of the run alone."""
 
 # The kernel sends PR_SET_PDEATHSIG when the THREAD that started a process ends. This thread lives as long as the process.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
@@ -85,7 +87,7 @@ class Local(subprocess.Popen[bytes]):
         bound_log(log)
         with open_log(log) as stderr:
             pipe: Any = subprocess.PIPE
-            super().__init__(argv, stdin=pipe, stdout=pipe, stderr=stderr, env=env, start_new_session=True)
+            super().__init__(argv, stdin=pipe, stdout=pipe, stderr=stderr, env=env, start_new_session=True, umask=OWN)
         self._closed = threading.Event()
         watch = threading.Thread(target=keep_bounded, args=(log, self._closed), name=f"{log.stem}-log", daemon=True)
         watch.start()

@@ -13,16 +13,27 @@ import shutil
 import tempfile
 from pathlib import Path
 
+LONGEST_SOCKET = 107  # bytes of a socket's path, from <linux/un.h>
+SOCKET = "VLLM_RPC_BASE_PATH"  # An environment variable: where vLLM has its sockets, which have a UUID for a name.
+NAME = 1 + 36  # bytes of a slash and a UUID
+
 
 def make(run_dir: Path) -> Path:
-    """A new folder for a child that works for `run_dir`. Only its owner can read it."""
-    return Path(tempfile.mkdtemp(prefix=_prefix(run_dir)))
+    """A new folder for a child that works for `run_dir`. Only its owner can read it. It is beside that of a guard further up."""
+    temporary, prefix = Path(tempfile.gettempdir()), _prefix(run_dir)
+    return Path(
+        tempfile.mkdtemp(prefix=prefix, dir=temporary.parent if temporary.name.startswith(prefix) else temporary)
+    )
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """What the child is told. What torch has compiled is for the next start too, and stays where torch would put it."""
+    """What the child is told. What torch has compiled is for the next start too, and stays outside. So do the sockets of vLLM
+    where their paths would become too long."""
     compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(folder.parent / f"torchinductor_{os.getuid()}"))
-    return {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": compiled}
+    found = {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": compiled}
+    if len(os.fsencode(folder)) + NAME > LONGEST_SOCKET and SOCKET not in os.environ:
+        found[SOCKET] = str(folder.parent)
+    return found
 
 
 def remove(folder: Path) -> None:

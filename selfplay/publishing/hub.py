@@ -36,7 +36,9 @@ def upload(folder: Path, repo: str, message: str, private: bool = True) -> str:
     """
     token = require_token()
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
+    disable_progress_bars()  # they are drawn with characters that neither the terminal nor the log gets
     api = HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)

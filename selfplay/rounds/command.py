@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from selfplay.processes.places import OWN
 from selfplay.visible import filter_stderr, say, visible
 
 if TYPE_CHECKING:
     from selfplay.rounds.run import Run
-
-OWN = 0o077
-"""The umask of whoever runs rounds, and of all children: what is in a run folder is for the owner of the run alone."""
 
 
 def run_rounds(

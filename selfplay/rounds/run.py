@@ -68,7 +68,7 @@ class Run:
         self.alert: Callable[[str], None] = lambda text: None  # told of what people should know at once
         self._tracker: trackers.Tracker | None = None
         self._cache: ScoreCache | None = None
-        self.early: EarlyScoring | None = None  # scores of the open round that are asked for while it samples
+        self.early: EarlyScoring | None = None  # scores of the open round: asked for while it sampled, or now
         self.places: Places = HERE  # where children are started
         self.suite_scorers: list[Scorer] = []  # of the suites that are asked now
         self.turns = Turns(

@@ -34,6 +34,8 @@ def run_init(
     """
     if preset is not None and preset not in PRESETS:
         raise InputError(f"there is no preset {preset!r}", "; ".join(f"{n}: {p.about}" for n, p in PRESETS.items()))
+    if path.is_dir():
+        raise InputError(f"{path} is a folder", "name a file, such as selfplay.yaml")
     if path.exists() and not force:
         raise InputError(f"{path} exists already, and nothing is written over it", "name another file, or add --force")
     answers = _answers(given, preset, may_ask=sys.stdin.isatty() and not yes)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selfplay.errors import SelfplayError
+from selfplay.processes.places import OWN
 from selfplay.reporting.terminal import Display
-from selfplay.rounds.command import OWN, leave
+from selfplay.rounds.command import leave
 from selfplay.service import systemd
 from selfplay.service.daemon import Daemon
 from selfplay.service.stop import handle_signals

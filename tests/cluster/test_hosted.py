@@ -182,13 +182,24 @@ def test_a_node_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.M
     assert gone(tmp_path)
 
 
-def test_a_child_has_the_gpus_of_its_host_and_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_has_the_gpus_of_its_host_its_umask_and_no_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HOME", "/shared/models")
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    assert handed_on()["HF_HOME"] == "/shared/models" and "HF_TOKEN" not in handed_on()
-    shown = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['CUDA_DEVICE_ORDER'])"
-    start(tmp_path, [*PYTHON, shown], env={"CUDA_VISIBLE_DEVICES": "0"}).wait()
-    assert "7,GPU-8 PCI_BUS_ID" in (tmp_path / "echo.log").read_text()
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    for secret in ("HF_TOKEN", "VLLM_API_KEY"):
+        monkeypatch.setenv(secret, "secret")
+    assert handed_on()["HF_HOME"] == "/shared/models" and not {"HF_TOKEN", "VLLM_API_KEY"} & set(handed_on())
+    assert handed_on()["TOKENIZERS_PARALLELISM"] == "false", "it has TOKEN in its name, and holds none"
+    shown = (
+        "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['CUDA_DEVICE_ORDER'], oct(os.umask(0)))"
+    )
+    before = os.umask(0o022)  # as a process of Ray may have it
+    try:
+        start(tmp_path, [*PYTHON, shown], env={"CUDA_VISIBLE_DEVICES": "0"}).wait()
+    finally:
+        os.umask(before)
+    assert "7,GPU-8 PCI_BUS_ID 0o77" in (tmp_path / "echo.log").read_text()
 
 
 def test_a_host_that_hears_nothing_of_its_controller_ends_its_child(

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from child_world import ECHO, LAUNCHER, gone, start
 
+from selfplay.cluster.host import AGAIN
 from selfplay.processes.child import ChildDied
-from selfplay.processes.reaping import descendants, marked, reap
+from selfplay.processes.reaping import RUN_MARKER, descendants, marked, reap
 
 
 @pytest.mark.parametrize("launcher", [False, True], ids=["direct", "behind a launcher"])
@@ -62,3 +63,21 @@ def test_no_process_outlives_its_controller(tmp_path, end):
     controller.wait()
     controller.stdout.close()
     assert gone(tmp_path)
+
+
+def test_below_two_guards_and_a_long_temporary_folder_sockets_keep_short_paths(tmp_path):
+    """A path of a socket has 107 bytes, and the name of a socket of vLLM 37 of them."""
+    temporary = tmp_path / ("t" * max(1, 60 - len(os.fsencode(tmp_path)) - 1))
+    temporary.mkdir()
+    shown = (
+        "import os, tempfile; print(os.environ.get('VLLM_RPC_BASE_PATH', tempfile.gettempdir()), os.environ['TMPDIR'])"
+    )
+    guard = [sys.executable, "-m", "selfplay.processes.guard"]
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_RPC_BASE_PATH"}
+    done = subprocess.run(
+        [*guard, str(os.getpid()), "--", *AGAIN, sys.executable, "-c", shown],
+        env=environment | {"TMPDIR": str(temporary), RUN_MARKER: str(tmp_path)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    sockets, own = map(Path, done.stdout.split())
+    assert sockets == own.parent == temporary
+    assert not list(temporary.iterdir()), "both folders go"

@@ -1,5 +1,6 @@
 """The pipe: lines come out whole, however they come in, and a long one costs no more than its length."""
 
+import math
 import os
 import random
 import sys
@@ -9,6 +10,7 @@ import time
 import pytest
 from child_world import start
 
+from reward import polling
 from selfplay.processes.pipe import Pipe
 
 
@@ -97,3 +99,11 @@ for order in channel.orders():
     assert time.process_time() - before < 1
     child.stop()
     assert answer == "x" * 48_000_000
+
+
+def test_a_wait_without_an_end_ends_when_something_comes():
+    read, written = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+    with read, written:
+        written.write(b"x")
+        written.flush()
+        assert polling.wait({read: polling.READ}, math.inf) == {read: polling.READ}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from engine_world import CANARIES, write_policy
 from http_stand_in import answering, hub_stand_in
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from rich.console import Console
 from typer.testing import CliRunner
 from vllm_world import vllm_server
@@ -18,6 +19,7 @@ from selfplay.checks import publishing
 from selfplay.config import Config
 from selfplay.errors import InputError, PublishError
 from selfplay.publishing import folder, publish, vllm
+from selfplay.publishing.hub import upload
 from selfplay.publishing.publish import STATE
 from selfplay.publishing.server import EXTENSION, Server
 from selfplay.reporting.terminal import Display
@@ -211,6 +213,14 @@ def test_a_push_needs_a_token_and_says_where_the_policy_is(run, hub, monkeypatch
         CliRunner().invoke(cli.app, words, catch_exceptions=False)
     with pytest.raises(InputError, match="--push is for a policy"):
         CliRunner().invoke(cli.app, ["export", "pairs", *words[2:]], catch_exceptions=False)
+
+
+def test_an_upload_draws_no_bars_because_the_terminal_does_not_get_their_characters(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    enable_progress_bars()
+    with pytest.raises(PublishError, match="HFValidationError"):  # before anything is sent
+        upload(tmp_path, "no/such/name", "a policy")
+    assert are_progress_bars_disabled()
 
 
 def test_check_looks_at_every_target(tmp_path, monkeypatch):

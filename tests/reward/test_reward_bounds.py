@@ -119,6 +119,7 @@ def test_descriptors_are_kept_for_the_work(monkeypatch: pytest.MonkeyPatch) -> N
     assert descriptors.share(512, descriptors.MOST) == (512, 1024)
     for before, expected in (
         ((1024, 4096), 4096),
+        ((4096, 4096), 4096),  # as a child has it, whose parent has raised it
         ((1024, resource.RLIM_INFINITY), 65_536),
         ((1 << 20, 1 << 20), 65_536),
     ):

@@ -97,3 +97,9 @@ def test_what_check_starts_gets_no_secret(seen):
     """`selfplay check` builds models and rules in processes that have this environment, and their code may be anybody's."""
     check(load(TINY, SETTINGS), Path("nowhere"), looks=[])
     assert not set(SECRETS) & set(children.inherited_environment())
+
+
+def test_the_key_of_the_hub_is_for_all_children_though_a_judge_may_use_it(seen, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "there")
+    withhold_secrets(load(TINY, ["reward.model=null", f"reward.chat_judge={JUDGE % 'HF_TOKEN'}"]))
+    assert children.inherited_environment()["HF_TOKEN"] == "there"

@@ -153,6 +153,7 @@ def test_what_is_there_is_recognised_and_the_file_passes_check(mini_world, tmp_p
     ("words", "what"),
     [
         (["--model", "org/model"], "--prompts and --reward missing"),
+        ([".", "--preset", "0.5b", "--force"], "is a folder"),
         (["--preset", "9b"], "there is no preset '9b'"),
         (["--preset", "0.5b", "--model", "nowhere"], "nowhere: no such folder"),
         (["--preset", "0.5b", "--model", "org/m", "--reward", "rules"], "the reward 'rules' needs settings"),
