@@ -74,6 +74,19 @@ def test_tokens_without_an_embedding(tmp_path):
     assert level == "error" and f"the token {rows}, and the model has embeddings for {rows} tokens" in text
 
 
+def test_weights_of_another_shape_than_the_config_says(tmp_path):
+    folder = policy(tmp_path)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {"vocab_size": told["vocab_size"] + 1}))
+    level, text = asked(folder, PLAIN)["loads"]
+    assert (
+        level == "error"
+        and "or have them in another shape" in text
+        and "embed_tokens" in text
+        and "config.json" in text
+    )
+
+
 def test_an_end_of_turn_that_stops_nothing(tmp_path):
     folder = policy(tmp_path, eos="<pad>")
     assert "end of turn" not in asked(folder, PLAIN), "generation_config.json names it"
