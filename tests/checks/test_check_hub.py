@@ -57,7 +57,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         name = parts[4] if parts[1] == "api" else parts[2]
         if parts[1:3] == ["api", "datasets"] and name in CARDS:
             self.answer(200, json.dumps({"id": f"org/{name}", "sha": "a" * 40, "cardData": CARDS[name]}).encode())
-        elif parts[1] == "api" and name in ("whole", "gated", "pickled"):
+        elif parts[1] == "api" and name in ("whole", "gated", "pickled", "small"):
             files = ["config.json", "pytorch_model.bin" if name == "pickled" else "model.safetensors"]
             body = {"id": f"org/{name}", "siblings": [{"rfilename": file} for file in files], "sha": "a" * 40}
             if name in SIZES:
@@ -68,7 +68,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif name == "gated":
             self.answer(403, b"", **{"X-Error-Code": "GatedRepo"})
         else:
-            self.answer(200, json.dumps(CONFIG).encode(), **{"X-Repo-Commit": "a" * 40, "ETag": '"e"'})
+            small = {"quantization_config": {"quant_method": "gptq"}} if name == "small" else {}
+            self.answer(200, json.dumps(CONFIG | small).encode(), **{"X-Repo-Commit": "a" * 40, "ETag": '"e"'})
 
     do_HEAD = do_GET
 
@@ -110,7 +111,7 @@ def ask(tmp_path, endpoint, *names, code=ASK):
 
 
 def test_the_hub_tells_sizes_and_shapes(tmp_path, served):
-    found = ask(tmp_path, served, "org/whole", "org/gated", "org/pickled", "org/none", "./nowhere")
+    found = ask(tmp_path, served, "org/whole", "org/gated", "org/pickled", "org/small", "org/none", "./nowhere")
     whole, shape = found["org/whole"]
     assert whole[0] == ["ok", "policy.model", "org/whole is on the Hub, with safetensors, 8,030.3 M parameters"]
     assert whole[1] == ["ok", "context", "the policy reads up to 131072 tokens"]
@@ -119,6 +120,8 @@ def test_the_hub_tells_sizes_and_shapes(tmp_path, served):
     assert gated[0][0] == "ok" and shape[0] == 3_212_749_824, "its size is known, its config is not: a usual shape"
     level, _, text = found["org/pickled"][0][0]
     assert level == "error" and text.startswith("org/pickled has no safetensors") and "pytorch_model.bin" in text
+    level, _, text = found["org/small"][0][0]
+    assert level == "error" and text.startswith("org/small has quantised weights (gptq), which cannot be trained; take")
     level, _, text = found["org/none"][0][0]
     assert level == "error" and "the Hub has no such model for us" in text and "HF_TOKEN" in text
     assert found["./nowhere"][0][0] == ["error", "policy.model", "./nowhere: no such folder"]
