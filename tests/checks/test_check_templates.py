@@ -61,6 +61,32 @@ def test_a_template_that_refuses_system_messages(tmp_path, prompts, level):
     )
 
 
+@pytest.mark.parametrize("of_policy", [True, False])
+def test_roles_that_a_template_refuses_or_leaves_out(tmp_path, of_policy):
+    """Calls of tools are in many data sets. A template knows them, says that it does not, or passes them over."""
+    words = {"role": "tool", "content": 'It is "4".'}
+    tool = [[*PLAIN[0], {"role": "assistant", "content": "I ask."}, words, *PLAIN[1]]]
+    folder = policy(tmp_path) if of_policy else reward_model(tmp_path / "reward")
+    own = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def found(template):
+        own.chat_template = template
+        own.save_pretrained(folder)
+        return asked(folder, PLAIN + SYSTEM + tool, of_policy=of_policy, max_missing=0.1)
+
+    whole = found(TEMPLATE.replace("m['content']", "(m['content'] | tojson) if m['role'] == 'tool' else m['content']"))
+    assert whole["prompts"][0] == "ok" and "messages" not in whole
+    level, text = found(
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+        + TEMPLATE
+    )["prompts"]
+    assert level == "warning" and "1 of 17 prompts" in text and "no tools" in text
+    level, text = found(TEMPLATE.replace("messages %}", "messages if m['role'] in ('user', 'assistant') %}"))[
+        "messages"
+    ]
+    assert level == "warning" and "of 17 prompts: the system message of 8; the tool message of 1." in text
+
+
 def test_prompts_that_are_all_too_long(tmp_path):
     level, text = asked(policy(tmp_path), PLAIN, prompt_tokens=4)["prompts"]
     assert level == "error" and text.startswith("8 of 8 prompts are longer than prompts.max_tokens")
