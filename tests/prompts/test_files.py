@@ -162,6 +162,21 @@ def test_a_table_of_unknown_columns_is_refused_by_their_names(tmp_path):
     assert read(tmp_path / "a.parquet", prompt="body_text", meta=("nr",)) == ["a long question", "b"]
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("first", [["long"], ["short", "long"], ["short", "short", "long"]])
+def test_rows_of_any_length_are_lines_of_which_a_broken_one_is_set_aside(tmp_path, first, pack):
+    asked = [word * (1 if word == "short" else 40_000) for word in first]
+    lines = [json.dumps({"prompt": text}) for text in asked] + [
+        '{"prompt": oops}',
+        '{"n": ' + "[" * 300_000 + "}",
+        '{"prompt": "last"}',
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(pack("\n".join(lines).encode()))
+    found = [row if isinstance(row, str) else row["prompt"] for row in read_file(path)]
+    assert found == [*asked, "invalid JSON", "invalid JSON", "last"]
+
+
 def test_texts_a_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\n two é \r\nthree".encode())
     assert read(tmp_path / "a.txt") == ["one", "two é", "three"]
