@@ -1,4 +1,5 @@
-"""What the Hub says about a model, without its weights: its files, the number of its parameters, and its config.json.
+"""What the Hub says about a model, without its weights: its files, the number of its parameters, and its config.json; and
+which configurations and splits a dataset has.
 
 A machine without a network asks the cache instead, where an earlier start may have left the model.
 """
@@ -51,6 +52,46 @@ def ask(model: str, revision: str | None = None) -> Told:
         parameters=None if total is None else int(total),
         config=_config(model, revision),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """What is known about a dataset on the Hub."""
+
+    configs: tuple[dict[str, Any], ...] = ()
+    """The configurations that its card names, as they stand there."""
+    splits: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
+    """Configuration → split → number of its rows, as far as the card tells."""
+    away: str = ""
+    absent: str = ""
+    """As of a model."""
+
+
+def dataset(name: str) -> Dataset:
+    """Ask about a dataset. Whatever goes wrong is part of the answer."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        card = huggingface_hub.HfApi().dataset_info(name, timeout=SECONDS).card_data
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        return Dataset(absent=type(error).__name__)
+    except Exception as error:  # as for a model
+        return Dataset(away=type(error).__name__)
+    told = card.to_dict() if card is not None else {}
+    configs, about = (_objects(told.get(key)) for key in ("configs", "dataset_info"))
+    splits = {
+        str(one.get("config_name", "default")): {
+            str(split.get("name")): split.get("num_examples") for split in _objects(one.get("splits"))
+        }
+        for one in about
+    }
+    return Dataset(configs=tuple(configs), splits=splits)
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """A list of objects, or one that stands alone, of a card that anybody may write."""
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, dict)]
 
 
 def _config(model: str, revision: str | None) -> Mapping[str, Any]:

@@ -50,10 +50,12 @@ def _built(row: Row, folder: Path, adapter: Adapter | None) -> Any:
     own_code = {"trust_remote_code": row["trust_remote_code"]}
     kind = AutoModelForCausalLM if row["policy"] else AutoModelForSequenceClassification
     weights = folder if adapter is None else initial.base_of(adapter, row["trust_remote_code"])
-    model, report = kind.from_pretrained(weights, device_map="meta", output_loading_info=True, **own_code)
+    model, report = kind.from_pretrained(
+        weights, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, **own_code
+    )
     if adapter is not None:
         _require_fit(adapter, model)
-    if bad := sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]]):
+    if bad := sorted([*map(str, report["missing_keys"]), *(str(key[0]) for key in report["mismatched_keys"])]):
         raise InputError(
             f"its files lack {len(bad)} tensors of the model, or have them in another shape: {', '.join(bad[:3])}",
             "take config.json and the weights of one save",

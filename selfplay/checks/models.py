@@ -102,6 +102,11 @@ def _on_the_hub(key: str, model: str, revision: str | None) -> Finding:
     if not checkpoints.weights_on_hub(told.files) and not adapter:
         why, hint = without_weights(model, [name for name in told.files if "/" not in name])
         return Finding.error(key, f"{why}; {hint}")
+    if key == "policy.model":
+        try:
+            checkpoints.require_plain(model, told.config)
+        except CheckpointError as error:
+            return Finding.error(key, f"{error}; {error.hint}")
     size = f", {told.parameters / 1e6:,.1f} M parameters" if told.parameters else ""
     return Finding.ok(key, f"{model} is on the Hub, with safetensors{size}")
 

@@ -7,12 +7,13 @@ from itertools import islice
 from pathlib import Path
 
 from selfplay import seeds
+from selfplay.checks import hub
 from selfplay.checks.finding import Finding
 from selfplay.config import Config
 from selfplay.errors import InputError
 from selfplay.prompts import importer
 from selfplay.prompts.files.part import all_parts
-from selfplay.prompts.files.sources import files_of
+from selfplay.prompts.files.sources import configuration, files_by_split, files_of, require_split
 from selfplay.prompts.formats import Reading, canonical
 from selfplay.prompts.formats.report import counted
 from selfplay.prompts.survey import ALSO
@@ -56,7 +57,7 @@ def files(config: Config, run_dir: Path) -> Iterator[Finding]:
             local = False
             continue
         if found is None:
-            yield Finding.ok(key, f"{source} is taken for a Hub dataset, which is loaded when the run starts")
+            yield _on_the_hub(key, source, settings.split, settings.config)
             local = False
         elif found.left or len(found.paths) > 1:
             left = f"; {found.left:,} of other splits are left out" if found.left else ""
@@ -83,3 +84,31 @@ def files(config: Config, run_dir: Path) -> Iterator[Finding]:
         if splits[split] < wanted:
             text = f"{wanted:,} prompts are asked for, but there are {splits[split]:,}: {then}"
             yield Finding.warning(key, text)
+
+
+def _on_the_hub(key: str, source: str, split: str, config: str | None) -> Finding:
+    """Whether the Hub has a dataset with this configuration and split, as far as its card tells."""
+    told = hub.dataset(source)
+    if told.absent:
+        hint = "correct the name, or export HF_TOKEN with a token that may read it"
+        return Finding.error(
+            key, f"{source} is no file here, and the Hub has no such dataset for us ({told.absent}); {hint}"
+        )
+    taken = f"{source} is taken for a Hub dataset, which is loaded when the run starts"
+    if told.away:
+        return Finding.warning(key, f"{taken}; the Hub could not be asked ({told.away})")
+    card = list(told.configs) or [{"config_name": name} for name in told.splits]
+    if not card:
+        return Finding.ok(key, f"{taken}; its card names no configurations")
+    try:
+        one = configuration(source, card, config)
+        name = str(one.get("config_name", "default"))
+        splits = told.splits.get(name) or dict.fromkeys(files_by_split(one))
+        if splits and split.isidentifier():  # and no expression, such as train[:10%]
+            require_split(source, split, splits)
+    except InputError as error:
+        return Finding.error(key, f"{error}; {error.hint}")
+    rows = splits.get(split)
+    return Finding.ok(
+        key, f"{taken}: configuration {name}, split {split}" + (f", {rows:,} rows" if isinstance(rows, int) else "")
+    )

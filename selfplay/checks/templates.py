@@ -5,6 +5,7 @@ For the process that loads models (`checks/loading.py`).
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -67,6 +68,7 @@ def of_policy(row: Row, folder: Path, model: Any) -> Iterator[Said]:
         )
     elif asked and not refused:
         yield "ok", "prompts", f"its chat template takes all of {len(asked)} prompts"
+    yield from _left_out(tokenizer, template.variables, row["prompts"])
     yield from _embedded(model, [ids for ids in found if not isinstance(ids, str)])
     yield from _ends(tokenizer, template.variables, folder)
 
@@ -78,6 +80,7 @@ def of_reward(row: Row, folder: Path, model: Any) -> Iterator[Said]:
     from reward.chat import ChatEncoder
     from reward.models import limit_of
     from reward.schema import Item
+    from selfplay.models.rendering import Template
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=row["trust_remote_code"])
     limit = limit_of(model.config, tokenizer, row["max_tokens"])
@@ -89,6 +92,8 @@ def of_reward(row: Row, folder: Path, model: Any) -> Iterator[Said]:
         yield level, "prompts", f"it cannot score {_of(refused, found)}"
     elif found:
         yield "ok", "prompts", f"its chat template takes all of {len(found)} prompts with an answer"
+    variables = Template(kwargs=row["kwargs"], today=date.today()).variables
+    yield from _left_out(tokenizer, variables, row["prompts"])
     lengths = [len(ids) + row["answer_tokens"] for ids in found if not isinstance(ids, str)]
     over = sum(length > limit for length in lengths)
     if over:
@@ -104,6 +109,30 @@ def of_reward(row: Row, folder: Path, model: Any) -> Iterator[Said]:
 def _of(refused: Counter[str], asked: Sequence[object]) -> str:
     said = "; ".join(f"{n} × {why}" for why, n in refused.most_common(3))
     return f"{refused.total()} of {len(asked)} prompts ({said})"
+
+
+def _left_out(tokenizer: Any, variables: dict[str, Any], prompts: Sequence[Any]) -> Iterator[Said]:
+    """A warning where a template takes prompts and writes nothing of some of their messages, as some do with system messages.
+
+    What an assistant said does not count: templates leave out earlier thoughts on purpose.
+    """
+    lost = Counter[str]()
+    for messages in prompts:
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+        except Exception:  # it refuses this prompt, which is said already
+            continue
+        others = [
+            (message["role"], message["content"].strip()) for message in messages if message["role"] != "assistant"
+        ]
+        lost.update({role for role, said in others if said not in text and json.dumps(said)[1:-1] not in text})
+    if lost:
+        roles = "; ".join(f"the {role} message of {n}" for role, n in lost.most_common())
+        yield (
+            "warning",
+            "messages",
+            f"its chat template writes nothing of some messages of {len(prompts)} prompts: {roles}. Use a template that writes them",
+        )
 
 
 def _embedded(model: Any, sequences: Sequence[Any]) -> Iterator[Said]:

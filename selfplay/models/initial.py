@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,16 @@ def initial_folder(model: str, revision: str | None, trust_remote_code: bool = F
 def look(folder: Path) -> Checkpoint | Adapter:
     """What the folder of the initial policy holds; raises InputError."""
     try:
-        return checkpoints.look(folder)
+        found = checkpoints.look(folder)
+        if isinstance(found, Checkpoint):
+            _require_plain(folder)
     except CheckpointError as error:
         raise InputError(str(error), error.hint) from error
+    return found
+
+
+def _require_plain(folder: Path) -> None:
+    checkpoints.require_plain(str(folder), json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def base_of(adapter: Adapter, trust_remote_code: bool) -> Path:
@@ -53,6 +61,7 @@ def base_of(adapter: Adapter, trust_remote_code: bool) -> Path:
     try:
         found = adapter.base_folder() or initial_folder(adapter.base, adapter.revision, trust_remote_code)
         checkpoints.read(found)
+        _require_plain(found)
     except (CheckpointError, InputError) as error:
         hint = error.hint or f"put the base into a folder, and name it in {checkpoints.ADAPTER_CONFIG}"
         raise InputError(f"the adapter {adapter.folder} cannot be merged with its base: {error}", hint) from error

@@ -143,6 +143,17 @@ def unmixed(folder: Path) -> Checkpoint:
     return found
 
 
+def require_plain(where: str, settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for quantised weights, which can be neither trained nor merged; `settings`: of config.json."""
+    found = settings.get("quantization_config") or settings.get("compression_config")
+    if found:
+        how = found.get("quant_method") if isinstance(found, dict) else None
+        raise CheckpointError(
+            f"{where} has quantised weights ({printable(str(how or 'of an unknown kind'))}), which cannot be trained",
+            "take the model that it was made from, or save it as plain numbers: model.dequantize(), then save_pretrained",
+        )
+
+
 def tensors(folder: Path) -> dict[str, TensorSpec]:
     """Names, dtypes and shapes of all tensors of a checkpoint, from the headers of its files alone. Raises CheckpointError."""
     return dict(read(folder).tensors)

@@ -74,6 +74,15 @@ def test_a_model_needs_a_tokenizer_and_a_chat_template(tmp_path):
     assert found == ("error", f"{silent} has 2 labels; a reward model has 1")
 
 
+def test_a_model_whose_config_names_no_architecture_is_looked_at_like_any_other(mini_world, tmp_path):
+    folder = shutil.copytree(mini_world / "policy", tmp_path / "policy")
+    told = json.loads((folder / "config.json").read_text())
+    for named in ({"architectures": None}, {"architectures": []}):
+        (folder / "config.json").write_text(json.dumps(told | named))
+        level, text = said(load(TINY, [*overrides(mini_world), f"policy.model={folder}"]), tmp_path, "policy.model")
+        assert level == "ok" and f": {told['model_type']}, " in text
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_context_of_the_policy(tmp_path, nested):
     """configs/tiny.yaml: 96 + 48 + 1 tokens for the engine, 144 for the trainer."""

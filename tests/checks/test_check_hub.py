@@ -11,12 +11,29 @@ from typing import ClassVar
 import pytest
 from mini import ROOT, TINY
 
+from selfplay.checks.prompts import files
+from selfplay.config import load
+
 pytestmark = pytest.mark.service
 
 CONFIG = {
     "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
     "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072,
 }  # fmt: skip
+CARDS = {
+    "one": {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*"}]}]},
+    "several": {"configs": [{"config_name": name, "data_files": "x/*"} for name in ("main", "socratic")],
+                "dataset_info": [{"config_name": "main", "splits": [{"name": "train", "num_examples": 7473}, {"name": "test"}]}]},
+    "silent": None,
+}  # fmt: skip
+ASK_DATASETS = """
+import json, sys
+from selfplay.checks.check import check
+from selfplay.checks.prompts import files
+from selfplay.config import load
+said = [check(load(sys.argv[1], ["prompts.heldout=null", *sets.split()]), None, [("prompts", files)]) for sets in sys.argv[2:]]
+print(json.dumps([[[f.level, f.text] for f in found] for found in said]))
+"""
 SIZES = {"whole": 8_030_261_248, "gated": 3_212_749_824}
 ASK = """
 import json, sys
@@ -41,7 +58,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.asked.append(self.path)
         parts = self.path.split("/")
         name = parts[4] if parts[1] == "api" else parts[2]
-        if parts[1] == "api" and name in ("whole", "gated", "pickled"):
+        if parts[1:3] == ["api", "datasets"] and name in CARDS:
+            self.answer(200, json.dumps({"id": f"org/{name}", "sha": "a" * 40, "cardData": CARDS[name]}).encode())
+        elif parts[1] == "api" and name in ("whole", "gated", "pickled", "small"):
             files = ["config.json", "pytorch_model.bin" if name == "pickled" else "model.safetensors"]
             body = {"id": f"org/{name}", "siblings": [{"rfilename": file} for file in files], "sha": "a" * 40}
             if name in SIZES:
@@ -52,7 +71,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif name == "gated":
             self.answer(403, b"", **{"X-Error-Code": "GatedRepo"})
         else:
-            self.answer(200, json.dumps(CONFIG).encode(), **{"X-Repo-Commit": "a" * 40, "ETag": '"e"'})
+            small = {"quantization_config": {"quant_method": "gptq"}} if name == "small" else {}
+            self.answer(200, json.dumps(CONFIG | small).encode(), **{"X-Repo-Commit": "a" * 40, "ETag": '"e"'})
 
     do_HEAD = do_GET
 
@@ -78,11 +98,11 @@ def served():
     server.server_close()
 
 
-def ask(tmp_path, endpoint, *names):
+def ask(tmp_path, endpoint, *names, code=ASK):
     env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", ASK, str(TINY), *names],
+        [sys.executable, "-c", code, str(TINY), *names],
         capture_output=True,
         text=True,
         env=env,
@@ -94,7 +114,7 @@ def ask(tmp_path, endpoint, *names):
 
 
 def test_the_hub_tells_sizes_and_shapes(tmp_path, served):
-    found = ask(tmp_path, served, "org/whole", "org/gated", "org/pickled", "org/none", "./nowhere")
+    found = ask(tmp_path, served, "org/whole", "org/gated", "org/pickled", "org/small", "org/none", "./nowhere")
     whole, shape = found["org/whole"]
     assert whole[0] == ["ok", "policy.model", "org/whole is on the Hub, with safetensors, 8,030.3 M parameters"]
     assert whole[1] == ["ok", "context", "the policy reads up to 131072 tokens"]
@@ -103,6 +123,8 @@ def test_the_hub_tells_sizes_and_shapes(tmp_path, served):
     assert gated[0][0] == "ok" and shape[0] == 3_212_749_824, "its size is known, its config is not: a usual shape"
     level, _, text = found["org/pickled"][0][0]
     assert level == "error" and text.startswith("org/pickled has no safetensors") and "pytorch_model.bin" in text
+    level, _, text = found["org/small"][0][0]
+    assert level == "error" and text.startswith("org/small has quantised weights (gptq), which cannot be trained; take")
     level, _, text = found["org/none"][0][0]
     assert level == "error" and "the Hub has no such model for us" in text and "HF_TOKEN" in text
     assert found["./nowhere"][0][0] == ["error", "policy.model", "./nowhere: no such folder"]
@@ -114,3 +136,31 @@ def test_without_a_network_it_is_a_warning(tmp_path):
     text = "org/whole: the Hub could not be asked (ConnectError); there is no copy in the cache"
     assert said[0] == ["warning", "policy.model", text] and shape is None
     assert [row[:2] for row in said] == [["warning", "policy.model"], ["warning", "disk"]]
+
+
+def test_the_hub_tells_configurations_and_splits_of_datasets(tmp_path, served):
+    sets = ["one", "several", "several prompts.config=main", "several prompts.config=other", "several prompts.config=main prompts.split=dev",
+            "one prompts.split=train[:10%]", "silent", "none"]  # fmt: skip
+    found = ask(tmp_path, served, *(f"prompts.source=org/{one}" for one in sets), code=ASK_DATASETS)
+    taken = "is taken for a Hub dataset, which is loaded when the run starts"
+    hint = "correct the name, or export HF_TOKEN with a token that may read it"
+    assert found == [
+        [["ok", f"org/one {taken}: configuration default, split train"]],
+        [["error", "org/several has several configurations: main, socratic; name one of them in prompts.config"]],
+        [["ok", f"org/several {taken}: configuration main, split train, 7,473 rows"]],
+        [["error", "org/several has no configuration 'other': main, socratic; name one of them in prompts.config"]],
+        [["error", "org/several has no split 'dev'; it has train, test; name one of them in prompts.split"]],
+        [["ok", f"org/one {taken}: configuration default, split train[:10%]"]],
+        [["ok", f"org/silent {taken}; its card names no configurations"]],
+        [
+            [
+                "error",
+                f"org/none is no file here, and the Hub has no such dataset for us (RepositoryNotFoundError); {hint}",
+            ]
+        ],
+    ]
+    (away,) = files(
+        load(TINY, ["prompts.heldout=null", "prompts.source=org/one"]), tmp_path
+    )  # tests are offline themselves
+    assert away.level == "warning"
+    assert away.text == f"org/one {taken}; the Hub could not be asked (OfflineModeIsEnabled)"

@@ -61,6 +61,32 @@ def test_a_template_that_refuses_system_messages(tmp_path, prompts, level):
     )
 
 
+@pytest.mark.parametrize("of_policy", [True, False])
+def test_roles_that_a_template_refuses_or_leaves_out(tmp_path, of_policy):
+    """Calls of tools are in many data sets. A template knows them, says that it does not, or passes them over."""
+    words = {"role": "tool", "content": 'It is "4".'}
+    tool = [[*PLAIN[0], {"role": "assistant", "content": "I ask."}, words, *PLAIN[1]]]
+    folder = policy(tmp_path) if of_policy else reward_model(tmp_path / "reward")
+    own = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def found(template):
+        own.chat_template = template
+        own.save_pretrained(folder)
+        return asked(folder, PLAIN + SYSTEM + tool, of_policy=of_policy, max_missing=0.1)
+
+    whole = found(TEMPLATE.replace("m['content']", "(m['content'] | tojson) if m['role'] == 'tool' else m['content']"))
+    assert whole["prompts"][0] == "ok" and "messages" not in whole
+    level, text = found(
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+        + TEMPLATE
+    )["prompts"]
+    assert level == "warning" and "1 of 17 prompts" in text and "no tools" in text
+    level, text = found(TEMPLATE.replace("messages %}", "messages if m['role'] in ('user', 'assistant') %}"))[
+        "messages"
+    ]
+    assert level == "warning" and "of 17 prompts: the system message of 8; the tool message of 1." in text
+
+
 def test_prompts_that_are_all_too_long(tmp_path):
     level, text = asked(policy(tmp_path), PLAIN, prompt_tokens=4)["prompts"]
     assert level == "error" and text.startswith("8 of 8 prompts are longer than prompts.max_tokens")
@@ -72,6 +98,19 @@ def test_tokens_without_an_embedding(tmp_path):
     level, text = asked(folder, PLAIN)["tokens"]
     rows = json.loads((folder / "config.json").read_text())["vocab_size"]
     assert level == "error" and f"the token {rows}, and the model has embeddings for {rows} tokens" in text
+
+
+def test_weights_of_another_shape_than_the_config_says(tmp_path):
+    folder = policy(tmp_path)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {"vocab_size": told["vocab_size"] + 1}))
+    level, text = asked(folder, PLAIN)["loads"]
+    assert (
+        level == "error"
+        and "or have them in another shape" in text
+        and "embed_tokens" in text
+        and "config.json" in text
+    )
 
 
 def test_an_end_of_turn_that_stops_nothing(tmp_path):

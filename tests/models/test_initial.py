@@ -94,6 +94,17 @@ def test_an_adapter_that_does_not_fit_its_base_and_one_without(world, tmp_path):
         assert "base_model_name_or_path" in error.value.hint
 
 
+def test_quantised_weights_are_refused_as_a_policy_and_as_a_base(world, tmp_path):
+    small = shutil.copytree(world / "base", tmp_path / "small")
+    told = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(told | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(InputError, match=r"small has quantised weights \(fp8\), which cannot be trained") as error:
+        initial.prepare(PolicyConfig(model=str(small)), tmp_path / "policy")
+    assert "take the model that it was made from" in error.value.hint
+    with pytest.raises(InputError, match=r"cannot be merged with its base: .*quantised"):
+        initial.prepare(PolicyConfig(model=str(renamed(world, tmp_path / "1", small))), tmp_path / "policy")
+
+
 def test_of_a_mixed_folder_the_run_has_the_checkpoint_alone(world, tmp_path):
     """Other weights and an adapter lie beside the model: transformers would put the adapter on top."""
     source = shutil.copytree(world / "base", tmp_path / "mixed")

@@ -101,11 +101,12 @@ def read(source, **reading):
 def test_a_file_of_sixty_prompts_is_read_whole(tmp_path, monkeypatch, name):
     """By the check, which makes no copies, and by the import in small parts, which does."""
     (tmp_path / name).write_bytes(CONTENTS[name])
-    assert read(tmp_path / name) == ASKED
+    left = {"of another split (prompts.split)": 1} if name == "split.json" else {}
+    assert read(tmp_path / name) == [*ASKED, *left]
     monkeypatch.setattr(part, "PART_BYTES", 700)
     said = []
     pool, aside = built(settings(tmp_path / name), tmp_path, workers=1 + (name in TWO), on_recognised=said.append)
-    assert sorted(p.messages[-1]["content"] for p in pool) == sorted(ASKED) and not aside
+    assert sorted(p.messages[-1]["content"] for p in pool) == sorted(ASKED) and aside == left
     assert len(said) == 1 and "60 prompts" in said[0]
 
 
@@ -160,6 +161,30 @@ def test_a_table_of_unknown_columns_is_refused_by_their_names(tmp_path):
     with pytest.raises(InputError, match=r"2 × no column 'ask'\); its rows have the keys body_text, id"):
         built(settings(tmp_path / "a.parquet", "prompts.columns={prompt: ask}"), tmp_path)
     assert read(tmp_path / "a.parquet", prompt="body_text", meta=("nr",)) == ["a long question", "b"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("first", [["long"], ["short", "long"], ["short", "short", "long"]])
+def test_rows_of_any_length_are_lines_of_which_a_broken_one_is_set_aside(tmp_path, first, pack):
+    asked = [word * (1 if word == "short" else 40_000) for word in first]
+    lines = [json.dumps({"prompt": text}) for text in asked] + [
+        '{"prompt": oops}',
+        '{"n": ' + "[" * 300_000 + "}",
+        '{"prompt": "last"}',
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(pack("\n".join(lines).encode()))
+    found = [row if isinstance(row, str) else row["prompt"] for row in read_file(path)]
+    assert found == [*asked, "invalid JSON", "invalid JSON", "last"]
+
+
+def test_an_object_of_splits_gives_the_one_that_is_asked_for(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": 1, "train": [{"prompt": "a"}, {"prompt": "b"}], "test": [{"prompt": "c"}]}))
+    other = "of another split (prompts.split)"
+    for split, asked, left in (("train", ["a", "b"], 1), ("test", ["c"], 2)):
+        found = [row for one in all_parts(str(path), split=split) for row in one.read()]
+        assert [row if isinstance(row, str) else row.messages[0]["content"] for row in found] == asked + [other] * left
 
 
 def test_texts_a_line(tmp_path):

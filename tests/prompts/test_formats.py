@@ -102,6 +102,8 @@ def test_a_row_of_a_public_format(kind):
     ("row", "messages"),
     [
         ({"prompt": HH}, SECOND),
+        ({"chosen": HH.replace("\n", "\r\n") + "Because.", "rejected": HH.replace("\n", "\r\n") + "No."}, SECOND),
+        ({"text": f"<|im_start|>user\r\n{Q}<|im_end|>\r\n<|im_start|>assistant\r\n{A}<|im_end|>"}, [FULL]),
         ({"chosen": HH + "Because.", "rejected": HH + "No."}, SECOND),
         ({"chosen": [*SECOND, ANSWER], "rejected": [FULL, ANSWER, {"role": "user", "content": "How?"}, ANSWER]}, [FULL]),
         ({"instruction": "Add.", "input": "2 and 2", "system": "Be brief."}, [SYSTEM, {"role": "user", "content": "Add.\n\n2 and 2"}]),

@@ -16,6 +16,7 @@ SUFFIXES = {
     ".jsonl": LINES, ".ndjson": LINES, ".jsonlines": LINES, ".json": LINES, ".parquet": PARQUET, ".pq": PARQUET,
     ".arrow": ARROW, ".feather": ARROW, ".ipc": ARROW, ".csv": TABLE, ".tsv": TABLE, ".tab": TABLE, ".psv": TABLE, ".txt": TEXT, "": TEXT,
 }  # fmt: skip
+MOST_BYTES = 16 << 20  # of a first line that is looked at
 PACKED = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz", ".lz4")
 FOREIGN = {
     b"PK\x03\x04": ("a ZIP archive or an Excel sheet", "unpack it, or save the sheet as CSV"),
@@ -74,7 +75,8 @@ def kind_of(path: Path) -> str:
         return named  # it does not begin as one: the reader says so
     if named == TABLE:
         return TABLE
-    return _json_kind(start.removeprefix(streams.BOM).lstrip(), TEXT if named == TEXT else LINES)
+    found = _json_kind(start.removeprefix(streams.BOM).lstrip(), TEXT if named == TEXT else LINES)
+    return LINES if found == VALUES and len(start) >= streams.HEAD - 64 and _goes_on(path) else found
 
 
 def is_packed(start: bytes) -> bool:
@@ -102,6 +104,13 @@ def _json_kind(start: bytes, otherwise: str) -> str:
     if first[:1] == b"[" or first[-1:] in (b"{", b"[", b","):
         return VALUES
     return LINES if otherwise == LINES and any(map(_is_value, whole[1:6])) else VALUES if _is_open(first) else otherwise
+
+
+def _goes_on(path: Path) -> bool:
+    """Whether the first line of a file is a whole value and more follow: rows that are longer than what was looked at."""
+    with streams.opened(path) as content:
+        first = content.readline(MOST_BYTES)
+        return first.endswith(b"\n") and _is_value(first) and bool(content.read(64).strip())
 
 
 def _is_value(line: bytes) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from selfplay.errors import InputError
 from selfplay.prompts.files import columnar, delimited, kinds, streams
 from selfplay.prompts.files.sources import local_files
-from selfplay.prompts.files.values import BrokenJson, values
+from selfplay.prompts.files.values import OF_ANOTHER_SPLIT, BrokenJson, values
 from selfplay.prompts.formats import DEFAULT, Found, Reading, Row
 from selfplay.prompts.formats.known import WHOLE
 
@@ -77,6 +77,8 @@ class Part:
 
 def row_of(value: Any) -> Row:
     """The row that a value of JSON is."""
+    if value is OF_ANOTHER_SPLIT:
+        return "of another split (prompts.split)"
     if isinstance(value, dict):
         return value
     if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], dict | list | str)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,23 +124,12 @@ def _card(folder: Path) -> list[dict[str, Any]]:
 
 def _of_card(folder: Path, card: list[dict[str, Any]], split: str, config: str | None) -> Files | None:
     """The files of a configuration and split; None where the card names none."""
-    by_name = {str(one.get("config_name", "default")): one for one in card}
-    usual = [name for name, one in by_name.items() if one.get("default") or name == "default"]
-    name = config or (usual[0] if usual else next(iter(by_name)) if len(by_name) == 1 else None)
-    if name not in by_name:
-        said = f"no configuration {config!r}" if config else "several configurations"
-        raise InputError(f"{folder} has {said}: {', '.join(by_name)}", "name one of them in prompts.config")
-    one = by_name[name]
+    one = configuration(str(folder), card, config)
     base = folder / str(one.get("data_dir") or "")
-    by_split = dict[str, list[str]]()
-    for of_split, pattern in _patterns(one.get("data_files")):
-        by_split.setdefault(of_split, []).append(pattern)
+    by_split = files_by_split(one)
     if not by_split:
         return None if not one.get("data_dir") else _of_folder(base, split, None)
-    if split not in by_split:
-        raise InputError(
-            f"{folder} has no split {split!r}; it has {', '.join(by_split)}", "name one of them in prompts.split"
-        )
+    require_split(str(folder), split, by_split)
     found = sorted({path for pattern in by_split[split] for path in base.glob(pattern) if path.is_file()})
     if not found:
         raise InputError(
@@ -148,6 +137,33 @@ def _of_card(folder: Path, card: list[dict[str, Any]], split: str, config: str |
             "fetch the whole dataset",
         )
     return Files(paths=tuple(found))
+
+
+def configuration(where: str, card: list[dict[str, Any]], config: str | None) -> dict[str, Any]:
+    """The configuration of a dataset that `datasets` would load, of those that its card names. Raises InputError for none."""
+    by_name = {str(one.get("config_name", "default")): one for one in card}
+    usual = [name for name, one in by_name.items() if one.get("default") or name == "default"]
+    name = config or (usual[0] if usual else next(iter(by_name)) if len(by_name) == 1 else None)
+    if name not in by_name:
+        said = f"no configuration {config!r}" if config else "several configurations"
+        raise InputError(f"{where} has {said}: {', '.join(by_name)}", "name one of them in prompts.config")
+    return by_name[name]
+
+
+def files_by_split(one: dict[str, Any]) -> dict[str, list[str]]:
+    """Split → patterns of its files, of a configuration; empty where it names none."""
+    found = dict[str, list[str]]()
+    for split, pattern in _patterns(one.get("data_files")):
+        found.setdefault(split, []).append(pattern)
+    return found
+
+
+def require_split(where: str, split: str, splits: Iterable[str]) -> None:
+    """Raise InputError where a dataset has no such split."""
+    if split not in splits:
+        raise InputError(
+            f"{where} has no split {split!r}; it has {', '.join(splits)}", "name one of them in prompts.split"
+        )
 
 
 def _patterns(given: Any, split: str = "train") -> Iterator[tuple[str, str]]:

@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 BLOCK = 1 << 18
-LISTS = ("data", "rows", "examples", "prompts", "items", "records", "questions", "samples", "train")
+LISTS = ("data", "rows", "examples", "prompts", "items", "records", "questions", "samples")
 """Keys of an object under which a file has its rows."""
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test")
+"""Keys of an object under which it has the rows of a split."""
+OF_ANOTHER_SPLIT = object()
+"""Stands for a row of a split that was not asked for."""
 _SPACE = " \t\r\n,\x1e"  # commas between values, and the mark of JSON text sequences
 
 
@@ -27,7 +31,7 @@ def values(stream: BinaryIO, split: str = "train") -> Iterator[Any]:
     """The rows of a file. Raises BrokenJson, after the rows before the fault.
 
     An array gives its elements; an object that has a list of rows under one of LISTS, or under the name of the split, gives
-    those; any other value is a row, and more may follow.
+    those, and OF_ANOTHER_SPLIT for each row of the others; any other value is a row, and more may follow.
     """
     scanner = _Scanner(stream)
     while first := scanner.peek():
@@ -62,6 +66,10 @@ def _object(scanner: _Scanner, lists: tuple[str, ...]) -> Iterator[Any]:
     scanner.take("}")
     if not had_rows:
         yield from _by_column(row) or [row]
+        return
+    for key in row.keys() & set(SPLITS):
+        if isinstance(row[key], list):
+            yield from (OF_ANOTHER_SPLIT for _ in row[key])
 
 
 def _by_column(row: dict[str, Any]) -> list[dict[str, Any]]:

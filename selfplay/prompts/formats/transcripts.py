@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 STYLES = (
-    re.compile(r"(?:^|\n\n)[ \t]*(?:(?P<user>Human|H)|(?P<assistant>Assistant|A)|(?P<system>System)):[ \t]?"),
+    re.compile(r"(?:^|\r?\n\r?\n)[ \t]*(?:(?P<user>Human|H)|(?P<assistant>Assistant|A)|(?P<system>System)):[ \t]?"),
     re.compile(r"(?:^|\n)### ?(?:(?P<user>Human|User|Instruction|Question)|(?P<assistant>Assistant|Response|Answer)|(?P<system>System)): ?\n?"),
     re.compile(r"(?P<user>(?:<s> ?)?\[INST\] ?)|(?P<assistant> ?\[/INST\])"),
-    re.compile(r"<\|im_start\|>(?:(?P<user>user)|(?P<assistant>assistant)|(?P<system>system))\n"),
+    re.compile(r"<\|im_start\|>(?:(?P<user>user)|(?P<assistant>assistant)|(?P<system>system))\r?\n"),
     re.compile(r"<\|(?:(?P<user>user|prompter)|(?P<assistant>assistant)|(?P<system>system))\|>\n?"),
     re.compile(r"(?:^|\s)(?:(?P<user>USER)|(?P<assistant>ASSISTANT)|(?P<system>SYSTEM)): ?"),
 )  # fmt: skip
