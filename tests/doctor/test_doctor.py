@@ -124,7 +124,19 @@ def test_the_record_of_a_round_is_written_again_and_leftovers_go(run_dir):
     assert doctor(run_dir, "--yes")[0] == 0 and look(run_dir) == []
 
 
-def test_a_round_of_which_the_ledger_alone_knows_is_named(run_dir):
-    shutil.rmtree(run_dir / "rounds" / "0002")
+@pytest.mark.parametrize("name", ["rounds/0002", "policies/0001"])
+def test_a_run_goes_on_without_a_folder_that_is_gone_for_good(run_dir, name):
+    shutil.rmtree(run_dir / name)
+    code, said = doctor(run_dir)
+    assert code == 3 and name in said and "the ledger is right" in said and "goes on without it" in said
+    assert doctor(run_dir, "--yes")[0] == 0
+    store = Store(run_dir)
+    agreement.require(store, run_dir, lambda kind, text: pytest.fail(text))
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["rounds", "policies/0000", "policies/0003"])
+def test_a_run_does_not_go_on_without_what_it_needs(run_dir, name):
+    shutil.rmtree(run_dir / name)
     code, said = doctor(run_dir, "--yes")
-    assert code == 3 and "rounds/0002" in said and "the ledger is right" in said
+    assert code == 3 and "the ledger is right" in said and "goes on without it" not in said
