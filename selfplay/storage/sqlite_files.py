@@ -29,12 +29,12 @@ def uri(path: Path, mode: Literal["rw", "rwc"] = "rwc") -> str:
 
     mode: `rw` for a file that has to be there.
     """
-    return f"file:{quote(str(path.absolute()))}?mode={mode}" + ("&vfs=unix-dotfile" if _by_lease(path) else "")
+    return f"file:{quote(str(path.absolute()))}?mode={mode}" + ("&vfs=unix-dotfile" if by_lease(path) else "")
 
 
 def set_journal(connection: Any, path: Path) -> None:
     """Choose the journal of a connection to the file `path` that was just opened."""
-    if not _by_lease(path):
+    if not by_lease(path):
         connection.execute("PRAGMA journal_mode=WAL")
         return
     if _has_log(path) and not _closed_for_all(path):
@@ -80,7 +80,8 @@ def is_new(path: Path) -> bool:
     return not path.exists() or path.stat().st_size == 0
 
 
-def _by_lease(path: Path) -> bool:
+def by_lease(path: Path) -> bool:
+    """Whether a file lies in a folder that is held by a lease, or in a folder of that."""
     return any(lease.is_used(folder) for folder in path.absolute().parents[:2])
 
 

@@ -148,6 +148,13 @@ def test_a_ledger_with_a_log_goes_on_by_a_lease_and_back(tmp_path):
     assert not (tmp_path / ".lease").exists()
 
 
+def test_a_ledger_that_the_doctor_makes_in_a_folder_with_a_lease_needs_no_locks(tmp_path):
+    (tmp_path / ".lease").mkdir()
+    (tmp_path / ".ledger.partial").mkdir()
+    Store(tmp_path / ".ledger.partial").close()
+    assert not (tmp_path / ".ledger.partial" / ".ledger.lock").exists()
+
+
 def test_a_lock_that_a_killed_process_left_on_the_ledger_is_broken_by_the_next_runner(tmp_path, monkeypatch):
     monkeypatch.setattr(sqlite_files, "STILL", 0.3)
     with RunLock(tmp_path, "lease", 60.0) as lock:
