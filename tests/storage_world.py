@@ -26,7 +26,7 @@ def finished(run_dir: Path, rounds: int) -> Path:
         checkpoints.write(folder, manifest(version, folder))
     (run_dir / "pool" / "prompts").mkdir(parents=True)
     (run_dir / "pool" / "initial.json").write_text("{}", encoding="utf-8")
-    sealing.seal(run_dir / "pool", "policy")
+    sealing.seal(run_dir / "pool")
     store.record_policy(0, "initial", round=0)
     agreement.set_current(store, policies, 0)
     for index in range(1, rounds + 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from selfplay.doctor import rebuild
@@ -79,8 +79,29 @@ def look(run_dir: Path, store: Store) -> Iterator[Finding]:
             repair=functools.partial(Policies(run_dir).set_current, version),
         )  # fmt: skip
     for found in (*agreement.rounds(store, run_dir), *_policies(store, run_dir)):
-        yield Finding(path=found.path, what=found.what, mend=found.right)
+        without = _going_on_without(run_dir, store, found.path)
+        mend = found.right if without is None else f"{found.right}; without one, the run goes on without it"
+        yield Finding(path=found.path, what=found.what, mend=mend, repair=without)
     yield from _metrics(run_dir, store)
+
+
+def _going_on_without(run_dir: Path, store: Store, path: Path) -> Callable[[], None] | None:
+    """Have the ledger know that the folder of a round, or that of a policy, is gone for good. None where it is there, where
+    the policy serves, is pinned or belongs to the open round, and where all rounds are gone, as without their disk."""
+    if path.exists():
+        return None
+    if path.parent == run_dir / "rounds":
+        return functools.partial(_without_round, store, int(path.name)) if any(path.parent.glob("[0-9]*")) else None
+    version = int(path.parent.name)
+    row, is_open = store.policy(version), store.unfinished()
+    needed = {0, store.serving(), *((is_open["champion"], is_open["sampler"], is_open["round"]) if is_open else ())}
+    if row is None or row["pinned"] or version in needed or path.parent.is_dir():
+        return None
+    return functools.partial(store.weights_deleted, [version])
+
+
+def _without_round(store: Store, index: int) -> None:
+    store.set_state(agreement.LOST, sorted({*store.state(agreement.LOST, []), index}))
 
 
 def _policies(store: Store, run_dir: Path) -> list[agreement.Disagreement]:

@@ -15,7 +15,7 @@ from selfplay.prompts.draws import Draws
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.pool import Pool
 from selfplay.rounds.stages import STAGES
-from selfplay.storage import closed, folders, manifests, policies
+from selfplay.storage import closed, folders, manifests, policies, retention
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.storage.reader import CURRENT, now
@@ -26,7 +26,9 @@ LEDGER = "ledger.sqlite"
 def make(run_dir: Path) -> None:
     """Make the ledger anew; the old one is kept beside it. Raises InputError where the folder does not say enough."""
     rounds = sorted(
-        int(path.name) for path in (run_dir / "rounds").glob("[0-9]*") if any(path.glob(f"*/{folders.MANIFEST}"))
+        int(path.name)
+        for path in (run_dir / "rounds").glob("[0-9]*")
+        if any(path.glob(f"*/{folders.MANIFEST}")) or (path / closed.NAME).is_file()  # given up before its first stage
     )
     records = {index: closed.read(run_dir / "rounds" / f"{index:04d}") for index in rounds}
     if rounds and rounds[:-1] and None in [records[index] for index in rounds[:-1]]:
@@ -35,7 +37,6 @@ def make(run_dir: Path) -> None:
             f"round {lacking} has no record {closed.NAME} that can be read: an earlier version closed it, or it is damaged",
             "restore ledger.sqlite from a copy: the manifests alone do not say which policy served",
         )
-    _set_aside(run_dir)
     scratch = run_dir / ".ledger.partial"
     folders.make(scratch)
     for path in scratch.iterdir():
@@ -47,8 +48,11 @@ def make(run_dir: Path) -> None:
     run = next((record["run"] for record in reversed(records.values()) if record and record["run"]), None)
     if run is not None:
         store.insert("runs", run)
+    if done := _without_candidates(run_dir, rounds):
+        store.set_state(retention.STATE, {retention.CANDIDATES: done})
     store.event("repaired", "the ledger was made again from the manifests: events and orders of before are not in it")
     store.close()
+    _set_aside(run_dir)  # not before: where the folder does not say enough, the old one stays
     os.replace(scratch / LEDGER, run_dir / LEDGER)
     for path in scratch.iterdir():
         path.unlink()
@@ -113,11 +117,23 @@ def _champion(run_dir: Path, index: int) -> int:
     return _served(run_dir, index)
 
 
+def _without_candidates(run_dir: Path, rounds: list[int]) -> int:
+    """The newest round up to which retention has deleted candidates; 0 where it has deleted none."""
+    done = 0
+    for index in rounds:
+        folder = run_dir / "rounds" / f"{index:04d}" / retention.SAMPLED[0]
+        if (folder / folders.MANIFEST).is_file():
+            if any(path.suffix != ".json" for path in folder.iterdir()):
+                break
+            done = index
+    return done
+
+
 def _cursor(run_dir: Path, store: Store, index: int) -> list[int]:
     """Where the pool stood when the open round began."""
-    if index == 1:
+    if not (last := store.last_round()):
         return [0, 0]
-    seed = store.config(index - 1)["run"]["seed"]
+    seed = store.config(last)["run"]["seed"]
     pool = Pool(run_dir / "pool")
     return list(Draws(pool, store, run_dir / "rounds", Orders(seed, None)).cursor(index))
 

@@ -43,7 +43,6 @@ from selfplay.storage import folders, hashes, tables
 from selfplay.types import Split
 
 INITIAL = "initial.json"
-POLICY = "policy"  # beside it: the folder of the initial policy, where one was made of what the user named
 CANARY_TOKENS = 64
 FORMAT = 3  # of a part: another number, and parts that were written before are made again
 
@@ -136,7 +135,7 @@ def canary_ids(prompts: pool.Pool, config: Config, vocabulary: int) -> list[list
 
 def run_import(config: Config, template: Template, out: Path, work: Path, on_progress: OnProgress) -> dict[str, Any]:
     """Write the pool and what the manifest of policy 0 needs to `out`; returns counts."""
-    policy = initial.prepare(config.policy, out / POLICY)
+    policy = initial.prepare(config.policy, out / pool.POLICY)
     tokenizer = load_tokenizer(policy.folder, config.policy.trust_remote_code)
     if all(map(is_local, _sources(config).values())):  # the loader of a Hub dataset may need it
         tables.leave_pandas_out()
@@ -165,7 +164,7 @@ def run_import(config: Config, template: Template, out: Path, work: Path, on_pro
         out / INITIAL,
         {"source": str(policy.source), "canaries": {"token_ids": ids, "logps": logps}, "set_aside": dict(set_aside)},
     )
-    sealing.seal(out, POLICY)
+    sealing.seal(out)
     shutil.rmtree(work)
     return {"prompts": dict(splits), "set_aside": dict(set_aside), "dated": dated,
             "said": [*filter(None, [policy.said]), *(f"prompts: {said}" for said in recognised)]}  # fmt: skip

@@ -31,6 +31,7 @@ from selfplay.storage import folders, tables
 from selfplay.types import Prompt, Split
 
 PROMPTS, FACTS, ADDED, ORDERS, OLD = "prompts", "facts.arrow", "added", "orders", "pool.parquet"
+POLICY = "policy"  # in it until it has its number: the initial policy, where one was made of what the user named
 CHUNK = 4096  # prompts that are read at a time
 READERS = 4  # files that are read at a time
 assert set(parts.SPLITS) == set(get_args(Split))

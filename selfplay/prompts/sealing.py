@@ -8,22 +8,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfplay.errors import CheckpointError, DamagedError
-from selfplay.prompts.pool import ADDED, ORDERS
+from selfplay.prompts.pool import ADDED, ORDERS, POLICY
 from selfplay.storage import folders, hashes, seals
 from selfplay.storage.folders import MANIFEST
 
 MEND = "put the folder pool of the run back from a copy: its prompts are those that all rounds have drawn from"
 
 
-def seal(folder: Path, but: str) -> None:
-    """Write the manifest of a pool that is made. `but`: a folder in it that goes elsewhere."""
-    seals.write_json(folder / MANIFEST, {"files": _files(folder, but)})
+def seal(folder: Path) -> None:
+    """Write the manifest of a pool that is made."""
+    seals.write_json(folder / MANIFEST, {"files": _files(folder)})
 
 
 def require_whole(folder: Path) -> None:
     """Raise DamagedError where a file of a pool is not what was written. A pool of an earlier version gets its hashes now."""
     if not (folder / MANIFEST).is_file():
-        seal(folder, "")
+        seal(folder)
     for path, what in damaged(folder):
         raise DamagedError(path, what, MEND)
 
@@ -51,9 +51,10 @@ def damaged(folder: Path) -> list[tuple[Path, str]]:
     return found
 
 
-def _files(folder: Path, but: str) -> dict[str, str]:
-    """SHA-256 of all files by name, but of those that only save time and of those that have their own."""
-    skipped = {ADDED, ORDERS, but}
+def _files(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files by name, but of those that only save time, of those that have their own, and of the initial policy,
+    which goes elsewhere."""
+    skipped = {ADDED, ORDERS, POLICY}
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [name for name in names if name.parts[0] not in skipped and name.as_posix() != folders.MANIFEST]
     return dict(zip(map(Path.as_posix, names), hashes.sha256_of(folder / name for name in names), strict=True))

@@ -50,10 +50,10 @@ def keys(identity: str, items: Sequence[Item]) -> list[bytes]:
 
 
 def hash_of(key: bytes, score: object) -> bytes | None:
-    """A hash of a score, keyed by its key; None for what is none."""
+    """A hash of a score, keyed by its key; None for what is none. SQLite keeps −0.0 as 0.0, so both have the same hash."""
     if not isinstance(score, float) or not isinstance(key, bytes) or len(key) > hashlib.blake2b.MAX_KEY_SIZE:
         return None
-    return hashlib.blake2b(struct.pack("<d", score), key=key, digest_size=8).digest()
+    return hashlib.blake2b(struct.pack("<d", score + 0.0), key=key, digest_size=8).digest()
 
 
 def _json(value: object) -> bytes:

@@ -27,9 +27,9 @@ from selfplay.processes.reaping import reap
 from selfplay.progress import Display, Line
 from selfplay.prompts import references, sealing
 from selfplay.prompts.draws import Draws
-from selfplay.prompts.importer import INITIAL, POLICY
+from selfplay.prompts.importer import INITIAL
 from selfplay.prompts.orders import Orders
-from selfplay.prompts.pool import ORDERS, Pool
+from selfplay.prompts.pool import ORDERS, POLICY, Pool
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.early import EarlyScoring
 from selfplay.rewards.scorer import Scorer

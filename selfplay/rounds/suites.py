@@ -138,7 +138,10 @@ def known(
             if not said.is_file() or folders.read_json(require_whole(said)).get(name) != identity:
                 continue
             side = "candidate" if before == champion else "champion"
-            rows = tables.read_rows(require_whole(artifact(before, f"suite/{name}/{side}.parquet")), SuiteAnswer)
+            kept = artifact(before, f"suite/{name}/{side}.parquet")
+            if not kept.is_file():  # it was damaged, and a person has put it aside: they answer anew
+                continue
+            rows = tables.read_rows(require_whole(kept), SuiteAnswer)
             if {row.policy for row in rows} == {champion}:
                 return rows
         return None

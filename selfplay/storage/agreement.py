@@ -60,7 +60,10 @@ def require(store: Store, run_dir: Path, tell: Callable[[str, str], None]) -> No
         there.set_current(version)  # it is lost, or its writer was ended before it came to it
         tell(REPAIRED, f"{wrong.path}: {wrong.what}. It names policy {version} again")
     if store.state(CURRENT) is None:  # a ledger of an earlier version
-        store.set_state(CURRENT, {"version": version, "before": None})
+        is_open = store.unfinished()
+        # There the file alone says that the open round has promoted its policy, and the round does not do that again.
+        promoted = is_open is not None and there.current == is_open["round"]
+        store.set_state(CURRENT, {"version": there.current if promoted else version, "before": None})
 
 
 def disagreements(store: Store, run_dir: Path) -> Iterator[Disagreement]:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DatabaseError as LedgerError
 from sqlalchemy.exc import OperationalError
 
 from selfplay.errors import InputError, LockLost
-from selfplay.storage import folders, hashed_rows, lease, sqlite_files, wal
+from selfplay.storage import folders, hashed_rows, sqlite_files, wal
 from selfplay.storage.lock import STATE, RunLock
 from selfplay.storage.reader import Reader, now
 from selfplay.storage.schema import (
@@ -358,7 +358,7 @@ def _prepare(connection: Any, path: Path) -> None:
 @contextlib.contextmanager
 def _alone(run_dir: Path) -> Iterator[None]:
     """While one process makes or migrates a ledger. Where the folder is held by a lease, the transaction has to do."""
-    if lease.is_used(run_dir):
+    if sqlite_files.by_lease(run_dir / "ledger.sqlite"):
         yield
         return
     with (run_dir / ".ledger.lock").open("a") as file:

@@ -9,7 +9,11 @@ broken by the next runner, once it has the lease.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import shutil
+import sqlite3
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -25,15 +29,16 @@ def uri(path: Path, mode: Literal["rw", "rwc"] = "rwc") -> str:
 
     mode: `rw` for a file that has to be there.
     """
-    return f"file:{quote(str(path.absolute()))}?mode={mode}" + ("&vfs=unix-dotfile" if _by_lease(path) else "")
+    return f"file:{quote(str(path.absolute()))}?mode={mode}" + ("&vfs=unix-dotfile" if by_lease(path) else "")
 
 
 def set_journal(connection: Any, path: Path) -> None:
     """Choose the journal of a connection to the file `path` that was just opened."""
-    if not _by_lease(path):
+    if not by_lease(path):
         connection.execute("PRAGMA journal_mode=WAL")
         return
-    if _has_log(path):  # one connection alone can open it without shared memory, and lets the lock go at its next read
+    if _has_log(path) and not _closed_for_all(path):
+        # One connection alone can open it without shared memory, and lets the lock go at its next read.
         connection.execute("PRAGMA locking_mode=EXCLUSIVE")
         connection.execute("PRAGMA journal_mode=TRUNCATE")
         connection.execute("PRAGMA locking_mode=NORMAL")
@@ -41,12 +46,42 @@ def set_journal(connection: Any, path: Path) -> None:
     connection.execute("PRAGMA journal_mode=TRUNCATE")
 
 
+def _closed_for_all(path: Path) -> bool:
+    """End the write-ahead log of a file by the locks of the kernel; False where there are none. Raises OperationalError
+    («locked») where another process has the file open still: it would not see our locks, and write over what we write."""
+    if not _has_locks(path.parent):
+        return False
+    since = time.monotonic()
+    with contextlib.closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=rw", uri=True)) as plain:
+        while True:
+            try:
+                plain.execute("PRAGMA journal_mode=TRUNCATE")
+                return True
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    return False  # no shared memory
+                if time.monotonic() - since > STILL:
+                    raise
+            time.sleep(0.1)
+
+
+def _has_locks(folder: Path) -> bool:
+    """Whether bytes of a file can be locked. Where not, SQLite says «locked» for some of the errors (ENOLCK)."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
 def is_new(path: Path) -> bool:
     """Whether nothing was written to a file yet."""
     return not path.exists() or path.stat().st_size == 0
 
 
-def _by_lease(path: Path) -> bool:
+def by_lease(path: Path) -> bool:
+    """Whether a file lies in a folder that is held by a lease, or in a folder of that."""
     return any(lease.is_used(folder) for folder in path.absolute().parents[:2])
 
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from selfplay.errors import InputError
 from selfplay.prompts import pool
 from selfplay.reporting import answers
 from selfplay.service import alerts, orders
-from selfplay.storage import figures, paging, retention, tables
+from selfplay.storage import figures, lease, paging, retention, tables
 from selfplay.storage.ledger import RESTARTS, LedgerError, Store
 from selfplay.types import Pair, Prompt
 from selfplay.web import api_models as m
@@ -42,7 +43,11 @@ class View:
 
     @functools.cached_property
     def store(self) -> Store:
-        """Opened when first asked: the page is there before a ledger that is locked or damaged, or whose disk is full."""
+        """Opened when first asked: the page is there before a ledger that is locked or damaged, or whose disk is full. Not
+        before the runner has the folder by the locks that are set: opened by others, it would stand in the way of these."""
+        if (self.config.run.locks == "lease") != lease.is_used(self.run_dir):
+            error = sqlite3.OperationalError("it is not open yet")
+            raise LedgerError(f"open {self.run_dir}", {}, error)
         try:
             return Store(self.run_dir)
         except (OSError, InputError) as error:

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from selfplay.cli import app
 from selfplay.doctor.look import look
-from selfplay.errors import InputError
-from selfplay.storage import agreement, closed
+from selfplay.errors import DamagedError, InputError
+from selfplay.storage import agreement, closed, retention
 from selfplay.storage.ledger import Store
 from selfplay.storage.lock import RunLock
 from selfplay.storage.policies import Policies
@@ -91,6 +91,33 @@ def test_a_ledger_is_made_again_from_the_folder_as_it_was(run_dir, how):
     store.close()
 
 
+def test_a_ledger_is_made_again_with_rounds_that_were_given_up_at_once_and_what_retention_has_deleted(run_dir):
+    store = Store(run_dir)
+    store.open_round(4, 3, (0, 12), "f" * 64, {"run": {"name": "tiny", "seed": 0}})
+    closed.write(run_dir / "rounds" / "0004", store, 4, state="cancelled", policy=3, reasons=[])
+    store.close_round(4, "cancelled", 3, [])
+    retention.delete_candidates(run_dir, store, 2)
+    store.close()
+    (run_dir / "ledger.sqlite").unlink()
+    assert doctor(run_dir, "--yes")[0] == 0
+    store = Store(run_dir)
+    assert store.last_round() == 4 and retention.deleted(store) == {retention.CANDIDATES: 2}
+    store.close()
+
+
+def test_a_damaged_ledger_stays_where_the_folder_does_not_say_enough_for_another(run_dir):
+    other = sqlite3.connect(run_dir / "ledger.sqlite")
+    other.execute("UPDATE policies SET pinned = 1")
+    other.commit()
+    other.close()
+    flip(run_dir / "policies" / "0001" / "manifest.json", 30)
+    with pytest.raises(DamagedError, match="0001"):
+        doctor(run_dir, "--yes")
+    store = Store(run_dir)
+    assert store.last_round() == 3
+    store.close()
+
+
 def test_nothing_is_changed_without_a_yes(run_dir):
     (run_dir / "current").unlink()
     code, said = doctor(run_dir, said="n\n")
@@ -124,7 +151,19 @@ def test_the_record_of_a_round_is_written_again_and_leftovers_go(run_dir):
     assert doctor(run_dir, "--yes")[0] == 0 and look(run_dir) == []
 
 
-def test_a_round_of_which_the_ledger_alone_knows_is_named(run_dir):
-    shutil.rmtree(run_dir / "rounds" / "0002")
+@pytest.mark.parametrize("name", ["rounds/0002", "policies/0001"])
+def test_a_run_goes_on_without_a_folder_that_is_gone_for_good(run_dir, name):
+    shutil.rmtree(run_dir / name)
+    code, said = doctor(run_dir)
+    assert code == 3 and name in said and "the ledger is right" in said and "goes on without it" in said
+    assert doctor(run_dir, "--yes")[0] == 0
+    store = Store(run_dir)
+    agreement.require(store, run_dir, lambda kind, text: pytest.fail(text))
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["rounds", "policies/0000", "policies/0003"])
+def test_a_run_does_not_go_on_without_what_it_needs(run_dir, name):
+    shutil.rmtree(run_dir / name)
     code, said = doctor(run_dir, "--yes")
-    assert code == 3 and "rounds/0002" in said and "the ledger is right" in said
+    assert code == 3 and "the ledger is right" in said and "goes on without it" not in said

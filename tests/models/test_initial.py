@@ -17,7 +17,7 @@ from selfplay.config import PolicyConfig, load
 from selfplay.errors import CheckpointError, InputError
 from selfplay.models import initial, weights
 from selfplay.models.rendering import Template
-from selfplay.prompts import importer
+from selfplay.prompts import importer, pool
 from selfplay.prompts.pool import Pool
 from selfplay.storage import checkpoints, policies
 from selfplay.storage.policies import Policies
@@ -141,7 +141,7 @@ def test_an_import_begins_a_run_with_an_adapter(world, tmp_path):
     model = PeftModel.from_pretrained(weights.load(world / "base"), str(world / "adapter"))
     expected = weights.sequence_logps(model.eval(), canaries["token_ids"])
     assert canaries["logps"] == pytest.approx(expected, abs=1e-3)
-    assert checkpoints.read(out / importer.POLICY).files() == sorted(p.name for p in (out / importer.POLICY).iterdir())
+    assert checkpoints.read(out / pool.POLICY).files() == sorted(p.name for p in (out / pool.POLICY).iterdir())
 
 
 def test_a_plain_folder_stays_where_it_is(world, tmp_path):

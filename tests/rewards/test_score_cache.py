@@ -32,6 +32,14 @@ def keys(n: int) -> list[bytes]:
     return score_cache.keys("model", [Item(ASK, f"answer {i}") for i in range(n)])
 
 
+def test_a_score_of_minus_zero_is_kept_and_is_no_damage(tmp_path):
+    """SQLite stores −0.0 as 0.0. Rewards that subtract a penalty of nothing give it."""
+    cache, (first, second) = ScoreCache(tmp_path / "scores.sqlite", 10), keys(2)
+    cache.put({first: -0.0, second: 0.5})
+    assert cache.get([first, second]) == {first: 0.0, second: 0.5} and seals.repairs() == []
+    cache.close()
+
+
 def test_a_key_names_all_that_a_score_depends_on():
     different = {
         key("model", ASK, "red"),

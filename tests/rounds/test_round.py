@@ -111,7 +111,7 @@ def test_what_cannot_run_is_refused_with_exit_code_2(calm, mini_world, tmp_path,
     whole = initial.read_text()
     for text, there in ((whole.replace(str(mini_world), "/an/older/world"), True), (whole, False)):
         initial.write_text(text)
-        sealing.seal(calm[0] / "pool", "")
+        sealing.seal(calm[0] / "pool")
         if there:
             assert f"to begin anew in this one: rm -r {calm[0]}" in refused(at=calm[0])
     assert "at least 1" in refused(rounds=0)

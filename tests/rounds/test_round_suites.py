@@ -283,3 +283,5 @@ def test_the_champions_answers_are_those_of_the_round_that_trained_it(tmp_path):
     assert known("s", "a")[0].text == "candidate" and known("s", "b")[0].text == "champion"
     assert known("s", "c") is None and known("other", "a") is None
     assert suites.known(artifact, 4, 3)("s", "b")[0].reward == 3.0 and suites.known(artifact, 4, 3)("s", "a") is None
+    artifact(3, "suite/s/champion.parquet").rename(tmp_path / "aside")  # as the doctor advises for a damaged one
+    assert suites.known(artifact, 4, 2)("s", "b") is None

@@ -100,6 +100,23 @@ def test_a_ledger_of_an_earlier_version_knows_who_serves_by_its_rounds_and_rollb
     assert "names policy 2 again" in said
 
 
+def test_a_round_that_an_earlier_version_promoted_and_was_killed_before_it_closed_keeps_its_policy(run_dir):
+    """Of that promotion only the link tells. The stage is done, so the round goes on behind it, and closes."""
+    store = Store(run_dir)
+    store.set_state(CURRENT, None)
+    with store._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE rounds SET state = 'running', policy = NULL, ended = NULL WHERE round = 3")
+    store.close()
+    (run_dir / "current").unlink()
+    (run_dir / "current").symlink_to("policies/0003")
+    assert opened(run_dir) == []
+    store = Store(run_dir)
+    assert store.serving() == 3
+    store.close_round(3, "promoted", 3, [])
+    store.close()
+    assert opened(run_dir) == [] and Policies(run_dir).current == 3
+
+
 @pytest.mark.parametrize("gone", ["rounds", "rounds/0002", "policies/0003", "policies/0003/manifest.json"])
 def test_what_the_ledger_knows_and_the_folder_lacks_stops_the_run(run_dir, gone):
     path = run_dir / gone

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from faulty_world import HAS_COMPILER, Runner, until
+from mini import TINY
 
+from selfplay.config import load
 from selfplay.errors import InUseError, LockLost
-from selfplay.storage import folders, lease
-from selfplay.storage.ledger import Store
+from selfplay.storage import folders, lease, sqlite_files
+from selfplay.storage.ledger import LedgerError, Store
 from selfplay.storage.lock import RunLock
 from selfplay.storage.policies import Policies
+from selfplay.web.view import View
 
 NFS = "flock bytes memory links"  # what NFS without a lock daemon, SMB and mounts of object stores lack
 
@@ -108,6 +111,24 @@ def test_a_lease_that_another_has_or_that_is_too_old_is_lost(tmp_path, monkeypat
     mine.release()
 
 
+def test_a_ledger_that_others_have_open_by_the_locks_of_the_kernel_is_not_opened_by_a_lease(tmp_path, monkeypatch):
+    """They do not see the locks of a lease. Their last connection would write its log over what came after it."""
+    monkeypatch.setattr(sqlite_files, "STILL", 0.2)
+    other = Store(tmp_path)
+    other.event("kept", "one")
+    (tmp_path / ".lease").mkdir()
+    with pytest.raises(LedgerError, match="locked"):
+        Store(tmp_path)
+    page = View(tmp_path, load(TINY, ["run.locks=flock"]), dict)
+    with pytest.raises(LedgerError, match="not open yet"):
+        page.store  # noqa: B018
+    other.close()
+    store = Store(tmp_path)
+    store.event("kept", "two")
+    assert [row["text"] for row in store.events()] == ["one", "two"]
+    store.close()
+
+
 def test_a_ledger_with_a_log_goes_on_by_a_lease_and_back(tmp_path):
     def work(locks: str) -> tuple[int, str]:
         with RunLock(tmp_path, locks, 60.0) as lock:
@@ -127,9 +148,14 @@ def test_a_ledger_with_a_log_goes_on_by_a_lease_and_back(tmp_path):
     assert not (tmp_path / ".lease").exists()
 
 
-def test_a_lock_that_a_killed_process_left_on_the_ledger_is_broken_by_the_next_runner(tmp_path, monkeypatch):
-    from selfplay.storage import sqlite_files
+def test_a_ledger_that_the_doctor_makes_in_a_folder_with_a_lease_needs_no_locks(tmp_path):
+    (tmp_path / ".lease").mkdir()
+    (tmp_path / ".ledger.partial").mkdir()
+    Store(tmp_path / ".ledger.partial").close()
+    assert not (tmp_path / ".ledger.partial" / ".ledger.lock").exists()
 
+
+def test_a_lock_that_a_killed_process_left_on_the_ledger_is_broken_by_the_next_runner(tmp_path, monkeypatch):
     monkeypatch.setattr(sqlite_files, "STILL", 0.3)
     with RunLock(tmp_path, "lease", 60.0) as lock:
         Store(tmp_path, lock).close()
