@@ -1,4 +1,4 @@
-.PHONY: demo demo-smollm quick test lint docs mini audit sbom setup browser clean
+.PHONY: demo demo-smollm quick test long lint docs mini audit sbom setup browser clean
 
 PY := .venv/bin/python
 # Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
@@ -22,7 +22,11 @@ quick: setup
 # Lint, types and all tests. Four test files at a time keep two cores busy: tests wait for processes and for each other half the time.
 test: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint mini browser
-	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not long"
+
+# What takes minutes and shows again what other tests show: a storm of kills, and the whole kit for a GPU in miniature.
+long: setup mini
+	$(PY) -m pytest -m long
 
 lint: setup
 	.venv/bin/ruff check .

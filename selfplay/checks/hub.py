@@ -78,7 +78,7 @@ def dataset(name: str) -> Dataset:
         return Dataset(absent=type(error).__name__)
     except Exception as error:  # as for a model
         return Dataset(away=type(error).__name__)
-    told = card.to_dict() if card is not None else {}
+    told = card.to_dict() if card is not None else {}  # type: ignore[no-untyped-call]
     configs, about = (_objects(told.get(key)) for key in ("configs", "dataset_info"))
     splits = {
         str(one.get("config_name", "default")): {
@@ -97,7 +97,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 def _config(model: str, revision: str | None) -> Mapping[str, Any]:
     """Its config.json, which a round would fetch too; empty where that is refused, as for a gated model without a token."""
     import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     disable_progress_bars()  # they are drawn with characters that the terminal does not get
     try:

@@ -36,7 +36,7 @@ def upload(folder: Path, repo: str, message: str, private: bool = True) -> str:
     """
     token = require_token()
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     disable_progress_bars()  # they are drawn with characters that neither the terminal nor the log gets
     api = HfApi(token=token)

@@ -15,6 +15,7 @@ import chaos
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_killed_at_random_moments_a_served_run_ends_the_same(calm, mini_world, tmp_path):
     """The calm run had one engine and no service around it; it ends with the same bytes all the same."""

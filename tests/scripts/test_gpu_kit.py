@@ -23,6 +23,7 @@ def kit(*options: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.service
 @pytest.mark.timeout(900)
 def test_every_part_runs_in_miniature(tmp_path: Path) -> None:
