@@ -111,10 +111,10 @@ def test_the_checkpoint_is_plain_and_reads_as_smollm2_does(smollm2: Path) -> Non
 @pytest.mark.service
 @pytest.mark.timeout(600)
 def test_a_round_on_the_real_model(smollm2: Path, tmp_path: Path) -> None:
-    """Eight prompts, four answers each, one step; then its answers to the audit beside those of the initial policy."""
+    """Sixteen prompts, four answers each, one step; then its answers to the audit beside those of the initial policy."""
     assert script("get_smollm2.py", "--out", smollm2)[1].startswith("the model is there already")
     settings = [
-        "prompts.per_round=8", "generate.engines=1", "generate.candidates=4", "generate.max_tokens=32", "generate.engine.max_model_len=256",
+        "prompts.per_round=16", "generate.engines=1", "generate.candidates=4", "generate.max_tokens=32", "generate.engine.max_model_len=256",
         "pairs.keep=1.0", "pairs.cut_off=reject", "train.epochs=1", "train.micro_batch_pairs=4",
         "evaluate.prompts=4", "evaluate.audit_prompts=4",
         "train.warmup_ratio=0", "evaluate.gate.max_cut_off=1",
