@@ -113,7 +113,7 @@ def test_each_engine_alone_answers_the_same_bytes(two, asked, golden, tmp_path):
 def test_log_probabilities_are_the_same_to_the_bit(two, asked, golden, tmp_path):
     answers = tmp_path / "answers.parquet"
     sample(two, asked, tmp_path / "shards")
-    join(sorted((tmp_path / "shards").iterdir()), answers)
+    join(sorted((tmp_path / "shards").glob("*.parquet")), answers)
     done = []
     (both,) = two.answer_logps(asked, answers, 0, 4 * COUNT, 4, done.append)
     (alone,) = of_one(two, 1).answer_logps(asked, answers, 0, 4 * COUNT, 4)
