@@ -93,7 +93,7 @@ class Relay:
                 self._listener.accept()[0].close()
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait for what another thread or process does."""
     end = time.monotonic() + seconds
     while not condition():

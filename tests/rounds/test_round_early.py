@@ -192,9 +192,11 @@ def test_where_the_run_does_not_know_the_reward_the_stage_is_left_to_ask(server,
 
 def test_a_round_that_ends_leaves_no_thread_behind(server, tmp_path):
     """Nor one that waits for a server that is down: it ends with the wait."""
+    before = set(threading.enumerate())  # of other tests in this process
     run = opened(tmp_path, server.url, deadline=2)
     server.down = True
     steps = sampling(run, lambda shard: time.sleep(0.2) if shard == 1 else None)
     generated(steps)
     until(lambda: not run.early.alive)
-    until(lambda: not [t for t in threading.enumerate() if t.name in ("early-scoring", "reward-client")])
+    names = ("early-scoring", "reward-client")
+    until(lambda: not [t for t in set(threading.enumerate()) - before if t.name in names])
