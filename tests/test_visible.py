@@ -76,8 +76,8 @@ def test_commands_that_read_files(tmp_path, monkeypatch):
     shown = CliRunner().invoke(cli.app, ["prompts", str(file)], catch_exceptions=False).output
     assert_clean(shown)
     assert "שלום עולם. می‌خواهم" in shown and "[bold]markup[/bold]" in shown
-    monkeypatch.setattr("selfplay.checks.check.check", lambda *_: [Finding.error(HOSTILE, HOSTILE)])
-    monkeypatch.setattr("selfplay.checks.plan.plan", lambda *_: [(HOSTILE, HOSTILE)])
+    monkeypatch.setattr("selfplay.checks.command.check", lambda *_: [Finding.error(HOSTILE, HOSTILE)])
+    monkeypatch.setattr("selfplay.checks.command.plan", lambda *_: [(HOSTILE, HOSTILE)])
     told = CliRunner().invoke(cli.app, ["check", "-c", str(TINY)], catch_exceptions=False).output
     assert_clean(told)
     assert "[bold]markup" in told and "[link=http://x]" in told
@@ -150,7 +150,7 @@ def test_the_log_of_a_child(tmp_path):
     said = (tmp_path / "echo.log").read_text()
     assert_clean(said)
     assert ORDINARY in said and "raw \\x9b31m bytes \\xff 10%\n20%\n" in said and said.count("gnp.exe") == 2
-    assert "zwei Zeilen" in said.splitlines()  # what it writes to stdout may come before or after
+    assert "\tzwei Zeilen" in said.splitlines()  # what it writes to stdout may come before or after
     assert_clean(logs.last_line(tmp_path / "echo.log"))
 
 
