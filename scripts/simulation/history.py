@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sqlite3
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
+from sqlalchemy.exc import SQLAlchemyError
 
 from selfplay.errors import InputError, SelfplayError
 from selfplay.processes import children
@@ -225,9 +227,10 @@ class History:
         self._look_without_service()
 
     def rounds(self) -> int:
+        """Rounds in the ledger; 0 where none was made."""
         try:
             return self.world.database.outside.last_round()
-        except Exception:
+        except (sqlite3.Error, SQLAlchemyError):
             return 0
 
     def close(self) -> None:

@@ -150,49 +150,12 @@ class Generator:
         self.info = SimpleNamespace(start_seconds=5.0, max_model_len=128)
 
 
-class Trainer:
-    """As `training.service.Trainer`."""
+class Service:
+    """A service with one child, which is started when it is needed."""
 
-    alive = False
-
-    def __init__(self, config: Config, run_dir: Path, engine: object, on_event: Tell, places: object) -> None:
-        self.config, self._process = config, None
-
-    _process: Process | None
-
-    @contextlib.contextmanager
-    def for_a_round(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.stop()
-            raise
-
-    def start(self) -> Process:
-        if self._process is None or self._process.gone:
-            self._process = Process("trainer")
-        return self._process
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.stop()
-        self._process = None
-
-    def make_room(self) -> None:
-        pass
-
-    def step(self, what: str) -> None:
-        if not self.start().work(what, 60.0):
-            raise TrainError("died", "the trainer died")
-
-
-class Scorer:
-    """As `rewards.scorer.Scorer`."""
-
-    def __init__(self, role: str, *args: object, **kwargs: object) -> None:
-        self.role, self._process = role, None
-
-    _process: Process | None
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self._process: Process | None = None
 
     def start(self) -> Process:
         if self._process is None or self._process.gone:
@@ -206,6 +169,35 @@ class Scorer:
 
     def make_room(self) -> None:
         pass
+
+
+class Trainer(Service):
+    """As `training.service.Trainer`."""
+
+    alive = False
+
+    def __init__(self, config: Config, run_dir: Path, engine: object, on_event: Tell, places: object) -> None:
+        super().__init__("trainer")
+        self.config = config
+
+    @contextlib.contextmanager
+    def for_a_round(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.stop()
+            raise
+
+    def step(self, what: str) -> None:
+        if not self.start().work(what, 60.0):
+            raise TrainError("died", "the trainer died")
+
+
+class Scorer(Service):
+    """As `rewards.scorer.Scorer`."""
+
+    def __init__(self, role: str, *args: object, **kwargs: object) -> None:
+        super().__init__(role)
 
     def score(self, text: str) -> str:
         if not self.start().work("score", 10.0):
