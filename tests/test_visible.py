@@ -151,7 +151,12 @@ def test_the_log_of_a_child(tmp_path):
     assert_clean(said)
     assert ORDINARY in said and "raw \\x9b31m bytes \\xff 10%\n20%\n" in said and said.count("gnp.exe") == 2
     assert "\tzwei Zeilen" in said.splitlines()  # what it writes to stdout may come before or after
-    assert_clean(logs.last_line(tmp_path / "echo.log"))
+
+
+def test_the_last_line_of_a_log(tmp_path):
+    child = start(tmp_path, [sys.executable, "-c", f"import os; os.write(2, {HOSTILE!r}.encode())"])
+    assert child.wait() == 0
+    assert_clean(logs.last_line(tmp_path / "echo.log"), mark="markup")
 
 
 def test_names_of_metrics(tmp_path):

@@ -58,11 +58,15 @@ def sampling(run, before, index=1):
     return steps
 
 
+def generate(steps):
+    out = steps.frame.path("generate")
+    folders.make(out)
+    return steps.generate(out, LINE)
+
+
 def generated(steps):
     try:
-        out = steps.frame.path("generate")
-        folders.make(out)
-        return steps.generate(out, LINE)
+        return generate(steps)
     finally:
         steps.run.stop_early()
 
@@ -136,8 +140,9 @@ def test_a_round_that_is_interrupted_goes_on_with_what_was_scored(server, tmp_pa
     probes = (run.dir / "reward/probes.json").read_text()
     server.asked.clear()
     again = sampling(run, lambda shard: None)
-    generated(again)
+    generate(again)  # as in a round: what it has asked for is waited for by `score`
     assert scored(again)[1] == [float(n) for n in range(1, 13)]
+    run.stop_early()
     assert sum(server.asked) == 3 * 4 + 4  # probes, and the third shard
     assert (run.dir / "reward/probes.json").read_text() == probes
 
