@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Whether a power cut leaves a file whole cannot be seen from a test. Without the waits for the disk a third of the quick
 # tests' time is saved; the processes that tests start sync as ever.
 os.fsync = lambda fd: None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let children of all processes that tests start be forked from templates (templates/sitecustomize.py)."""
+    if "PYTEST_XDIST_WORKER" in os.environ or sys.platform != "linux" or "SELFPLAY_NO_TEMPLATES" in os.environ:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="templates-"))
+    templates = ROOT / "tests" / "templates"
+    for name in ("vllm", "trl"):
+        command = [sys.executable, str(templates / "template.py"), name, str(folder / name)]
+        session.config.add_cleanup(subprocess.Popen(command, stdin=subprocess.PIPE).communicate)
+    session.config.add_cleanup(lambda: shutil.rmtree(folder))
+    os.environ["SELFPLAY_TEMPLATES"] = str(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(templates), os.environ.get("PYTHONPATH", "")) if p)
 
 
 # Test modules import what trainer and engine import, and as quickly as they do. It ends with the collection.

@@ -27,6 +27,7 @@ def kill_core(generator):
 
 
 def test_a_killed_engine_core_is_noticed_whatever_it_did_and_replaced(tmp_path, monkeypatch):
+    monkeypatch.delenv("SELFPLAY_TEMPLATES", raising=False)  # the core is looked for below the engine
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # its worker would build kernels and the headers for them
     run_dir = tmp_path / "run"
