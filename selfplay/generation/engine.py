@@ -2,8 +2,8 @@
 
 Orders are JSON lines (see `selfplay.processes.protocol`). Each is answered by a result, or by an error of kind input, shape,
 oom, disk or internal. Prompts come from files and answers go to files, so that no token id passes through the controller.
-`prompts` is a file of `Prompt` rows, `answers` and `out` are files of `Candidate` rows, prompt by prompt. With `manifest`, the
-folder of a policy of the run, `load` and `reload` first check the files by its hashes, as this machine sees them.
+`prompts` is a file of `Prompt` rows, `answers` and `out` are files of `Candidate` rows, prompt by prompt. An engine on another
+node than the controller is told the hashes of the files that an order is about, and checks them first (`storage/seen.py`).
 
     load             {model, dtype, seed, max_model_len, max_num_seqs, gpu_memory_utilization, tensor_parallel,
                      trust_remote_code, sleep_mode}                         → what runs (version, device, block size, …)
@@ -48,14 +48,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from selfplay.errors import CheckpointError
 from selfplay.generation.flights import Flights
 from selfplay.generation.liveness import ProcessesGone, end, end_with_them, was_killed
 from selfplay.generation.orders import LATER, OrderError, take_orders
 from selfplay.generation.writing import Answer, write
 from selfplay.models.thinking import Said, Thinking
 from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
-from selfplay.storage import answers, policies, tables
+from selfplay.storage import answers, tables
 
 Kept = TypeVar("Kept")
 
@@ -102,7 +101,6 @@ class Engine:
         from vllm.platforms import current_platform
 
         began = time.monotonic()
-        _verify(order)
         model, length = order["model"], order["max_model_len"]
         if not (Path(model) / "config.json").is_file():
             raise OrderError("input", f"{model} has no config.json: it is not a Hugging Face checkpoint")
@@ -214,7 +212,6 @@ class Engine:
     def reload(self, order: Event) -> dict[str, Any]:
         began = time.monotonic()
         assert not self.flights.busy, "weights are not changed under requests"
-        _verify(order)
         self._engine.collective_rpc("reload_weights", kwargs={"weights_path": order["path"]})
         if self._cpu:
             self._engine.collective_rpc("renew_packed_weights")
@@ -293,16 +290,6 @@ class Engine:
         """What `keep` makes of the output of each prompt, in order; with `before` and `total` for its progress."""
         flight = self.flights.launch(self._engine, order, prompts, params, keep, before=before, total=total)
         return self.flights.wait(flight)
-
-
-def _verify(order: Event) -> None:
-    """Check the files that this machine sees, where the controller is on another one: hash by hash."""
-    if (folder := order.get("manifest")) is None:
-        return
-    try:
-        policies.verify(Path(folder), masters=False)
-    except CheckpointError as error:  # another try, or another node, may see what was written
-        raise OrderError("internal", f"seen from {os.uname().nodename}: {error}") from error
 
 
 def _said(thinking: Thinking | None, output: Any) -> list[Answer]:

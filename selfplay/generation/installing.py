@@ -9,7 +9,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from selfplay.processes import cores, gpus
 from selfplay.processes.child import Child
 from selfplay.processes.places import HERE, Place
 from selfplay.processes.protocol import Event
-from selfplay.storage.policies import Policies
+from selfplay.storage import checkpoints, seen
 from selfplay.types import Policy
 
 # What Python runs in the child. A measurement puts an engine without a model in its place.
@@ -137,6 +137,10 @@ class WarmEngine:
             self.child.stop()
         self.child, self.loaded, self.asleep = None, False, None
 
+    def files(self, paths: Iterable[Path]) -> dict[str, Any]:
+        """A field of an order: files that this process has checked, for an engine elsewhere, which may see others."""
+        return {} if self._place is HERE else {seen.FILES: seen.told(paths)}
+
     def order(self, order: str, on_event: Callable[[Event], None] | None = None, **fields: Any) -> Any:
         assert self.child is not None
         return self.child.order(order, on_event, **fields)
@@ -170,7 +174,6 @@ class WarmEngine:
             found = self.order(
                 "load",
                 model=policy.path,
-                manifest=self._manifest(policy),
                 dtype=config.policy.dtype,
                 seed=config.run.seed % 2**31,
                 max_model_len=context,
@@ -179,6 +182,7 @@ class WarmEngine:
                 tensor_parallel=config.generate.engine.tensor_parallel,
                 trust_remote_code=config.policy.trust_remote_code,
                 sleep_mode=config.placement.colocated,
+                **self._files_of(policy),
             )
             seconds = time.monotonic() - self._started
             names = ("vllm", "dtype", "device", "block_size", "max_model_len", "eos_ids", "supports_sleep")
@@ -208,7 +212,7 @@ class WarmEngine:
                 self.order("wake", tags=["weights"])
             else:  # This fills the prefix cache, so that a stale one shows.
                 self.order("canary_generate", **self._prefix_canary(new))
-            self.order("reload", path=policy.path, manifest=self._manifest(policy))
+            self.order("reload", path=policy.path, **self._files_of(policy))
             if self.asleep is not None:
                 self.order("wake", tags=["kv_cache"])
             self.order("reset")
@@ -265,7 +269,7 @@ class WarmEngine:
         Where weights cannot be compared, since several GPUs share them, they are reloaded over zeros: then they can be no
         others. The answer is None there.
         """
-        result = self.order("compare_weights", path=policy.path)
+        result = self.order("compare_weights", path=policy.path, **self._files_of(policy))
         if result["supported"]:
             if result["max_abs_diff"] > 0:
                 raise NotShown(
@@ -275,7 +279,7 @@ class WarmEngine:
             return compared
         if not self.order("forget")["supported"]:
             raise NotShown(f"canaries cannot tell ({found}) and weights cannot be compared: {result['why']}")
-        self.order("reload", path=policy.path)
+        self.order("reload", path=policy.path, **self._files_of(policy))
         self.order("reset")
         to_new = distance(self._score(new), new.logps, new.token_ids)
         if not to_new <= (bound := self.tolerance(new)):
@@ -285,9 +289,9 @@ class WarmEngine:
             )
         return None
 
-    def _manifest(self, policy: Policy) -> str | None:
-        """The folder with a policy's manifest, for an engine elsewhere, which may see other files than this process has checked."""
-        return None if self._place is HERE else str(Policies(self._run_dir).folder(policy.version).resolve())
+    def _files_of(self, policy: Policy) -> dict[str, Any]:
+        """A field of an order: the files of a policy that an engine reads."""
+        return self.files(Path(policy.path) / name for name in checkpoints.read(Path(policy.path)).files())
 
     def _context(self, model: dict[str, Any], canaries: Canaries) -> int:
         """Context of the engine (tokens): room for a prompt, its response, one scored token more, and the canaries."""

@@ -7,8 +7,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from selfplay.errors import DiskError, InputError
+from selfplay.errors import CheckpointError, DiskError, InputError
 from selfplay.processes.protocol import Channel, Event
+from selfplay.storage import seen
 
 
 class OrderError(Exception):
@@ -47,7 +48,8 @@ def take_orders(
 ) -> None:
     """Say «ready», then answer each order by what `known` returns for it, until there are no more.
 
-    An order that fails is answered by its error, and the next one is taken. A `fatal` error ends the process. While `work` is
+    The files that an order names with their hashes are checked before, as this node sees them. An order that fails is
+    answered by its error, and the next one is taken. A `fatal` error ends the process. While `work` is
     busy it goes on step by step, and orders are taken between two steps.
     """
     channel.ready()
@@ -69,6 +71,7 @@ def take_orders(
         if order is None:
             return
         try:
+            seen.require(order)
             result = known[order["order"]](order)
             if result is not LATER:
                 channel.result(order, result)
@@ -86,6 +89,8 @@ def describe(error: Exception, order: str) -> OrderError:
         return error
     if isinstance(error, InputError | DiskError):
         return OrderError("disk" if isinstance(error, DiskError) else "input", str(error), error.hint)
+    if isinstance(error, CheckpointError):  # another try, or another node, may see what was written
+        return OrderError("internal", str(error), error.hint)
     text = f"{type(error).__name__}: {error}"
     small = text.lower()
     if isinstance(error, MemoryError) or any(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, NoReturn
 
 from selfplay.config import Config
@@ -187,4 +188,5 @@ class SupervisedEngine:
     def send(self, order: str, **fields: Any) -> int:
         """Send an order without waiting for its answer; returns its number. Raises ChildDied."""
         assert self.ready and self.warm.child is not None
-        return self.warm.child.send(order, **fields)
+        read = [Path(fields[name]) for name in ("prompts", "answers") if name in fields]
+        return self.warm.child.send(order, **fields, **self.warm.files(read))

@@ -5,12 +5,31 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from selfplay.storage import checkpoints
+from selfplay.storage.checkpoints import MASTERS
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 CLUSTERS = "--clusters"  # argument of a trainer that will be asked for clusters
 STOP = "stop"
 """A file of this name in a job's `work` asks the trainer to save its state and end the job."""
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+class Job(BaseModel):
+    """What an order is about."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def reads(self) -> list[Path]:
+        """The files that it is done from."""
+        return []
+
+
+def _weights(folder: Path, masters: bool = True) -> list[Path]:
+    """The files that the model of a policy is read from: its masters, where it has them and they are wanted."""
+    at = folder / MASTERS if masters and (folder / MASTERS).is_dir() else folder
+    return [at / name for name in checkpoints.read(at).files()]
 
 
 class LoraJob(BaseModel):
@@ -23,10 +42,8 @@ class LoraJob(BaseModel):
     target_modules: list[str] | str = "all-linear"
 
 
-class TrainJob(BaseModel):
+class TrainJob(Job):
     """One round's training. Paths are folders unless they say otherwise; log-probabilities are nats, lengths tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pairs: Path
     """Parquet file: prompt_id, prompt_ids, chosen_ids, rejected_ids (list of int), chosen_logp, rejected_logp (float64,
@@ -86,11 +103,14 @@ class TrainJob(BaseModel):
     canary_ids: list[list[int]] = []
     trust_remote_code: bool = False
 
+    def reads(self) -> list[Path]:
+        pairs = [self.pairs, *([self.replayed] if self.replayed else [])]
+        beside = [self.policy / "config.json", *checkpoints.companions(self.initial)]
+        return [*pairs, *_weights(self.policy), *_weights(self.reference), *beside]
 
-class BlendJob(BaseModel):
+
+class BlendJob(Job):
     """A moving average of weights: the reference of before has moved towards a policy."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     before: Path
     """Checkpoint of the reference of before."""
@@ -104,11 +124,13 @@ class BlendJob(BaseModel):
     """Folder of the average, in float32; appears whole or not at all."""
     trust_remote_code: bool = False
 
+    def reads(self) -> list[Path]:
+        beside = [self.policy / "config.json", *checkpoints.companions(self.initial)]
+        return [*_weights(self.before), *_weights(self.policy), *beside]
 
-class EmbedJob(BaseModel):
+
+class EmbedJob(Job):
     """Prompts to embed, and how many of them are to stand for all."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompts: Path
     """Parquet file of prompts (n)."""
@@ -123,11 +145,12 @@ class EmbedJob(BaseModel):
     seed: int = 0
     trust_remote_code: bool = False
 
+    def reads(self) -> list[Path]:
+        return [self.prompts, *(_weights(self.policy, self.dtype == "float32") if self.embedding == "policy" else [])]
 
-class FeaturesJob(BaseModel):
+
+class FeaturesJob(Job):
     """Gradient features of pairs, and their clusters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pairs: Path
     """Parquet file: prompt_id, prompt_ids, chosen_ids, rejected_ids, kept_because; a pair without the last is left out."""
@@ -159,13 +182,18 @@ class FeaturesJob(BaseModel):
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     trust_remote_code: bool = False
 
+    def reads(self) -> list[Path]:
+        exact = self.dtype == "float32"
+        return [self.pairs, *_weights(self.policy, exact), *_weights(self.reference, exact)]
 
-class CanaryJob(BaseModel):
+
+class CanaryJob(Job):
     """Token sequences to score under a checkpoint as it would be served."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: Path
     dtype: Dtype = "float32"
     canary_ids: list[list[int]]
     trust_remote_code: bool = False
+
+    def reads(self) -> list[Path]:
+        return _weights(self.policy, masters=False)

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel
-
 from selfplay.config import Config
 from selfplay.errors import InputError, TrainError
 from selfplay.processes import cores, gpus
 from selfplay.processes.child import Child, ChildDied, ChildError
 from selfplay.processes.logs import last_line
 from selfplay.processes.places import ADDRESS, HERE, NODE, PORT, Places
-from selfplay.training.jobs import CLUSTERS
+from selfplay.storage import seen
+from selfplay.training.jobs import CLUSTERS, Job
 
 STARTS = 2  # a trainer that dies is started once more; it resumes from its last save
 
@@ -160,7 +159,7 @@ class Trainer:
     def order(
         self,
         name: str,
-        job: BaseModel,
+        job: Job,
         on_progress: Callable[[dict[str, Any]], None] = lambda event: None,
         meanwhile: Callable[[], object] = lambda: None,
         last: bool = True,
@@ -179,7 +178,7 @@ class Trainer:
                 if colocated and self._engine.loaded:
                     self._engine.sleep()
                 trainer = self.start()
-                sent = trainer.send(name, job=job.model_dump(mode="json"))
+                sent = trainer.send(name, job=job.model_dump(mode="json"), **self._files(job))
                 if not apart:
                     meanwhile()
                 result = trainer.result(sent, on_progress)
@@ -199,9 +198,16 @@ class Trainer:
         raise AssertionError("every start returns or raises")
 
     def _lost_a_process(self, error: ChildError | ChildDied) -> bool:
-        """Whether an order failed because a process ended. Of several, those that are left say so in words of their own."""
-        distributed = self.config.train.accelerate is not None
+        """Whether an order failed because a process ended. Of several, those that are left say so in words of their own.
+
+        What fails on a node may also be another on the next try, as where its storage shows a file too late.
+        """
+        distributed = self.config.train.accelerate is not None or self._place is not HERE
         return isinstance(error, ChildDied) or (distributed and error.kind == "internal")
+
+    def _files(self, job: Job) -> dict[str, Any]:
+        """A field of an order: the files of a job, for a trainer elsewhere, which may see others than this process has checked."""
+        return {} if self._place is HERE else {seen.FILES: seen.told(job.reads())}
 
 
 def _failure(error: ChildError | ChildDied) -> TrainError:

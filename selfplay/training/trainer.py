@@ -12,7 +12,8 @@ the first one comes. Orders, each answered with one result or one error (see `se
     {"order": "canaries", "job": CanaryJob}    log-probabilities of fixed sequences under a checkpoint
     {"order": "exit"}
 
-With several processes only rank 0 reads orders and reports progress; the others are told by it. After an error in a
+A trainer on another node than the controller is told the hashes of the files that an order is about, and checks them first, once
+a node (`storage/seen.py`). With several processes only rank 0 reads orders and reports progress; the others are told by it. After an error in a
 distributed run every process ends, since the others may wait in a collective call. The kinds of error are those of
 `TrainError`, and «disk». A job that finds whole checkpoints of the same job in `work` goes on from the last one and, on
 a CPU with the same number of threads, ends with the same bytes as an undisturbed run. An order ends with the same bytes
@@ -30,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from selfplay.errors import DiskError, InputError, TrainError
+from selfplay.errors import CheckpointError, DiskError, InputError, TrainError
 from selfplay.processes.protocol import Channel, Event, protocol, quick_imports
+from selfplay.storage import seen
 from selfplay.training.jobs import CLUSTERS, BlendJob, CanaryJob, EmbedJob, FeaturesJob, TrainJob
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def failure(error: Exception) -> TrainError:
         return error
     if isinstance(error, InputError):
         return TrainError("input", str(error), error.hint)
+    if isinstance(error, CheckpointError):  # another try, or another node, may see what was written
+        return TrainError("internal", str(error), error.hint)
     if isinstance(error, ValidationError):
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         return TrainError("input", f"the job is not valid: {wrong}", "see selfplay.training.jobs")
@@ -78,6 +82,8 @@ def obey(order: Event, channel: Channel, rank: int, kept: Kept) -> bool:
 
     result: Any
     try:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each node
+            seen.require(order)
         if order["order"] == "train":
             result = train_job.train(TrainJob.model_validate(order["job"]), report, kept)
         elif order["order"] == "features":

@@ -1,6 +1,5 @@
 """A child behind a host does what a child of this machine does. Ray's part, the call of a method, is a plain call here."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -12,16 +11,12 @@ from typing import Any
 
 import pytest
 from child_world import ECHO, gone
-from storage_world import manifest
 
 from selfplay.cluster.host import Host
 from selfplay.cluster.hosted import Hosted, HostLost, Remote, handed_on
-from selfplay.generation import engine
-from selfplay.generation.orders import OrderError
 from selfplay.processes import children
 from selfplay.processes.child import Child, ChildDied, ChildError
 from selfplay.processes.places import ADDRESS, NODE, PORT
-from selfplay.storage import folders
 
 PYTHON = [sys.executable, "-c"]
 DEAF = "import time; from selfplay.processes.protocol import protocol; protocol().ready(); time.sleep(300)"
@@ -242,14 +237,3 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([*PYTHON, actor], timeout=120).returncode == -signal.SIGKILL
     assert gone(tmp_path)
-
-
-def test_an_engine_elsewhere_checks_the_files_that_it_sees(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    folders.write_json(tmp_path / folders.MANIFEST, dataclasses.asdict(manifest(1, tmp_path)))
-    engine._verify({"manifest": str(tmp_path)})
-    engine._verify({})  # beside the controller, which has checked them
-    (tmp_path / "model.safetensors").write_bytes(b"Weights")
-    with pytest.raises(OrderError, match="seen from .* is not what its manifest says") as error:
-        engine._verify({"manifest": str(tmp_path)})
-    assert error.value.kind == "internal", "a new engine, perhaps on another node, is tried"

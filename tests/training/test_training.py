@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 from mini import TINY
 from pairs_world import Told
 from pydantic import TypeAdapter, ValidationError
+from safetensors.numpy import save_file
 
 from selfplay.config import TrainConfig, load
 from selfplay.errors import InputError, Interrupted, TrainError
@@ -136,6 +138,37 @@ def test_a_trainer_that_dies_is_started_once_more_and_told_once(world: Any, tmp_
     with pytest.raises(TrainError, match=r"SIGKILL; the last it said: out of patience") as error:
         w.trainer.order("canaries", JOB)
     assert error.value.kind == "died" and "same command" in error.value.hint
+
+
+def test_a_trainer_elsewhere_is_told_the_hashes_of_what_it_reads_and_has_a_second_try(
+    world: Any, tmp_path: Path
+) -> None:
+    for name in ("pairs", "policy/config.json", "policy/masters/config.json", "initial/tokenizer.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for folder in ("policy", "policy/masters"):
+        save_file({"w": np.zeros(1)}, tmp_path / folder / "model.safetensors")
+    named = {name: tmp_path / name for name in ("pairs", "policy", "initial", "work", "out")}
+    job = TrainJob(
+        **named,
+        reference=tmp_path / "policy",
+        beta=0.1,
+        learning_rate=1,
+        batch_pairs=1,
+        micro_batch_pairs=1,
+        max_length=9,
+    )
+    read = ["pairs", "policy/masters/config.json", "policy/masters/model.safetensors", "policy/config.json",
+            "initial/tokenizer.json"]  # fmt: skip
+    late = ChildError("trainer", "internal", "seen from node2: pairs is missing", "", tmp_path / "x")
+    seen: list[Any] = []
+    w = world().ends(late, lambda order, fields, on_event: seen.append(fields) or {"steps": 3})
+    w.trainer._place = object()
+    assert w.trainer.order("train", job) == {"steps": 3}
+    assert seen[0]["files"] == {str(tmp_path / name): hashes.sha256(tmp_path / name) for name in read}
+    w = world().ends(late)
+    with pytest.raises(TrainError, match="pairs is missing"):  # beside the controller it is an error
+        w.trainer.order("train", job)
 
 
 def test_a_process_of_several_that_dies_is_a_death_whatever_the_others_say_of_it_once(
