@@ -119,8 +119,8 @@ def _of_the_hub(key: str, source: str, config: Config, held_out: bool) -> Iterat
         return
     if not len(seen.hashes):
         error = nothing_in(f"{source}, by its first {len(rows.rows):,} rows,", seen.recognised, seen.bad)
-        level = "warning" if seen.bad.keys() == {FILTERED} else "error"  # a filter may take what comes later
-        yield Finding(level, key, f"{error}; {error.hint}")
+        only = seen.bad.keys() == {FILTERED}  # a filter may take what comes later
+        yield Finding("warning" if only else "error", key, f"{error}; {error.hint}")
         return
     said = f"{source}, the first {len(rows.rows):,} rows: {seen.recognised.words()}"
     if not seen.bad:
