@@ -127,10 +127,21 @@ class Here:
     def of(self, role: str, number: int = 0) -> Place:
         return self
 
-    def start(self, argv: Sequence[str], variables: Mapping[str, str], log: Path, address: str = LOOPBACK) -> Local:
+    def start(
+        self,
+        argv: Sequence[str],
+        variables: Mapping[str, str],
+        log: Path,
+        address: str = LOOPBACK,
+        without: Sequence[str] = (),
+    ) -> Local:
+        """`without`: variables of the environment here that the child does not get."""
         told = [word.replace(ADDRESS, address) for word in argv]
         guarded = [sys.executable, "-m", "selfplay.processes.guard", str(os.getpid()), "--", *told]
-        return lasting(Local, guarded, log, environment(variables))
+        found = environment(variables)
+        for name in set(without) - variables.keys():
+            found.pop(name, None)
+        return lasting(Local, guarded, log, found)
 
 
 HERE = Here()
