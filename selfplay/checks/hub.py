@@ -67,8 +67,9 @@ class Dataset:
     """As of a model."""
 
 
+@functools.cache
 def dataset(name: str) -> Dataset:
-    """Ask about a dataset. Whatever goes wrong is part of the answer."""
+    """Ask once about a dataset. Whatever goes wrong is part of the answer."""
     import huggingface_hub
     from huggingface_hub import errors
 

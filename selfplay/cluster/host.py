@@ -44,11 +44,16 @@ class Host:
             free.bind(("", 0))
             return self._address, int(free.getsockname()[1])
 
-    def start(self, argv: Sequence[str], variables: Mapping[str, str], log: str, folder: str) -> int:
-        """Start a child in `folder`; returns the process id of its guard. Raises FileNotFoundError where that is not there."""
+    def start(
+        self, argv: Sequence[str], variables: Mapping[str, str], log: str, folder: str, without: Sequence[str] = ()
+    ) -> int:
+        """Start a child in `folder`; returns the process id of its guard. Raises FileNotFoundError where that is not there.
+
+        It gets the environment of this node but the variables `without`.
+        """
         assert self._child is None, "a host has one child"
         os.chdir(folder)
-        self._child = HERE.start([*AGAIN, *argv], {**variables, **self._visible}, Path(log), self._address)
+        self._child = HERE.start([*AGAIN, *argv], {**variables, **self._visible}, Path(log), self._address, without)
         self.hear()
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
         return self._child.pid

@@ -59,6 +59,8 @@ class Hosted:
         self.pid, self.lost = 0, ""
         self._argv, self._log = list(argv), log
         self._variables = {**handed_on(), **variables}
+        own = self._variables.pop(children.OWN, "").split(",")
+        self._without = sorted(children.withheld().difference(own))  # names alone: their values are the node's own
         ours, self._orders = socket.socketpair()
         self.stdin: IO[bytes] | None = os.fdopen(ours.detach(), "wb", 0)
         read, self._output = os.pipe()
@@ -131,7 +133,7 @@ class Hosted:
             argv = [_filled(word, told) for word in self._argv]
             log = self._log if not number else self._log.with_stem(f"{self._log.stem}-{number + 1}")
             try:
-                pid = host.call("start", argv, self._variables, str(log.resolve()), folder)
+                pid = host.call("start", argv, self._variables, str(log.resolve()), folder, self._without)
             except OSError as error:
                 raise HostLost(f"cannot start on its node, which needs {folder} and the run folder: {error}") from error
             self.pid = self.pid or pid

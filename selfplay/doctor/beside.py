@@ -11,6 +11,7 @@ from pathlib import Path
 from selfplay.doctor.finding import Finding
 from selfplay.errors import DamagedError
 from selfplay.prompts import sealing
+from selfplay.publishing import scratch
 from selfplay.rewards import cache
 from selfplay.storage import seals, sqlite_files
 from selfplay.storage.folders import MANIFEST
@@ -80,6 +81,7 @@ def _cache(path: Path) -> str | None:
 def _leftovers(run_dir: Path, open_round: int | None) -> Iterator[Finding]:
     """What a killed process left: the next start would delete most of it."""
     left = [*run_dir.glob(".*.partial"), *run_dir.glob("*/.*.partial"), *run_dir.glob("rounds/*/.*.partial")]
+    left += [*scratch.left(run_dir), *run_dir.glob(scratch.SERVICE)]
     for folder in (run_dir / "rounds").glob("[0-9]*"):
         if open_round is not None and int(folder.name) < open_round:
             left += [*folder.glob("*.shards"), *folder.glob("*.work")]

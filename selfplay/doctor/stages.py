@@ -74,12 +74,11 @@ def _ended(path: Path, what: str) -> Finding:
 
 def _under_way(folder: Path) -> Iterator[Finding]:
     """Shards and saves of the open round, each of which is made again."""
-    for path in sorted(folder.glob(f"*.shards/*{seals.BESIDE}")):
-        file = path.with_name(path.name.removesuffix(seals.BESIDE))
-        if not file.is_file() or not seals.is_sealed(file):
-            yield Finding(
-                path=file, what="it is not what its hash says", mend="it is made again", repair=_deleting([file, path])
-            )
+    sealed = {path.with_name(path.name.removesuffix(seals.BESIDE)) for path in folder.glob(f"*.shards/*{seals.BESIDE}")}
+    for file in sorted({*folder.glob("*.shards/*.parquet"), *sealed}):
+        if not seals.is_sealed(file):
+            repair = _deleting([file, seals.beside(file)])
+            yield Finding(path=file, what="it is not what its hash says", mend="it is made again", repair=repair)
     work = folder / "train.work"
     for name, fields in saves.BESIDE.items():
         if (work / name).is_file() and not _reads(functools.partial(seals.read_json, work / name, fields)):

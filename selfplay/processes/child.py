@@ -13,8 +13,8 @@ from typing import Any
 from reward import polling
 from selfplay.errors import Interrupted
 from selfplay.processes import children
-from selfplay.processes.guard import GUARDED
-from selfplay.processes.logs import open_log
+from selfplay.processes.guard import GUARDED, NO_SCRATCH
+from selfplay.processes.logs import last_line, open_log
 from selfplay.processes.pipe import Pipe
 from selfplay.processes.places import HERE, Place, Process
 from selfplay.processes.protocol import Event, encode_line, parse_line
@@ -224,6 +224,8 @@ class Child:
         signals = {128 + s: s.name for s in signal.Signals}
         if code in signals and not lost:
             how = f"was killed by {signals[code]}"
+        elif code == NO_SCRATCH and not lost:
+            how = f"was not started: {last_line(self.log)}"
         self.stop(grace=0)
         return ChildDied(self.name, how, self.log)
 

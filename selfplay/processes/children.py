@@ -21,6 +21,9 @@ class Running(Protocol):
     def cut(self) -> None: ...
 
 
+OWN = "SELFPLAY_SECRETS"
+"""An environment variable of a child on another machine: names, with commas between, of variables there with secrets that are its own."""
+
 _running: set[Running] = set()
 _ending = threading.Event()  # While it is set, no child may start.
 _withheld: set[str] = set()
@@ -31,6 +34,11 @@ _heard = 0.0  # The time.monotonic() of the last moment at which a child wrote t
 def withhold(*variables: str) -> None:
     """Keep environment variables from all children that start later, because they hold secrets that are not theirs."""
     _withheld.update(variables)
+
+
+def withheld() -> frozenset[str]:
+    """The variables that are kept from children."""
+    return frozenset(_withheld)
 
 
 def inherited_environment() -> dict[str, str]:

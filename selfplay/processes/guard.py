@@ -28,12 +28,14 @@ import threading
 import time
 from pathlib import Path
 
+from selfplay.errors import DiskError
 from selfplay.processes import scratch
 from selfplay.processes.reaping import RUN_MARKER, descendants
 from selfplay.visible import visible
 
 GUARDED = "SELFPLAY_GUARDED"  # An environment variable that is set for processes that have to die with their parent.
 LEASE = "SELFPLAY_LEASE"  # An environment variable: seconds, a colon, and the file of the controller's claim to the run folder.
+NO_SCRATCH = 74  # The exit code of a guard that found no room for temporary files. The last line of its log says where.
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # From <linux/prctl.h>.
 TERM_SECONDS = 5  # The time that a child has to end after SIGTERM before it is killed.
 LAST_WORDS_SECONDS = 5  # The time in which the log takes what was written last. It is there once all are dead.
@@ -45,7 +47,7 @@ _scratch: Path | None = None
 def guard(parent: int, argv: list[str]) -> int:
     """Run `argv`, pass SIGTERM on to it, and leave none of its descendants alive.
 
-    Returns the exit code of the child, which is 128 + n after signal n. SIGUSR1 kills everything at once.
+    Returns the exit code of the child, which is 128 + n after signal n, or NO_SCRATCH where it was not started. SIGUSR1 kills everything at once.
     """
     libc = ctypes.CDLL(None)
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(_end_all(137)))
@@ -54,7 +56,11 @@ def guard(parent: int, argv: list[str]) -> int:
     if os.getppid() != parent:  # The controller ended before the kernel was asked to tell us.
         return 137
     global _log, _scratch
-    _scratch = scratch.make(Path(os.environ.get(RUN_MARKER, ".")))
+    try:
+        _scratch = scratch.make(Path(os.environ.get(RUN_MARKER, ".")))
+    except DiskError as error:
+        os.write(2, f"{error}; {error.hint}\n".encode())
+        return NO_SCRATCH
     written, stderr = os.pipe()
     child = os.fork()
     if child == 0:

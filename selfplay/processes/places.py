@@ -32,6 +32,24 @@ LOOPBACK = "127.0.0.1"
 OWN = 0o077
 """The umask of whoever runs rounds, and of all children, on nodes too: what is in a run folder is for the owner of the run alone."""
 
+_given: int | None = None  # The umask that this process had before it took OWN.
+
+
+def take_own_umask() -> None:
+    """Have this process make files for their owner alone, and remember what it was started with (`given_umask`)."""
+    global _given
+    before = os.umask(OWN)
+    _given = before if _given is None else _given
+
+
+def given_umask() -> int:
+    """The umask that this process was started with: for what it makes outside of a run folder, such as what others are to read."""
+    if _given is not None:
+        return _given
+    os.umask(now := os.umask(OWN))
+    return now
+
+
 # The kernel sends PR_SET_PDEATHSIG when the THREAD that started a process ends. This thread lives as long as the process.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
 
@@ -109,10 +127,21 @@ class Here:
     def of(self, role: str, number: int = 0) -> Place:
         return self
 
-    def start(self, argv: Sequence[str], variables: Mapping[str, str], log: Path, address: str = LOOPBACK) -> Local:
+    def start(
+        self,
+        argv: Sequence[str],
+        variables: Mapping[str, str],
+        log: Path,
+        address: str = LOOPBACK,
+        without: Sequence[str] = (),
+    ) -> Local:
+        """`without`: variables of the environment here that the child does not get."""
         told = [word.replace(ADDRESS, address) for word in argv]
         guarded = [sys.executable, "-m", "selfplay.processes.guard", str(os.getpid()), "--", *told]
-        return lasting(Local, guarded, log, environment(variables))
+        found = environment(variables)
+        for name in set(without) - variables.keys():
+            found.pop(name, None)
+        return lasting(Local, guarded, log, found)
 
 
 HERE = Here()

@@ -13,17 +13,25 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from selfplay.errors import DiskError
+
 LONGEST_SOCKET = 107  # bytes of a socket's path, from <linux/un.h>
 SOCKET = "VLLM_RPC_BASE_PATH"  # An environment variable: where vLLM has its sockets, which have a UUID for a name.
+HINT = "free some space there, or let TMPDIR name a folder on a disk that has some, and run the same command again"
 NAME = 1 + 36  # bytes of a slash and a UUID
 
 
 def make(run_dir: Path) -> Path:
-    """A new folder for a child that works for `run_dir`. Only its owner can read it. It is beside that of a guard further up."""
-    temporary, prefix = Path(tempfile.gettempdir()), _prefix(run_dir)
-    return Path(
-        tempfile.mkdtemp(prefix=prefix, dir=temporary.parent if temporary.name.startswith(prefix) else temporary)
-    )
+    """A new folder for a child that works for `run_dir`. Only its owner can read it. It is beside that of a guard further up.
+
+    Raises DiskError where there is no room for it.
+    """
+    temporary, prefix = _temporary(), _prefix(run_dir)
+    beside = temporary.parent if temporary.name.startswith(prefix) else temporary
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=beside))
+    except OSError as error:
+        raise DiskError(f"no folder can be made in {beside} for temporary files: {error.strerror}", HINT) from error
 
 
 def variables(folder: Path) -> dict[str, str]:
@@ -42,11 +50,18 @@ def remove(folder: Path) -> None:
 
 
 def sweep(run_dir: Path) -> None:
-    """Delete what guards that were killed have left of the children of `run_dir`. None of them may live."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_prefix(run_dir)}*"):
+    """Delete what guards that were killed have left of the children of `run_dir`. None of them may live. Raises DiskError."""
+    for folder in _temporary().glob(f"{_prefix(run_dir)}*"):
         with contextlib.suppress(OSError):
             if folder.lstat().st_uid == os.getuid() and not folder.is_symlink():
                 remove(folder)
+
+
+def _temporary() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:  # each that it tried is full, or cannot be written
+        raise DiskError(str(error.strerror), HINT) from error
 
 
 def _prefix(run_dir: Path) -> str:

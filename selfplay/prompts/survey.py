@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -22,7 +22,7 @@ from selfplay.config import Config, PromptsConfig
 from selfplay.errors import InputError
 from selfplay.prompts import benchmarks
 from selfplay.prompts.files.part import Part
-from selfplay.prompts.formats import Found, canonical, hash_of, names
+from selfplay.prompts.formats import Found, Reading, Row, canonical, hash_of, names
 from selfplay.prompts.formats.reading import NO_FORMAT
 from selfplay.prompts.formats.report import Recognised, counted, nothing_in, prompts_of
 from selfplay.prompts.references import readers, unreadable
@@ -145,10 +145,11 @@ def survey(
 
 
 def _look(item: tuple[Part, Sequence[Kind], AlsoIn | None]) -> Seen:
-    return look(*item)
+    part, kinds, also_in = item
+    return look(part.rows(), part.reading, kinds, also_in)
 
 
-def look(part: Part, kinds: Sequence[Kind] = (), also_in: AlsoIn | None = None) -> Seen:
+def look(rows_of: Iterable[Row], reading: Reading, kinds: Sequence[Kind] = (), also_in: AlsoIn | None = None) -> Seen:
     """What the rows of a part are. `kinds`: the rewards that have to be able to read the references. `also_in`: names the
     benchmark that has a conversation too; such rows are bad ones."""
     hashes: list[int] = []
@@ -158,7 +159,7 @@ def look(part: Part, kinds: Sequence[Kind] = (), also_in: AlsoIn | None = None) 
     bad = Counter[str]()
     refused: str | None = None
     recognised = Recognised()
-    for number, _, found in prompts_of(part.rows(), part.reading, recognised, bad):
+    for number, _, found in prompts_of(rows_of, reading, recognised, bad):
         text = canonical(found.messages)
         # Only half of a surrogate pair is no text, and whole pairs are rare as well.
         kept = [found.messages, found.parent, found.reference]

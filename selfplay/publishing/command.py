@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from selfplay.errors import InputError
-from selfplay.publishing import hub
+from selfplay.publishing import hub, scratch
 from selfplay.reporting.export import export_pairs, export_policy
 from selfplay.storage.ledger import Store
 from selfplay.visible import say
@@ -32,8 +31,8 @@ def run_export(run_dir: Path, what: str, out: Path | None, version: int | None, 
         say(f"policy {chosen} in {out}")
         return
     hub.require_token()  # before gigabytes are copied
-    with TemporaryDirectory(prefix=".export-", dir=run_dir) as scratch:
-        folder = out or Path(scratch) / "model"
+    with scratch.folder(run_dir) as room:
+        folder = out or room / "model"
         export_policy(run_dir, chosen, folder)
         commit = hub.upload(folder, push, f"Policy {chosen} of a run of selfplay", private=not public)
     say(f"policy {chosen} is at {commit}" + (f", and in {out}" if out else ""))

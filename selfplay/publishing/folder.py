@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from selfplay.errors import CheckpointError, InputError
+from selfplay.processes.places import given_umask
 from selfplay.reporting.export import export_policy
 from selfplay.storage import folders, hashes
 from selfplay.storage.policies import Manifest
@@ -22,11 +23,12 @@ LIST, CURRENT = "published.json", "current"
 def put(run_dir: Path, run: str, manifest: Manifest, root: Path) -> Path:
     """Copy a policy there, point `current` at it, and delete all but it and the one before. Returns its folder.
 
-    Whoever can read `root` can read the policy, although what else a run writes is for its owner alone.
+    Whoever can read `root` can read the policy, although what else a run writes is for its owner alone. A new `root` is made with
+    the umask that the run was started with.
     Whatever was done of it before is not done again. Raises InputError for a folder that is not this run's.
     """
     known = listed(root, run)
-    folders.make(root)
+    _make(root)
     out, before = root / f"{manifest.version:04d}", _target(root)
     _list(root, run, known | {out.name})  # first, so that nothing is made there which is not known as ours
     if out.is_dir() and not _is(out, manifest):  # damaged, or of a run that began anew under this name
@@ -46,6 +48,13 @@ def put(run_dir: Path, run: str, manifest: Manifest, root: Path) -> Path:
         shutil.rmtree(root / name, ignore_errors=True)
     _list(root, run, kept)
     return out
+
+
+def _make(root: Path) -> None:
+    missing = [new for new in (root, *root.parents) if not new.exists()]
+    folders.make(root)
+    for new in missing:
+        new.chmod(0o777 & ~given_umask())
 
 
 def _open_as(root: Path, out: Path) -> None:

@@ -17,7 +17,7 @@ from selfplay.config import Config
 from selfplay.errors import Interrupted, PublishError, SelfplayError
 from selfplay.generation.swap import Canaries
 from selfplay.progress import Display
-from selfplay.publishing import folder, hub, vllm
+from selfplay.publishing import folder, hub, scratch, vllm
 from selfplay.publishing.server import Server
 from selfplay.reporting.export import export_policy
 from selfplay.storage import policies
@@ -99,7 +99,7 @@ def _to_hub(config: Config, run_dir: Path, manifest: Manifest) -> str:
     assert repo is not None
     hub.require_token()
     message = f"Policy {manifest.version} of the run {config.run.name}"
-    model = run_dir / ".publish"
+    model = run_dir / scratch.SERVICE
     shutil.rmtree(model, ignore_errors=True)  # what a killed try left
     try:
         export_policy(run_dir, manifest.version, model)

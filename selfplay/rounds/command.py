@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from selfplay.processes.places import OWN
+from selfplay.processes.places import take_own_umask
 from selfplay.visible import filter_stderr, say, visible
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def run_rounds(
     from selfplay.storage.ledger import LedgerError
 
     filter_stderr()
-    os.umask(OWN)
+    take_own_umask()
     display, interrupt = Display(), Interrupt()
     for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, interrupt)

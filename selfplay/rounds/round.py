@@ -34,13 +34,20 @@ from selfplay.rounds.stages import (
 )
 from selfplay.rounds.steps import Steps
 from selfplay.storage import agreement, closed, policies, retention
+from selfplay.storage.reader import CANCEL
 from selfplay.types import Policy, RoundReport
 
 Outcome = Literal["promoted", "rejected", "skipped", "cancelled"]
 
 
 def run_round(run: Run) -> RoundReport:
-    """Complete the unfinished round of a run, or do the next one. Raises StageFailed; what was finished is kept."""
+    """Complete the unfinished round of a run, or do the next one. Raises StageFailed; what was finished is kept.
+
+    A round that was to be given up when all ended is given up, however far it had come.
+    """
+    is_open = run.store.unfinished()
+    if is_open is not None and run.store.state(CANCEL) == is_open["round"]:
+        return cancel_round(run)
     steps = begin(run)
     do, config = steps.frame.do, run.config
     if steps.adopted and not steps.frame.done(TRAIN):
@@ -132,9 +139,13 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
 
 
 def cancel_round(run: Run) -> RoundReport:
-    """Give up the open round: nothing of it is used, and the policy that served before it serves on, or again."""
+    """Give up the open round: nothing of it is used, and the policy that served before it serves on, or again.
+
+    The ledger says so first: killed after it has made the champion current again, a promoted round is not to close as promoted.
+    """
     assert run.store.unfinished() is not None, "there is a round to give up"
     steps = begin(run)
+    run.store.set_state(CANCEL, steps.index)
     steps.frame.record_finished()
     if steps.adopted:  # it may have been adopted a moment before all ended
         record_candidate(steps)

@@ -30,6 +30,7 @@ from selfplay.prompts.draws import Draws
 from selfplay.prompts.importer import INITIAL
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.pool import ORDERS, POLICY, Pool
+from selfplay.publishing import scratch
 from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.early import EarlyScoring
 from selfplay.rewards.scorer import Scorer
@@ -109,6 +110,7 @@ class Run:
             children.end_with(lock.claim)
             if reaped := reap(self.dir):  # not before: it is sure now that nobody else works here
                 self.display.note(f"ended {reaped} processes that an earlier, killed run left behind")
+            scratch.sweep_all(self.dir)
             fresh = not (self.dir / "pool").is_dir()
             self.store.open_run(self.config.run.name, self.config.fixed(), fresh)
             self.places = self._lock.enter_context(places(lambda: self.config, self.dir, self.display.note))
@@ -318,28 +320,19 @@ class Run:
 
     def admit(self, rows: Sequence[Mapping[str, Any]], source: str) -> list[Prompt | str]:
         """For each row the prompt that may join the pool, or why not (`intake.admit`). An open round draws none of them."""
-        return intake.admit(
-            rows,
-            source,
-            prompts=self.prompts,
-            render=self.render,
-            settings=self.config.prompts,
-            joined=self.next_round,
-            kinds=references.readers(self.config, held_out=False),
-        )
+        return intake.admit(rows, source, **self._joining)
 
     def add_prompts(self, rows: Sequence[Mapping[str, Any]], source: str) -> Counter[str]:
         """Have prompts join the pool (`intake.add`). Only for the thread that runs the rounds."""
-        return intake.add(
-            rows,
-            source,
-            prompts=self.prompts,
-            render=self.render,
-            settings=self.config.prompts,
-            joined=self.next_round,
-            kinds=references.readers(self.config, held_out=False),
-            on_event=self.event,
-        )
+        return intake.add(rows, source, **self._joining, on_event=self.event)
+
+    @property
+    def _joining(self) -> dict[str, Any]:
+        """What prompts that are to join are compared with, rendered by and read by."""
+        kinds = references.readers(self.config, held_out=False)
+        return {
+            "prompts": self.prompts, "render": self.render, "settings": self.config.prompts, "joined": self.next_round, "kinds": kinds,
+        }  # fmt: skip
 
     @property
     def next_round(self) -> int:

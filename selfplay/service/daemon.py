@@ -32,7 +32,7 @@ from selfplay.service.stop import Stop
 from selfplay.storage import folders, tables
 from selfplay.storage.ledger import LedgerError, Store
 from selfplay.storage.lock import RunLock
-from selfplay.storage.reader import Standing
+from selfplay.storage.reader import CANCEL, Standing
 
 POLL_SECONDS = 1.0  # between two looks at the ledger for orders
 STATE = "service"
@@ -333,7 +333,7 @@ class Daemon:
                 if (is_open := store.unfinished()) is None:
                     raise InputError("no round is open")
                 if self._in_round:
-                    store.set_state("cancel", is_open["round"])
+                    store.set_state(CANCEL, is_open["round"])
                 else:
                     cancel_round(self.run)
                     self._failures.forget()

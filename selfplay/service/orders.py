@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from selfplay.errors import InputError
 from selfplay.storage.ledger import Store
-from selfplay.storage.reader import Standing
+from selfplay.storage.reader import CANCEL, Standing
 
 MAX_PROMPTS = 10_000  # in one order
-WITHIN = ("pause", "cancel")  # what orders left in the ledger that decides on the round that is open
+WITHIN = ("pause", CANCEL)  # what orders left in the ledger that decides on the round that is open
 
 
 class _Order(BaseModel):
@@ -115,7 +115,7 @@ def parse(kind: str, arguments: dict[str, Any]) -> Order:
 
 def is_cancelled(standing: Standing) -> bool:
     """Whether the open round is to be given up; the state names it, so that no later one is taken for it."""
-    return standing.open is not None and standing.states.get("cancel") == standing.open
+    return standing.open is not None and standing.states.get(CANCEL) == standing.open
 
 
 def submit(store: Store, kind: str, arguments: dict[str, Any], origin: str) -> int:

@@ -15,6 +15,8 @@ from selfplay.storage.schema import draws, events, metrics, orders, pairs, polic
 
 CURRENT = "current"
 """In the ledger's state: {version, before}, the policy that serves, and what the file `current` named before it."""
+CANCEL = "cancel"
+"""In the ledger's state: the number of a round that is to be given up. No other round is taken for it."""
 _ROUND = [column for column in rounds.c if column is not rounds.c.config]
 
 

@@ -20,7 +20,8 @@ from selfplay.storage.policies import Policies
 
 STATE = "retention"
 BEGUN = "deleting"  # a state of the ledger: the policies whose weights were deleted last, or are just now
-CANDIDATES, PAIR_ROWS = "candidates", "pair_rows"  # in this state: the newest round that lost them
+CANDIDATES, PAIR_ROWS = "candidates", "pair_rows"  # in STATE: the newest round that lost them
+FIRST = "first"  # in STATE: the first round whose candidates are just being deleted
 SAMPLED = ("generate", "score")  # stages whose rows go with the candidates
 ROUNDS_AT_A_TIME = 4  # whose rows of pairs go after one round: a ledger of millions takes several
 FOLDERS_AT_A_TIME = 64  # rounds whose candidates go after one round
@@ -39,8 +40,8 @@ def apply(
     """
     fences.check(run_dir)
     delete_weights(Policies(run_dir), settings, store, closed, needed_policies)
-    if settings.candidates_rounds is not None:
-        delete_candidates(run_dir, store, closed - max(settings.candidates_rounds, needed_rounds))
+    let_go = closed - max(settings.candidates_rounds, needed_rounds) if settings.candidates_rounds is not None else 0
+    delete_candidates(run_dir, store, let_go)
     if settings.pair_rows_rounds is not None:
         delete_pair_rows(store, closed - max(settings.pair_rows_rounds, needed_rounds))
     if settings.event_rows is not None:
@@ -74,16 +75,22 @@ def delete_weights(policies: Policies, settings: RetentionConfig, store: Store, 
 def delete_candidates(run_dir: Path, store: Store, last: int) -> None:
     """Delete the rows of candidates and scores of the rounds up to `last`, the oldest first, of some rounds only.
 
-    What is JSON stays: manifests, and who scored.
+    What is JSON stays: manifests, and who scored. The ledger says that the rows are gone before the first file is deleted, so
+    that no reader takes what a kill has left of a round for the whole. The next call deletes it, whatever `last` is then.
     """
-    done: int = deleted(store).get(CANDIDATES, 0)
-    last = min(last, done + FOLDERS_AT_A_TIME)
-    for index in range(done + 1, last + 1):
+    found = deleted(store)
+    done: int = found.get(CANDIDATES, 0)
+    first, last = found.get(FIRST, done + 1), max(done, min(last, done + FOLDERS_AT_A_TIME))
+    if first > last:
+        return
+    store.set_state(STATE, {**found, CANDIDATES: last, FIRST: first})
+    for index in range(first, last + 1):
         for stage in SAMPLED:
             for path in (run_dir / "rounds" / f"{index:04d}" / stage).glob("*"):
                 if path.suffix != ".json":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _record(store, CANDIDATES, last)
+    found.pop(FIRST, None)
+    store.set_state(STATE, {**found, CANDIDATES: last})
 
 
 def delete_pair_rows(store: Store, last: int) -> None:

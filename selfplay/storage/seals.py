@@ -7,6 +7,7 @@ stage that is under way), for what has none, and for manifests themselves.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections import deque
@@ -21,6 +22,10 @@ SEAL = "sha256"
 """Key of a sealed JSON file: the hash of all its other keys and values."""
 BESIDE = ".sha256"
 """Behind the name of a sealed file: the file with its hash."""
+
+EARLIER = "earlier.json"
+"""In a folder of sealed files: the hashes of those that an earlier version has left there without one, by name. It is written
+before the first file there is sealed."""
 
 _repairs: deque[str] = deque()
 
@@ -82,23 +87,39 @@ def finish(partial: Path, path: Path) -> None:
     The hash is not synced: where a power cut takes it, the file counts as damaged, and is made again.
     """
     with folders.disk_errors(path):
+        _list_earlier(path.parent)
         beside(path).write_text(hashes.digest(partial), encoding="ascii")
         folders.finish(partial, path)
 
 
 def seal(path: Path) -> None:
     """Put the hash of a file beside it that has its name already, and that is made again where a kill leaves it without."""
+    _list_earlier(path.parent)
     beside(path).write_text(hashes.digest(path), encoding="ascii")
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a file is there and is what its hash says. In a folder of an earlier version no file has a hash."""
+    """Whether a file is there and is what its hash says. What an earlier version has left without one counts as it was when
+    the first file beside it was sealed, and before that as it is."""
     try:
         return path.is_file() and beside(path).read_text(encoding="ascii").strip() == hashes.digest(path)
     except FileNotFoundError:
+        if (earlier := path.with_name(EARLIER)).is_file():
+            with contextlib.suppress(DamagedError):
+                return bool(read_json(earlier, None).get(path.name) == hashes.digest(path))
+            return False
         return not any(path.parent.glob(f"*{BESIDE}"))
     except UnicodeDecodeError:
         return False
+
+
+@functools.lru_cache(64)
+def _list_earlier(folder: Path) -> None:
+    """Write EARLIER where a folder has files and none of them is sealed. It is asked for at every file, and looks once."""
+    if (folder / EARLIER).exists() or any(folder.glob(f"*{BESIDE}")):
+        return
+    if files := sorted(folder.glob("*.parquet")):
+        write_json(folder / EARLIER, {path.name: hashes.digest(path) for path in files})
 
 
 def is_whole(path: Path) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from selfplay.errors import SelfplayError
-from selfplay.processes.places import OWN
+from selfplay.processes.places import take_own_umask
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.command import leave
 from selfplay.service import systemd
@@ -23,7 +22,7 @@ from selfplay.web.server import serve_in_thread
 def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> int:
     """Serve a run folder until SIGTERM or SIGINT; returns the exit code, 0 after a clean stop, else that of the error."""
     filter_stderr()
-    os.umask(OWN)
+    take_own_umask()
     display = Display()
     tables.leave_pandas_out()
     try:

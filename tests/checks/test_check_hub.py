@@ -3,13 +3,14 @@
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from typing import ClassVar
 
 import pytest
-from mini import ROOT, TINY
+from mini import ROOT, TINY, overrides
 
 from selfplay.checks.prompts import files
 from selfplay.config import load
@@ -28,12 +29,32 @@ CARDS = {
 }  # fmt: skip
 ASK_DATASETS = """
 import json, sys
+from selfplay.checks.prompts import card
+from selfplay.config import load
+asked = [load(sys.argv[1], ["prompts.heldout=null", *sets.split()]).prompts for sets in sys.argv[2:]]
+said = [card("prompts.source", one.source, one.split, one.config) for one in asked]
+print(json.dumps([[[found.level, found.text]] for found in said]))
+"""
+ASK_PROMPTS = """
+import json, sys
 from selfplay.checks.check import check
+from selfplay.checks.models import loads
 from selfplay.checks.prompts import files
 from selfplay.config import load
-said = [check(load(sys.argv[1], ["prompts.heldout=null", *sets.split()]), None, [("prompts", files)]) for sets in sys.argv[2:]]
-print(json.dumps([[[f.level, f.text] for f in found] for found in said]))
+for source in sys.argv[3:]:
+    config = load(sys.argv[1], [*json.loads(sys.argv[2]), f"prompts.source={source}", "prompts.split=train[:50%]", "prompts.heldout=null"])
+    found = check(config, None, [("prompts", files)])
+    found += [] if any(one.level == "error" for one in found) else loads(config)
+    print(json.dumps([[f.level, f.about, f.text] for f in found]))
 """
+CARD = b"---\nconfigs: [{config_name: default, data_files: [{split: train, path: data/*.jsonl}]}]\n---\n"
+CHATS = [{"messages": [{"role": "system", "content": "Be brief."}] * (i % 2) + [{"role": "user", "content": f"How much is {i} + {i}?"}],
+          "vector": [0.5] * 64, "id": i} for i in range(2000)]  # fmt: skip
+DATA = {
+    "chats": {"README.md": CARD, "data/a.jsonl": b"".join(json.dumps(row).encode() + b"\n" for row in CHATS)},
+    "odd": {"README.md": CARD, "data/a.jsonl": b'{"body_text": "why?", "id": 1}\n' * 9},
+}
+"""Data sets with their files."""
 SIZES = {"whole": 8_030_261_248, "gated": 3_212_749_824}
 ASK = """
 import json, sys
@@ -57,8 +78,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.asked.append(self.path)
         parts = self.path.split("/")
-        name = parts[4] if parts[1] == "api" else parts[2]
-        if parts[1:3] == ["api", "datasets"] and name in CARDS:
+        name = (parts[4:] or [""])[0] if parts[1] == "api" else parts[2]
+        if parts[1:3] == ["api", "datasets"] and name in DATA:
+            self.dataset(name, self.path.partition("?")[0].partition("/tree/")[2])
+        elif parts[1] == "datasets":
+            self.file(parts[3], "/".join(parts[6:]))
+        elif parts[1:3] == ["api", "datasets"] and name in CARDS:
             self.answer(200, json.dumps({"id": f"org/{name}", "sha": "a" * 40, "cardData": CARDS[name]}).encode())
         elif parts[1] == "api" and name in ("whole", "gated", "pickled", "small"):
             files = ["config.json", "pytorch_model.bin" if name == "pickled" else "model.safetensors"]
@@ -75,6 +100,26 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.answer(200, json.dumps(CONFIG | small).encode(), **{"X-Repo-Commit": "a" * 40, "ETag": '"e"'})
 
     do_HEAD = do_GET
+
+    def dataset(self, name, tree):
+        """What it is, or what is in a folder of it: `tree` is a revision with the folder."""
+        if not tree:
+            card = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.jsonl"}]}]}
+            return self.answer(200, json.dumps({"id": f"org/{name}", "sha": "a" * 40, "cardData": card}).encode())
+        data = {"type": "directory", "path": "data", "oid": "c" * 40}
+        files = [{"type": "file", "path": path, "size": len(DATA[name][path]), "oid": "d" * 40} for path in DATA[name]]
+        inside = [file for file in files if file["path"].startswith("data/") == tree.endswith("/data")]
+        return self.answer(200, json.dumps(inside if tree.endswith("/data") else [data, *inside]).encode())
+
+    def file(self, name, path):
+        if (content := DATA.get(name, {}).get(path)) is None:
+            return self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
+        told = {"X-Repo-Commit": "a" * 40, "ETag": f'"{name}"', "Accept-Ranges": "bytes"}
+        if not (asked := self.headers.get("Range")):
+            return self.answer(200, content, **told)
+        first, last = asked.removeprefix("bytes=").split("-")
+        some = content[int(first) : int(last) + 1]
+        return self.answer(206, some, **told, **{"Content-Range": f"bytes {first}-{last}/{len(content)}"})
 
     def answer(self, status, body, **headers):
         self.send_response(status)
@@ -98,7 +143,7 @@ def served():
     server.server_close()
 
 
-def ask(tmp_path, endpoint, *names, code=ASK):
+def ask_lines(tmp_path, endpoint, *names, code=ASK):
     env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -107,10 +152,15 @@ def ask(tmp_path, endpoint, *names, code=ASK):
         text=True,
         env=env,
         cwd=tmp_path,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def ask(*given, **more):
+    (found,) = ask_lines(*given, **more)
+    return found
 
 
 def test_the_hub_tells_sizes_and_shapes(tmp_path, served):
@@ -159,8 +209,34 @@ def test_the_hub_tells_configurations_and_splits_of_datasets(tmp_path, served):
             ]
         ],
     ]
-    (away,) = files(
-        load(TINY, ["prompts.heldout=null", "prompts.source=org/one"]), tmp_path
-    )  # tests are offline themselves
-    assert away.level == "warning"
-    assert away.text == f"org/one {taken}; the Hub could not be asked (OfflineModeIsEnabled)"
+
+
+def test_the_prompts_of_a_dataset_are_rendered_like_those_of_a_file(tmp_path, served, mini_world):
+    """A template that refuses system messages, which every second prompt has, and a dataset without a known column."""
+    policy = shutil.copytree(mini_world / "policy", tmp_path / "policy")
+    template = policy / "chat_template.jinja"
+    template.write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+        + template.read_text()
+    )
+    sets = json.dumps([*overrides(mini_world), f"policy.model={policy}"])
+    chats, odd = ask_lines(tmp_path, served, sets, "org/chats", "org/odd", code=ASK_PROMPTS)
+    assert ["ok", "format", "org/chats, the first 512 rows: messages, 512 prompts"] in chats
+    said = {about: (level, text) for level, about, text in chats}
+    level, text = said["policy.model prompts"]
+    assert level == "warning" and " of 256 prompts (" in text and "No system role" in text
+    assert said["reward.model prompts"][0] == "ok" and said["reward.model prompts"][1].endswith(
+        "all of 256 prompts with an answer"
+    )
+    assert not any("vector" in text for _, _, text in chats)
+    level, about, text = odd[-1]
+    assert (level, about) == ("error", "prompts.source")
+    assert "no known format of prompts is in org/odd; it has the columns body_text, id" in text
+
+
+def test_without_a_network_the_prompts_of_a_dataset_are_not_looked_at(tmp_path):
+    """Tests are offline themselves."""
+    away, copy = files(load(TINY, ["prompts.heldout=null", "prompts.source=org/one"]), tmp_path)
+    assert (away.level, copy.level) == ("warning", "warning")
+    assert away.text.endswith("loaded when the run starts; the Hub could not be asked (OfflineModeIsEnabled)")
+    assert copy.text == "there is no copy of org/one in the cache either: its prompts are not looked at"

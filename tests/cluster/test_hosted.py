@@ -130,6 +130,24 @@ def test_how_it_ended_is_told(tmp_path: Path, how: str, words: str) -> None:
     assert gone(tmp_path)
 
 
+def test_of_the_secrets_of_its_node_it_gets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `address: local` the node has the environment of the service."""
+    names = ("MY_TOKEN", "MY_KEY", "HF_TOKEN", "MY_WORD")
+    for name in names:
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setattr(
+        children, "withheld", lambda: frozenset({"MY_TOKEN", "MY_KEY"})
+    )  # of the controller, not of a host
+    tells = (
+        "import os; from selfplay.processes.protocol import protocol; "
+        f"protocol().ready(found=[name for name in {names} if name in os.environ])"
+    )
+    for own, found in (("", ["HF_TOKEN", "MY_WORD"]), ("MY_KEY", ["MY_KEY", "HF_TOKEN", "MY_WORD"])):
+        child = start(tmp_path, [*PYTHON, tells], env={children.OWN: own})
+        assert child.wait_for("ready")["found"] == found
+        child.stop()
+
+
 def test_a_program_that_takes_no_orders_is_waited_for(tmp_path: Path) -> None:
     assert start(tmp_path, [*PYTHON, "print('done')"]).wait() == 0
     assert "done" in (tmp_path / "echo.log").read_text()

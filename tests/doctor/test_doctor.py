@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from selfplay.cli import app
 from selfplay.doctor.look import look
 from selfplay.errors import DamagedError, InputError
+from selfplay.publishing import scratch
 from selfplay.storage import agreement, closed, retention
 from selfplay.storage.ledger import Store
 from selfplay.storage.lock import RunLock
@@ -147,7 +148,12 @@ def test_the_record_of_a_round_is_written_again_and_leftovers_go(run_dir):
     flip(run_dir / "rounds" / "0002" / "closed.json", 30)
     (run_dir / "rounds" / "0003" / ".train.partial").mkdir()
     (run_dir / "rounds" / "0003" / "score-1.shards").mkdir()
-    assert len(look(run_dir)) == 3
+    (run_dir / ".export-killed" / "model").mkdir(parents=True)
+    (run_dir / ".publish").mkdir()
+    assert len(look(run_dir)) == 5
+    with scratch.folder(run_dir) as one, scratch.folder(run_dir) as other:  # the killed one goes, and these are in use
+        assert len(look(run_dir)) == 4 and one.is_dir() and other.is_dir()
+    assert not one.exists() and not other.exists()
     assert doctor(run_dir, "--yes")[0] == 0 and look(run_dir) == []
 
 

@@ -14,7 +14,9 @@ import pytest
 from child_world import ECHO, gone, start
 from mini import ROOT
 
+from selfplay.errors import DiskError
 from selfplay.processes import scratch
+from selfplay.processes.child import ChildDied
 from selfplay.processes.reaping import marked, reap
 from selfplay.storage import hashes
 
@@ -108,3 +110,20 @@ def test_temporary_files_of_a_child_go_with_it_and_those_of_a_killed_guard_at_th
     reap(tmp_path)
     assert not folder.exists() and tmp_path.is_dir()
     folder.with_name(folder.name + "-link").unlink()
+
+
+def test_without_room_for_temporary_files_it_is_said_where(tmp_path, monkeypatch):
+    """The guard finds a folder that nothing can be made in; the controller finds none at all."""
+    (tmp_path / "sitecustomize.py").write_text("import tempfile\ntempfile.tempdir = '/proc/self'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    child = start(tmp_path)
+    with pytest.raises(ChildDied, match="was not started: no folder can be made in /proc/self .* TMPDIR"):
+        child.wait_for("ready")
+    none = "No usable temporary directory found in ['/tmp', '/var/tmp']"
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(
+        tempfile, "_get_default_tempdir", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError(2, none))
+    )
+    with pytest.raises(DiskError, match="No usable temporary directory") as refused:
+        reap(tmp_path)
+    assert "TMPDIR" in refused.value.hint

@@ -264,6 +264,15 @@ def test_a_file_that_holds_no_prompts_says_what_it_is(tmp_path, name, content, m
         assert read(tmp_path / name, prompt="body_text") == ["a long question"] * 3
 
 
+def test_a_prompt_inside_of_objects_is_named_by_the_way_to_it(tmp_path):
+    row = {"id": "1", "data": {"asked": {"text": "a long question"}, "by": "me"}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError) as error:
+        importer.survey(settings(tmp_path / "a.jsonl"))
+    assert "prompts.columns, such as {prompt: data.asked.text}" in error.value.hint
+    assert read(tmp_path / "a.jsonl", prompt="data.asked.text") == ["a long question"]
+
+
 def test_a_folder_without_prompts_says_what_it_holds(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(InputError, match=r"has no files of prompts; it holds weights.bin"):

@@ -18,6 +18,7 @@ from selfplay import cli
 from selfplay.checks import publishing
 from selfplay.config import Config
 from selfplay.errors import InputError, PublishError
+from selfplay.processes import places
 from selfplay.publishing import folder, publish, vllm
 from selfplay.publishing.hub import upload
 from selfplay.publishing.publish import STATE
@@ -109,6 +110,20 @@ def test_a_policy_in_a_folder_can_be_read_by_whoever_can_read_the_folder(run, tm
         os.umask(before)
     assert (root / "0002").stat().st_mode & 0o777 == 0o755
     assert {path.stat().st_mode & 0o777 for path in (root / "0002").iterdir()} == {0o644}
+
+
+def test_a_folder_that_is_made_for_others_has_the_umask_of_whoever_started_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "_given", None)
+    before = os.umask(0o027)
+    try:
+        places.take_own_umask()
+        places.take_own_umask()  # a second run in one process
+        run.publish(1, folder=tmp_path / "for" / "others")
+        modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "for", tmp_path / "for" / "others" / "0001")]
+        assert modes == [0o750, 0o750]
+        assert (tmp_path / "for" / "others" / "0001" / "config.json").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 def dying(after: int):

@@ -95,6 +95,25 @@ def test_a_setting_that_is_raised_or_a_kill_changes_nothing_of_what_is_gone(run,
     assert retention.lost(run, 4) and not retention.lost(run, 5)
 
 
+def test_what_a_kill_leaves_of_the_candidates_of_a_round_is_no_candidates_to_anybody(run, tmp_path, monkeypatch):
+    """Killed between the two files of round 2; the settings then keep all candidates."""
+    unlink, victim = Path.unlink, folder(tmp_path, 2) / "score" / "scored.parquet"
+
+    def killed(path, **more):
+        if path == victim:
+            raise KeyboardInterrupt
+        unlink(path, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        apply(run, closed=6, candidates_rounds=2)
+    assert victim.is_file() and not (folder(tmp_path, 2) / "generate" / "candidates.parquet").exists()
+    assert all(retention.lost(run, index) for index in (1, 2, 3, 4)) and not retention.lost(run, 5)
+    apply(run)
+    assert with_candidates(tmp_path) == [5, 6, 7, 8]
+    assert retention.deleted(run) == {retention.CANDIDATES: 4}
+
+
 def test_rounds_that_are_done_are_not_looked_at_again(run, tmp_path):
     apply(run, closed=6, candidates_rounds=2)
     stray = folder(tmp_path, 2) / "generate" / "mine.parquet"

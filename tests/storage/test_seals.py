@@ -3,9 +3,11 @@
 import contextlib
 import json
 import sqlite3
+import tarfile
 
 import pyarrow as pa
 import pytest
+from mini import ROOT
 from storage_world import finished, flip
 
 from selfplay.errors import DamagedError, InputError
@@ -53,12 +55,24 @@ def test_a_damaged_shard_counts_as_absent_and_is_told(tmp_path, damage):
     assert str(path) in said
 
 
-def test_shards_of_an_earlier_version_have_no_hash(tmp_path):
-    (tmp_path / "0.parquet").write_bytes(b"x")
-    assert seals.is_whole(tmp_path / "0.parquet")
-    tables.write_table(tmp_path / "1.parquet", pa.table({"logp": [0.5]}))
-    assert not seals.is_whole(tmp_path / "0.parquet")
-    seals.repairs()
+def test_shards_of_an_earlier_version_count_as_they_were_when_the_first_one_was_sealed(tmp_path):
+    """Those of the recorded run, whose round goes on with this version."""
+    with tarfile.open(ROOT / "tests" / "recorded" / "flat-modules.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = (tmp_path / "run" / "rounds" / "0002").glob("generate-*.shards")
+    first, second = sorted(folder.glob("*.parquet"))
+    assert all(map(seals.is_whole, (first, second)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed at the first one
+        patch.setattr(seals, "beside", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        tables.write_table(folder / "00000016.parquet", pa.table({"logp": [0.5]}))
+    assert all(map(seals.is_whole, (first, second)))
+    tables.write_table(folder / "00000016.parquet", pa.table({"logp": [0.5]}))
+    assert all(map(seals.is_whole, folder.glob("*.parquet")))
+    flip(first, 40)
+    seals.beside(folder / "00000016.parquet").unlink()  # lost in a power cut
+    seals.repairs()  # of other tests in this process
+    assert [path.name for path in sorted(folder.glob("*.parquet")) if seals.is_whole(path)] == [second.name]
+    assert len(seals.repairs()) == 2
 
 
 def test_a_page_that_is_not_what_its_checksum_says_is_named_wherever_it_is_read(tmp_path):

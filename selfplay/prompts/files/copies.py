@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -85,14 +86,24 @@ def _in_small_groups(path: Path, kind: str, reading: Reading, copy: Path) -> lis
     return parts(copy, reading)
 
 
-def from_hub(name: str, config: str | None, split: str, reading: Reading, copy: Path) -> None:
-    """Load a Hub dataset and copy the columns that count to a Parquet file, a batch at a time. Raises InputError."""
+def from_hub(name: str, config: str | None, split: str, reading: Reading, copy: Path, first: int | None = None) -> None:
+    """Load a Hub dataset and copy the columns that count to a Parquet file, a batch at a time. Raises InputError.
+
+    first: of how many rows, which are streamed; None: of all, which are downloaded. Without a network both are those of a copy in
+    the cache. A slice of a split cannot be streamed: its rows come from the beginning of the split.
+    """
     if copy.is_file():
         return
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        if first is None or datasets.config.HF_HUB_OFFLINE:
+            rows = datasets.load_dataset(name, config, split=split)
+        else:
+            rows = datasets.load_dataset(name, config, split=re.sub(r"\[.*?]", "", split), streaming=True)
+        if first is not None:
+            rows = rows.take(first)
+        there = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # the library raises a dozen unrelated types
         several = "onfig name is missing" in str(error) or "BuilderConfig" in str(error)
         raise InputError(
@@ -100,7 +111,6 @@ def from_hub(name: str, config: str | None, split: str, reading: Reading, copy: 
             "name one of its configurations in prompts.config" if several
             else "give files of prompts, or a dataset id and a split that exist",
         ) from None  # fmt: skip
-    there = rows.column_names
     wanted = reading.columns(there)
     if reading.prompt is not None and not {reading.prompt, reading.prompt.partition(".")[0]} & set(there):
         raise InputError(f"{name} has no column {reading.prompt!r}; it has {', '.join(there)}", "mend prompts.columns")

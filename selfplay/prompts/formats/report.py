@@ -47,7 +47,7 @@ class Recognised:
         if names in self.keys or len(self.keys) < MOST_KINDS:
             self.keys[names] += 1
         if not self.guess:
-            texts = {str(name): len(value) for name, value in row.items() if isinstance(value, str) and name != WHOLE}
+            texts = {name: size for name, size in _texts(row) if name != WHOLE}
             self.guess = max(texts, key=lambda name: texts[name], default="")
 
     def add(self, other: Recognised) -> None:
@@ -117,6 +117,16 @@ def nothing_in(source: str, recognised: Recognised, bad: Mapping[str, int]) -> I
 def counted(counts: Mapping[str, int]) -> str:
     """«3 × duplicate, 1 × invalid JSON»."""
     return ", ".join(f"{n:,} × {why}" for why, n in counts.items())
+
+
+def _texts(row: Mapping[str, Any], before: str = "", depth: int = 4) -> Iterator[tuple[str, int]]:
+    """(name, characters) of the texts of a row; those inside of objects by the names that lead to them, as `prompts.columns` takes
+    them."""
+    for name, value in row.items():
+        if isinstance(value, str):
+            yield f"{before}{name}", len(value)
+        elif isinstance(value, Mapping) and depth:
+            yield from _texts(value, f"{before}{name}.", depth - 1)
 
 
 def _short(name: Any) -> str:

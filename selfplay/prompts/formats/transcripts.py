@@ -6,6 +6,7 @@ import re
 
 STYLES = (
     re.compile(r"(?:^|\r?\n\r?\n)[ \t]*(?:(?P<user>Human|H)|(?P<assistant>Assistant|A)|(?P<system>System)):[ \t]?"),
+    re.compile(r"### ?(?:(?P<user>Human)|(?P<assistant>Assistant)|(?P<system>System)): ?\n?"),  # on the same line too (Guanaco)
     re.compile(r"(?:^|\n)### ?(?:(?P<user>Human|User|Instruction|Question)|(?P<assistant>Assistant|Response|Answer)|(?P<system>System)): ?\n?"),
     re.compile(r"(?P<user>(?:<s> ?)?\[INST\] ?)|(?P<assistant> ?\[/INST\])"),
     re.compile(r"<\|im_start\|>(?:(?P<user>user)|(?P<assistant>assistant)|(?P<system>system))\r?\n"),
