@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from selfplay.errors import DamagedError
 from selfplay.prompts import sealing
 from selfplay.publishing import scratch
 from selfplay.rewards import cache
-from selfplay.storage import seals, sqlite_files
+from selfplay.storage import folders, seals, sqlite_files
 from selfplay.storage.folders import MANIFEST
 
 CACHE = Path("reward") / "scores.sqlite"
@@ -107,4 +106,4 @@ def _deleting(path: Path) -> Callable[[], None]:
 
 def _delete(path: Path) -> None:
     for each in (path, seals.beside(path), path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
-        shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
+        folders.delete(each)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -113,6 +112,6 @@ def _reads(read: Callable[[], object]) -> bool:
 def _deleting(paths: Sequence[Path]) -> Callable[[], None]:
     def delete() -> None:
         for path in paths:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            folders.delete(path)
 
     return delete

@@ -7,7 +7,6 @@ keep finished shards, `train` its checkpoints. `rounds/steps.py` says what each 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -33,7 +32,7 @@ from selfplay.rounds.stages import (
     TRAIN,
 )
 from selfplay.rounds.steps import Steps
-from selfplay.storage import agreement, closed, policies, retention
+from selfplay.storage import agreement, closed, folders, policies, retention
 from selfplay.storage.reader import CANCEL
 from selfplay.types import Policy, RoundReport
 
@@ -114,7 +113,7 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
         store.record_policy(index, outcome)
     for scratch in steps.frame.dir.iterdir() if steps.frame.dir.is_dir() else ():
         if scratch.name.endswith((".shards", ".work", ".partial")):  # the last where a killed one was given up
-            shutil.rmtree(scratch)
+            folders.delete(scratch)
     needed = {
         current.version,
         policies.read(run.policies.folder(current.version)).parent,

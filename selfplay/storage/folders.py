@@ -75,6 +75,14 @@ def folder(target: Path) -> Iterator[Path]:
         sync(target.parent)
 
 
+def delete(path: Path) -> None:
+    """Delete a folder with all that is in it, or a file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn «no space left», the ledger's too, into a DiskError, and what the file system refuses beside or below `path` into an

@@ -9,11 +9,10 @@ Everything is done again after a kill, and nothing is looked for in rounds that 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from selfplay.config import RetentionConfig
-from selfplay.storage import fences
+from selfplay.storage import fences, folders
 from selfplay.storage.folders import MANIFEST
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
@@ -68,7 +67,7 @@ def delete_weights(policies: Policies, settings: RetentionConfig, store: Store, 
     for version in gone:
         for path in policies.folder(version).glob("*"):
             if path.name != MANIFEST:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                folders.delete(path)
     store.weights_deleted(gone)
 
 
@@ -88,7 +87,7 @@ def delete_candidates(run_dir: Path, store: Store, last: int) -> None:
         for stage in SAMPLED:
             for path in (run_dir / "rounds" / f"{index:04d}" / stage).glob("*"):
                 if path.suffix != ".json":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    folders.delete(path)
     found.pop(FIRST, None)
     store.set_state(STATE, {**found, CANDIDATES: last})
 

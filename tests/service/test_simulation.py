@@ -20,6 +20,11 @@ SHOWN = {
         8,
         "57=kill 58=order-reload 60=order-reload",
     ),
+    "a full disk, or a kill, left half of the record of a round's end, and the round could not be closed": (
+        424,
+        "87=full",
+    ),
+    "the same by a kill": (424, "87=kill"),
     "a full disk and then a kill left a folder that did not open any more": (4, "95=full 136=kill"),
 }
 """What was wrong, and the seed and plan that showed it. The moments are those of the product of that time."""
