@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit
 
 PORTS = {"http": 80, "https": 443}
-KEPT = "!#$%&'()*+,/:;=?@[]~"  # characters of a path or query that have a meaning there, or are escaped already
+KEPT = "!#$%&'()*+,/:;=?@[]~"  # These have a meaning in a path or a query, or belong to an escape.
 
 
 class InvalidAddress(ValueError):
-    """It is no address of an HTTP service."""
+    """The text is no address of an HTTP service."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """`host` as the resolver takes it, `authority` as the Host header has it, `target` the path with its query."""
+    """`host` is for the resolver, `authority` for the Host header, and `target` is the path with its query."""
 
     scheme: str
     host: str
@@ -23,7 +23,7 @@ class Address:
     authority: str
     target: str
     login: str | None
-    """The value of an Authorization header, where the address holds a user and a password."""
+    """The value of the Authorization header, if the address holds a user and a password."""
 
     @property
     def origin(self) -> tuple[str, str, int]:
@@ -32,13 +32,13 @@ class Address:
 
 @functools.lru_cache
 def address(url: str) -> Address:
-    """Raises InvalidAddress, without the address in its text, because it may be a secret."""
+    """The parts of an address. Raises InvalidAddress. Its text leaves the address out, because that may be a secret."""
     try:
         parts = urlsplit(url)
         scheme, port = parts.scheme, parts.port
         host = parts.hostname or ""
         named = f"[{host}]" if ":" in host else host if host.isascii() else host.encode("idna").decode("ascii")
-    except ValueError as error:  # a port that is none, a bracket too few, a name that is too long
+    except ValueError as error:  # The port is no number, a bracket is missing, or the name is too long.
         raise InvalidAddress(f"no address of an HTTP service: {type(error).__name__}") from None
     if scheme not in PORTS or not host or any(c <= " " for c in host) or port == 0:
         raise InvalidAddress("an address of an HTTP service is like http://host:8100")

@@ -1,8 +1,8 @@
 """The web application of the reward server: `/score`, `/get_reward`, `/healthz`, `/metrics`.
 
-Requests wait, in order, for a free scorer; there is one for each device. Requests are never merged, so an item's batch, and
-with it the last bits of its score, depends on its own request alone. Past a number of waiting requests the answer is 429
-with Retry-After: a queue without an end would only hide from the askers that they are too many.
+There is one scorer for each device, and requests wait in order until one is free. Requests are never merged. So the batch
+of an item depends on its own request alone, and with it the last bits of its score. Only so many requests may wait: the
+next one is answered 429 with Retry-After. A queue without an end would hide from the clients that they ask for too much.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ from reward.scorer import Score, Scorer, Stopped
 log = logging.getLogger("reward.server")
 Form = TypeVar("Form", bound=BaseModel)
 
-SMALL = 1 << 20  # bytes of a body in which there cannot be too many values
-VALUES = 128  # of JSON, and keys, for each item that a request may have
+SMALL = 1 << 20  # bytes; a body of this size cannot hold too many values
+VALUES = 128  # keys and values of JSON that a request may have for each of its items
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-LONGEST_WISH = 30  # seconds of Retry-After
+LONGEST_WISH = 30  # the most seconds that Retry-After asks for
 
 
 class Refusal(Exception):
@@ -42,22 +42,22 @@ class Refusal(Exception):
 
 
 class Desk:
-    """Where requests wait for a scorer; `places`: how many may wait beside those that are being scored."""
+    """Where requests wait for a scorer. `places` is how many may wait beside those that are being scored."""
 
     def __init__(self, scorers: Sequence[Scorer], places: int) -> None:
         self.inside = 0
-        """Requests that wait or are scored."""
+        """The number of requests that wait or are being scored."""
         self._scorers, self._places = scorers, places
         self._free: asyncio.Queue[Scorer] = asyncio.Queue()
         for scorer in scorers:
             self._free.put_nowait(scorer)
         self._threads = ThreadPoolExecutor(max_workers=len(scorers), thread_name_prefix="score")
-        self._usual = 1.0  # seconds a request, a running mean
+        self._usual = 1.0  # seconds that a request takes, as a running mean
 
     def require_place(self) -> None:
         """Raises Refusal (429) when all places are taken."""
         if self.inside >= len(self._scorers) + self._places:
-            seconds = self.inside * self._usual / len(self._scorers) / 2  # by then half of them will have left
+            seconds = self.inside * self._usual / len(self._scorers) / 2  # after this time half of them will be done
             wish = min(max(1, math.ceil(seconds)), LONGEST_WISH)
             raise Refusal(429, f"{self.inside} requests are waiting already: ask again later", wish)
 
@@ -75,16 +75,16 @@ class Desk:
         began = time.monotonic()
         try:
             if await request.is_disconnected():
-                raise Refusal(499, "the asker has gone")  # it will ask again: do not work twice
+                raise Refusal(499, "the asker has gone")  # It will ask again, so the work would be done twice.
             return await asyncio.get_running_loop().run_in_executor(self._threads, scorer.score, items)
         except (Refusal, Stopped):
             raise
         except RewardUnavailable as error:
             raise Refusal(503, f"what this server asks itself has failed: {error}") from error
-        except RewardRefused as error:  # such as a wrong key: no use in asking again
+        except RewardRefused as error:  # A wrong key, for instance. Asking again would not help.
             raise Refusal(424, f"what this server asks itself refuses: {error}") from error
         except Exception as error:
-            # one boundary for whatever a model may raise, out of memory above all: this request fails, the server stays
+            # A model may raise anything, most often because memory is short. This request fails, and the server goes on.
             log.exception("scoring %d items failed", len(items))
             raise Refusal(500, f"scoring failed: {type(error).__name__}: {str(error)[:300]}") from error
         finally:
@@ -93,9 +93,9 @@ class Desk:
 
 
 def values(body: bytes, most: int) -> int:
-    """How many keys and values JSON holds, about; where there are more than `most`, that there are more.
+    """About how many keys and values a JSON text holds. Counting ends soon after `most`.
 
-    Three bytes of it (`[],`) would become an object of 64.
+    It is asked before the text is decoded, because three bytes (`[],`) would become an object of 64 bytes.
     """
     plain, strings = STRING.subn(b"", body, count=most + 1)
     return strings + plain.count(b",") + plain.count(b"[") + plain.count(b"{")
@@ -104,19 +104,19 @@ def values(body: bytes, most: int) -> int:
 def build_app(
     scorers: Sequence[Scorer], *, max_body: int, max_items: int, max_waiting: int, unrender: Unrender
 ) -> FastAPI:
-    """The web application around scorers of the same reward. `max_body` in bytes, `max_waiting` in requests."""
+    """The web application around scorers of the same reward. `max_body` is in bytes, `max_waiting` in requests."""
     app = FastAPI(title="reward", docs_url=None, redoc_url=None)
     health = scorers[0].health
     desk = Desk(scorers, max_waiting)
     metrics = Metrics(scorers, inside=lambda: desk.inside)
 
     def answer(status: int, body: object, headers: dict[str, str] | None = None) -> Response:
-        # ASCII: what came in as a lone surrogate can go out again
+        # JSON in ASCII can hold a lone surrogate, so whatever came in can go out again.
         content = json.dumps(body, allow_nan=False)
         return Response(content, status_code=status, media_type="application/json", headers=headers)
 
     async def read(request: Request, form: type[Form]) -> Form:
-        """The request's body. Raises Refusal."""
+        """The body of the request. Raises Refusal."""
         chunks, size = [], 0
         async for chunk in request.stream():
             size += len(chunk)
@@ -128,7 +128,7 @@ def build_app(
         if len(body) > SMALL and values(body, most) > most:
             raise Refusal(413, "the body holds more values than score requests need: send fewer items at once")
         try:
-            # json.loads and not pydantic's parser: that one refuses a whole request for one lone surrogate
+            # The parser of pydantic would refuse a whole request for one lone surrogate, and json.loads does not.
             return form.model_validate(json.loads(body))
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)
@@ -177,7 +177,7 @@ def build_app(
         began = time.monotonic()
         path, status = request.url.path, 200
         try:
-            desk.require_place()  # before its body is read; only a whole one takes a place
+            desk.require_place()  # This is asked before the body is read. A request takes its place when all of it is there.
             given = await (own(request) if path == "/score" else openrlhf(request))
             return answer(200, given.model_dump())
         except Refusal as refusal:

@@ -1,18 +1,19 @@
 """From a conversation to token ids, by a reward model's own chat template, with control tokens in the texts split.
 
 The text of a message may contain `<|eot_id|>` or any other token that structures a conversation. Rendered and tokenised
-as usual it would end its turn there, and a policy could write itself a user who praises it. `split_special_tokens=True`
-alone would also split the template's own tokens, and tokenising texts and template apart would move token boundaries and
-escape the template's `trim`. So here:
+as usual, the turn would end there. So a policy could write a user's turn into its answer, in which the user praises it.
+Two simple remedies do not work. `split_special_tokens=True` also splits the tokens of the template itself. Tokenising the
+texts apart from the template moves token boundaries, and the texts escape the `trim` of the template. What is done here:
 
-1. control tokens inside the texts become placeholders, and the template renders the conversation as it always does;
-2. the control tokens that are now in the rendered text are the template's: each gets a private name, an added token of a
-   private copy of the tokenizer;
-3. the placeholders become text again, and the copy, in which the public names are plain text, tokenises all in one go;
-4. private ids become the real ones.
+1. Control tokens inside the texts become placeholders. The template then renders the conversation as it always does.
+2. All control tokens that are now in the rendered text come from the template. Each gets a private name. It is an added
+   token in a private copy of the tokenizer.
+3. The placeholders become text again. The copy tokenises the whole text at once. For the copy the public names of control
+   tokens are plain text.
+4. The ids of private names become the real ids.
 
-The private names contain a random number of this process: no text can guess them. Text without control tokens gets
-exactly the ids of `apply_chat_template`, which is checked at the start.
+The private names contain a random number of this process, which no text can guess. A text without control tokens gets
+exactly the ids of `apply_chat_template`. This is checked at the start.
 """
 
 import hashlib
@@ -30,13 +31,13 @@ from reward.schema import Item
 from reward.settings import with_date
 
 PROBE = (("user", "Say hello, please."), ("assistant", " Hello: 1 + 1 = 2.\n"), ("user", "Thanks"))
-CHARS_PER_TOKEN = 64  # no text averages longer tokens; above this a text is too long without being tokenised
+CHARS_PER_TOKEN = 64  # No text has longer tokens on average. A text of more characters is too long in any case.
 NO_WORD = re.compile(r"[^\w\s]")
-SLICE = 64  # conversations tokenised at once; bounds the memory of the tokenizer's output
+SLICE = 64  # conversations that are tokenised at once, which bounds the memory of the result
 
 
 def template_sha256(tokenizer: Any, variables: Mapping[str, Any], today: date) -> str:
-    """SHA-256 of all that a chat template makes a text from: itself, its variables, and the date where it prints one."""
+    """The SHA-256 of all that decides on a rendered text: the template, its variables, and the date if it prints one."""
     made_of: list[Any] = [dict(variables)] if variables else []
     if prints_date(tokenizer, variables):
         made_of.append(today.isoformat())
@@ -56,15 +57,16 @@ def prints_date(tokenizer: Any, variables: Mapping[str, Any]) -> bool:
             for day in (date(2001, 2, 3), date(2019, 11, 22))
         }
     except (jinja2.TemplateError, TypeError, ValueError):
-        return False  # it wants an answer too, or refuses for another reason, which whoever renders with it is told
+        return False  # It refuses this conversation. Whoever renders with it is told why.
     return len(texts) > 1
 
 
 class ChatEncoder:
-    """Renders and tokenises conversations; every method may be called from one thread at a time.
+    """Renders and tokenises conversations. Only one thread at a time may call its methods.
 
-    `tokenizer` is a fast Hugging Face tokenizer with a chat template; `max_tokens` the longest conversation accepted.
-    `variables` are given to the template. `today` is the date that it prints, where it prints one; by default this day.
+    `tokenizer` is a fast Hugging Face tokenizer with a chat template. `max_tokens` is the length of the longest
+    conversation that is accepted. `variables` are given to the template. `today` is the date that the template prints, if
+    it prints one. By default it is the present day.
     Raises ValueError for a tokenizer that cannot be used.
     """
 
@@ -91,13 +93,13 @@ class ChatEncoder:
         control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         control |= self._turn_markers(added)
         control = {text: i for text, i in control.items() if text and i is not None}
-        # the longest first: one token may begin like another
+        # The longest come first, because one token may begin like another.
         self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
         self._names = sorted(control)
         self._number = {text: n for n, text in enumerate(self._names)}
         self._placeholder = re.compile(f"<{self._nonce}-([0-9]+)>")
 
-        # the copy: public names become text, private names become the tokens
+        # In the copy the public names become text, and the private names become the tokens.
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -106,19 +108,19 @@ class ChatEncoder:
         for text, token_id in control.items():
             like = added.get(token_id) or AddedToken(text, normalized=False)
             flags = {"lstrip": like.lstrip, "rstrip": like.rstrip, "single_word": like.single_word}
-            # special: this is what encode_special_tokens turns into plain text
+            # The option encode_special_tokens turns special tokens, and only these, into plain text.
             self._tokenizer.add_special_tokens([AddedToken(text, normalized=like.normalized, **flags)])
             name = self._private(text)
             self._tokenizer.add_tokens([AddedToken(name, special=False, normalized=like.normalized, **flags)])
             private_id = self._tokenizer.token_to_id(name)
             assert private_id is not None
             self._real[private_id] = token_id
-        # the unknown token is what some tokenizers make of plain text
+        # Some tokenizers make the unknown token of plain text, so it may stand in a text.
         self._forbidden = frozenset(control.values()) - {tokenizer.unk_token_id}
         self._self_check()
 
     def encode(self, items: Sequence[Item]) -> list[list[int] | str]:
-        """The token ids of each item, or why it has none. An item never changes what another one gets."""
+        """The token ids of each item, or why it has none. What an item gets never depends on the other items."""
         found: list[list[int] | str] = []
         for start in range(0, len(items), SLICE):
             rendered = [self._render([(m.role, m.content) for m in i.messages] + [("assistant", i.response)])
@@ -131,12 +133,12 @@ class ChatEncoder:
         return str(self._hf.apply_chat_template(messages, tokenize=False, **self._variables))
 
     def _render(self, turns: Sequence[tuple[str, str]]) -> tuple[str, str | None]:
-        """(text with private names, None), or ("", why not)."""
+        """The text with private names and None, or an empty text and the reason."""
         if sum(len(content) for _, content in turns) > CHARS_PER_TOKEN * self.max_tokens:
             return "", f"longer than {self.max_tokens} tokens"
         try:
             for _, content in turns:
-                content.encode()  # a lone surrogate is no text
+                content.encode()  # This fails for a lone surrogate, which is no text.
         except UnicodeEncodeError:
             return "", "text that is not valid Unicode (a lone surrogate)"
         try:
@@ -158,7 +160,7 @@ class ChatEncoder:
             elif reason is None and len(ids) > self.max_tokens:
                 reason = f"longer than {self.max_tokens} tokens"
             elif reason is None and not self._forbidden.isdisjoint(ids):
-                # some vocabularies reach a control token from plain text
+                # In some vocabularies plain text can lead to a control token.
                 reason = "contains the text of a control token that this tokenizer cannot split"
             found.append([self._real.get(i, i) for i in ids] if reason is None else reason)
         return found
@@ -173,15 +175,15 @@ class ChatEncoder:
         return f"<{self._nonce}.{self._number[text]}>"
 
     def _turn_markers(self, added: dict[int, AddedToken]) -> dict[str, int]:
-        """Added tokens that the template puts around every turn: some tokenizers do not call them special.
+        """Added tokens that the template puts around every turn. Some tokenizers do not call them special.
 
-        Not a word or white space, which is ordinary in any text. A finished assistant turn comes before the last one,
-        since templates put `<think>` and the like only into the last, and there a response may have it as well.
+        A word or white space is never among them, because any text may have it. The probe has a finished assistant turn
+        before its last turn. Templates put `<think>` and the like only into the last turn, and a response may have it too.
         """
         try:
             text = self._text(PROBE)
         except (jinja2.TemplateError, TypeError, ValueError):
-            return {}  # a template for one turn only: nothing can be added to it
+            return {}  # The template takes one turn only, so no text can add a turn.
         for _, content in PROBE:
             text = text.replace(content.strip(), "\0")
         return {

@@ -1,9 +1,9 @@
 """The addresses that serve one reward: which of them is asked next, and a breaker for each.
 
-An address that failed BREAKS times in a row rests, longer each time. Then one request at a time tries it; the first one
-that succeeds closes its breaker. Requests that fail together are one fault: they say no more than one of them. Where every
-address rests, the first to be rested is the one to wait for: a breaker spreads load and spares servers that restart, it
-never decides that there is an outage.
+An address that failed BREAKS times in a row rests, and each rest is longer than the one before. After the rest one request
+at a time tries it. The first request that succeeds closes the breaker. Several requests that fail together count as one
+fault, because they say no more than one of them. If every address rests, the caller waits for the one whose rest ends
+first. A breaker spreads the load and spares servers that restart. It never decides that there is an outage.
 """
 
 import random
@@ -23,11 +23,11 @@ class Endpoint:
     url: str
     in_flight: int = 0
     failures: int = 0
-    """In a row."""
+    """How many faults it had in a row."""
     failed_at: float = 0.0
-    """The last of them, by time.monotonic()."""
+    """The time of the last fault, by time.monotonic()."""
     rests_until: float = 0.0
-    """By time.monotonic()."""
+    """The end of its rest, by time.monotonic()."""
     last_used: int = 0
 
     @property
@@ -36,7 +36,7 @@ class Endpoint:
 
 
 class Endpoints:
-    """The addresses of one reward, for several threads. `first_rest`, `longest_rest` in seconds."""
+    """The addresses of one reward. Several threads may use it. `first_rest` and `longest_rest` are in seconds."""
 
     def __init__(self, urls: Sequence[str], *, first_rest: float, longest_rest: float) -> None:
         self.all = [Endpoint(url) for url in urls]
@@ -53,9 +53,10 @@ class Endpoints:
     def use(
         self, among: Sequence[Endpoint], *, until: float = 0.0, stop: threading.Event | None = None, closes: bool = True
     ) -> Iterator[Endpoint]:
-        """The best of these for one request. What leaves the block without `failed` or `busy` was a success.
+        """The best of these addresses for one request. A block that ends without an exception was a success.
 
-        While others try those that may be asked it waits, `until` a time by time.monotonic() or a `stop`. `closes`:
+        An address with an open breaker may be tried by one request alone. If only such addresses are left, this waits
+        until that request is done, until the time `until` (by time.monotonic()), or until `stop` is set. `closes` says
         whether a success closes the breaker.
         """
         with self._lock:
@@ -76,39 +77,39 @@ class Endpoints:
                 self._lock.notify_all()
 
     def failed(self, endpoint: Endpoint, rest: float, began: float) -> None:
-        """A fault of this address, in a request that `began` then (by time.monotonic()); it asked for `rest` seconds."""
+        """Count a fault of this address. Its request `began` at that time (time.monotonic()). It asked for `rest` seconds."""
         with self._lock:
             now = time.monotonic()
-            if began > endpoint.failed_at:  # else it was on its way already when another one failed
+            if began > endpoint.failed_at:  # Otherwise it was under way already when another one failed.
                 endpoint.failures += 1
                 endpoint.failed_at = now
                 if endpoint.broken:
                     doubled = self._first_rest * 2.0 ** min(endpoint.failures - BREAKS, 20)
-                    # at random, so that the clients of one server do not return together
+                    # A random part keeps the clients of one server from returning together.
                     rest = max(rest, min(doubled, self._longest_rest) * random.uniform(0.75, 1.25))
             endpoint.rests_until = max(endpoint.rests_until, now + rest)
 
     def busy(self, endpoint: Endpoint, rest: float) -> None:
-        """This address is well but wants no more for `rest` seconds."""
+        """This address works, but it wants no further request for `rest` seconds."""
         with self._lock:
             endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + rest)
 
     def move(self, url: str) -> None:
-        """The only address is another one now, and nothing is known against it."""
+        """Replace the only address. The new one has no faults yet."""
         with self._lock:
             (endpoint,) = self.all
             if endpoint.url != url:
                 endpoint.url, endpoint.failures, endpoint.rests_until = url, 0, 0.0
 
     def _free(self, among: Sequence[Endpoint]) -> bool:
-        """Whether any of these may be asked now: one with an open breaker only while no other request tries it."""
+        """Whether any of these may be asked now. One with an open breaker may be tried by one request alone."""
         now = time.monotonic()
         return any(e.rests_until <= now and not (e.broken and e.in_flight) for e in among)
 
     def _choose(self, among: Sequence[Endpoint]) -> Endpoint:
         now = time.monotonic()
         rested = [e for e in among if e.rests_until <= now]
-        # a probe comes first: without one a server that is back would never be used while the others keep up
+        # A probe comes first. Otherwise a server that is back would not be used as long as the others keep up.
         probes = [e for e in rested if e.broken and e.in_flight == 0]
         well = [e for e in rested if not e.broken]
         if probes:

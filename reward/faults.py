@@ -1,14 +1,14 @@
-"""What can go wrong between a client and a server, by what may be done about it."""
+"""What can go wrong between a client and a server. Each class stands for another thing that can be done about it."""
 
 
 class RewardUnavailable(Exception):
-    """The reward server cannot be used now. Nothing was scored by guess; asking again later is safe."""
+    """The reward server cannot be used now. No score was guessed, and it is safe to ask again later."""
 
 
 class RewardRefused(Exception):
-    """The server answers, but not to this: asking again will not help until something is put right.
+    """The server refuses this request. Asking again does not help until something is put right.
 
-    `status`: of HTTP, where that is what it answers.
+    `status` is the HTTP status of its answer, if there was one.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -17,11 +17,11 @@ class RewardRefused(Exception):
 
 
 class TooLarge(Exception):
-    """The server does not take this request; it may take its items in smaller ones."""
+    """The request is too large for the server. It may take the same items in smaller requests."""
 
 
 class Fault(Exception):
-    """One attempt failed in a way that another may not. `busy`: the server is well and asks for `retry_after` seconds."""
+    """One attempt failed, and another one may succeed. `busy`: the server works and asks for `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float = 0.0, *, busy: bool = False) -> None:
         super().__init__(message)
@@ -30,16 +30,16 @@ class Fault(Exception):
 
 
 class HttpError(Exception):
-    """An exchange by HTTP came to no end. The address may be a secret, so it stands in no text."""
+    """A request got no whole answer. The message leaves the address out, because it may be a secret."""
 
 
 class ConnectError(HttpError):
-    """No connection: nothing listens there, or it does not prove to be who it should be."""
+    """There is no connection. Nothing listens at the address, or it could not prove its identity."""
 
 
 class LateAnswer(HttpError):
-    """The time was over before the whole answer was there."""
+    """The time was over before the whole answer had come."""
 
 
 class ProtocolError(HttpError):
-    """What came is no answer to this request by HTTP/1.1, or is longer than any answer may be."""
+    """What came is no answer by HTTP/1.1 to this request, or it is too long."""

@@ -1,8 +1,10 @@
-"""A reward model: loading it, and scoring conversations in batches of like length.
+"""A reward model is loaded, and scores conversations in batches of similar length.
 
-A score is raw: no sigmoid, no scaling. It is the single logit of an `AutoModelForSequenceClassification`; or, of a model
-with several heads, the sum of those that were named, each times its weight; or, where a model of its own code combines its
-heads itself (as ArmoRM's gating does), the `score` that it puts out.
+A score is raw, without a sigmoid and without scaling. It is one of three things:
+
+- the single logit of an `AutoModelForSequenceClassification`;
+- the weighted sum of the heads that were named, for a model with several heads;
+- the `score` that the model puts out, for a model whose own code combines its heads (as the gating of ArmoRM does).
 """
 
 import hashlib
@@ -26,17 +28,17 @@ from reward.scorer import ModelRefused, Score, Stopped
 
 __all__ = ["ModelRefused", "RewardModel", "Score", "Stopped", "batches", "load", "load_all"]
 
-BESIDE = ["consolidated*", "adapter_*", "*/*.safetensors"]  # what a model on the Hub may have and is not read
-UNLIMITED = 10**9  # tokenizers without a limit say 10**30
-DEFAULT_MAX_TOKENS = 4096  # for a model that names no limit
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # a batch that leaves the cache of a CPU takes twice as long
+BESIDE = ["consolidated*", "adapter_*", "*/*.safetensors"]  # files of a model on the Hub that are not read
+UNLIMITED = 10**9  # A tokenizer without a limit says 10**30.
+DEFAULT_MAX_TOKENS = 4096  # of a model that names no limit
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # A batch takes twice as long if the cache of a CPU cannot hold it.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class RewardModel:
-    """A loaded model with its tokenizer; `score` is for one thread at a time. `load` makes one.
+    """A loaded model with its tokenizer. `load` makes one. Only one thread at a time may call `score`.
 
-    `batch_tokens`: the most tokens of one forward pass, padding included; a longer single item goes alone.
+    `batch_tokens` is the most tokens of one forward pass, with the padding. An item that is longer goes alone.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class RewardModel:
         self._combine = self._combination(heads)
 
     def score(self, items: Sequence[Item]) -> list[Score]:
-        """A score for each item, in order; on a CPU the same items in one call get the same bits.
+        """A score for each item, in order. On a CPU, the same items in one call get the same scores to the bit.
 
         Raises Stopped once `stopping` is set.
         """
@@ -74,7 +76,7 @@ class RewardModel:
         return scores
 
     def _forward(self, sequences: Sequence[list[int]]) -> list[float]:
-        """Logits of sequences, right-padded to (B, T) whatever side the tokenizer pads on."""
+        """The scores of sequences. They are padded on the right to (B, T), on whatever side the tokenizer pads."""
         pad, width = self._pad_id(sequences), max(map(len, sequences))
         ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences], device=self._model.device)
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=self._model.device)
@@ -87,9 +89,9 @@ class RewardModel:
         return values
 
     def _combination(self, heads: Mapping[str, float]) -> Callable[[Any], torch.Tensor]:
-        """From the model's output to scores (B,): found out by scoring a conversation.
+        """What turns the output of the model into scores (B,). A trial conversation shows what the output looks like.
 
-        Raises ModelRefused where it has several heads and none is named, or not those that are.
+        Raises ModelRefused if the model has several heads and none is named, or if it lacks a head that is named.
         """
         trial = Item.model_validate({"messages": [{"role": "user", "content": "Hello"}], "response": "Hello."})
         (ids,) = self._encoder.encode([trial])
@@ -118,10 +120,10 @@ class RewardModel:
         return lambda output: getattr(output, field).float() @ weights
 
     def _pad_id(self, sequences: Sequence[list[int]]) -> int:
-        """The padding id. Decoder models read the logit of the last token that is not `config.pad_token_id`.
+        """The id of the padding. A decoder model reads the logit of the last token that is not `config.pad_token_id`.
 
-        A model that names one was trained with that rule. One that names none, or an impossible one, reads the last
-        token, whatever it is; so the padding must differ from every last token of the batch.
+        A model that names a padding id was trained with that rule. Another one names none, or one that it has no embedding
+        for. It reads the last token, whatever that is, so the padding must differ from every last token of the batch.
         """
         if self._pad is not None:
             return self._pad
@@ -132,7 +134,10 @@ class RewardModel:
 
 
 def batches(lengths: Mapping[int, int], budget: int) -> Iterator[list[int]]:
-    """Keys in batches of like length, the longest first (out of memory shows at once); count × longest ≤ `budget`."""
+    """Keys in batches of similar length, in each of which count × longest ≤ `budget`.
+
+    The longest come first: if memory is too short, it shows at once.
+    """
     batch: list[int] = []
     longest = 0
     for key in sorted(lengths, key=lambda k: (-lengths[k], k)):
@@ -146,7 +151,7 @@ def batches(lengths: Mapping[int, int], budget: int) -> Iterator[list[int]]:
 
 
 def load(name: str, *, device: str = "auto", **options: Any) -> RewardModel:
-    """The reward model in a folder, or on the Hub, on one device: see `load_all`."""
+    """The reward model in a folder, or on the Hub, on one device. See `load_all`."""
     return load_all(name, devices=device, **options)[0]
 
 
@@ -165,9 +170,10 @@ def load_all(
 ) -> list[RewardModel]:
     """The reward model in a folder, or on the Hub, once for each device.
 
-    `devices`: `cpu`, `cuda:0,cuda:1`, `auto` (a GPU if there is one), `all` (every GPU). `dtype`: `auto` is the
-    checkpoint's. `batch_tokens`: by default what was fastest, by the kind of device. `heads`: name → weight.
-    `chat_template_kwargs`, `template_date`: what the chat template is given, and the date that it prints (ChatEncoder).
+    `devices` is `cpu`, a list such as `cuda:0,cuda:1`, `auto` (a GPU if there is one) or `all` (every GPU). The `dtype`
+    `auto` is that of the checkpoint. `batch_tokens` has a default for each kind of device, which was the fastest one.
+    `heads` has the weight of each head by its name. `chat_template_kwargs` are given to the chat template, and
+    `template_date` is the date that it prints (see ChatEncoder).
     Raises ModelRefused.
     """
     heads = heads or {}
@@ -176,7 +182,7 @@ def load_all(
     try:
         config = AutoConfig.from_pretrained(folder, **own_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
-    except Exception as error:  # whatever the readers of these files raise; tokenizers raises bare Exceptions
+    except Exception as error:  # The readers of these files may raise anything, and tokenizers raises bare Exceptions.
         raise ModelRefused(f"{name}: {error}") from error
     files = _weight_files(name, folder)
     identity = [files, dict(sorted(heads.items())), _other_files(folder, trust_remote_code)]
@@ -190,7 +196,7 @@ def load_all(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **own_code
             )
             model = model.to(device).eval().requires_grad_(False)
-        except Exception as error:  # whatever the readers of its files raise, and code that comes with a model
+        except Exception as error:  # The readers of its files, and code that comes with a model, may raise anything.
             raise ModelRefused(f"{name}: {type(error).__name__}: {error}") from error
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:5])
@@ -212,13 +218,13 @@ def load_all(
             found.append(RewardModel(model, encoder, health, budget, heads))
         except ModelRefused as error:
             raise ModelRefused(f"{name}: {error}") from error
-        except Exception as error:  # code that comes with a model, at its first conversation
+        except Exception as error:  # Code that comes with a model runs here for the first time.
             raise ModelRefused(f"{name}: {type(error).__name__} at its first conversation: {error}") from error
     return found
 
 
 def limit_of(config: Any, tokenizer: Any, max_tokens: int | None) -> int:
-    """The longest conversation (tokens) that a model scores, by its configuration, its tokenizer and a setting."""
+    """How many tokens a conversation may have. Its configuration, its tokenizer and a setting may each limit it."""
     limits = [
         getattr(config.get_text_config(), "max_position_embeddings", None),
         tokenizer.model_max_length,
@@ -257,7 +263,7 @@ def _folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
 
 
 def _weight_files(name: str, folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that from_pretrained reads: one file, or the shards that an index names."""
+    """The SHA-256 of each weight file that from_pretrained reads: one file, or the shards that an index names."""
     if (folder / "adapter_config.json").is_file():
         raise ModelRefused(
             f"{name}: an adapter lies there (adapter_config.json), which would be put on top of the model: move it away, or "
@@ -279,7 +285,7 @@ def _weight_files(name: str, folder: Path) -> dict[str, str]:
 
 
 def _other_files(folder: Path, code: bool) -> dict[str, str]:
-    """SHA-256 of what else decides on a score: the configuration, the tokenizer, and the model's own code if it runs."""
+    """The SHA-256 of each other file that decides on a score: configuration, tokenizer, and the model's code if it runs."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}
     found = {"config.json": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}

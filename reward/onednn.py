@@ -1,7 +1,8 @@
-"""Single-precision linear layers by oneDNN, on a CPU.
+"""Linear layers in single precision that oneDNN computes, on a CPU.
 
-PyTorch gives them to MKL, which leaves half of a processor that is not Intel's unused: 107 against 240 GFLOP/s of one core of an
-AMD EPYC with AVX-512, for the layers of a small model. The products are the same but for rounding.
+PyTorch has MKL compute them. On a processor that is not Intel's, MKL uses about half of what the processor can do. On one
+core of an AMD EPYC with AVX-512, layers of a small model run at 107 GFLOP/s by MKL and at 240 GFLOP/s by oneDNN. The
+results differ by rounding alone.
 """
 
 import os
@@ -10,25 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
-# oneDNN makes a kernel for each shape, each number of tokens in a batch, and keeps 1,024; so does PyTorch's layer above it.
-# With a small model that comes to 900 MiB within some hundred requests; kept or not, they take about the same time.
+# oneDNN makes a kernel for each shape, so for each number of tokens in a batch. It keeps 1,024 of them, and the layer of
+# PyTorch above it keeps as many. With a small model they take 900 MiB after some hundred requests. Requests take about the
+# same time when only a few are kept.
 FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
 
 class Linear(nn.Linear):
-    """As its base; without gradients."""
+    """A linear layer without gradients."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Few tokens too, though making a kernel takes longer than it saves there: a token's product then has the same bits
-        # in every batch, and a round that was interrupted the same rewards.
+        # For a few tokens, making a kernel takes longer than it saves. They go this way all the same: so the product of a
+        # token has the same bits in every batch, and a round that was interrupted gets the same rewards.
         return _product(x, self.weight, self.bias)
 
 
 def take_over(model: nn.Module) -> bool:
-    """Make the linear layers of a float32 model on a CPU these; False where the model, or this PyTorch, is another.
+    """Have oneDNN compute the linear layers of a float32 model on a CPU. False: the model, or this PyTorch, does not fit.
 
-    Layers of classes of their own (quantised ones, say) stay what they are. Kernels are few from here on for every model of
-    this process, unless one has run by oneDNN before.
+    Layers of other classes, such as quantised ones, stay as they are. From here on this process keeps few kernels for all of
+    its models, unless oneDNN has been used in it before.
     """
     for name, value in FEW_KERNELS.items():
         os.environ.setdefault(name, value)
@@ -41,7 +43,7 @@ def take_over(model: nn.Module) -> bool:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    # What PyTorch's own compiler makes of a linear layer; it has no public name.
+    # The compiler of PyTorch turns a linear layer into this operation, which has no public name.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

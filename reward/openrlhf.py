@@ -1,8 +1,8 @@
-"""OpenRLHF's requests as items: `query` and `prompts` are texts rendered by the policy's chat template.
+"""The requests of OpenRLHF as items. Its `query` and `prompts` are texts that the policy's chat template has rendered.
 
-The reward model has a template of its own, so the policy's is taken off again, where it is known (`--policy`): what is
-left between its marks is the user's message and the response. A prompt that is not of that form (several turns, a system
-message of its own) becomes the user's message as it is, with its control tokens split like those of any text.
+The reward model has a template of its own. So the marks of the policy's template are taken off, if that template is known
+(`--policy`). What is left is the user's message and the response. A prompt of another form has several turns, or a system
+message of its own. All of it becomes the user's message, and its control tokens are split like those of any text.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from typing import Any
 from reward.schema import GetRewardRequest, Item
 from reward.settings import with_date
 
-USER, ANSWER = "kqzvuser", "kqzvanswer"  # no template contains them
+USER, ANSWER = "kqzvuser", "kqzvanswer"  # texts that no template contains
 
 
 class Unrender:
-    """Takes the template of the tokenizer in the folder `policy` off, for conversations of one turn.
+    """Takes the marks of a chat template off conversations of one turn. `policy` is the folder of its tokenizer.
 
-    `variables` are what the queries were rendered with beside the conversation; a date that the template prints is today's.
+    `variables` are those with which the queries were rendered. If the template prints a date, it is that of today.
     Raises ValueError for a tokenizer without a chat template, or one whose template changes the texts.
     """
 
@@ -36,11 +36,11 @@ class Unrender:
             whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False, **given)
             self._before, self._after = prompt.split(USER)
             self._end = whole.split(ANSWER)[1].strip()
-        except Exception as error:  # whatever the readers of these files and the template raise
+        except Exception as error:  # The readers of these files, and the template, may raise anything.
             raise ValueError(f"{policy}: no tokenizer with a chat template for one turn: {error}") from error
 
     def items(self, asked: GetRewardRequest) -> list[Item | str]:
-        """An item for each query, or why it is none. Raises ValueError for lists of different lengths."""
+        """An item for each query, or why there is none. Raises ValueError for lists of different lengths."""
         count = len(asked.query)
         if asked.prompts is None:
             raise ValueError("`prompts` is needed beside `query`: it says where the responses begin")

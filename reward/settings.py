@@ -22,14 +22,16 @@ class _Rule(_Settings):
 
 class _Reference(_Rule):
     references: str | None = None
-    """JSONL file with `prompt` (the last user message) and `reference`; an item's own reference comes first."""
+    """JSONL file with `prompt` (the last user message) and `reference`. A reference that comes with the item takes
+    precedence."""
     pattern: str | None = None
-    """Regular expression whose first group in its last match is the answer; by default the whole response (`exact`), or
-    the last \\boxed{} or else the last number (`numeric`)."""
+    """Regular expression that finds the answer: the first group of its last match. By default the answer is the whole
+    response (`exact`), or the last \\boxed{}, or else the last number (`numeric`)."""
 
 
 class Length(_Rule):
-    """1 from `min` to `max`; above it falls evenly to 0 at twice `max`, below to 0 at nothing."""
+    """1 for a length from `min` to `max`. Above `max` it falls evenly, to 0 at twice `max`. Below `min` it falls
+    evenly, to 0 for an empty response."""
 
     rule: Literal["length"]
     unit: Literal["words", "characters"] = "words"
@@ -41,7 +43,8 @@ class Length(_Rule):
 
 
 class Format(_Rule):
-    """1 when the response is `<tag>…</tag>` for each of `tags`, in order, each once, and nothing else; otherwise 0."""
+    """1 if the response consists of `<tag>…</tag>` for each of `tags`, in this order, each once, and of nothing else.
+    Otherwise 0."""
 
     rule: Literal["format"]
     tags: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]], Field(min_length=1)]
@@ -49,7 +52,7 @@ class Format(_Rule):
 
 
 class Regex(_Rule):
-    """1 when `pattern` is found in the response (when it is not, with `absent`); otherwise 0."""
+    """1 if `pattern` is found in the response, otherwise 0. With `absent` it is the other way round."""
 
     rule: Literal["regex"]
     pattern: str
@@ -59,15 +62,15 @@ class Regex(_Rule):
 
 
 class Exact(_Reference):
-    """1 when the answer is the reference, white space aside; otherwise 0."""
+    """1 if the answer is the reference, otherwise 0. White space does not count."""
 
     rule: Literal["exact"]
     ignore_case: bool = False
-    """Take capitals and small letters for the same."""
+    """Whether capitals and small letters count as the same."""
 
 
 class Numeric(_Reference):
-    """1 when the number in the response is that of the reference; otherwise 0."""
+    """1 if the number in the response is that of the reference, otherwise 0."""
 
     rule: Literal["numeric"]
     tolerance: Annotated[float, Field(ge=0)] = 1e-6
@@ -75,17 +78,17 @@ class Numeric(_Reference):
 
 
 class Json(_Rule):
-    """1 when the response is one JSON value; otherwise 0."""
+    """1 if the response is one JSON value, otherwise 0."""
 
     rule: Literal["json"]
     fenced: bool = True
-    """A response that is a ```json block counts by what is in it."""
+    """For a response that is a ```json block, what is in the block counts."""
     keys: list[str] = []
-    """It must be an object with these keys."""
+    """Keys that the value must have, as an object."""
 
 
 class Function(_Rule):
-    """The number that `function(messages, response, reference, **options)` returns; `messages` is a list of dicts."""
+    """The number that `function(messages, response, reference, **options)` returns. `messages` is a list of dicts."""
 
     rule: Literal["function"]
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
@@ -145,15 +148,16 @@ class ModelSettings(Kind):
     model: str
     """Folder of a sequence classification model, or its name on the Hub."""
     heads: dict[str, float] = {}
-    """Of a model with several labels, those that count, with their weights."""
+    """The labels that count, with their weights, for a model with several labels."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision; `auto` is the checkpoint's."""
+    """Precision. `auto` is that of the checkpoint."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda:1`; `cuda:0,cuda:1` or `all` for a copy on each."""
+    """`auto`, `cpu` or one GPU such as `cuda:1`. With several, such as `cuda:0,cuda:1`, or with `all`, each gets a copy
+    of the model."""
     batch_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens in one forward pass; by default 1024 on a CPU and 16384 on a GPU."""
+    """Most tokens in one forward pass. The default is 1024 on a CPU and 16384 on a GPU."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Longer conversations get no score; by default the model's own limit."""
+    """Tokens that a conversation may have. A longer one gets no score. The default is the limit of the model."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     trust_remote_code: bool = False
@@ -161,7 +165,7 @@ class ModelSettings(Kind):
     chat_template_kwargs: Variables = {}
     """Variables for the model's chat template, such as {enable_thinking: false}."""
     template_date: date | None = None
-    """The date that its chat template prints, where it prints one; by default the day on which it is loaded."""
+    """The date that its chat template prints, if it prints one. The default is the day on which the model is loaded."""
 
     def scorers(self) -> Sequence[Scorer]:
         from transformers.utils import logging
@@ -202,8 +206,9 @@ class JudgeSettings(Kind):
     model: str
     """Name of the model there."""
     mode: Literal["pointwise", "pairwise"] = "pointwise"
-    """`pointwise`: a number for each response. `pairwise`: each response against its reference, or else against other
-    responses to the same messages in the same request; the reward is its share of wins, a tie is half of one."""
+    """`pointwise`: the judge gives each response a number. `pairwise`: the judge compares each response with its
+    reference. If it has none, it is compared with other responses to the same messages in the same request. The reward
+    is the share of comparisons that it wins, and a tie is half a win."""
     rubric: str = "Judge how helpful, correct, clear and honest it is. Longer is not better."
     """What the judge looks at."""
     lowest: float = 1.0
@@ -211,29 +216,31 @@ class JudgeSettings(Kind):
     highest: float = 10.0
     """Best number of a pointwise judge."""
     references: bool = True
-    """Pairwise: compare a response with its reference where it has one. Turn it off where references are no answers but
-    tests or constraints."""
+    """In pairwise mode, compare a response with its reference if it has one. Turn this off for references that are
+    tests or constraints instead of answers."""
     opponents: Annotated[int, Field(ge=1)] = 3
-    """Other responses that each is compared with, pairwise without a reference; each comparison is asked in both orders."""
+    """In pairwise mode, how many other responses each one without a reference is compared with. Each comparison is
+    asked in both orders."""
     max_tokens: Annotated[int, Field(ge=1)] = 512
     """Most tokens of the judge's reply."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0: the same verdict each time, as far as the server can."""
+    """Sampling temperature of the judge. With 0 it gives the same verdict each time, as far as its server can."""
     concurrency: Annotated[int, Field(ge=1)] = 8
     """Requests in flight."""
     timeout: Annotated[float, Field(gt=0)] = 120.0
     """Seconds of one request."""
     deadline: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds of one request with all its repetitions; then nothing is scored, and the askers are told so."""
+    """Seconds of one request with all its repetitions. After that there is no score, and whoever asked is told so."""
     api_key_env: str | None = None
     """Environment variable with the bearer token."""
     proxy_env: str | None = None
-    """Environment variable with the address of the HTTP proxy to ask through, such as HTTPS_PROXY; by default none is used."""
+    """Environment variable with the address of the HTTP proxy on the way, such as HTTPS_PROXY. By default no proxy is
+    used."""
     control_tokens: list[str] = []
-    """Texts that structure a conversation for this judge, beside those that look like it (`<|…|>`, `[INST]`, `</s>`,
-    `<start_of_turn>`): inside the texts that it judges they are broken up."""
+    """Further texts that structure a conversation for this judge. Inside the texts that it judges they are broken up.
+    Texts of the usual forms (`<|…|>`, `[INST]`, `</s>`, `<start_of_turn>`) always are."""
     chat_template_kwargs: Variables = {}
-    """Variables for the judge's own chat template, such as {enable_thinking: false}; vLLM and SGLang take them."""
+    """Variables for the judge's own chat template, such as {enable_thinking: false}. vLLM and SGLang take them."""
     extra: dict[str, Any] = {}
     """Further keys of each request, such as {seed: 0} or vLLM's structured_outputs."""
 

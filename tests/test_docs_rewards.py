@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+from fake_reward import QUICK, fake, status
 from fastapi.testclient import TestClient
 from reward_world import conversation, reward_model
-from test_reward_client import QUICK, fake, status
 
 from reward import kinds
 from reward.app import build_app

@@ -14,15 +14,17 @@ from selfplay.config.suites import SuiteConfig
 
 class GateConfig(Section):
     win_rate_lower: Share = 0.47
-    """A candidate is not inferior when the lower bound of its win rate is above this; 0 asks nothing."""
+    """The lower bound of the win rate of a candidate has to be above this. It then counts as not inferior. 0 asks
+    nothing."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Two-sided confidence of the bootstrap interval."""
     reward_up: bool = True
-    """Demand a higher mean reward than the champion's on the same prompts."""
+    """Whether the mean reward has to be higher than the champion's on the same prompts."""
     max_kl: Annotated[float, Field(gt=0)] = 30.0
-    """Limit of KL(candidate ‖ current), nats an answer; estimated from sampled answers, so it wants temperature 1."""
+    """Limit of KL(candidate ‖ current), in nats an answer. It is estimated from sampled answers, so it needs
+    temperature 1."""
     max_length_ratio: Annotated[float, Field(gt=1)] = 1.5
-    """Limit of the mean answer length over the champion's; its inverse is the lower limit."""
+    """How many times as long as the champion's the answers may be on average. The inverse is the lower limit."""
     max_cut_off: Share = 0.1
     """Limit of the share of answers that hit the token limit, unless the champion's share is as high."""
 
@@ -31,11 +33,12 @@ class EvaluateConfig(Section):
     prompts: Positive = 128
     """Held-out prompts answered by candidate and champion, drawn anew each round."""
     judge: JudgeConfig | None = None
-    """Another reward than the one that trains; without one the gate is not independent, and says so."""
+    """Another reward than the one that trains. Without one the gate is not independent, and says so."""
     gold: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
-    """`module:function` of a rubric (messages, response, meta) → scores with `total`; reported, never gates."""
+    """A rubric `module:function`. It is given (messages, response, meta) and returns scores, one of which is `total`.
+    They are reported and never decide."""
     audit_every: Annotated[int, Field(ge=0)] = 4
-    """Rounds between comparisons with the initial policy on the audit set; 0: never."""
+    """Rounds between two comparisons with the initial policy on the audit set. 0: never."""
     audit_prompts: Positive = 256
     """Prompts of the audit set that are used."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000

@@ -11,7 +11,8 @@ from selfplay.config.base import Positive, Section
 
 class EngineConfig(Section):
     max_model_len: Positive | None = None
-    """Context of the engine (tokens); by default prompts.max_tokens + generate.max_tokens, with room for the canaries."""
+    """Context of the engine (tokens). The default is prompts.max_tokens + generate.max_tokens, with room for the
+    canaries."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of the GPU's memory for vLLM (GPU only)."""
     tensor_parallel: Positive = 1
@@ -35,19 +36,20 @@ class GenerateConfig(Section):
     candidates: Annotated[int, Field(ge=2)] = 8
     """Responses sampled for a prompt (K)."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Sampling temperature; stored log-probabilities are those at temperature 1 whatever this is."""
+    """Sampling temperature. The stored log-probabilities are always those at temperature 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; 1 keeps every token."""
+    """Nucleus sampling: the share of the probability that is sampled from. 1 keeps every token."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Tokens to sample from; 0 keeps every token."""
+    """How many of the likeliest tokens are sampled from. 0 keeps every token."""
     max_tokens: Positive = 512
     """Longest response (tokens)."""
     stop_token_ids: list[int] | None = None
-    """Tokens that end a response; by default the end-of-sequence tokens of the policy's generation_config."""
+    """Tokens that end a response. The default is the end-of-sequence tokens of the policy's generation_config."""
     shard_prompts: Positive = 64
-    """Prompts in a shard: the most that an interruption can lose."""
+    """Prompts in a shard. An interruption loses the answers of one shard at most."""
     engines: Positive | list[list[int]] = 1
-    """Engines that sample side by side: how many, or the GPUs of each. Each has `generate.engine.tensor_parallel` GPUs."""
+    """Engines that sample side by side: their number, or a list with the GPUs of each. Each has
+    `generate.engine.tensor_parallel` GPUs."""
     min_engines: Positive = 1
     """Engines that have to be left for the sampling to go on when others fail."""
     engine: EngineConfig = EngineConfig()

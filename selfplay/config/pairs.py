@@ -34,17 +34,19 @@ class PairsConfig(Section):
     """The rejected response of a base pair: the one with the lowest reward, or the one nearest to two standard deviations
     below the mean of the prompt's rewards (arXiv 2502.16825). With few candidates both are mostly the same."""
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """w of the alignment potential: weight of the implicit margin."""
+    """The weight w of the implicit margin in the alignment potential."""
     implicit: ImplicitReward = "simpo"
-    """Implicit reward of a response: its mean log-probability (`simpo`), or β times its log-ratio to a reference that is
-    not the policy that sampled it (`dpo`; costs a scoring pass of the reference over all candidates)."""
+    """Implicit reward of a response. `simpo`: its mean log-probability. `dpo`: β times its log-ratio to a reference,
+    which has to be another policy than the one that sampled it. For `dpo` the reference scores all candidates, which
+    costs a pass over them."""
     signed: bool = False
     """Rank by the signed implicit margin instead of its absolute value."""
     max_disagreement: Annotated[float, Field(gt=0)] | None = None
-    """A pair is dropped when the members of reward.ensemble disagree about one of its answers by more than this (standard
-    deviation of their normalised scores); null for never."""
+    """A pair is dropped if the members of reward.ensemble disagree by more than this about one of its answers (standard
+    deviation of their normalised scores). null: no pair is."""
     cut_off: Literal["drop", "reject"] = "drop"
-    """Responses that hit the token limit: in no pair, or only as the rejected one."""
+    """What happens to responses that hit the token limit. `drop`: they are in no pair. `reject`: they can be the
+    rejected response of a pair."""
     history: Annotated[int, Field(ge=0)] = 3
     """Earlier rounds whose pairs join the statistics when a round has fewer than 64 pairs."""
 
@@ -60,17 +62,20 @@ class PairsConfig(Section):
 
 class DepthConfig(Section):
     method: Literal["none", "uniform", "gradient"] = "none"
-    """Further pairs of the kept prompts: none, the same number for every prompt, or (`gradient`, BPO) the more the closer
-    the gradient of a prompt's base pair is to the centre of its cluster of gradients. For these gradients each process of
-    the trainer holds the whole policy, in bf16 with train.bf16."""
+    """Further pairs of the kept prompts. `none`: there are none. `uniform`: every prompt gets the same number.
+    `gradient` (BPO): gradients of base pairs are put into clusters, and a prompt gets more pairs the closer its
+    gradient is to the centre of its cluster. For these gradients each process of the trainer holds the whole policy, in
+    bf16 with train.bf16."""
     pairs_per_prompt: Annotated[float, Field(ge=1)] = 2.0
-    """Budget of `uniform` and `gradient`: pairs trained on, the base pairs included, for each kept prompt on average."""
+    """Pairs that are trained on for each kept prompt, on average and with its base pair (`uniform`, `gradient`)."""
     dim: Positive = 1024
     """Dimensions that gradients are projected to (`gradient`). A number with divisors near its root is cheapest."""
     layers: Positive | None = None
-    """The last decoder blocks whose gradients count (`gradient`); by default all. Fewer take less time and memory."""
+    """How many of the last decoder blocks count for gradients (`gradient`). By default all do. Fewer take less time and
+    memory."""
     clusters: Positive | None = None
-    """Clusters of gradients (`gradient`); by default the square root of the number of kept pairs."""
+    """Clusters of gradients (`gradient`). The default is the square root of the number of kept pairs."""
     closeness: Literal["centre", "others"] = "centre"
-    """What a gradient is compared with (`gradient`): the centre of its cluster, or that of the others in its cluster. Where
-    gradients are nearly orthogonal the first mostly says how small the cluster is, since each is a part of its centre."""
+    """What a gradient is compared with (`gradient`): the centre of its cluster, or the centre of the others in its
+    cluster. Each gradient is a part of the centre of its cluster. So if gradients are nearly orthogonal, `centre`
+    mostly says how small the cluster is."""

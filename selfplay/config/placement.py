@@ -21,11 +21,11 @@ class PlacementConfig(Section):
     colocated: bool = False
     """Generator and trainer share their GPUs: the engine sleeps while the trainer works. Part of `shared`."""
     generator: Gpus | None = None
-    """GPUs of the generator; by default all that are visible."""
+    """GPUs of the generator. The default is all that are visible."""
     trainer: Gpus | None = None
-    """GPUs of the trainer; by default all that are visible."""
+    """GPUs of the trainer. The default is all that are visible."""
     reward: Gpus | None = None
-    """GPUs of the reward server; by default all that are visible."""
+    """GPUs of the reward server. The default is all that are visible."""
 
     @model_validator(mode="before")
     @classmethod

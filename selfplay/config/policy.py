@@ -31,14 +31,14 @@ class PolicyConfig(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Dtype = "bfloat16"
-    """Serving precision: of the engine, of exported checkpoints and of the canaries."""
+    """Precision of the engine, of exported checkpoints and of the canaries."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     chat_template_kwargs: Variables = {}
     """Variables for the chat template of the policy, such as {enable_thinking: false}. Fixed for a run."""
     template_date: date | None = None
-    """The date that the chat template prints, where it prints one (`strftime_now`, `date_string`); by default the day on
-    which the run began. Fixed for a run."""
+    """The date that the chat template prints, if it prints one (`strftime_now`, `date_string`). The default is the day
+    on which the run began. Fixed for a run."""
     thinking: ThinkingConfig | None = None
     """How a policy that thinks marks its thoughts: {} for `<think>` and `</think>`. By default nobody looks for any."""
 
@@ -54,5 +54,5 @@ class SwapConfig(Section):
     canaries: Annotated[int, Field(ge=1)] = 8
     """Short fixed sequences whose log-probabilities show which weights are in the engine."""
     tolerance: Annotated[float, Field(gt=0)] | None = None
-    """Largest |engine − checkpoint| (nats a token); by default 1e-4 in fp32. Below, it follows from
-    the noise that the engine shows when it starts, which may be 0.1 at most."""
+    """Largest difference between engine and checkpoint (nats a token). The default is 1e-4 in fp32. In lower precision
+    it follows from the noise that the engine shows when it starts, which may be 0.1 at most."""

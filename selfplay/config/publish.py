@@ -27,6 +27,7 @@ class PublishConfig(Section):
     api_key_env: str | None = None
     """Environment variable with the key of the servers of `vllm`."""
     proxy_env: str | None = None
-    """Environment variable with the address of the HTTP proxy before the servers of `vllm`; by default none is used."""
+    """Environment variable with the address of the HTTP proxy before the servers of `vllm`. By default no proxy is
+    used."""
     reload_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Time that a server gets to read the weights."""

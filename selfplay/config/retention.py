@@ -13,7 +13,7 @@ class RetentionConfig(Section):
     last: Annotated[int, Field(ge=0)] = 3
     """The newest policies whose weights are kept, beside current, its parent, the initial one and the reference."""
     every: Annotated[int, Field(ge=0)] = 0
-    """Every n-th policy is kept too; 0: none."""
+    """Every n-th policy is kept too. 0: none is."""
     pinned: list[int] = []
     """Policies that are always kept."""
     rejected_rounds: Annotated[int, Field(ge=0)] = 2

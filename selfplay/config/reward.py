@@ -28,7 +28,7 @@ class RewardSource(Section):
     model: str | None = None
     """Checkpoint folder or Hub id of a sequence-classification reward model, served by a child process."""
     heads: dict[str, float] = {}
-    """Of a model with several labels, those that count, with their weights (docs/rewards.md)."""
+    """The labels that count, with their weights, for a model with several labels (docs/rewards.md)."""
     rules: list[Rule] = []
     """Python functions of the response, instead of `model`, served by a child process (docs/rewards.md)."""
     chat_judge: JudgeSettings | None = None
@@ -37,26 +37,27 @@ class RewardSource(Section):
     """Any kind of reward, instead of `model`: `{kind: NAME, …}` with the settings of that kind, served by a child process
     (docs/rewards.md). A kind of your own is named by its place, `module:Class`."""
     url: list[Address] = []
-    """Reward servers that run already, with the same model each; used instead of `model`."""
+    """Reward servers that run already, instead of `model`. All of them have the same model."""
     dialect: Dialect = "selfplay"
     """What the servers of `url` speak: selfplay (`/score`), vllm-classify, vllm-pooling, openrlhf (`/get_reward`)."""
     tokenizer: str | None = None
-    """Tokenizer folder whose chat template renders texts: the reward model's for vLLM, the policy's for openrlhf."""
+    """Folder of the tokenizer whose chat template renders texts. For vLLM it is the reward model's, and for openrlhf
+    the policy's."""
     chat_template_kwargs: Variables = {}
     """Variables for the chat template of `model` or `tokenizer`, such as {enable_thinking: false}. A `chat_judge` has its
     own."""
     template_date: date | None = None
-    """The date that this chat template prints, where it prints one; by default the day on which the run began."""
+    """The date that this chat template prints, if it prints one. The default is the day on which the run began."""
     served_model: str | None = None
     """Name of the model at vLLM servers, where they have several."""
     api_key_env: str | None = None
     """Environment variable with the bearer token for the servers of `url`."""
     proxy_env: str | None = None
-    """Environment variable with the address of the HTTP proxy before the servers of `url`, such as HTTPS_PROXY; by default
-    none is used."""
+    """Environment variable with the address of the HTTP proxy before the servers of `url`, such as HTTPS_PROXY. By
+    default no proxy is used."""
     identity: str | None = None
-    """A name that you vouch for where the servers of `url` tell none: scores are then kept in the cache. Give another one
-    when the model behind the address changes."""
+    """A name for the model behind `url`, for servers that do not name it. With a name, scores are kept in the cache.
+    You vouch for it: give another name when the model behind the address changes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the served reward model."""
     device: str = "auto"
@@ -66,7 +67,8 @@ class RewardSource(Section):
     batch: Positive = 64
     """Items in a request."""
     concurrency: Positive | None = None
-    """Requests in flight; by default two for each server of `url`, or for each GPU that our own server has a copy on."""
+    """Requests in flight. The default is two for each server of `url`, or two for each GPU on which our own server has
+    a copy."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds before one request counts as failed."""
     deadline: Annotated[float, Field(gt=0)] = 300.0
@@ -171,7 +173,7 @@ def _split(source: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 class MemberConfig(RewardSource):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
-    """Its name in reward_parts, logs and metrics; by default its place, from 0."""
+    """Its name in reward_parts, logs and metrics. The default is its place in the list, from 0."""
 
 
 class EnsembleConfig(Section):
@@ -179,7 +181,8 @@ class EnsembleConfig(Section):
     """The rewards that are combined. Each is brought to mean 0 and standard deviation 1 over the first round it scores,
     and keeps that scale."""
     combine: Literal["mean", "minimum", "mean_minus_std"] = "mean"
-    """The ensemble's reward: the members' mean, their minimum, or mean − std_weight · standard deviation over members."""
+    """How the members' scores become one reward: their mean, their minimum, or their mean less std_weight times their
+    standard deviation."""
     std_weight: Annotated[float, Field(ge=0)] = 1.0
     """λ of `mean_minus_std`."""
 
@@ -196,24 +199,28 @@ class EnsembleConfig(Section):
 
 class JudgeConfig(RewardSource):
     ensemble: EnsembleConfig | None = None
-    """Several rewards as one judge, instead of `model` or `url`; their scale is fixed on the first answers it judges."""
+    """Several rewards as one judge, instead of `model` or `url`. Their scale is fixed on the first answers that it
+    judges."""
 
 
 class ShapingConfig(Section):
     """What is taken off the external reward before pairs are made; each part is recorded in reward_parts."""
 
     length_control: Share = 0.0
-    """Share of the reward's linear dependence on length that is taken out; the slope is the round's, within prompts."""
+    """Share of the reward's linear dependence on length that is taken out. The slope is fitted to the round's answers,
+    within each prompt."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Reward taken off for each token beyond length_free."""
     length_free: Annotated[int, Field(ge=0)] = 0
     """Tokens that length_penalty leaves free."""
     repetition_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Reward taken off, times the share of the response's n-grams of tokens that occurred in it before."""
+    """Reward taken off for repetition: this number times the share of the response's n-grams of tokens that occurred in
+    it before."""
     repetition_ngram: Positive = 4
     """Tokens of these n-grams."""
     cut_off_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Reward taken off a response that hit the token limit; pairs.cut_off says whether such responses can be in a pair."""
+    """Reward taken off a response that hit the token limit. pairs.cut_off says whether such a response can be in a
+    pair."""
 
     @property
     def active(self) -> bool:
@@ -222,9 +229,9 @@ class ShapingConfig(Section):
 
 class CacheConfig(Section):
     entries: Annotated[int, Field(ge=0)] = 1_000_000
-    """Scores kept, the least recently used go first (about 100 bytes each); 0: no cache."""
+    """Scores that are kept, about 100 bytes each. The least recently used ones go first. 0: there is no cache."""
     path: Path | None = None
-    """SQLite file, which several runs may share; by default reward/scores.sqlite in the run folder."""
+    """SQLite file, which several runs may share. The default is reward/scores.sqlite in the run folder."""
 
 
 class RewardConfig(RewardSource):
@@ -235,6 +242,6 @@ class RewardConfig(RewardSource):
     cache: CacheConfig = CacheConfig()
     """Scores that are not asked for twice, by content hash."""
     max_missing: Share = 0.05
-    """Share of candidates that may have no score; past it the stage fails."""
+    """Share of the candidates that may have no score. If more have none, the stage fails."""
     noise: Annotated[float, Field(ge=0)] = 1e-4
-    """Explicit margins at or below this are the reward's own noise and make no pair."""
+    """An explicit margin up to this is noise of the reward, and makes no pair."""

@@ -20,25 +20,26 @@ class EndConfig(Section):
     tokens: Positive | None = None
     """Budget of sampled tokens, over all rounds: candidates, rewrites, and answers to held-out prompts."""
     device_hours: Annotated[float, Field(gt=0)] | None = None
-    """Budget of hours in finished stages, times the devices that work: the GPUs of `placement`, all that are visible where
-    a role has none of its own there, 1 without any."""
+    """Budget of hours in finished stages, times the number of devices. These are the GPUs of `placement`. If a role has
+    none of its own there, all visible GPUs count. Without any GPU the number is 1."""
 
 
 class ScheduleConfig(Section):
     mode: Literal["continuous", "interval", "cron"] = "continuous"
-    """A round follows a round; or one every so many minutes; or at the times of a cron line."""
+    """When a round starts: right after the one before, every so many minutes, or at the times of a cron line."""
     every_minutes: Annotated[float, Field(gt=0)] | None = None
     """Minutes from the start of a round to that of the next (`interval`)."""
     cron: str | None = None
     """Five fields: minute, hour, day, month, weekday (`cron`)."""
     time_zone: str = "UTC"
-    """Of the cron line and of the quiet hours (an IANA name)."""
+    """Time zone of the cron line and of the quiet hours (an IANA name)."""
     jitter_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Each start is put off by a random time up to this."""
     quiet_hours: list[Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]] = []
     """Times of day («22:00-06:30») in which no round starts."""
     missed: Literal["skip", "once"] = "once"
-    """Rounds that fell due while the service was down or paused: forgotten, or made up for by a single one."""
+    """What happens to rounds that fell due while the service was down or paused. `skip`: nothing. `once`: a single
+    round makes up for them."""
     ahead: Annotated[int, Field(ge=0, le=1)] = 0
     """With 1 the engine samples the next round while this one trains, by the policy that this round began with. Where the gate
     then lets the new policy through, the answers are one round old: the engine scores them anew under the new policy. Only

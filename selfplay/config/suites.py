@@ -42,17 +42,18 @@ class SuiteConfig(Section):
     every: Positive = 1
     """Rounds between two comparisons."""
     prompts: Positive | None = None
-    """Rows that are used, by default all: of a file a fixed random part, of a task its first documents."""
+    """Rows that are used. By default all are. Of a file they are a fixed random part, and of a task its first
+    documents."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Sampling temperature; 0 is greedy. A task says for itself how it is sampled."""
+    """Sampling temperature. 0 takes the likeliest token each time. A task says for itself how it is sampled."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; 1 keeps every token."""
+    """Nucleus sampling: the share of the probability that is sampled from. 1 keeps every token."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Tokens to sample from; 0 keeps every token."""
+    """How many of the likeliest tokens are sampled from. 0 keeps every token."""
     max_tokens: Positive | None = None
     """Longest answer (tokens), by default generate.max_tokens. The context of the engine grows with it."""
     gate: SuiteGate | None = None
-    """When the suite vetoes; without one it is reported only."""
+    """When the suite vetoes. Without this section it is only reported."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

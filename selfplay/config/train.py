@@ -14,7 +14,7 @@ class LoraConfig(Section):
     r: Positive = 64
     """Rank."""
     alpha: Positive = 128
-    """Scale: the update is multiplied by alpha / r."""
+    """Scale of the adapter: its update is multiplied by alpha / r."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Layers that get an adapter."""
 
@@ -26,13 +26,13 @@ class EveryN(Section):
 
 class Ema(Section):
     ema: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the policy that samples a round in the reference of this round; the rest is the reference of the round before,
-    at first the initial policy. TRL's soft updates have 0.6."""
+    """Share that the policy which samples a round has in the reference of this round. The rest is the reference of the
+    round before, which is the initial policy at first. The soft updates of TRL have 0.6."""
 
 
 class TrainConfig(Section):
     lora: LoraConfig | None = None
-    """Train an adapter and merge it in fp32; without it all weights are trained."""
+    """Train an adapter, and merge it with the policy in fp32. Without this section all weights are trained."""
     learning_rate: Annotated[float, Field(gt=0)] = 7e-7
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -54,48 +54,53 @@ class TrainConfig(Section):
     beta_max: Annotated[float, Field(gt=0)] = 1.0
     """Upper bound of β."""
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """ε of ε-DPO; 0 is plain DPO."""
+    """ε of ε-DPO. 0 is plain DPO."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """λ: probability that a preference is the wrong way round."""
+    """Probability that a preference is the wrong way round (λ)."""
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the chosen response's negative log-likelihood (mean over its tokens) beside the preference loss."""
     max_chosen_drop: Annotated[float, Field(gt=0)] | None = 50.0
-    """A warning is recorded when chosen and rejected responses both lose more than this to the reference (nats a response,
-    mean of the last ten steps): the policy then avoids the data instead of telling its pairs apart. null for none."""
+    """A warning is recorded if both chosen and rejected responses lose more than this to the reference (nats a
+    response, mean of the last ten steps). The policy then avoids the data instead of telling its pairs apart. null:
+    there is no warning."""
     reference: Literal["previous", "initial"] | EveryN | Ema = "previous"
-    """The reference: the policy that sampled the round, the initial one, one refreshed `every: n` rounds, or a moving average
-    of the policies (`ema: share`), which moves once a round."""
+    """The reference of the training. `previous`: the policy that sampled the round. `initial`: the initial policy.
+    `{every: n}`: a policy that is replaced every n rounds. `{ema: share}`: a moving average of the policies, which
+    moves once a round."""
     replay: Annotated[float, Field(ge=0)] = 0.0
-    """Pairs of earlier rounds that are trained on again, for each pair of the round; 0: none. A seed draws them from what the
-    last `replay_rounds` rounds trained on. Retention never deletes these files."""
+    """Pairs of earlier rounds that are trained on again, for each pair of the round. They are drawn by a seed from the
+    pairs of the last `replay_rounds` rounds. Retention never deletes these files. 0: there are none."""
     replay_rounds: Positive = 3
-    """Earlier rounds that `replay` draws from, those aside that were given up."""
+    """Earlier rounds that `replay` draws from. Rounds that were given up do not count."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay of AdamW."""
     bf16: bool = False
-    """Mixed precision: matrix products in bf16; weights, optimizer and losses stay in fp32."""
+    """Mixed precision: matrix products are in bf16. Weights, optimizer and losses stay in fp32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Whether activations are computed again in the backward pass. It takes less memory, and a third more time."""
     save_steps: Positive = 50
-    """Optimizer steps between saves: the most that an interruption can lose."""
+    """Optimizer steps between two saves. An interruption loses no more than these."""
     min_update: Annotated[float, Field(ge=0)] = 1e-7
     """A round whose update is smaller than this (relative norm) fails as «no update»."""
     agreement_mean: Annotated[float, Field(gt=0)] | None = None
-    """Bound on the mean |trainer − engine| log-probability (nats a token); by default 1e-3 in fp32, 5e-2 below."""
+    """Bound on the mean difference between the log-probabilities of trainer and engine (nats a token). The default is
+    1e-3 in fp32, and 5e-2 in lower precision."""
     agreement_p99: Annotated[float, Field(gt=0)] | None = None
-    """Bound on the 99th percentile of the same; by default 1e-2 in fp32, 2.5e-1 below."""
+    """Bound on the 99th percentile of that difference. The default is 1e-2 in fp32, and 2.5e-1 in lower precision."""
     agreement_pairs: Positive = 256
     """Pairs of the round, drawn by a seed, whose log-probabilities are compared before the first step."""
     accelerate: Path | None = None
-    """Configuration file for `accelerate launch` (processes, FSDP); without one the trainer is a single plain process."""
+    """Configuration file for `accelerate launch` (processes, FSDP). Without one the trainer is a single plain
+    process."""
     stay: bool = True
-    """The trainer lives as long as the run, and between its orders it holds no more of a GPU than its context. false ends it
-    after each round, or before the engine wakes where they share GPUs: for those who need the memory of that context, or of the
-    policies that it keeps on the host. Behind accelerate's launcher it always ends then."""
+    """Whether the trainer lives as long as the run. Between its orders it holds no more of a GPU than its context. With
+    false it ends after each round, or before the engine wakes if they share GPUs. That frees the memory of this
+    context, and of the policies that the trainer keeps on the host. Behind the launcher of accelerate it always ends
+    then."""
     cpu_threads: Positive | None = None
-    """Threads of the trainer on a CPU; null for all cores that it may use. Where that leaves no core to the engine, the
+    """Threads of the trainer on a CPU. null: all cores that it may use. If that leaves no core to the engine, the
     champion answers the held-out prompts before the training, and not beside it."""
     silence: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds without a sign of progress after which the trainer is taken for hung."""

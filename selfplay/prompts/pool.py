@@ -46,7 +46,7 @@ class Added(Prompt):
 
 
 class Pool:
-    """The prompts of a run, in the order they came. Of each some 20 bytes are in memory; the rest is read when it is asked for."""
+    """The prompts of a run, in the order they came. Of each some 30 bytes are in memory; the rest is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._files = folder, _files(folder)
@@ -54,6 +54,7 @@ class Pool:
         known = [_imported(folder), *map(_added, added.files(folder / ADDED))]
         self._hashes, self._splits, self._joined = (np.concatenate(columns) for columns in zip(*known, strict=True))
         self._order: NDArray[np.int64] | None = None  # of the hashes, once somebody looks for one
+        self._training: tuple[NDArray[np.int64], NDArray[np.int32]] | None = None  # likewise
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -72,8 +73,10 @@ class Pool:
 
     def training(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """(hashes, first rounds) of the prompts to train on, (n,) each; first round 0: it was there from the start."""
-        train = self._splits == parts.SPLITS.index("train")
-        return self._hashes[train], self._joined[train]
+        if self._training is None:
+            train = self._splits == parts.SPLITS.index("train")
+            self._training = self._hashes[train], self._joined[train]
+        return self._training
 
     def read(self, prompt_ids: Sequence[str]) -> list[Prompt]:
         """These prompts, in this order. For a few: all of them are in memory. Raises KeyError."""
@@ -96,7 +99,7 @@ class Pool:
             hashes, splits, joined = _added(file)
             self._hashes = np.append(self._hashes, hashes)
             self._splits, self._joined = np.append(self._splits, splits), np.append(self._joined, joined)
-            self._order = None
+            self._order = self._training = None
             if added.merge(self._folder / ADDED, Added):
                 self._files = _files(self._folder)
                 self._ends = np.cumsum([rows.count(file) for file in self._files], dtype=np.int64)

@@ -25,6 +25,7 @@ INSIDE = ("reward_model", "ground_truth")
 """An object, and its key that is a reference (verl)."""
 COLUMNS = ("reference", *(name for needed, others in FORMATS for name in needed + others), *NAMES, INSIDE[0])
 """All columns that may hold a reference."""
+_COLUMNS = frozenset(COLUMNS)
 
 
 def reference_of(row: Mapping[str, Any]) -> str | None:
@@ -33,6 +34,8 @@ def reference_of(row: Mapping[str, Any]) -> str | None:
     A value that is missing, null or empty is not there. Raises TypeError, ValueError and RecursionError for a value that is
     no JSON.
     """
+    if _COLUMNS.isdisjoint(row):  # as most rows are
+        return None
     if _is_there(row.get("reference")):
         return _text(row["reference"])
     for needed, others in FORMATS:

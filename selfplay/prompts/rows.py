@@ -2,9 +2,11 @@
 
 A pool is read in small draws from random places. A Parquet file answers that badly: a reader decodes a whole row group to
 get at one row, and small groups make a footer of more than a hundred megabytes for a million rows. An Arrow file of
-record batches of sixteen rows answers it well: its footer holds 24 bytes a batch, and a row costs one read of some ten to
-fifty kilobytes. The buffers are packed with LZ4, because zstd takes longer to unpack than the disk takes to read. The file
-is read, not mapped into memory: the pages of a mapped file around each row would count as memory of the process.
+record batches of eight rows answers it well: its footer holds 24 bytes a batch, and a row costs one read of some five to
+twenty-five kilobytes. Of a large pool nearly every row that is drawn lies in a batch of its own. Smaller batches would cost
+as much to read, and more space. The buffers are packed with LZ4, because zstd takes longer to unpack than the disk takes to
+read. The file is read, not mapped into memory: the pages of a mapped file around each row would count as memory of the
+process.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from selfplay.storage import tables
 from selfplay.storage.folders import whole
 from selfplay.types import Prompt
 
-BATCH_ROWS = 16
+BATCH_ROWS = 8  # of files that are written; those of earlier versions have batches of sixteen
 ARROW, PARQUET = ".arrow", ".parquet"
 
 
@@ -61,7 +63,7 @@ def count(path: Path) -> int:
         return tables.count_rows(path)
     with ipc.open_file(pa.OSFile(str(path))) as file:
         batches = file.num_record_batches
-        return (batches - 1) * BATCH_ROWS + file.get_batch(batches - 1).num_rows if batches else 0
+        return (batches - 1) * _batch_rows(file) + file.get_batch(batches - 1).num_rows if batches else 0
 
 
 def take(path: Path, numbers: NDArray[np.int64]) -> pa.Table:
@@ -74,16 +76,22 @@ def take(path: Path, numbers: NDArray[np.int64]) -> pa.Table:
             return reader.take(numbers)
     found: list[pa.RecordBatch] = []
     with ipc.open_file(pa.OSFile(str(path)), options=ipc.IpcReadOptions(use_threads=False)) as file:
+        each = _batch_rows(file) if len(numbers) else 1
         last, batch = -1, None
         for number in numbers.tolist():
-            if number // BATCH_ROWS != last:
-                last = number // BATCH_ROWS
+            if number // each != last:
+                last = number // each
                 batch = file.get_batch(last)
             assert batch is not None
-            found.append(batch.slice(number % BATCH_ROWS, 1))
+            found.append(batch.slice(number % each, 1))
         # Combined, the rows leave the batches behind that they were read in.
         table = pa.Table.from_batches(found, file.schema).combine_chunks()
     return tables.completed(table, tables.schema(Prompt).names, Prompt)
+
+
+def _batch_rows(file: ipc.RecordBatchFileReader) -> int:
+    """Rows of every record batch of a file but the last, which may have fewer."""
+    return int(file.get_batch(0).num_rows)
 
 
 def _packed() -> ipc.IpcWriteOptions:

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+from check_world import model, said, settings
 from mini import ROOT
-from test_check import model, said, settings
 
 from selfplay.checks import hub, sizes
 from selfplay.checks.check import check

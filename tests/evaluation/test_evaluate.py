@@ -1,9 +1,9 @@
 """The stage `evaluate`: an engine that answers as told, a real judge behind HTTP, and the comparison by hand."""
 
 import pytest
+from fake_reward import fake
 from pairs_world import Told
 from test_judge import answer, judging, prompt, scored
-from test_reward_client import fake
 from test_reward_judge import saying
 
 from selfplay.config import EvaluateConfig

@@ -4,7 +4,7 @@ import contextlib
 import math
 
 import pytest
-from test_reward_client import fake
+from fake_reward import fake
 from test_reward_judge import saying
 
 from selfplay.config import RewardSource

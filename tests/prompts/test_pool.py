@@ -31,7 +31,8 @@ def opened(folder, prompts=None, kind="new"):
         rows.write(folder / pool.FACTS, parts.facts_of(prompts))
         for start in range(0, len(prompts), 700):
             table = tables.to_table(prompts[start : start + 700], Prompt)
-            rows.write(folder / pool.PROMPTS / f"{start:09d}.arrow", table)
+            each = 16 if kind == "sixteen" else rows.BATCH_ROWS
+            rows.write(folder / pool.PROMPTS / f"{start:09d}.arrow", table, each)
     return pool.Pool(folder)
 
 
@@ -54,7 +55,7 @@ def test_a_pool_written_before_prompts_could_join_is_read(tmp_path):
     assert row.ancestor == "root of old"
 
 
-@pytest.mark.parametrize("kind", ["old", "new"])
+@pytest.mark.parametrize("kind", ["old", "sixteen", "new"])
 def test_a_pool_is_read_where_it_is_asked_for(tmp_path, kind):
     """Of 2,000 prompts of 500 tokens, 8 MB of ids alone, next to nothing is held."""
     splits = {3: "heldout", 5: "audit", 1999: "heldout"}

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from fake_reward import ITEMS, QUICK, fake, send, status
 from reward_world import CONTROL, bare_scores, conversation, process_of, reward_model, tokenizer_with
-from test_reward_client import ITEMS, QUICK, fake, send, status
 from transformers import PreTrainedTokenizerFast
 
 from reward.client import RewardClient, RewardUnavailable

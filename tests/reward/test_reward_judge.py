@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_reward import Answer, FakeServer, fake, send
 from reward_world import process_of
-from test_reward_client import Answer, FakeServer, fake, send
 
 from reward import kinds
 from reward.client import RewardClient

@@ -4,8 +4,8 @@ import threading
 import time
 
 import pytest
+from fake_reward import send
 from outside import until
-from test_reward_client import send
 from test_scoring import Stage, length, reward, rows
 
 from selfplay.errors import Interrupted, RewardError

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_reward import fake
 from pydantic import ValidationError
 from reward_world import reward_model
-from test_reward_client import fake
 from test_reward_dialects import numbers
 from test_reward_judge import saying
 

@@ -8,10 +8,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from fake_reward import fake, send
 from mini import nothing_left
 from outside import served
 from reward_world import bare_scores, conversation, reward_model
-from test_reward_client import fake, send
 
 from selfplay.config import EnsembleConfig, RewardSource
 from selfplay.errors import GuardError, Interrupted, RewardError

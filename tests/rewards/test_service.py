@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_reward import fake, send
 from mini import commands, nothing_left
-from test_reward_client import fake, send
 
 from selfplay.config import RewardSource
 from selfplay.errors import InputError, RewardError

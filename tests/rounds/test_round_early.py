@@ -5,9 +5,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from fake_reward import fake, send
 from outside import until
 from steps_world import LINE
-from test_reward_client import fake, send
 from test_round_score import opened, scoring
 
 from selfplay.errors import GuardError, Interrupted, RewardError

@@ -5,9 +5,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from fake_reward import fake
 from steps_world import LINE, Opened
 from storage_world import sign
-from test_reward_client import fake
 
 from selfplay.errors import EngineError
 from selfplay.storage import folders

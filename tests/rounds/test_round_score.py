@@ -4,10 +4,10 @@ import contextlib
 import json
 
 import pytest
+from fake_reward import fake, send
 from outside import Relay
 from reward_world import process_of
 from steps_world import LINE, Opened, write_sampled
-from test_reward_client import fake, send
 
 from selfplay.errors import GuardError, Interrupted
 from selfplay.rounds import steps as steps_of_rounds

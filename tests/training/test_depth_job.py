@@ -14,7 +14,7 @@ import pytest
 import torch
 from outside import until
 from safetensors.torch import load_file, save_file
-from test_trainer import bytes_of, checkpoint, job_of, start
+from trainer_world import bytes_of, checkpoint, job_of, start
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from selfplay.errors import TrainError

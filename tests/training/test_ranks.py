@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_depth_job import features_job
 from test_depth_job import run as run_features
 from test_depth_job import write_pairs as write_base_pairs
-from test_trainer import bytes_of, checkpoint, job_of, run, start, write_pairs
+from trainer_world import bytes_of, checkpoint, job_of, run, start, write_pairs
 
 from selfplay.processes.child import Child
 from selfplay.training.jobs import LoraJob, TrainJob

@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -7,14 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
+from epsilon_dpo_world import LORA, WORDS, PlainRecording, Recording, config, make, model, pairs, tokenizer, weights_of
 from largest import Largest
-from peft import LoraConfig, PromptTuningConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from plain_trainer import PlainEpsilonDPOTrainer
+from peft import LoraConfig
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -22,123 +18,15 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
 )
 from trl import DPOConfig, DPOTrainer
 
-from selfplay.errors import TrainError
 from selfplay.methods import epsilon_dpo
 from selfplay.methods.tiles import Tile
-from selfplay.training.epsilon_dpo import STATE_FILE, EpsilonDPOConfig, EpsilonDPOTrainer
 
 pytestmark = pytest.mark.service
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-WORDS = 60
-
-
-def tokenizer(words: int = WORDS) -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
-    fast = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": WORDS,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
-
-
-def pairs(n: int = 16, seed: int = 0) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low: int, high: int) -> list[int]:
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, WORDS, (length,), generator=generator).tolist()
-
-    return Dataset.from_list([
-        {"prompt_ids": ids(3, 9), "chosen_ids": [*ids(2, 12), 2], "rejected_ids": [*ids(2, 12), 2]} for _ in range(n)
-    ])  # fmt: skip
-
-
-def config(folder: Path, **changes: Any) -> EpsilonDPOConfig:
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "beta": 0.1,
-        "epsilon": 0.1,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "data_seed": 3,
-    }
-    return EpsilonDPOConfig(**(settings | changes))
-
-
-class Recording(EpsilonDPOTrainer):
-    """Keeps the loss, the steps s and the β of every training micro-batch, and β after every optimizer step."""
-
-    def __init__(self, *rest: Any, **kwargs: Any) -> None:
-        self.losses: list[float] = []
-        self.steps: list[list[int]] = []
-        self.used: list[float] = []
-        self.betas: list[float] = []
-        super().__init__(*rest, **kwargs)
-        self.remove_callback(PrinterCallback)
-
-    def _compute_loss(self, *rest: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super()._compute_loss(*rest, **kwargs)
-        if self.model.training:
-            self.losses.append(loss.item())
-            self.used.append(self.beta)
-        return loss
-
-    def _count(self, steps: torch.Tensor, *rest: Any) -> None:
-        if self.model.training:
-            self.steps.append(steps.tolist())
-        super()._count(steps, *rest)
-
-    def step_taken(self) -> None:
-        super().step_taken()
-        self.betas.append(self.beta)
-
-
-class PlainRecording(Recording, PlainEpsilonDPOTrainer):
-    """The same of the trainer that holds whole logits."""
-
-
-def make(
-    folder: Path, data: Dataset | None = None, policy: Any = None, reference: Any = None, peft_config: Any = None,
-    kind: type[Recording] = Recording, **changes: Any,
-) -> Recording:  # fmt: skip
-    """A trainer whose reference is another random model, so that steps are taken from the first batch on."""
-    return kind(
-        policy or model(), reference or model(7), args=config(folder, **changes), train_dataset=data or pairs(),
-        processing_class=tokenizer(), peft_config=peft_config,
-    )  # fmt: skip
-
-
-def weights_of(trainer: EpsilonDPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
 # --- the authors' trajectory ----------------------------------------------------------------------------------------
@@ -405,215 +293,3 @@ def test_the_drop_of_the_chosen_is_averaged_over_the_last_steps(tmp_path: Path) 
     resumed = make(tmp_path / "again", reference=model(), num_train_epochs=7, learning_rate=3e-2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
     assert resumed.state.log_history[-2]["chosen_drop"] == logs[-1]["chosen_drop"]
-
-
-# --- beta -------------------------------------------------------------------------------------------------------------
-
-
-def test_beta_moves_once_an_optimizer_step_by_the_mean_of_all_its_pairs(tmp_path: Path) -> None:
-    """20 pairs in micro-batches of 4, two a step: 8, 8 and 4 pairs."""
-    trainer = make(tmp_path, data=pairs(20), num_train_epochs=1)
-    trainer.train()
-    groups = [trainer.steps[0:2], trainer.steps[2:4], trainer.steps[4:]]
-    assert trainer.used == [trainer.used[i] for i in (0, 0, 2, 2, 4)]
-    beta, wanted = 0.1, []
-    for group in groups:
-        s = [one for micro in group for one in micro]
-        beta = beta / (1 + 0.1 * sum(s) / len(s))
-        wanted.append(beta)
-    assert trainer.betas == pytest.approx(wanted, rel=1e-9)
-    assert len(set(wanted)) > 1
-    logged = trainer.state.log_history[:3]
-    assert [log["beta"] for log in logged] == pytest.approx(wanted, rel=1e-9)
-    assert [log["epsilon/up"] for log in logged] == [np.mean(np.concatenate(group) == 1) for group in groups]
-
-
-def test_a_skipped_optimizer_step_leaves_beta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make(tmp_path, num_train_epochs=1)
-    monkeypatch.setattr(
-        Accelerator, "optimizer_step_was_skipped", property(lambda self: trainer.state.global_step == 0)
-    )
-    trainer.train()
-    assert trainer.betas[0] == 0.1
-    s = [*trainer.steps[2], *trainer.steps[3]]
-    assert trainer.betas[1] == pytest.approx(0.1 / (1 + 0.1 * sum(s) / len(s)))
-
-
-def test_evaluation_touches_neither_steps_nor_beta(tmp_path: Path) -> None:
-    plain = make(tmp_path)
-    plain.train()
-    evaluated = Recording(
-        model(), model(7), args=config(tmp_path, eval_strategy="steps", eval_steps=1), train_dataset=pairs(),
-        eval_dataset=pairs(6, seed=1), processing_class=tokenizer(),
-    )  # fmt: skip
-    before = evaluated.evaluate()
-    assert evaluated.beta == 0.1 and before["eval_loss"] > 0 and "eval_epsilon/up" in before
-    evaluated.train()
-    assert evaluated.betas == plain.betas
-
-
-def test_beta_stays_within_its_limits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    free = make(tmp_path)
-    free.train()
-    limit = (min(free.betas) + 0.1) / 2
-    with caplog.at_level(logging.WARNING, logger="selfplay.training.epsilon_dpo"):
-        limited = make(tmp_path, beta_min=limit, beta_max=0.1)
-        limited.train()
-    assert all(limit <= beta <= 0.1 for beta in limited.betas)
-    assert any(log["beta_at_limit"] == 1 for log in limited.state.log_history[:-1])
-    assert "held at" in caplog.text
-
-
-def test_a_resumed_run_ends_with_the_same_bytes_and_beta(tmp_path: Path) -> None:
-    whole = make(tmp_path / "whole", save_strategy="steps", save_steps=1)
-    whole.train()
-    saved = [json.loads((tmp_path / f"whole/checkpoint-{i}" / STATE_FILE).read_text())["beta"] for i in (1, 2, 3, 4)]
-    assert saved == whole.betas and len(set(saved)) > 1
-    for i in (1, 2, 3):  # within an epoch and at its end
-        resumed = make(tmp_path / "again")
-        resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{i}"))
-        assert resumed.beta == whole.beta
-        assert all(torch.equal(weights_of(whole)[name], tensor) for name, tensor in weights_of(resumed).items())
-    last = make(tmp_path / "whole")
-    last.train(resume_from_checkpoint=True)
-    assert last.beta == whole.beta and last.losses == []
-
-
-def test_a_checkpoint_without_beta_is_refused(tmp_path: Path) -> None:
-    trainer = make(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
-    trainer.train()
-    (tmp_path / "checkpoint-1" / STATE_FILE).unlink()
-    with pytest.raises(ValueError, match="not whole"):
-        make(tmp_path).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="no checkpoint"):
-        make(tmp_path / "empty").train(resume_from_checkpoint=True)
-
-
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
-
-
-def test_an_adapter_learns_and_its_base_does_not_move(tmp_path: Path) -> None:
-    trainer = EpsilonDPOTrainer(
-        model(), None, args=config(tmp_path), train_dataset=pairs(), processing_class=tokenizer(), peft_config=LORA
-    )
-    before = weights_of(trainer)
-    trainer.train()
-    moved = {name for name, tensor in weights_of(trainer).items() if not torch.equal(before[name], tensor)}
-    assert moved and all("lora_" in name for name in moved)
-    first, *_, last, _ = trainer.state.log_history
-    assert first["epsilon/zero"] == 1.0, "a fresh adapter is its own reference"
-    assert last["loss"] < first["loss"] and trainer.beta != 0.1
-
-
-def test_in_bf16_an_adapter_casts_no_input_and_learns_the_same_to_the_bit(tmp_path: Path) -> None:
-    found = []
-    for casts in (False, True):
-        trainer = make(tmp_path / str(casts), peft_config=LORA, max_steps=3, bf16=True)
-        layers = [layer for layer in trainer.model.modules() if isinstance(layer, BaseTunerLayer)]
-        assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
-        for layer in layers:
-            layer.cast_input_dtype_enabled = casts
-        trainer.train()
-        found.append(weights_of(trainer))
-    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
-
-
-def test_an_explicit_reference_of_an_adapter_is_used(tmp_path: Path) -> None:
-    trainer = make(tmp_path, peft_config=LORA, max_steps=1)
-    full = make(tmp_path, max_steps=1)
-    assert trainer.reference_logps()[0].tolist() == full.reference_logps()[0].tolist()
-    trainer.train()
-    full.train()
-    assert trainer.losses[0] == pytest.approx(full.losses[0], rel=1e-5)  # the adapter starts as nothing
-    assert trainer.losses[0] != pytest.approx(math.log(2), rel=1e-2)
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"loss_type": "hinge"}, {"loss_type": ["sigmoid", "sft"]}, {"f_divergence_type": "js_divergence"},
-        {"ld_alpha": 0.5}, {"use_weighting": True}, {"sync_ref_model": True}, {"precompute_ref_log_probs": True},
-        {"use_liger_kernel": True}, {"disable_dropout": False}, {"padding_free": True}, {"loss_weights": [2.0]},
-        {"logging_nan_inf_filter": True}, {"epsilon": 1.0}, {"epsilon": -0.1}, {"beta": 0.0}, {"label_smoothing": 0.5},
-        {"nll_weight": -1.0}, {"beta": 0.1, "beta_min": 0.2}, {"beta": 0.1, "beta_max": 0.05},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_settings_that_have_no_meaning_are_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(reversed(setting)).split("_")[0]):
-        make(tmp_path, **setting)
-
-
-def test_a_plain_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="EpsilonDPOConfig"):
-        EpsilonDPOTrainer(model(), args=DPOConfig(str(tmp_path), use_cpu=True), train_dataset=pairs())
-
-
-def test_defaults_that_hide_something_are_off(tmp_path: Path) -> None:
-    args = EpsilonDPOConfig(str(tmp_path), use_cpu=True)
-    assert (args.bf16, args.gradient_checkpointing, args.max_length, args.logging_nan_inf_filter) == (False,) * 2 + (
-        None,
-        False,
-    )
-    assert args.epsilon == 0.01
-
-
-ROW = {"prompt_ids": [3, 4], "chosen_ids": [5, 2], "rejected_ids": [6, 7, 2]}
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "not text"),
-        ([ROW, ROW | {"rejected_ids": []}], "row 1 has no rejected_ids"),
-        ([ROW, ROW | {"chosen_ids": [5] * 40}], "row 1.*42 tokens"),
-        ([ROW | {"chosen_ids": [WORDS, 2]}], f"token id {WORDS}"),
-    ],
-)
-def test_data_that_cannot_be_taken_as_it_is(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(tmp_path, data=Dataset.from_list(rows), max_length=32)
-
-
-class Scaled(LlamaForCausalLM):
-    """A model whose config says nothing of what it does to its logits."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().forward(*args, **kwargs)
-        outputs.logits = outputs.logits * 1.1
-        return outputs
-
-
-def test_a_model_that_does_more_to_its_logits_is_refused_before_it_is_trained(tmp_path: Path) -> None:
-    for policy, reference in ((Scaled(model().config), model()), (model(), Scaled(model().config))):
-        trainer = make(tmp_path, policy=policy, reference=reference)
-        with pytest.raises(TrainError, match="Scaled does more to its logits") as error:
-            trainer.train()
-        assert error.value.kind == "input" and trainer.losses == []
-
-
-def test_prompt_learning_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="use LoRA"):
-        make(tmp_path, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-
-
-def test_no_pairs_are_refused(tmp_path: Path) -> None:
-    empty = pairs(1).select([])
-    with pytest.raises(ValueError, match="no pairs"):
-        EpsilonDPOTrainer(model(), args=config(tmp_path), train_dataset=empty, processing_class=tokenizer())
-
-
-def test_a_loss_that_is_not_a_number_stops_before_any_weight_changes(tmp_path: Path) -> None:
-    broken = model()
-    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
-    trainer = make(tmp_path, policy=broken)
-    before = weights_of(trainer)
-    with pytest.raises(TrainError, match="step 1: the mean loss is nan") as error:
-        trainer.train()
-    assert error.value.kind == "nonfinite" and error.value.hint
-    assert all(torch.equal(before[name], t) or t.isnan().any() for name, t in weights_of(trainer).items())

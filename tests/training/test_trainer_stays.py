@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_depth_job import features_job
-from test_trainer import bytes_of, checkpoint, job_of, start, write_pairs
+from trainer_world import bytes_of, checkpoint, job_of, start, write_pairs
 
 from selfplay.processes.child import Child, ChildDied
 from selfplay.processes.reaping import descendants

@@ -1,55 +1,27 @@
-import contextlib
 import dataclasses
 import json
-import math
 import os
 import sqlite3
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
-import httpx
-import prometheus_client.parser
 import pytest
-from daemon_world import waiting
 from served_world import HOSTILE, Progress, build, config
 from starlette.testclient import TestClient
+from test_api_orders import give
 
-from selfplay.config import RetentionConfig, ServiceConfig
+from selfplay.config import RetentionConfig
 from selfplay.errors import ConfigError
 from selfplay.prompts.pool import write_added
 from selfplay.storage import retention, tables
 from selfplay.storage.ledger import Store
 from selfplay.types import Prompt
 from selfplay.web import attempts, login
-from selfplay.web import view as views
 from selfplay.web.access import read_token
 from selfplay.web.api import create_app
-from selfplay.web.server import serve_in_thread
 
 pytestmark = pytest.mark.service
 
 TOKEN = "correct horse battery staple"
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A made-up run of five rounds, and what the service says of itself."""
-    store = build(tmp_path / "run", rounds=5, pairs=20)
-    yield tmp_path / "run", Progress()
-    store.close()
-
-
-@pytest.fixture
-def client(run):
-    return TestClient(create_app(run[0], config(), run[1], None, page=False), base_url="http://localhost")
-
-
-def give(client, path, body):
-    answer = client.post(path, json=body)
-    return answer.status_code, answer.json()
 
 
 def test_answers_to_the_audit_prompts(client):
@@ -267,56 +239,6 @@ def test_policies_events_and_orders(client):
     ]
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "kind", "arguments"),
-    [
-        ("/api/orders/run", {}, "run", {}), ("/api/orders/pause", {}, "pause", {"after": "round"}),
-        ("/api/orders/pause", {"after": "stage"}, "pause", {"after": "stage"}), ("/api/orders/resume", {}, "resume", {}),
-        ("/api/orders/cancel", {}, "cancel", {}), ("/api/orders/rollback", {"version": 2}, "rollback", {"version": 2}),
-        ("/api/orders/pin", {"version": 2, "pinned": False}, "pin", {"version": 2, "pinned": False}), ("/api/reload", {}, "reload", {}),
-        ("/api/prompts", {"rows": [{"prompt": "a"}]}, "add_prompts", {"rows": [{"prompt": "a"}]}),
-    ],
-)  # fmt: skip
-def test_each_order_is_left_in_the_ledger(client, run, path, body, kind, arguments):
-    status, given = give(client, path, body)
-    assert status == 202
-    store = Store(run[0])
-    row = waiting(store)[-1]
-    store.close()
-    assert (row["id"], row["kind"], row["arguments"], row["origin"]) == (given["order"], kind, arguments, "api")
-
-
-def test_orders_that_cannot_be(client, run, monkeypatch):
-    assert give(client, "/api/orders/pause", {"after": "lunch"})[0] == 422
-    status, problem = give(client, "/api/orders/pause", {"aftr": "stage"})
-    assert status == 422 and "body.aftr" in problem["detail"]
-    assert (
-        give(client, "/api/orders/rollback", {})[0] == give(client, "/api/orders/rollback", {"version": -1})[0] == 422
-    )
-    for odd in ({"version": True}, {"version": "1"}, {"version": 1, "pinned": "no"}):  # no policy is to be guessed
-        assert give(client, "/api/orders/pin", odd)[0] == 422
-    status, problem = give(client, "/api/orders/rollback", {"version": 10**30})
-    assert status == 409 and problem["hint"]
-    assert give(client, "/api/prompts", {"rows": []})[0] == 422
-    assert client.get("/api/orders/pause").status_code == 405
-    assert client.post("/api/orders/lunch", json={}).status_code == 404
-    headers = {"content-type": "application/json"}
-    assert client.post("/api/orders/pause", content=b"{", headers=headers).status_code == 422
-    assert client.post("/api/orders/pause", content=b"\xff", headers=headers).status_code in (400, 422)
-    assert client.post("/api/orders/pause", content=b"[" * 60_000, headers=headers).status_code in (400, 422)
-    for row in (
-        b'{"prompt": "\\ud800"}',
-        b'{"a": NaN}',
-        b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}",
-    ):  # JSON to Python, to no file of ours
-        answer = client.post("/api/prompts", content=b'{"rows": [' + row + b"]}", headers=headers)
-        assert answer.status_code == 422 and "row 0 cannot be stored" in answer.json()["detail"]
-    assert client.post("/api/prompts", content=b"{" + b" " * (8 << 20) + b"}", headers=headers).status_code == 413
-    monkeypatch.setattr(views, "MAX_PENDING", 1)
-    assert give(client, "/api/orders/resume", {})[0] == 202
-    assert give(client, "/api/orders/resume", {})[0] == 429
-
-
 def test_a_ledger_that_does_not_answer(client, run):
     blocker = sqlite3.connect(run[0] / "ledger.sqlite")
     blocker.execute("BEGIN EXCLUSIVE")
@@ -329,77 +251,6 @@ def test_a_ledger_that_does_not_answer(client, run):
     answer = client.get("/api/rounds")
     assert (answer.status_code, answer.json()["detail"]) == (503, "the ledger does not answer")
     assert client.get("/readyz").status_code == 200
-
-
-def scraped(client):
-    families = prometheus_client.parser.text_string_to_metric_families(client.get("/metrics").text)
-    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
-
-
-def test_metrics_tell_what_is_left_to_do_and_why_nothing_is_done(client, run):
-    found = scraped(client)
-    assert found["selfplay_queue_depth", "generate"] == 192 - 64
-    assert not any(name == "selfplay_pause_info" for name, *_ in found)
-    store = Store(run[0])
-    run[1].said = {"state": "paused", "why": "ordered"}
-    for pause, labels in (
-        ({"why": "ordered, after the round", "after": "round"}, ("ordered", "ordered, after the round")),
-        ({"why": "x" * 900, "kind": "failed"}, ("failed", "x" * 200)),
-    ):
-        store.set_state("pause", pause)
-        found = scraped(client)
-        assert [key[1:] for key in found if key[0] == "selfplay_pause_info"] == [labels]
-        assert not any(name == "selfplay_queue_depth" for name, *_ in found)
-    store.close()
-
-
-def test_metrics_for_prometheus(client):
-    found = scraped(client)
-    assert found["selfplay_state", "running"] == 1 and found["selfplay_state", "paused"] == 0
-    assert found["selfplay_rounds_total", "promoted"] == 3 and found["selfplay_rounds_total", "rejected"] == 2
-    assert found["selfplay_rounds_total", "skipped"] == found["selfplay_rounds_total", "cancelled"] == 0
-    assert (
-        found["selfplay_restarts_total", "engine_restart"] == 1
-        and found["selfplay_restarts_total", "swap_restart"] == 0
-        and found["selfplay_restarts_total", "trainer_restart"] == 0
-    )
-    assert found["selfplay_stage_seconds_total", "train"] == pytest.approx(5 * 5.2)
-    assert found["selfplay_last_stage_seconds", "train"] == 5.2
-    assert found["selfplay_tokens_per_second", "generate"] == 5250
-    assert found["selfplay_margin", "explicit"] == 1.1 and found["selfplay_margin", "implicit"] == 0.12
-    assert found["selfplay_beta", "start"] == 0.1 and found["selfplay_beta", "end"] < 0.1
-    assert found["selfplay_win_rate", "low"] < found["selfplay_win_rate", "mean"] < found["selfplay_win_rate", "high"]
-    assert found["selfplay_guard", "ties"] == 0.125 and found["selfplay_guard", "shift"] == 0.25
-    assert found[("selfplay_gate_independent",)] == 0
-    assert {("selfplay_reward", a) for a in ("sampled", "champion", "candidate")} <= found.keys()
-    assert (found[("selfplay_orders_pending",)], found[("selfplay_policy",)], found[("selfplay_round",)]) == (0, 5, 5)
-    assert found[("process_resident_memory_bytes",)] > 0
-
-
-def test_a_webhook_that_does_not_take_alerts_is_seen(client, run):
-    assert client.get("/api/run").json()["webhook"] == "" and scraped(client)[("selfplay_webhook_failing",)] == 0
-    store = Store(run[0])
-    store.set_state("webhook", "the webhook does not take alerts (404)")
-    store.close()
-    assert client.get("/api/run").json()["webhook"].endswith("(404)")
-    assert scraped(client)[("selfplay_webhook_failing",)] == 1
-
-
-def test_metrics_of_a_run_that_has_nothing_yet(tmp_path):
-    client = TestClient(create_app(tmp_path, config(), dict, None, page=False), base_url="http://localhost")
-    assert 'selfplay_state{state="starting"} 1.0' in client.get("/metrics").text
-    for path in (
-        "/api/run",
-        "/api/rounds",
-        "/api/pairs",
-        "/api/policies",
-        "/api/events",
-        "/api/orders",
-        "/api/prompts",
-        "/api/rounds/1/histogram",
-    ):
-        assert client.get(path).status_code == 200
-    assert client.get("/api/run").json()["current_policy"] is None
 
 
 def test_login_gives_a_cookie_that_scripts_cannot_read(run):
@@ -478,145 +329,3 @@ def test_answers_are_small_on_the_wire_where_others_can_reach_them(run):
         )
         answer = client.get("/api/pairs", headers={"authorization": f"Bearer {TOKEN}", "accept-encoding": "gzip"})
         assert (answer.status_code, answer.headers.get("content-encoding")) == (200, expected)
-
-
-@pytest.fixture
-def served(run):
-    """The app on a real port."""
-    app = create_app(run[0], config(), run[1], None, page=False)
-    server, port = serve_in_thread(app, ServiceConfig(port=0))
-    yield run[0], f"http://127.0.0.1:{port}"
-    server.stop()
-    assert not server.thread.is_alive()
-
-
-def test_events_are_streamed_as_they_happen_and_resumed(served):
-    run_dir, base = served
-    store = Store(run_dir)
-    before = store.events()[-1]["id"]
-    found, ready = [], threading.Event()
-
-    def listen():
-        with httpx.stream("GET", f"{base}/api/events/stream", timeout=30) as stream:
-            assert stream.headers["content-type"].startswith("text/event-stream")
-            ready.set()
-            for line in stream.iter_lines():
-                found.append(line)
-                if line == f"id: {before + 2}":
-                    return
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    assert ready.wait(10)
-    time.sleep(0.3)
-    store.event("note", "two\nlines \u2028 and <b>", 5)
-    store.event("note", "last")
-    listener.join(15)
-    assert not listener.is_alive()
-    data = [json.loads(line.removeprefix("data: ")) for line in found if line.startswith("data: ")]
-    assert [(d["id"], d["text"]) for d in data] == [(before + 1, "two\nlines \u2028 and <b>"), (before + 2, "last")]
-    for headers, params, expected in (
-        ({"last-event-id": str(before + 1)}, {}, before + 2),
-        ({}, {"after": before}, before + 1),
-        ({"last-event-id": "x"}, {"after": 0}, 1),
-    ):
-        with httpx.stream("GET", f"{base}/api/events/stream", headers=headers, params=params, timeout=30) as stream:
-            assert next(line for line in stream.iter_lines() if line.startswith("id: ")) == f"id: {expected}"
-    store.close()
-
-
-def test_a_server_with_open_streams_stops_in_time(run):
-    server, port = serve_in_thread(create_app(run[0], config(), run[1], None, page=False), ServiceConfig(port=0))
-    with httpx.stream("GET", f"http://127.0.0.1:{port}/api/events/stream", timeout=30):
-        started = time.monotonic()
-        server.stop()
-        server.stop()
-        assert time.monotonic() - started < 6
-    assert not server.thread.is_alive()
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{port}/healthz")
-
-
-def test_a_port_that_is_taken(served, run):
-    port = int(served[1].rpartition(":")[2])
-    with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be listened on"):
-        serve_in_thread(create_app(run[0], config(), run[1], None, page=False), ServiceConfig(port=port))
-    with pytest.raises(ConfigError, match="no-such-host"):
-        serve_in_thread(
-            create_app(run[0], config(), run[1], None, page=False), ServiceConfig(host="no-such-host.invalid")
-        )
-
-
-def test_the_description_names_every_answer(client):
-    schema = client.get("/api/openapi.json").json()
-    for path, methods in schema["paths"].items():
-        for operation in methods.values():
-            assert operation.get("summary") and operation.get("description"), path
-            good = next(a for status, a in operation["responses"].items() if status.startswith("2"))
-            if path not in ("/metrics", "/api/events/stream"):
-                assert good["content"]["application/json"]["schema"], path
-    assert schema["components"]["schemas"]["Pause"]["additionalProperties"] is False
-
-
-@pytest.mark.parametrize("mode", ["positive", "negative"])
-def test_no_request_makes_the_server_fail(run, mode):
-    """Schemathesis makes requests up from the description, valid and not: no 5xx, and every answer as described."""
-    import hypothesis
-    import schemathesis
-    from schemathesis.specs.openapi import checks
-
-    app = create_app(run[0], config(), run[1], None, page=False)
-    schema = schemathesis.openapi.from_asgi("/api/openapi.json", app, headers={"host": "localhost"})
-    promised = [
-        schemathesis.checks.not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance,
-        checks.content_type_conformance,
-    ]  # fmt: skip
-    statuses = []
-    for found in schema.exclude(path="/api/events/stream").get_all_operations():
-        operation = found.ok()
-        try:
-            cases = operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode))
-        except hypothesis.errors.Unsatisfiable:
-            continue
-
-        @hypothesis.given(case=cases)
-        @hypothesis.settings(
-            max_examples=10,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        def check(case):
-            answer = case.call(headers={"host": "localhost"})
-            statuses.append(answer.status_code)
-            case.validate_response(answer, checks=promised)
-
-        with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # nothing about it can be invalid
-            check()
-    good, bad = sum(s < 300 for s in statuses), sum(400 <= s < 500 for s in statuses)
-    assert (good if mode == "positive" else bad) > 60, (good, bad)
-
-
-def test_what_the_controller_imports_stays_small():
-    """API and page together, and an app made of them: without torch, and within the memory of a controller."""
-    code = (
-        "import sys, tempfile, pathlib\n"
-        "from selfplay.storage import tables\n"
-        "tables.leave_pandas_out()\n"
-        "import selfplay.service.daemon\n"
-        "from selfplay.web.api import create_app\n"
-        "from selfplay.config import load\n"
-        "from selfplay.types import Prompt\n"
-        "folder = pathlib.Path(tempfile.mkdtemp())\n"
-        "create_app(folder, load('configs/tiny.yaml'), dict, None)\n"
-        "tables.write_rows(folder / 'x.parquet', [Prompt(prompt_id='a', messages=[], prompt_ids=[1], split='train')], Prompt)\n"
-        "print(int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6)\n"
-        "print([m for m in ('torch', 'transformers', 'vllm', 'trl', 'sklearn', 'datasets', 'matplotlib', 'pandas') if m in sys.modules])\n"
-    )
-    root = Path(__file__).parents[2]
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
-    ).stdout.split("\n")
-    assert float(out[0]) < 260 and out[1] == "[]", out
-    assert not math.isnan(float(out[0]))
