@@ -1,6 +1,7 @@
 """The side of the process that was started: it asks a template for a fork, and ends as that ends."""
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ READ_BY_IMPORTS = (
     "XDG_",
 )
 """Variables with such names are read while libraries are imported. Where they differ, a process imports for itself."""
+PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -47,6 +49,8 @@ def ask(address: str) -> None:
             fork = int(template.recv(64))
         except (OSError, ValueError):
             return
+        if "SELFPLAY_GUARDED" in environment:  # what it would have asked the kernel for itself
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in PASSED_ON:
             signal.signal(number, lambda number, _: pass_on(fork, number))
         for number in (0, 1):

@@ -24,7 +24,11 @@ TEMPLATES = {
 def module() -> str | None:
     """The module that this process is to run, if it was started as `python [-u] -m MODULE …`."""
     words = [word for word in sys.orig_argv[1:] if word not in ("-u", "-P")]
-    return words[1] if words[:1] == ["-m"] and len(words) > 1 else None
+    if words[:1] != ["-m"] or (
+        words[1:2] == ["reward.server"] and "model" not in words
+    ):  # rules import nothing that is slow
+        return None
+    return words[1]
 
 
 if FOLDER and (template := TEMPLATES.get(module() or "")):

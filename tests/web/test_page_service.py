@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from mini import ROOT, TINY, nothing_left, overrides
 
+from selfplay.storage.ledger import Store
+
 sys.path.insert(0, str(ROOT / "scripts"))
 import chromium
 
@@ -24,8 +26,11 @@ def address(process: "subprocess.Popen[str]") -> str:
 
 @pytest.mark.skipif(chromium.found() is None, reason="no chromium here (Debian: apt-get install chromium)")
 def test_a_round_appears_while_it_runs_and_pause_and_resume_work(calm: tuple[Path, str], mini_world: Path) -> None:
-    """The third round of the calm run."""
+    """The third round of the calm run. The service is paused until the page is there, so that no part of the round is missed."""
     run_dir, _ = calm
+    store = Store(run_dir)
+    store.submit("pause", {}, "cli")
+    store.close()
     longer = ["train.epochs=10", "train.learning_rate=1e-5"]  # long enough to be seen and paused
     settings = [*overrides(mini_world), "service.port=0", "schedule.end.rounds=3", *longer]
     argv = [sys.executable, "-m", "selfplay.cli", "serve", "--config", str(TINY), "--run-dir", str(run_dir)]
@@ -35,11 +40,14 @@ def test_a_round_appears_while_it_runs_and_pause_and_resume_work(calm: tuple[Pat
         with chromium.browser() as tab:
             tab.size(1280, 900)
             tab.open(address(process))
+            tab.wait(f"{CHIP} === 'paused'", 300)
+            tab.click("Resume")
             tab.wait("/round 3: \\w+/.test(document.body.innerText)", 300)
             tab.wait("!!document.querySelector('a[href=\"/rounds/3\"]')")
             tab.click("Pause")
             tab.click("after the stage")
             tab.wait(f"{CHIP} === 'paused'", 300)
+            assert (run_dir / "rounds" / "0003").is_dir()
             assert not (run_dir / "rounds" / "0003" / "promote").exists()
             tab.click("Resume")
             tab.wait(f"{CHIP} === 'running'", 60)
