@@ -1,6 +1,7 @@
 """What `check` says of a cluster: whether there is room, and in what a node differs. Ray itself is asked in tests/cluster."""
 
 import builtins
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,11 @@ def test_a_cluster_that_does_not_answer_and_ray_that_is_not_there(
     config = load(TINY, ["cluster.address=127.0.0.1:1"])
     with pytest.raises(InputError, match="no Ray cluster answers at 127.0.0.1:1: .*refused"):
         list(cluster.nodes(config, tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as deaf, monkeypatch.context() as patched:
+        patched.setattr("selfplay.cluster.driver.ANSWER", 0.5)
+        other = load(TINY, [f"cluster.address=127.0.0.1:{deaf.getsockname()[1]}"])
+        with pytest.raises(InputError, match="what listens there did not answer as Ray does"):
+            list(cluster.nodes(other, tmp_path))
     whole = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
