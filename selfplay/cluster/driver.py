@@ -46,7 +46,8 @@ class OnNode(Host):
     """A host in an actor of Ray, which gives it GPUs and knows the address of its node."""
 
     def __init__(self) -> None:
-        super().__init__(ray.get_gpu_ids(), ray.util.get_node_ip_address())
+        cluster = ray.get_runtime_context().gcs_address
+        super().__init__(ray.get_gpu_ids(), ray.util.get_node_ip_address(), cluster)
 
     def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
