@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from selfplay.processes.reaping import descendants
 
 STORE = 80 << 20  # the least that Ray takes, in bytes
-QUICK = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
+QUICK = {"health_check_period_ms": 500, "health_check_timeout_ms": 5_000, "health_check_failure_threshold": 3}
 
 
 class TwoNodes:
@@ -29,7 +29,7 @@ class TwoNodes:
         self._started = 0
         head = {"num_cpus": cpus[0], "include_dashboard": False, "_system_config": QUICK, **self._next()}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes: list[Any] = []
+        self.nodes: list[str] = []  # their addresses
         for count in cpus[1:]:
             self.add(count)
 
@@ -42,13 +42,25 @@ class TwoNodes:
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def add(self, cpus: int) -> Any:
-        self.nodes.append(self._cluster.add_node(num_cpus=cpus, **self._next()))
-        return self.nodes[-1]
+    def add(self, cpus: int) -> str:
+        """Start a further node, and return its address. Ray waits for it for 30 seconds, which is too little on a busy machine."""
+        how = self._next()
+        address: str = how["node_ip_address"]
+        try:
+            self._cluster.add_node(num_cpus=cpus, **how)
+        except Exception:
+            until(lambda: address in self._alive(), f"the node {address}", seconds=300.0)
+        self.nodes.append(address)
+        return address
 
-    def kill(self, node: Any) -> int:
+    def _alive(self) -> list[str]:
+        return [each["NodeManagerAddress"] for each in self._cluster.global_state.node_table() if each["Alive"]]
+
+    def kill(self, node: str) -> int:
         """SIGKILL a node's raylet and all of its workers; returns how many processes that were."""
-        (raylet,) = [each.process.pid for each in node.all_processes["raylet"]]
+        commands = {pid: _command(pid).split(b"\0") for pid in descendants(os.getpid())}
+        own = f"--node_ip_address={node}".encode()
+        (raylet,) = [pid for pid, words in commands.items() if words[0].endswith(b"/raylet") and own in words]
         victims = [raylet, *(pid for pid in descendants(raylet) if b"ray::" in _command(pid))]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):

@@ -61,8 +61,16 @@ def _lacks(wanted: Mapping[str, Need], there: Sequence[Mapping[str, float]]) -> 
         if able < needed:
             yield role, f"the {role} needs {need}, and {able} of {len(there)} nodes have room for one"
             return
+    if wanted["engine"].workers and not any(node.get("GPU") for node in there):
+        yield (
+            "engine",
+            "an engine on several nodes needs GPUs (cluster.engine.nodes): vLLM's Ray executor knows no CPUs",
+        )
+        return
     for name in ("CPU", "GPU"):
         sums = {role: sum(bundle.get(name, 0) for bundle in need.bundles) for role, need in wanted.items()}
+        if name == "GPU":
+            sums["engine"] += wanted["engine"].workers * wanted["engine"].children
         total, have = sum(sums.values()), sum(node.get(name, 0) for node in there)
         if total > have:
             parts = " + ".join(f"{role} {amount:g}" for role, amount in sums.items() if amount)

@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after the end would start another cluster
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # `host` tells each child its GPUs
 
+import grpc  # type: ignore[import-untyped]
 import ray
 from ray.exceptions import ActorAlreadyExistsError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -30,7 +31,7 @@ from selfplay.processes.places import lasting
 NAMESPACE = "selfplay"
 LOCAL_STORE = 80 << 20  # Bytes of a local cluster's object store. Only lines of the protocol pass through it.
 CALLS = 4  # Calls of a host at a time: one reads, one writes, one sends signals, and one waits for the end.
-ANSWER = 10.0  # Seconds for a cluster to take a connection.
+ANSWER = 30.0  # Seconds for a cluster to take a connection.
 LOOK = 0.5  # Seconds before another try to take the name of a host that ends.
 
 Bundle = Mapping[str, float]
@@ -45,7 +46,8 @@ class OnNode(Host):
     """A host in an actor of Ray, which gives it GPUs and knows the address of its node."""
 
     def __init__(self) -> None:
-        super().__init__(ray.get_gpu_ids(), ray.util.get_node_ip_address())
+        cluster = ray.get_runtime_context().gcs_address
+        super().__init__(ray.get_gpu_ids(), ray.util.get_node_ip_address(), cluster)
 
     def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
@@ -87,11 +89,19 @@ def connect(address: str) -> None:
 
 
 def _require_answer(address: str) -> None:
-    """Raises OSError where nothing listens there. Ray itself would try for minutes."""
+    """Raises OSError where nothing listens there, or something else than Ray. Ray itself would try for minutes."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address() or ""
     if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
         socket.create_connection((found[1], int(found[2])), ANSWER).close()
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        host = f"[{found[1]}]" if ":" in found[1] else found[1]
+        with grpc.insecure_channel(f"{host}:{found[2]}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+            try:
+                grpc.channel_ready_future(channel).result(ANSWER)
+            except grpc.FutureTimeoutError:
+                raise TimeoutError(f"what listens there did not answer as Ray does in {ANSWER:.0f} s") from None
 
 
 def disconnect() -> None:

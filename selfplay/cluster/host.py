@@ -31,9 +31,11 @@ CHUNK = 1 << 20  # The most bytes that are handed on at a time.
 class Host:
     """One child of a run. Several threads call it: one reads, one writes, one sends signals."""
 
-    def __init__(self, gpus: Sequence[object], address: str) -> None:
-        """`gpus`: the names of those that this process was given; `address`: of this node."""
+    def __init__(self, gpus: Sequence[object], address: str, cluster: str = "") -> None:
+        """`gpus`: the names of those that this process was given; `address`: of this node; `cluster`: the address of Ray's, for
+        an engine whose workers lie on several nodes. It takes an empty list of visible GPUs for none said."""
         self._visible = {**ORDER, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        self._visible |= {"RAY_ADDRESS": cluster} if cluster else {}
         self._address = address
         self._child: Local | None = None
         self._heard = time.monotonic()

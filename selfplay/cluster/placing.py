@@ -61,6 +61,8 @@ class Need:
     spread: bool
     apart: bool = False
     """They are one child on several nodes."""
+    workers: int = 0
+    """Processes with a GPU each, for which each child asks Ray by itself."""
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -75,6 +77,7 @@ class Need:
 
     def __str__(self) -> str:
         each = f"{self.cpus} CPU" + (f" and {self.gpus} GPU" if self.gpus else "")
+        each += f" and {self.workers} workers with 1 GPU" if self.workers else ""
         where = " on as many nodes" if self.strategy == "STRICT_SPREAD" else ""
         return f"{self.children} × {each}{where}"
 
@@ -97,7 +100,15 @@ def needs(config: Config, with_gpus: bool) -> dict[str, Need]:
     for role, children in roles.items():
         settings = cluster.role(role)
         gpus = settings.gpus if settings.gpus is not None else usual.get(role, 1) if with_gpus else 0
-        need = Need(children=children, cpus=settings.cpus, gpus=gpus, spread=settings.spread, apart=role == "trainer")
+        workers = usual[role] * config.engine_nodes if role == "engine" and config.engine_nodes > 1 else 0
+        need = Need(
+            children=children,
+            cpus=settings.cpus,
+            gpus=0 if workers else gpus,
+            spread=settings.spread,
+            apart=role == "trainer",
+            workers=workers,
+        )
         if children:
             found[role] = need
     return found

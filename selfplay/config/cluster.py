@@ -19,6 +19,12 @@ class RoleConfig(Section):
     """Children of this role are put on different nodes as far as possible. false packs them together."""
 
 
+class EngineRoleConfig(RoleConfig):
+    nodes: Positive = 1
+    """Nodes that each engine lies on. With more than one vLLM's own Ray executor spreads it: each node has a stage of its pipeline,
+    split over `generate.engine.tensor_parallel` GPUs. GPUs only."""
+
+
 class TrainerRoleConfig(RoleConfig):
     nodes: Positive = 1
     """Nodes that train together, each with a launcher of its own. More than one needs `train.accelerate`, whose `num_processes`
@@ -37,7 +43,7 @@ class ClusterConfig(Section):
     autoscaling: bool = False
     """The cluster gets further nodes when something waits for them. `selfplay check` then takes a lack of room for a warning, and
     every role has to say how many GPUs it has, since none may be there yet."""
-    engine: RoleConfig = RoleConfig()
+    engine: EngineRoleConfig = EngineRoleConfig()
     """Each engine of the generator."""
     reward: RoleConfig = RoleConfig()
     """Each reward model, those of suites included."""

@@ -157,10 +157,15 @@ class Config(Section):
             )
         if self.cluster.trainer.nodes > 1 and self.train.accelerate is None:
             raise ValueError("cluster.trainer.nodes is more than 1: name the processes on them in train.accelerate")
+        if self.cluster.engine.nodes > 1 and self.cluster.engine.gpus:
+            raise ValueError(
+                "cluster.engine.nodes is more than 1: leave cluster.engine.gpus out, since vLLM's own workers take the GPUs, "
+                "generate.engine.tensor_parallel on each node"
+            )
         if self.cluster.engine.gpus and self.cluster.engine.gpus < self.generate.engine.tensor_parallel:
             raise ValueError(
                 f"cluster.engine.gpus = {self.cluster.engine.gpus} is less than generate.engine.tensor_parallel = "
-                f"{self.generate.engine.tensor_parallel}: an engine lies on one node"
+                f"{self.generate.engine.tensor_parallel}: an engine lies on one node, unless cluster.engine.nodes says otherwise"
             )
         silence = min(self.generate.engine.silence, self.train.silence)
         if self.cluster.wait >= silence:
@@ -169,6 +174,11 @@ class Config(Section):
                 f"the shorter is {silence:g}: a child that waits for room would be taken for one that hangs"
             )
         return self
+
+    @property
+    def engine_nodes(self) -> int:
+        """Nodes that each engine lies on."""
+        return 1 if self.cluster is None else self.cluster.engine.nodes
 
     @property
     def run_dir(self) -> Path:

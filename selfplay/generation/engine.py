@@ -5,7 +5,7 @@ oom, disk or internal. Prompts come from files and answers go to files, so that 
 `prompts` is a file of `Prompt` rows, `answers` and `out` are files of `Candidate` rows, prompt by prompt. An engine on another
 node than the controller is told the hashes of the files that an order is about, and checks them first (`storage/seen.py`).
 
-    load             {model, dtype, seed, max_model_len, max_num_seqs, gpu_memory_utilization, tensor_parallel,
+    load             {model, dtype, seed, max_model_len, max_num_seqs, gpu_memory_utilization, tensor_parallel, nodes,
                      trust_remote_code, sleep_mode}                         → what runs (version, device, block size, …)
     generate         {prompts, start, count, seeds: one a prompt, policy: the version that answers, out,
                      sampling: {n, temperature, top_p, top_k, stop, max_tokens, stop_token_ids},
@@ -113,6 +113,8 @@ class Engine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, length),
             }
+        if order["nodes"] > 1:  # vLLM asks the cluster for its workers, each with a GPU
+            settings |= {"pipeline_parallel_size": order["nodes"], "distributed_executor_backend": "ray"}
         self._sleep_mode = bool(order["sleep_mode"]) and not self._cpu
         self._llm = None
         try:

@@ -180,6 +180,7 @@ class WarmEngine:
                 max_num_seqs=config.generate.engine.max_num_seqs,
                 gpu_memory_utilization=config.generate.engine.gpu_memory_utilization,
                 tensor_parallel=config.generate.engine.tensor_parallel,
+                nodes=config.engine_nodes,
                 trust_remote_code=config.policy.trust_remote_code,
                 sleep_mode=config.placement.colocated,
                 **self._files_of(policy),

@@ -1,6 +1,7 @@
 """What `check` says of a cluster: whether there is room, and in what a node differs. Ray itself is asked in tests/cluster."""
 
 import builtins
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,10 @@ def test_a_role_takes_what_it_uses_where_there_are_gpus() -> None:
     assert with_gpus["engine"].strategy == "SPREAD" and with_gpus["trainer"].strategy == "STRICT_SPREAD"
     assert with_gpus["reward"].bundles == [{"CPU": 4, "GPU": 1}]
     assert "judge" not in needs(tiny("evaluate.judge=null"), True)
+    spread = needs(tiny("cluster.engine.nodes=2", "generate.engine.tensor_parallel=4", "generate.engines=3"), True)[
+        "engine"
+    ]
+    assert (spread.bundles, spread.workers) == ([{"CPU": 1}] * 3, 8), "vLLM's workers ask for their GPUs themselves"
     served = tiny("reward={url: [http://127.0.0.1:9]}", "evaluate.judge=null")
     assert needs(served, True).keys() == {"engine", "trainer"}, "what others serve takes no room"
 
@@ -64,6 +69,10 @@ def test_room_for_every_child_side_by_side() -> None:
          "11 GPU are needed (engine 8 + trainer 1 + reward 1 + judge 1), the nodes have 8"),
         (["cluster.trainer.nodes=2", f"train.accelerate={ROOT / 'configs/accelerate/fsdp2-4.yaml'}"], [NODE],
          "cluster.trainer", "the trainer needs 2 × 1 CPU and 2 GPU on as many nodes, and 1 of 1 nodes"),
+        (["cluster.engine.nodes=2", "generate.engine.tensor_parallel=4"], [NODE, NODE], "cluster.engine",
+         "11 GPU are needed (engine 8 + trainer 1 + reward 1 + judge 1), the nodes have 8"),
+        (["cluster.engine.nodes=2"], [{"CPU": 8.0}] * 2, "cluster.engine",
+         "an engine on several nodes needs GPUs (cluster.engine.nodes): vLLM's Ray executor knows no CPUs"),
     ],
 )  # fmt: skip
 def test_what_can_never_be_met(more: list[str], nodes: list[dict[str, float]], about: str, text: str) -> None:
@@ -98,6 +107,11 @@ def test_a_cluster_that_does_not_answer_and_ray_that_is_not_there(
     config = load(TINY, ["cluster.address=127.0.0.1:1"])
     with pytest.raises(InputError, match="no Ray cluster answers at 127.0.0.1:1: .*refused"):
         list(cluster.nodes(config, tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as deaf, monkeypatch.context() as patched:
+        patched.setattr("selfplay.cluster.driver.ANSWER", 0.5)
+        other = load(TINY, [f"cluster.address=127.0.0.1:{deaf.getsockname()[1]}"])
+        with pytest.raises(InputError, match="what listens there did not answer as Ray does"):
+            list(cluster.nodes(other, tmp_path))
     whole = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -122,6 +136,7 @@ def test_a_cluster_that_does_not_answer_and_ray_that_is_not_there(
         (["generate.engines=[[0], [1]]"], "placement and the GPUs in generate.engines are numbers on one machine"),
         (["cluster.trainer.nodes=2"], "name the processes on them in train.accelerate"),
         (["cluster.engine.gpus=1", "generate.engine.tensor_parallel=2"], "an engine lies on one node"),
+        (["cluster.engine.gpus=1", "cluster.engine.nodes=2"], "leave cluster.engine.gpus out"),
         (["cluster.wait=900"], "a child that waits for room would be taken for one that hangs"),
         (["cluster.autoscaling=true", "cluster.engine.gpus=1"], "say how many GPUs each reward has"),
         (["cluster.address=head"], "none of auto, local, ray://host:port and host:port"),

@@ -53,7 +53,7 @@ def engine(folder, models):
 def load(child, model):
     return child.order(
         "load", model=model, dtype="float32", seed=0, max_model_len=160, max_num_seqs=256, gpu_memory_utilization=0.8,
-        tensor_parallel=1, trust_remote_code=False, sleep_mode=True,
+        tensor_parallel=1, nodes=1, trust_remote_code=False, sleep_mode=True,
     )  # fmt: skip
 
 
