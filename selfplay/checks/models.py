@@ -159,11 +159,15 @@ def loads(config: Config) -> list[Finding]:
     if not asked:
         return []
     root = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(
-        [sys.executable, "-m", "selfplay.checks.loading"], input=json.dumps(asked),
-        capture_output=True, text=True, timeout=SECONDS,
-        env=inherited_environment() | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "selfplay.checks.loading"], input=json.dumps(asked),
+            capture_output=True, text=True, timeout=SECONDS,
+            env=inherited_environment() | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        late = f"they were not built within {SECONDS:.0f} s: whether they load, and what templates make of the prompts, is not known"
+        return [Finding.warning("models", f"{late}; try again when this machine has less to do")]
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return [Finding.error("models", f"the process that loads them ended: {last}")]

@@ -12,8 +12,10 @@ from typing import ClassVar
 import pytest
 from mini import ROOT, TINY, overrides
 
+from selfplay.checks import hub_rows, models
 from selfplay.checks.prompts import files
 from selfplay.config import load
+from selfplay.prompts.formats import Reading
 
 pytestmark = pytest.mark.service
 
@@ -37,10 +39,12 @@ print(json.dumps([[[found.level, found.text]] for found in said]))
 """
 ASK_PROMPTS = """
 import json, sys
+from selfplay.checks import hub_rows, models
 from selfplay.checks.check import check
 from selfplay.checks.models import loads
 from selfplay.checks.prompts import files
 from selfplay.config import load
+hub_rows.SECONDS = models.SECONDS = 600.0
 for source in sys.argv[3:]:
     config = load(sys.argv[1], [*json.loads(sys.argv[2]), f"prompts.source={source}", "prompts.split=train[:50%]", "prompts.heldout=null"])
     found = check(config, None, [("prompts", files)])
@@ -152,7 +156,7 @@ def ask_lines(tmp_path, endpoint, *names, code=ASK):
         text=True,
         env=env,
         cwd=tmp_path,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -232,6 +236,16 @@ def test_the_prompts_of_a_dataset_are_rendered_like_those_of_a_file(tmp_path, se
     level, about, text = odd[-1]
     assert (level, about) == ("error", "prompts.source")
     assert "no known format of prompts is in org/odd; it has the columns body_text, id" in text
+
+
+def test_what_does_not_come_in_time_is_a_warning(tmp_path, mini_world, monkeypatch):
+    """On a machine with much to do, or behind a network that does not answer."""
+    monkeypatch.setattr(models, "SECONDS", 0.01)
+    (late,) = models.loads(load(TINY, overrides(mini_world)))
+    assert (late.level, late.about) == ("warning", "models") and "not built within 0 s" in late.text
+    monkeypatch.setattr(hub_rows, "SECONDS", 0.01)
+    rows = hub_rows.first("org/late", None, "train", Reading(), cached=True)
+    assert rows.late and rows.why == "its first rows did not come within 0 s" and not rows.rows
 
 
 def test_without_a_network_the_prompts_of_a_dataset_are_not_looked_at(tmp_path):

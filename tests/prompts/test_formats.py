@@ -188,6 +188,8 @@ def test_a_filter_is_given_the_row_as_it_is(monkeypatch):
     assert reading.read({"prompt": Q, "lang": "en"}).messages == [FULL]
     assert reading.read({"prompt": Q, "lang": "de"}) == "left out by prompts.filter"
     assert reading.columns(["prompt", "lang"]) == ["prompt", "lang"]
+    with pytest.raises(InputError, match="^prompts.filter: nowhere:f cannot be imported: No module named 'nowhere'$"):
+        Reading(filter="nowhere:f").read({"prompt": Q})
     with pytest.raises(InputError, match="prompts.filter: .* fails on a row with the keys prompt: KeyError"):
         reading.read({"prompt": Q})
 

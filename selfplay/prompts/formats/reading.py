@@ -143,8 +143,9 @@ class Reading:
         return EMPTY if any(is_blank(row[name]) for name in MAIN if name in row) else NO_FORMAT
 
     def _takes(self, row: Mapping[str, Any]) -> bool:
+        takes = _filter(str(self.filter))
         try:
-            return bool(_filter(str(self.filter))(row[WHOLE] if WHOLE in row else dict(row)))
+            return bool(takes(row[WHOLE] if WHOLE in row else dict(row)))
         except Exception as error:  # the user's own code
             raise InputError(
                 f"prompts.filter: {self.filter} fails on a row with the keys {', '.join(map(str, row))}: "
