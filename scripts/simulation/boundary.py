@@ -17,7 +17,7 @@ from selfplay.processes import children
 from selfplay.prompts import draws
 from selfplay.rounds import frame, round, run, steps, turns
 from selfplay.service import daemon, reload, stalls, stop
-from selfplay.storage import closed, folders, hashes, ledger, reader
+from selfplay.storage import closed, folders, hashes, ledger, reader, schema
 from simulation import database, processes, stages
 from simulation.disk import REAL, REMOVE
 from simulation.threads import CLOCK, THREADING
@@ -107,7 +107,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (hashes, "ThreadPoolExecutor", Inline),
         (sa, "create_engine", here(lambda *a, **k: database.ENGINE, sa.create_engine)),
         (sa.event, "listen", here(lambda *a: None, sa.event.listen)),
-        (ledger, "migrate", here(lambda *a: None, ledger.migrate)),
+        (ledger, "migrate", here(lambda *a: None, schema.migrate)),
         *((module, "now", here(CLOCK.now, module.now)) for module in (ledger, reader, closed)),
         *((module, "time", clock) for module in (daemon, stalls, frame, round, turns, children)),
         (daemon, "threading", THREADING),
