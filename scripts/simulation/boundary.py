@@ -17,8 +17,9 @@ from selfplay.processes import children
 from selfplay.prompts import draws
 from selfplay.rounds import frame, round, run, steps, turns
 from selfplay.service import daemon, reload, stalls, stop
-from selfplay.storage import closed, folders, hashes, ledger, reader
+from selfplay.storage import closed, folders, hashes, ledger, reader, schema
 from simulation import database, processes, stages
+from simulation.disk import REAL, REMOVE
 from simulation.threads import CLOCK, THREADING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,28 +83,32 @@ def once(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return found
 
 
+def here(simulated: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands for a function of the product, in the thread of the history alone. What other threads of the process do is no
+    part of it: they get the real one."""
+    return lambda *a, **k: (simulated if CLOCK.is_here() else real)(*a, **k)
+
+
 @contextlib.contextmanager
 def installed(model: Path) -> Iterator[Configs]:
     """The product in the simulation, for the time of the block. `model`: the folder of the initial policy."""
     configs = Configs(model)
     disk: Callable[[], Any] = lambda: CLOCK.world.disk  # noqa: E731
     on_path = {
-        name: (lambda method: lambda path, *a, **k: getattr(disk(), method)(path, *a, **k))(name)
+        name: here((lambda method: lambda path, *a, **k: getattr(disk(), method)(path, *a, **k))(name), REAL[name])
         for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir")
     }
     clock = SimpleNamespace(monotonic=CLOCK.monotonic)
     places: list[tuple[Any, str, Any]] = [
         *((Path, name, function) for name, function in on_path.items()),
-        (shutil, "rmtree", lambda *a, **k: disk().rmtree(*a, **k)),
-        (shutil, "disk_usage", lambda path: disk().usage),
-        (folders, "sync", lambda path: disk().sync(path)),
+        (shutil, "rmtree", here(lambda *a, **k: disk().rmtree(*a, **k), REMOVE)),
+        (shutil, "disk_usage", here(lambda path: disk().usage, shutil.disk_usage)),
+        (folders, "sync", here(lambda path: disk().sync(path), folders.sync)),
         (hashes, "ThreadPoolExecutor", Inline),
-        (sa, "create_engine", lambda *a, **k: database.ENGINE),
-        (sa.event, "listen", lambda *a: None),
-        (ledger, "migrate", lambda *a: None),
-        (ledger, "now", CLOCK.now),
-        (reader, "now", CLOCK.now),
-        (closed, "now", CLOCK.now),
+        (sa, "create_engine", here(lambda *a, **k: database.ENGINE, sa.create_engine)),
+        (sa.event, "listen", here(lambda *a: None, sa.event.listen)),
+        (ledger, "migrate", here(lambda *a: None, schema.migrate)),
+        *((module, "now", here(CLOCK.now, module.now)) for module in (ledger, reader, closed)),
         *((module, "time", clock) for module in (daemon, stalls, frame, round, turns, children)),
         (daemon, "threading", THREADING),
         (stalls, "threading", THREADING),

@@ -17,7 +17,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.pool import StaticPool
 
-from selfplay.storage import hashed_rows
+from selfplay.storage import hashed_rows, ledger, reader
 from selfplay.storage.ledger import Store
 from selfplay.storage.schema import migrate
 from simulation.world import World
@@ -96,6 +96,8 @@ class Statement:
         return tuple(values)
 
 
+BUILT_ONCE = {kept for module in (ledger, reader) for kept in vars(module).values() if isinstance(kept, sa.Executable)}
+"""Statements that the product keeps: they are known by themselves, without a look at what they are made of."""
 _compiled: dict[Any, Statement] = {}
 
 
@@ -112,18 +114,18 @@ class Connection:
                 self.execute(statement, row)
             values = values[0]
         keys = None if values is None else list(values)
-        key = statement._generate_cache_key()
-        assert key is not None, "every statement of the ledger can be kept"
-        known = (key.key, None if keys is None else tuple(keys))
+        key = None if statement in BUILT_ONCE else statement._generate_cache_key()
+        known = (statement if key is None else key.key, None if keys is None else tuple(keys))
         found = _compiled.get(known)
         if found is None:
             found = _compiled[known] = Statement(statement, key, keys)
-        given = found.compiled.construct_params(values, extracted_parameters=key.bindparams, escape_names=False)
+        extracted = None if key is None else key.bindparams
+        given = found.compiled.construct_params(values, extracted_parameters=extracted, escape_names=False)
         with _as_sqlalchemy():
             return found.run(self._raw, given)
 
-    def scalar(self, statement: Any) -> Any:
-        return self.execute(statement).scalar()
+    def scalar(self, statement: Any, values: Any = None) -> Any:
+        return self.execute(statement, values).scalar()
 
     def exec_driver_sql(self, text: str, values: Any = None) -> Result:
         with _as_sqlalchemy():

@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from selfplay.errors import InputError, SelfplayError
 from selfplay.processes import children
 from selfplay.service.daemon import Daemon
+from selfplay.storage import hashes, seals
 from selfplay.storage.lock import STATE, RunLock
 from simulation.boundary import Configs, installed
 from simulation.database import Database, empty
@@ -187,7 +188,8 @@ class History:
         self.after_round: Callable[[], None] = self._look
         self._finished, self._looks, self._resumed = False, 0, 0
         _laid(world.root, beginning)
-        CLOCK.world = world
+        CLOCK.begin(world)
+        _forgotten()
         world.now = beginning.now
         world.disk, world.database = Disk(world), Database(world, beginning.ledger)
         world.on_idle, world.second = self._look, self._second
@@ -307,6 +309,15 @@ class History:
         if standing.open is None and not standing.ordered and done:
             self._finished = True
             world.daemon.stop()
+
+
+def _forgotten() -> None:
+    """What a process keeps in mind, as when it begins: no history depends on what was done in the process before it."""
+    hashes.forget()
+    seals.repairs()
+    children._heard = 0.0
+    children._running.clear()
+    children.uncut()
 
 
 def _laid(root: Path, beginning: Beginning) -> None:

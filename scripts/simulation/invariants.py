@@ -40,7 +40,7 @@ def check(world: World) -> None:
     store = world.database.outside
     events, rounds = store.events(), store.rounds()
     _rounds(world, rounds, events)
-    _orders(store, events)
+    _orders(world, store, events)
     _current(world, store, rounds, events)
     for row in rounds:
         _folder(world, store, row)
@@ -63,13 +63,18 @@ def _rounds(world: World, rounds: list[dict[str, Any]], events: list[dict[str, A
         must(row["policy"] == wanted, f"round {index} is {state}, and policy {row['policy']} serves after it")
 
 
-def _orders(store: Store, events: list[dict[str, Any]]) -> None:
-    """Each order is obeyed or refused once."""
+def _orders(world: World, store: Store, events: list[dict[str, Any]]) -> None:
+    """Each order is obeyed or refused once, and who ordered a round got one, unless there is a pause."""
     given = store.query("SELECT id, kind, state, result FROM orders ORDER BY id")
     kinds = Counter(event["kind"] for event in events)
     for row in given:
         must(row["state"] in ("done", "refused"), f"order {row['id']} ({row['kind']}) is {row['state']}")
         must("Error" not in row["result"].split(":")[0], f"order {row['id']} ({row['kind']}): {row['result']}")
+    for number, index in world.promised.items():
+        must(
+            index <= store.last_round() or store.state("pause"),
+            f"order {number} was for round {index}, which never began",
+        )
     must(kinds["order_given"] == len(given), "an order was given and is not there")
     must(kinds["order_done"] + kinds["order_refused"] == len(given), "an order is answered twice")
 

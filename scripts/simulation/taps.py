@@ -52,6 +52,10 @@ def open_round(real: Callable[..., None]) -> Callable[..., None]:
         if there and schedule and schedule.every_minutes and not run_now and not world.jumped:
             since = world.monotonic - world.opened.get(index - 1, -1e9)
             must(since >= schedule.every_minutes * 60 - 1, f"round {index} starts {since:.0f} s after the one before")
+        if run_now:
+            world.by_order.add(index)
+            (given,) = store.query("SELECT COUNT(*) AS count FROM orders WHERE kind = 'run'")
+            must(len(world.by_order) <= given["count"], f"rounds {sorted(world.by_order)} for {given['count']} orders")
         world.active = True
         real(store, index, champion, *rest)
         world.opened[index] = world.monotonic
@@ -72,6 +76,22 @@ def close_round(real: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
+def answer(real: Callable[..., None]) -> Callable[..., None]:
+    def checked(store: Store, number: int, state: str, result: str) -> None:
+        world = CLOCK.world
+        world.active = False
+        order = store.order(number)
+        must(order["state"] == "pending", f"order {number} ({order['kind']}) is answered twice")
+        promised = store.state("run_now", 0) if order["kind"] == "run" and state == "done" else None
+        must(promised is None or promised > store.last_round(), f"order {number} is obeyed, and no round follows it")
+        world.active = True
+        real(store, number, state, result)
+        if promised is not None:
+            world.promised[number] = promised
+
+    return checked
+
+
 def enter(real: Callable[[RunLock], RunLock]) -> Callable[[RunLock], RunLock]:
     def remembered(lock: RunLock) -> RunLock:
         CLOCK.world.locks.append(lock)
@@ -86,6 +106,7 @@ def tapped() -> Iterator[None]:
         patch.object(agreement, "set_current", set_current(agreement.set_current)),
         patch.object(RunLock, "__enter__", enter(RunLock.__enter__)),
         patch.object(Store, "open_round", open_round(Store.open_round)),
+        patch.object(Store, "answer", answer(Store.answer)),
         patch.object(Store, "close_round", close_round(Store.close_round)),
     ):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,17 @@ class Clock:
     """Stands for the module `time`, and for `datetime.now`."""
 
     world: World
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def begin(self, world: World) -> None:
+        """A history begins, in the thread that calls this."""
+        self.world, self._thread = world, threading.get_ident()
+
+    def is_here(self) -> bool:
+        """Whether the thread that asks is the one of the history."""
+        return threading.get_ident() == self._thread
 
     def monotonic(self) -> float:
         return self.world.monotonic

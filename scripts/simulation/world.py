@@ -66,6 +66,10 @@ class World:
         """Those that somebody tried to take."""
         self.opened: dict[int, float] = {}
         """When each round began, by the clock of intervals."""
+        self.by_order: set[int] = set()
+        """Rounds that began because somebody ordered one."""
+        self.promised: dict[int, int] = {}
+        """Orders for a round that were obeyed, and the round that each of them gets."""
         self.happened: dict[int, str] = {}
         self.calm = False
         """Whether all faults are over, and the service has to finish what it has."""

@@ -179,12 +179,12 @@ class Store(Reader):
 
         A stage that was done again took other seconds: it replaces what was recorded of it before.
         """
-        this = (stages.c.round == index) & (stages.c.stage == stage)
+        this = {"index": index, "name": stage}
         with self._engine.begin() as connection:
-            if connection.scalar(sa.select(stages.c.seconds).where(this)) == seconds:
+            if connection.scalar(_STAGE_SECONDS, this) == seconds:
                 return
-            connection.execute(stages.delete().where(this))
-            connection.execute(stages.insert().values(round=index, stage=stage, ended=now(), seconds=seconds))
+            connection.execute(_STAGE_DELETED, this)
+            connection.execute(_STAGE_ADDED, {"round": index, "stage": stage, "ended": now(), "seconds": seconds})
             self._replace_metrics(connection, index, stage, values)
 
     def record_draw(self, index: int, epoch: int, size: int, levels: bytes) -> None:
@@ -282,7 +282,7 @@ class Store(Reader):
 
     def event(self, kind: str, text: str, index: int | None = None) -> None:
         with self._engine.begin() as connection:
-            connection.execute(events.insert().values(time=now(), round=index, kind=kind, text=text))
+            connection.execute(_EVENT_ADDED, {"time": now(), "round": index, "kind": kind, "text": text})
 
     def submit(self, kind: str, arguments: dict[str, Any], origin: str) -> int:
         """Leave an order for whoever runs this folder, and an event that says so; returns its number."""
@@ -310,14 +310,26 @@ class Store(Reader):
     def set_state(self, name: str, value: Any) -> None:
         """Keep a value under a name; what was there is replaced."""
         with self._engine.begin() as connection:
-            changed = connection.execute(state.update().where(state.c.name == name).values(value=value))
+            changed = connection.execute(_STATE_CHANGED, {"kept": name, "new": value})
             if not changed.rowcount:
-                connection.execute(state.insert().values(name=name, value=value))
+                connection.execute(_STATE_ADDED, {"name": name, "value": value})
 
     def pin(self, version: int, pinned: bool) -> None:
         """Have retention keep the weights of a policy, or no longer."""
         with self._engine.begin() as connection:
             connection.execute(policies.update().where(policies.c.version == version).values(pinned=pinned))
+
+
+# What is written all the time is built once: to build a statement takes longer than to run it.
+_THIS_STAGE = (stages.c.round == sa.bindparam("index")) & (stages.c.stage == sa.bindparam("name"))
+_STAGE_SECONDS = sa.select(stages.c.seconds).where(_THIS_STAGE)
+_STAGE_DELETED, _STAGE_ADDED = stages.delete().where(_THIS_STAGE), stages.insert()
+_STATE_CHANGED = (
+    state.update()
+    .where(state.c.name == sa.bindparam("kept"))
+    .values(value=sa.bindparam("new", type_=state.c.value.type))
+)
+_STATE_ADDED, _EVENT_ADDED = state.insert(), events.insert()
 
 
 def require_nothing_made(run_dir: Path, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Reader:
     def query(self, text: str, **values: Any) -> list[dict[str, Any]]:
         """Rows of a SELECT with `:name` for values (`paging`); JSON columns come as text."""
         with self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(sa.text(text), values).mappings()]
+            return [dict(row) for row in connection.execute(_text(text), values).mappings()]
 
     def pending(self, kinds: Iterable[str] = ()) -> list[dict[str, Any]]:
         """Number, time and kind of the orders that wait, oldest first; only those of some kinds if any are given."""
@@ -59,7 +60,7 @@ class Reader:
     def state(self, name: str, default: Any = None) -> Any:
         """What was kept under a name."""
         with self._engine.connect() as connection:
-            found = connection.scalar(sa.select(state.c.value).where(state.c.name == name))
+            found = connection.scalar(_STATE, {"kept": name})
         return default if found is None else found
 
     def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
@@ -124,7 +125,7 @@ class Reader:
     def last_round(self) -> int:
         """Number of the last round that was opened; 0 before there is one."""
         with self._engine.connect() as connection:
-            return int(connection.scalar(sa.select(sa.func.max(rounds.c.round))) or 0)
+            return int(connection.scalar(_LAST) or 0)
 
     def count_rounds(self) -> dict[str, int]:
         """How many rounds there are in each state."""
@@ -221,6 +222,12 @@ class Reader:
     def events(self, index: int | None = None) -> list[dict[str, Any]]:
         query = sa.select(events).order_by(events.c.id)
         return self._rows(query if index is None else query.where(events.c.round == index))
+
+
+# What is asked all the time is built once: to build a statement takes longer than to run it.
+_text = functools.lru_cache(256)(sa.text)
+_STATE = sa.select(state.c.value).where(state.c.name == sa.bindparam("kept"))
+_LAST = sa.select(sa.func.max(rounds.c.round))
 
 
 def now() -> str:

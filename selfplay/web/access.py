@@ -11,6 +11,7 @@ import json
 import secrets
 import socket
 from collections.abc import Callable
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfplay.config import ServiceConfig
 from selfplay.errors import ConfigError
-from selfplay.web.sessions import Sessions, configured_token
+from selfplay.web.sessions import Sessions, bearer, configured_token
 
 OPEN = ("/healthz", "/readyz", "/login")
 LARGEST = {"/api/prompts": 8 << 20, "/login": 4 << 10}  # bytes of a request's body
@@ -67,6 +68,15 @@ def require_token(service: ServiceConfig, token: str | None) -> None:
         )
 
 
+class Refusal(NamedTuple):
+    """Why a request is turned away."""
+
+    status: int
+    why: str
+    retry_after: int = 0
+    """Seconds; 0 where another try is no use."""
+
+
 class Guard:
     """ASGI middleware that turns away what should not reach the app, and adds the security headers to every answer."""
 
@@ -89,38 +99,53 @@ class Guard:
             if refusal is None:
                 await self.app(scope, *_while_admitted(receive, send, admitted))
             else:
-                await send({"type": "websocket.close", "code": 1008, "reason": refusal[1]})
+                await send({"type": "websocket.close", "code": 1008, "reason": refusal.why})
             return
         answer = _Answer(send, admitted)
         if refusal is None:
             await self.app(scope, _bounded(receive, _largest(scope)), answer.send)
-        elif refusal[0] == 401 and scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
+        elif refusal.status == 401 and scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
             await _redirect(answer.send, "/login")
         else:
-            await _refuse(answer.send, *refusal)
+            await _refuse(answer.send, refusal)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
-        """Status and reason for turning a request away, or None."""
+    def _refusal(self, scope: Scope, headers: Headers) -> Refusal | None:
+        """Why a request is turned away, or None."""
         host, path = headers.get("host", ""), scope["path"]
         if not self.knows(host):
-            return 403, "this name is not one of the service: add it to service.hosts"
+            return Refusal(403, "this name is not one of the service: add it to service.hosts")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return 403, "the request comes from a page of another origin"
+            return Refusal(403, "the request comes from a page of another origin")
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and scope.get("method") != "GET":
-            return 403, "the request comes from a page of another site"
-        if self.sessions is not None and path not in OPEN and not self.sessions.admits(headers):
-            return 401, "the bearer token of the service is needed"
+            return Refusal(403, "the request comes from a page of another site")
+        if path not in OPEN and (refusal := self._unknown(scope, headers)) is not None:
+            return refusal
         if scope["type"] == "websocket":
             return None
         if scope["method"] == "POST" and path.startswith("/api/"):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
-                return 415, "the body must be JSON (content-type: application/json)"
+                return Refusal(415, "the body must be JSON (content-type: application/json)")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > _largest(scope):
-            return 413, f"the body may have {_largest(scope)} bytes"
+            return Refusal(413, f"the body may have {_largest(scope)} bytes")
         return None
+
+    def _unknown(self, scope: Scope, headers: Headers) -> Refusal | None:
+        """Why a request without the right token or cookie is turned away. After some wrong tokens its address has to wait, with the
+        right one too: else the answer would say which one it is. Cookies of that address hold on."""
+        if self.sessions is None:
+            return None
+        tries = bearer(headers) is not None
+        host, _ = scope.get("client") or ("", 0)
+        if tries and (seconds := self.sessions.attempts.wait(host)):
+            return Refusal(429, f"too many wrong tokens from this address: try again in {seconds} seconds", seconds)
+        if self.sessions.admits(headers):
+            return None
+        if tries:
+            self.sessions.attempts.wrong(host)
+        return Refusal(401, "the bearer token of the service is needed")
 
     def knows(self, host: str) -> bool:
         """Whether a Host header names this service. Of numbers all do: only a name can be made to lead elsewhere."""
@@ -227,12 +252,14 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": page})
 
 
-async def _refuse(send: Send, status: int, why: str) -> None:
-    body = json.dumps({"detail": why}).encode()
+async def _refuse(send: Send, refusal: Refusal) -> None:
+    body = json.dumps({"detail": refusal.why}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 401:
+    if refusal.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    if refusal.retry_after:
+        headers.append((b"retry-after", str(refusal.retry_after).encode()))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 

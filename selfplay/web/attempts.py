@@ -1,4 +1,4 @@
-"""How often an address may try a token at the log-in."""
+"""How often an address may try a token, at the log-in and in the header of a request."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from urllib.parse import parse_qs
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
-from selfplay.web.attempts import Attempts
 from selfplay.web.sessions import SESSION_SECONDS, Sessions
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,6 @@ POLICY = (
 def routes(sessions: Sessions | None) -> APIRouter:
     """`/login` and `/logout`; without a token both lead to the page."""
     router = APIRouter(include_in_schema=False)
-    attempts = Attempts()
 
     @router.get("/login")
     def form() -> Response:
@@ -71,10 +69,10 @@ def routes(sessions: Sessions | None) -> APIRouter:
         host = request.client.host if request.client else ""
         if given is None:
             return _form("That is not the form of this page.", 400)
-        if seconds := attempts.wait(host):
+        if seconds := sessions.attempts.wait(host):
             return _form(f"Too many wrong tokens. Try again in {seconds} seconds.", 429, {"retry-after": str(seconds)})
         if not sessions.is_token(given.strip()):
-            attempts.wrong(host)
+            sessions.attempts.wrong(host)
             logger.warning("a wrong token at the login, from %s", _shown(host))
             await asyncio.sleep(WRONG_SECONDS)
             return _form("That is not the token.", 403)

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 
 from selfplay.config import ServiceConfig
 from selfplay.errors import ConfigError
+from selfplay.web.attempts import Attempts
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Sessions:
         self._file: Path | None = self._service.token_file
         self._seen = self._stamp()
         self._until: dict[bytes, float] = {}  # when each session ends, by the hash of its cookie; the oldest first
+        self.attempts = Attempts()
         # Cookies are shared by all ports of a host: another run there has another token, so another name.
         self.cookie = f"selfplay_{hashlib.sha256(b'selfplay cookie ' + token.encode()).hexdigest()[:8]}"
 
@@ -79,9 +81,8 @@ class Sessions:
     def admits(self, headers: Headers) -> bool:
         """Whether a request carries the token or the cookie of a session."""
         self._follow_file()
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            return self.is_token(given.strip())
+        if (given := bearer(headers)) is not None:
+            return self.is_token(given)
         return self._until.get(_hash(self._cookie(headers)), 0.0) > time.time()
 
     def _cookie(self, headers: Headers) -> str:
@@ -110,6 +111,12 @@ class Sessions:
         except OSError:
             return None
         return (found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size) if found is not None else None
+
+
+def bearer(headers: Headers) -> str | None:
+    """The token in the header of a request; None where it has none."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else None
 
 
 def _hash(cookie: str) -> bytes:

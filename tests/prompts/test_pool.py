@@ -1,12 +1,14 @@
 import dataclasses
+import errno
 import gc
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from selfplay.errors import DamagedError
+from selfplay.errors import DamagedError, DiskError
 from selfplay.prompts import formats, parts, pool, rows
 from selfplay.storage import seals, tables
 from selfplay.types import Prompt
@@ -153,3 +155,13 @@ def test_prompts_that_join_often_are_in_few_files(tmp_path, monkeypatch):
         assert each.read([later[7].prompt_id, later[10].prompt_id]) == [later[7], later[10]]
         assert each.training()[1].tolist() == list(range(12))
     assert pool.page(tmp_path, 6, 3) == ([first, *later][6:9], 12)
+
+
+def test_a_disk_that_is_full_when_the_first_prompts_join_is_told_as_one(tmp_path, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(DiskError, match="is full"):
+        pool.write_added(tmp_path, [prompt("new")])
+    assert not any(tmp_path.iterdir())

@@ -2,9 +2,15 @@
 
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from selfplay.storage import folders, seals
+from selfplay.storage.ledger import Store
+from selfplay.storage.reader import now
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from simulate import parsed
@@ -49,6 +55,27 @@ def test_a_history_is_the_same_each_time_it_is_run(simulation):
     told = [[], []]
     found = [simulation.run(8, tell=each.append) for each in told]
     assert found[0] == found[1] and told[0] == told[1]
+
+
+def test_what_other_threads_do_is_no_part_of_a_history(simulation, tmp_path):
+    alone, over = simulation.run(8), threading.Event()
+
+    def others() -> None:
+        while not over.wait(0.01):
+            store = Store(tmp_path)
+            store.event("warning", f"it is {now()}")
+            store.close()
+            folders.make(tmp_path / "folder")
+            folders.delete(tmp_path / "folder")
+
+    seals.note_repair("something that another run has made again")
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(others)
+        try:
+            assert [simulation.run(8) for _ in range(2)] == [alone] * 2
+        finally:
+            over.set()
+        ended.result()
 
 
 @pytest.mark.parametrize("what", SHOWN)

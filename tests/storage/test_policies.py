@@ -1,14 +1,20 @@
 import dataclasses
+import errno
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from selfplay.config import load
-from selfplay.errors import CheckpointError, SwapError
-from selfplay.rounds.round import roll_back
+from selfplay.errors import CheckpointError, DiskError, SwapError
+from selfplay.reporting.terminal import Display
+from selfplay.rounds.round import cancel_round, roll_back
+from selfplay.rounds.stages import PROMPTS
+from selfplay.rounds.steps import Steps
 from selfplay.storage import agreement, checkpoints, folders, hashes, policies
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Manifest, Policies
@@ -167,3 +173,91 @@ def test_a_roll_back_is_shown_by_an_engine_that_runs_or_is_started_for_it(run, w
     assert roll_back(sound, 2).startswith("policy 2 is current instead of 4, shown to serve within")
     assert (run.current, store.serving(), sound.generator.did) == (2, 2, [(how, 2)])
     store.close()
+
+
+class Killed(BaseException):
+    """Nothing in the product catches it."""
+
+
+class Opened:
+    """A run of five policies in its fifth round, without children: `policies`, `store` and all files are real."""
+
+    def __init__(self, found):
+        self.policies, self.dir, self.config = found, found.root.parent, load(TINY)
+        self.store, self.display = Store(self.dir), Display(Console(file=io.StringIO()))
+        for version in range(6):
+            self.store.record_policy(version, "promoted", round=version)
+        for index in range(1, 6):
+            self.store.open_round(index, index - 1, (0, 0), self.config.fingerprint(), {})
+            if index < 5:
+                self.store.close_round(index, "promoted", index, [])
+        self.policy, self.generator = found.get, Engine(found.get(4))
+        self.serving = SimpleNamespace(loaded=True, serve=lambda policy, trial: self.generator.swap(policy))
+        self.prompts = self.alert = None
+        self.breathe = self.track = lambda _: None
+
+    @property
+    def current(self):
+        return self.policies.get(self.store.serving())
+
+
+@pytest.fixture
+def opened(run):
+    made = Opened(run)
+    yield made
+    made.store.close()
+
+
+def test_a_round_that_is_given_up_after_its_promotion_goes_back_to_the_policy_of_before(opened):
+    opened.generator = Engine(opened.policies.get(5))
+    agreement.set_current(opened.store, opened.policies, 5)  # and then it was killed
+    assert cancel_round(opened).outcome == "cancelled"
+    assert opened.store.serving() == opened.policies.current == 4 and opened.generator.did == [("swap", 4)]
+    assert opened.store.round(5)["policy"] == 4
+
+
+def test_a_round_that_is_given_up_has_all_its_finished_stages_in_the_ledger(opened, monkeypatch):
+    agreement.set_current(opened.store, opened.policies, 4)
+
+    def write(out, line):
+        for name in PROMPTS.writes:
+            (out / name).write_text("", encoding="utf-8")
+        return {}
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr(Store, "record_stage", killed)
+    with pytest.raises(Killed):
+        Steps(opened, 5, 4).frame.do(PROMPTS, write)
+    monkeypatch.undo()
+    cancel_round(opened)
+    assert list(opened.store.seconds(5)) == ["prompts"]
+
+
+@pytest.mark.parametrize("left", ["file", "folder"])
+def test_what_a_kill_left_beside_the_stages_goes_with_the_end_of_the_round(opened, left):
+    agreement.set_current(opened.store, opened.policies, 4)
+    scratch = opened.dir / "rounds" / "0005" / (".closed.json.partial" if left == "file" else ".pairs.partial")
+    scratch.parent.mkdir(parents=True)
+    scratch.write_text("{") if left == "file" else scratch.mkdir()
+    cancel_round(opened)
+    assert [path.name for path in scratch.parent.iterdir()] == ["closed.json"]
+
+
+def test_a_disk_that_is_full_at_a_roll_back_is_told_as_one(opened, monkeypatch):
+    agreement.set_current(opened.store, opened.policies, 4)
+    opened.store.close_round(5, "rejected", 4, [])
+    write = Path.write_text
+
+    def full(path, *args, **kwargs):
+        if path.name.startswith(".current"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DiskError, match="is full"):
+        roll_back(opened, 2)
+    monkeypatch.undo()
+    roll_back(opened, 2)
+    assert opened.store.serving() == opened.policies.current == 2

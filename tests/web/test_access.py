@@ -14,6 +14,7 @@ from selfplay.config import ServiceConfig
 from selfplay.errors import ConfigError
 from selfplay.web import access
 from selfplay.web.access import Guard, is_loopback, read_token, require_token
+from selfplay.web.attempts import ADDRESSES, MOST, SECONDS
 from selfplay.web.sessions import MOST_SESSIONS, Sessions
 
 TOKEN = "correct horse battery staple"
@@ -150,8 +151,8 @@ def app(sessions=None, **service):
     return Guard(Starlette(routes=routes), ServiceConfig(**service), sessions)
 
 
-def client(guard, host="localhost:8470"):
-    return TestClient(guard, base_url=f"http://{host}", follow_redirects=False)
+def client(guard, host="localhost:8470", address="testclient"):
+    return TestClient(guard, base_url=f"http://{host}", follow_redirects=False, client=(address, 50000))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +229,32 @@ def test_with_a_token_everything_asks_for_it():
         "=;=,\x01",
     ):
         assert get("/api/run", headers={"cookie": wrong}).status_code == 401
+
+
+def test_an_address_with_wrong_tokens_waits_and_no_other_one_does():
+    sessions = Sessions(TOKEN)
+    guard = app(sessions)
+
+    def get(token, address="192.0.2.1", **headers):
+        headers |= {"authorization": f"Bearer {token}"} if token else {}
+        return client(guard, address=address).get("/api/run", headers=headers)
+
+    assert [get(f"{n}").status_code for n in range(MOST)] == [401] * MOST
+    refused = get(TOKEN)
+    assert refused.status_code == 429 and 0 < int(refused.headers["retry-after"]) <= SECONDS
+    with (
+        pytest.raises(WebSocketDisconnect),
+        client(guard, address="192.0.2.1").websocket_connect(
+            "ws://localhost:8470/socket", headers={"authorization": f"Bearer {TOKEN}"}
+        ) as socket,
+    ):
+        socket.receive_text()
+    assert sessions.attempts.wait("192.0.2.1")  # the log-in waits too
+    assert get("", cookie=f"{sessions.cookie}={sessions.new()}").status_code == 200
+    assert get(TOKEN, "192.0.2.2").status_code == 200
+    for number in range(ADDRESSES + 20):
+        sessions.attempts.wrong(f"198.51.{number >> 8}.{number & 255}")
+    assert len(sessions.attempts._wrong) == ADDRESSES
 
 
 def test_sockets_are_guarded_too():
