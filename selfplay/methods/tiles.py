@@ -4,6 +4,7 @@ Shapes: N tokens, V words, H hidden units; a tile has T tokens and C words and i
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -76,12 +77,12 @@ class Projection:
         """The tile (T, C) of these tokens and words, written to `buffer` (at least T·C elements)."""
         hidden, rows = self.hidden[tokens], self.rows(words)
         tile = _view(buffer, len(hidden), len(rows))
-        if hidden.dtype == torch.float32:
-            torch.mm(hidden, rows.t(), out=tile)
-        elif hidden.is_cuda:  # summed and kept in float32: no logit is ever rounded to the dtype of the model
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            # Summed and kept in float32: no logit is ever rounded to the dtype of the model.
             torch.mm(hidden, rows.t(), torch.float32, out=tile)
         else:
-            torch.mm(hidden.float(), rows.float().t(), out=tile)
+            with products_in(hidden.dtype):
+                torch.mm(hidden.float(), rows.float().t(), out=tile)
         if self.bias is not None:
             tile.add_(self.bias[words])
         if self.logit_scale != 1.0:
@@ -100,7 +101,24 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
     if b.is_cuda and b.dtype != torch.float32:
         torch.addmm(total, a.to(b.dtype), b, torch.float32, beta=beta, out=total)
     else:
-        total.addmm_(a, b.float(), beta=beta)
+        with products_in(b.dtype):
+            total.addmm_(a, b.float(), beta=beta)
+
+
+@contextmanager
+def products_in(dtype: torch.dtype) -> Iterator[None]:
+    """Where a CPU makes products of float32 numbers that a model of this dtype rounds anyway.
+
+    It has no product of bfloat16 numbers with a float32 result. But it may round the factors itself: where it multiplies such
+    numbers faster it does, and the sums are float32 as before.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class RunningSoftmax:
