@@ -330,16 +330,7 @@ class Run:
 
     def add_prompts(self, rows: Sequence[Mapping[str, Any]], source: str) -> Counter[str]:
         """Have prompts join the pool (`intake.add`). Only for the thread that runs the rounds."""
-        return intake.add(
-            rows,
-            source,
-            prompts=self.prompts,
-            render=self.render,
-            settings=self.config.prompts,
-            joined=self.next_round,
-            kinds=references.readers(self.config, held_out=False),
-            on_event=self.event,
-        )
+        return intake.add(self.admit(rows, source), source, self.prompts, self.event)
 
     @property
     def next_round(self) -> int:
