@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from selfplay.doctor.command import doctor
-from selfplay.visible import filter_stderr, line, say
+from selfplay.visible import filter_stderr, line, say, when
 
 if TYPE_CHECKING:
     from selfplay.storage.ledger import Store
@@ -192,7 +192,7 @@ def show(
         )
     Display().round_table(report(store, round_))
     for event in store.events(round_):
-        say(line(f" {event['time']} {event['kind']}: {event['text']}"))
+        say(line(f" {when(event['time'])} {event['kind']}: {event['text']}"))
     store.close()
 
 

@@ -1,4 +1,5 @@
 """Text of models, servers and files as a person may see it: without characters that a terminal obeys or that nobody sees.
+Times of the ledger as a person reads them.
 
 Such a character could set the title of a terminal, write over what stands there, or show a line in another order than it
 has. In its place stands �. Letters of all scripts stay as they are, and so do the joiners that scripts and emoji need.
@@ -28,6 +29,11 @@ def visible(text: str) -> str:
 def line(text: str) -> str:
     """The same in one line, for where a line break would look like the next entry of a list or a log."""
     return visible(" ".join(text.splitlines()))
+
+
+def when(time: str | None) -> str:
+    """A time of the ledger (ISO 8601, UTC) for a person, to the second: «2026-11-28 16:39:08 UTC». Empty for None."""
+    return "" if time is None else f"{time[:19].replace('T', ' ')} UTC"
 
 
 def say(text: str) -> None:

@@ -56,9 +56,12 @@ def hollow(ax: Any, run: Run, name: str, colour: str) -> None:
 def beyond(ax: Any, limits: Iterable[float]) -> None:
     """Draw those limits of the gate that the data come near. A limit far away would flatten everything else."""
     low, high = ax.get_ylim()
-    for limit in limits:
-        if low - 0.5 * (high - low) <= limit <= high + 0.5 * (high - low):
-            ax.axhline(limit, color=C["red"], linewidth=1, linestyle="--", label="limit of the gate")
+    room = high - low
+    near = [limit for limit in limits if low - 0.5 * room <= limit <= high + 0.5 * room]
+    for limit in near:
+        ax.axhline(limit, color=C["red"], linewidth=1, linestyle="--", label="limit of the gate")
+    if near:  # the view may have been set before, and would not grow by itself
+        ax.set_ylim(min(low, min(near) - 0.04 * room), max(high, max(near) + 0.04 * room))
 
 
 def stacked(

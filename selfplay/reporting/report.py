@@ -29,7 +29,7 @@ from selfplay.reporting.pictures import png, svg
 from selfplay.reporting.words import NOT_INDEPENDENT, change, interval, join, number, verdict
 from selfplay.storage import folders
 from selfplay.types import Pair
-from selfplay.visible import filter_stderr, say, visible
+from selfplay.visible import filter_stderr, say, visible, when
 
 SAMPLE_KEPT, SAMPLE_ADDED, SAMPLE_DROPPED = 6, 2, 3  # pairs to read
 LONGEST_TEXT = 4000  # characters of a response
@@ -52,9 +52,7 @@ def warnings(run: Run) -> list[str]:
         if r.state in ("rejected", "skipped")
     ]
     told = [
-        f"{e['time'][:16].replace('T', ' ')} UTC"
-        + (f", round {e['round']}" if e["round"] is not None else "")
-        + f": {e['text']}"
+        when(e["time"]) + (f", round {e['round']}" if e["round"] is not None else "") + f": {e['text']}"
         for e in run.events
         if e["kind"] in TROUBLES
     ]

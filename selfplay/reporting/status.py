@@ -7,15 +7,19 @@ from typing import Any
 
 from selfplay.storage import paging
 from selfplay.storage.ledger import Store
+from selfplay.visible import when
 
 
 def lines(store: Store, alive: bool) -> Iterator[str]:
     """Service, last round, policy, what waits and what happened last. alive: whether the service's process is there."""
     service: dict[str, Any] = store.state("service") or {}
     state = service.get("state", "never served") if alive or service.get("state") in (None, "stopped") else "dead"
-    yield f"service  {state}" + (f": {service['why']}" if service.get("why") else "")
+    why = service.get("why", "")
+    if state == "waiting" and why[:4].isdigit():  # the time at which the next round starts
+        why = f"until {when(why)}"
+    yield f"service  {state}" + (f": {why}" if why else "")
     if alive:
-        yield f"process  {service['pid']}, in this state since {service['since']}"
+        yield f"process  {service['pid']}, in this state since {when(service['since'])}"
     for last in store.last_rounds(1):
         done = ", ".join(store.seconds(last["round"])) or "nothing yet"
         yield f"round    {last['round']} {last['state']} (stages done: {done})"
@@ -25,6 +29,6 @@ def lines(store: Store, alive: bool) -> Iterator[str]:
     if trouble := store.state("webhook"):
         yield f"alerts   {trouble}"
     for order in store.pending():
-        yield f"order    {order['id']} {order['kind']} waits since {order['time']}"
+        yield f"order    {order['id']} {order['kind']} waits since {when(order['time'])}"
     for event in reversed(paging.events(store, limit=3)):
-        yield f"event    {event['time']} {event['kind']}: {event['text']}"
+        yield f"event    {when(event['time'])} {event['kind']}: {event['text']}"

@@ -43,21 +43,13 @@ def admit(
 
 
 def add(
-    rows: Sequence[Mapping[str, Any]],
-    source: str,
-    *,
-    prompts: Pool,
-    render: Render,
-    settings: PromptsConfig,
-    joined: int,
-    kinds: Sequence[Kind],
-    on_event: Callable[[str, str], None],
+    fates: Sequence[Prompt | str], source: str, prompts: Pool, on_event: Callable[[str, str], None]
 ) -> Counter[str]:
-    """Have prompts join the pool; returns how many were «added», and how many were refused for what reason.
+    """Have the prompts that `admit` has let in join the pool. Returns how many were «added», and how many were refused for
+    what reason.
 
     When it returns they are on disk and in the ledger.
     """
-    fates = admit(rows, source, prompts=prompts, render=render, settings=settings, joined=joined, kinds=kinds)
     prompts.join(fate for fate in fates if isinstance(fate, Prompt))
     counts = Counter("added" if isinstance(fate, Prompt) else fate for fate in fates)
     refused = ", ".join(f"{n} × {why}" for why, n in sorted(counts.items()) if why != "added")

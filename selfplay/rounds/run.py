@@ -320,19 +320,19 @@ class Run:
 
     def admit(self, rows: Sequence[Mapping[str, Any]], source: str) -> list[Prompt | str]:
         """For each row the prompt that may join the pool, or why not (`intake.admit`). An open round draws none of them."""
-        return intake.admit(rows, source, **self._joining)
+        return intake.admit(
+            rows,
+            source,
+            prompts=self.prompts,
+            render=self.render,
+            settings=self.config.prompts,
+            joined=self.next_round,
+            kinds=references.readers(self.config, held_out=False),
+        )
 
     def add_prompts(self, rows: Sequence[Mapping[str, Any]], source: str) -> Counter[str]:
         """Have prompts join the pool (`intake.add`). Only for the thread that runs the rounds."""
-        return intake.add(rows, source, **self._joining, on_event=self.event)
-
-    @property
-    def _joining(self) -> dict[str, Any]:
-        """What prompts that are to join are compared with, rendered by and read by."""
-        kinds = references.readers(self.config, held_out=False)
-        return {
-            "prompts": self.prompts, "render": self.render, "settings": self.config.prompts, "joined": self.next_round, "kinds": kinds,
-        }  # fmt: skip
+        return intake.add(self.admit(rows, source), source, self.prompts, self.event)
 
     @property
     def next_round(self) -> int:

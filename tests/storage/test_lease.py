@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faulty_world import HAS_COMPILER, Runner, until
+from faulty_world import HAS_COMPILER, until
 from mini import TINY
 
 from selfplay.config import load
@@ -19,19 +19,6 @@ from selfplay.storage.policies import Policies
 from selfplay.web.view import View
 
 NFS = "flock bytes memory links"  # what NFS without a lock daemon, SMB and mounts of object stores lack
-
-
-@pytest.fixture
-def runners():
-    started: list[Runner] = []
-
-    def start(*arguments, **more):
-        started.append(Runner(*arguments, **more))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.kill()
 
 
 def steps(run_dir: Path) -> list[str]:

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from faulty_world import HAS_COMPILER, Runner, until
+from faulty_world import HAS_COMPILER, until
 
 from selfplay.errors import InputError, LockLost
 from selfplay.rounds.command import take_over
@@ -17,19 +17,6 @@ from selfplay.storage.lock import RunLock
 from selfplay.storage.runner import Runner as Record
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-
-
-@pytest.fixture
-def runners():
-    started: list[Runner] = []
-
-    def start(*arguments, **more):
-        started.append(Runner(*arguments, **more))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.kill()
 
 
 def refused(run_dir: Path) -> InputError:

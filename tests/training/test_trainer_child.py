@@ -25,8 +25,10 @@ pytestmark = pytest.mark.service
 
 @pytest.fixture(scope="module", autouse=True)
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Child]]:
-    """Two children, which import side by side."""
-    children = [start(tmp_path_factory.mktemp("child")) for _ in range(2)]
+    """Two children, which import side by side. Their memory is bounded and their files are looked at by their process id."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SELFPLAY_TEMPLATES", raising=False)
+        children = [start(tmp_path_factory.mktemp("child")) for _ in range(2)]
     yield children
     for one in children:
         one.stop()

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from epsilon_dpo_world import WORDS, model
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from selfplay.errors import TrainError
 from selfplay.models.weights import sequence_logps
@@ -19,32 +20,14 @@ from selfplay.processes.child import Child
 from selfplay.training.jobs import TrainJob
 from selfplay.training.train_job import train
 
-WORDS = 60
-
-
 CANARIES = [[1, 5, 9, 13, 2], [7, 8, 9]]
 
 
 def checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A small random Llama with its tokenizer, chat template and generation config."""
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": WORDS,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.2,
-        "tie_word_embeddings": True,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
-    model.generation_config.temperature, model.generation_config.do_sample = 0.7, True
-    model.save_pretrained(folder)
+    policy = model(seed, **({"tie_word_embeddings": True} | changes))
+    policy.generation_config.temperature, policy.generation_config.do_sample = 0.7, True
+    policy.save_pretrained(folder)
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)}
     fast = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")

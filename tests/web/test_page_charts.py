@@ -1,9 +1,12 @@
 import json
 
+import pytest
+
 from selfplay.planning.gantt import Span
 from selfplay.web.api_models import Histogram
 from selfplay.web.page import charts as page_charts
 from selfplay.web.page.charts import charts, names, options, who_worked
+from selfplay.web.page.lists import kept_and_dropped
 
 CHARTS = charts(["total", "accuracy", "politeness"])
 METRICS = names(CHARTS)
@@ -62,8 +65,27 @@ def test_each_role_has_a_line_with_its_stages_where_they_were():
     seconds = [[bar["value"] if isinstance(bar, dict) else bar for bar in series["data"]] for series in drawn["series"]]
     assert seconds == [[0, 4], [4, 3], [4, 0], [2, 0]]
     assert [bar["label"]["formatter"] for bar in drawn["series"][1]["data"]] == ["generate", "score"]
+    assert [bar["label"]["show"] for bar in drawn["series"][1]["data"]] == [True, True]
+    narrow = who_worked(
+        [*spans, Span(lane="reward", what="score", start=9, seconds=1)]
+    )  # a tenth: no room for five letters
+    assert narrow["series"][3]["data"][1]["label"] | {"show": False} == narrow["series"][3]["data"][1]["label"]
     json.dumps(drawn, allow_nan=False)
     assert ":" not in "".join(keys(drawn)) and who_worked([]) is None
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ({"base": 153, "potential": 39}, "153 kept, 39 dropped (potential)"),
+        ({"base": 10, "noise": 1, "potential": 9}, "10 kept, 10 dropped (1 noise, 9 potential)"),
+        ({"noise": 4}, "0 kept, 4 dropped (noise)"),
+        ({"base": 7}, "7 kept"),
+        ({}, "–"),
+    ],
+)
+def test_pairs_of_a_round_in_words(pairs, words):
+    assert kept_and_dropped(pairs) == words
 
 
 def test_a_legend_of_several_lines_leaves_the_axis_alone():

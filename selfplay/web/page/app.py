@@ -16,7 +16,7 @@ from selfplay.reporting import gold, suites, who_worked
 from selfplay.reporting.words import NOT_INDEPENDENT
 from selfplay.storage import figures, paging
 from selfplay.storage.ledger import LedgerError
-from selfplay.visible import visible
+from selfplay.visible import visible, when
 from selfplay.web.api_models import Round, RunSummary
 from selfplay.web.page import answers as page_answers
 from selfplay.web.page import charts as page_charts
@@ -37,7 +37,6 @@ from selfplay.web.page.parts import (
     state,
     table,
     took,
-    when,
 )
 from selfplay.web.server import LARGEST_MESSAGE
 from selfplay.web.view import View

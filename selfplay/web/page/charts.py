@@ -25,7 +25,7 @@ COLOURS = {
     "grey": "#8b95a3",
 }  # fmt: skip
 STAGE_COLOURS = {"generate": "blue", "score": "teal", "depth": "green", "train": "orange", "evaluate": "purple"}
-NARROW = 0.08  # share of a round below which the bar of a stage has no room for its name
+LETTER = 0.033  # share of a round that a letter of a stage's name takes in its bar, on the narrowest screen
 ENTRY, LINE = (
     6.2,
     17,
@@ -253,7 +253,7 @@ def who_worked(spans: Sequence[Span]) -> dict[str, Any] | None:
             took = max(0.0, span.end - start)
             gaps.append(round(start - before, 2))
             shown = {
-                "show": took > NARROW * whole,
+                "show": took > LETTER * len(span.what) * whole,
                 "position": "inside",
                 "formatter": span.what,
                 "color": "#fff",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nicegui import ui
@@ -11,7 +11,7 @@ from nicegui import ui
 from selfplay.reporting import who_worked
 from selfplay.reporting.terminal import STAGES
 from selfplay.reporting.words import NOT_INDEPENDENT, verdict
-from selfplay.visible import visible
+from selfplay.visible import visible, when
 from selfplay.web.api_models import PolicyRow, RoundDetail
 from selfplay.web.page import charts as page_charts
 from selfplay.web.page.parts import (
@@ -28,11 +28,11 @@ from selfplay.web.page.parts import (
     pager,
     some,
     took,
-    when,
 )
 from selfplay.web.view import View
 
 PAGE = 30
+KEPT = "base"  # why a base pair is kept, in the index of pairs
 WORKED = "seconds of the stages, by the role that worked, and the share of the round that it worked"
 VALUES = (("potential", "Alignment potential", "standard deviations"), ("explicit_margin", "Explicit margin", "reward units"),
           ("implicit_margin", "Implicit margin", "nats a token"))  # fmt: skip
@@ -89,7 +89,7 @@ def round_page(view: View, r: RoundDetail) -> None:
             ui.label(sentence).classes("soft small")
         facts(
             [("began", when(r.started)), ("ended", when(r.ended) or "not yet"), ("in stages", took(r.seconds)),
-             ("sampled by", f"policy {r.sampler}"), ("pairs", ", ".join(f"{n} {why}" for why, n in r.pairs.items()) or "–"),
+             ("sampled by", f"policy {r.sampler}"), ("base pairs", kept_and_dropped(r.pairs)),
              ("configuration", r.fingerprint[:12])]
         )  # fmt: skip
     grid = ui.element("div").classes("charts")
@@ -232,3 +232,12 @@ def listing(title: str, nothing: str, read: Callable[[int | None], list[tuple[in
             pager(pages, show)
 
     follow(2.0, show)
+
+
+def kept_and_dropped(pairs: Mapping[str, int]) -> str:
+    """«153 kept, 39 dropped (potential)», from base pairs by why they were kept or dropped."""
+    kept, dropped = pairs.get(KEPT, 0), {why: n for why, n in pairs.items() if why != KEPT}
+    if not dropped:
+        return f"{kept} kept" if kept else "–"
+    why = ", ".join(dropped) if len(dropped) == 1 else ", ".join(f"{n} {why}" for why, n in dropped.items())
+    return f"{kept} kept, {sum(dropped.values())} dropped ({why})"

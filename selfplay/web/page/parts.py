@@ -211,11 +211,6 @@ def confirm(title: str, text: str, button: str, action: Callable[[], Any]) -> No
     dialog.open()
 
 
-def when(time: str | None) -> str:
-    """A time of the ledger, to the second."""
-    return "" if time is None else f"{time[:19].replace('T', ' ')} UTC"
-
-
 def took(seconds: float) -> str:
     """A duration in words: «12.3 s», «4 min 05 s», «3 h 20 min»."""
     if seconds < 60:
