@@ -31,7 +31,7 @@ def test_a_round_appears_while_it_runs_and_pause_and_resume_work(calm: tuple[Pat
     store = Store(run_dir)
     store.submit("pause", {}, "cli")
     store.close()
-    longer = ["train.epochs=10", "train.learning_rate=1e-5"]  # long enough to be seen and paused
+    longer = ["train.epochs=20", "train.learning_rate=1e-5"]  # long enough to be seen and paused
     settings = [*overrides(mini_world), "service.port=0", "schedule.end.rounds=3", *longer]
     argv = [sys.executable, "-m", "selfplay.cli", "serve", "--config", str(TINY), "--run-dir", str(run_dir)]
     argv += [word for each in settings for word in ("--set", each)]
