@@ -6,7 +6,7 @@ import time
 import pytest
 from fake_reward import send
 from outside import until
-from test_scoring import Stage, length, reward, rows
+from scoring_world import Stage, length, reward, rows
 
 from selfplay.errors import Interrupted, RewardError
 from selfplay.rewards.early import EarlyScoring
