@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from selfplay.processes import children
 from selfplay.prompts import draws
 from selfplay.rounds import frame, round, run, steps, turns
 from selfplay.service import daemon, reload, stalls, stop
-from selfplay.storage import closed, folders, hashes, ledger, reader, schema
+from selfplay.storage import closed, folders, hashes, ledger, reader, runner, schema
 from simulation import database, processes, stages
 from simulation.disk import REAL, REMOVE
 from simulation.threads import CLOCK, THREADING
@@ -71,14 +72,15 @@ class Inline:
         return map(what, values)
 
 
-def once(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def once(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of a configuration, which does not change, asked once for each."""
-    known: dict[int, Any] = {}
+    known: dict[Any, tuple[Any, Any]] = {}
 
-    def found(config: Any) -> Any:
-        if id(config) not in known:
-            known[id(config)] = method(config)
-        return known[id(config)]
+    def found(config: Any, **how: Any) -> Any:
+        key = (id(config), *how.items())
+        if key not in known:
+            known[key] = config, method(config, **how)  # it is kept, so that no other one gets its number
+        return known[key][1]
 
     return found
 
@@ -117,6 +119,8 @@ def installed(model: Path) -> Iterator[Configs]:
         (reload, "load", configs),
         (Config, "fingerprint", once(Config.fingerprint)),
         (Config, "fixed", once(Config.fixed)),
+        (Config, "model_dump", once(Config.model_dump)),
+        *((runner, name, functools.cache(getattr(runner, name))) for name in ("_line", "_started", "_namespace")),
         (run.Run, "require", lambda run: None),
         (run, "reap", lambda folder: 0),
         (run, "Generator", processes.Generator),

@@ -16,7 +16,7 @@ class Clock:
     world: World
 
     def __init__(self) -> None:
-        self._thread = threading.get_ident()
+        self._thread: int | None = None  # before the first history there is nothing to stand for
 
     def begin(self, world: World) -> None:
         """A history begins, in the thread that calls this."""
