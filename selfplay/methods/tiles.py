@@ -81,7 +81,7 @@ class Projection:
             # Summed and kept in float32: no logit is ever rounded to the dtype of the model.
             torch.mm(hidden, rows.t(), torch.float32, out=tile)
         else:
-            with products_in(hidden.dtype):
+            with _products_in(hidden.dtype):
                 torch.mm(hidden.float(), rows.float().t(), out=tile)
         if self.bias is not None:
             tile.add_(self.bias[words])
@@ -101,16 +101,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
     if b.is_cuda and b.dtype != torch.float32:
         torch.addmm(total, a.to(b.dtype), b, torch.float32, beta=beta, out=total)
     else:
-        with products_in(b.dtype):
-            total.addmm_(a, b.float(), beta=beta)
+        total.addmm_(a, b.float(), beta=beta)
 
 
 @contextmanager
-def products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Where a CPU makes products of float32 numbers that a model of this dtype rounds anyway.
+def _products_in(dtype: torch.dtype) -> Iterator[None]:
+    """Where a CPU makes products of float32 tensors that hold numbers of this dtype.
 
-    It has no product of bfloat16 numbers with a float32 result. But it may round the factors itself: where it multiplies such
-    numbers faster it does, and the sums are float32 as before.
+    It has no product of bfloat16 numbers with a float32 result. But it may read factors as bfloat16, which is faster where the
+    processor multiplies such numbers; these lose nothing by it, and are summed in float32 as before.
     """
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision

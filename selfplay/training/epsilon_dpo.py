@@ -14,7 +14,7 @@ and the filter of NaN losses are off, dropout is always off.
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,16 +36,15 @@ from selfplay.methods import head
 from selfplay.methods.epsilon_dpo import (
     chosen_drop,
     epsilon_steps,
-    fused_shifts,
-    lean_logps,
     next_beta,
     pair_betas,
     pair_losses,
 )
 from selfplay.models import adapters
 from selfplay.training import saves, sharding, step_sums
-from selfplay.training.batches import pair_difference, pair_weights, per_response, response
+from selfplay.training.batches import pair_difference, pair_weights
 from selfplay.training.data import check_pairs, largest_id
+from selfplay.training.passes import Passes, bare
 from selfplay.training.refusals import check_limits, refuse
 from selfplay.training.step_sums import SUMS
 
@@ -75,7 +74,7 @@ class EpsilonDPOConfig(DPOConfig):
         check_limits(self)
 
 
-class EpsilonDPOTrainer(DPOTrainer):
+class EpsilonDPOTrainer(Passes, DPOTrainer):
     """DPOTrainer with the ε-DPO loss and schedule of β.
 
     `beta` is the current β. It changes after each optimizer step that was not skipped, by the mean step over all
@@ -152,10 +151,10 @@ class EpsilonDPOTrainer(DPOTrainer):
         if isinstance(self.model, PeftModel) and self.args.bf16 and not self.accelerator.is_fsdp2:
             adapters.leave_dtypes(self.model)
         self._unchecked = [self.model]
-        head.make_lean(_bare(self.model))
+        head.make_lean(bare(self.model))
         if self.ref_model is not None:
             self._unchecked.append(self.ref_model)
-            head.make_lean(_bare(self.accelerator.unwrap_model(self.ref_model)))
+            head.make_lean(bare(self.accelerator.unwrap_model(self.ref_model)))
 
     def get_batch_samples(self, *args: Any) -> Any:
         """The micro-batches of the next optimizer step, with the weight of each pair; its pairs are counted.
@@ -192,32 +191,15 @@ class EpsilonDPOTrainer(DPOTrainer):
         With `weights` (B,) among the inputs, the mean of the weighted losses.
         """
         assert not return_outputs, "only compute_metrics asks for outputs, and that is refused"
-        mask, targets = response(inputs)
-        ref_hidden, ref_head = self._reference(inputs, mask)
-
-        def at_head(hidden: Tensor, own: head.Head) -> Any:
-            return fused_shifts(
-                hidden[:, :-1][mask], own.weight, ref_hidden, ref_head.weight, targets, self.args.epsilon,
-                bias=own.bias, ref_bias=ref_head.bias, logit_scale=own.logit_scale, softcap=own.softcap,
-            )  # fmt: skip
-
-        self._check_head(model, self.model, inputs)
-        (logp, ref_logp, plus, minus), aux_loss = self._forward(model, inputs, at_head, self.aux_loss_enabled)
-        for one in (logp, ref_logp, plus, minus):
-            assert one.dtype == torch.float32, "sums over a response need all the digits of its log-probabilities"
-
-        ratio = per_response(logp - ref_logp, mask)
-        q_plus, q_minus = (pair_difference(per_response(shift, mask)) for shift in (plus, minus))  # less q
+        (summed, ratio, plus, minus, kl), aux_loss = self._responses(model, inputs)
+        q_plus, q_minus = pair_difference(plus), pair_difference(minus)  # less q
         steps = epsilon_steps(torch.zeros_like(q_plus), q_plus, q_minus)
         betas = pair_betas(self.beta, steps, self.args.epsilon)
         losses = pair_losses(pair_difference(ratio), betas, self.args.label_smoothing)
-        summed = per_response(logp, mask)
-        nll = -(summed / mask.sum(dim=1)).chunk(2)[0]
+        nll = -(summed / inputs["completion_mask"].sum(dim=1)).chunk(2)[0]
         if self.args.nll_weight > 0:
             losses = losses + self.args.nll_weight * nll
 
-        log_r = (logp - ref_logp).detach().clamp(max=20.0)
-        kl = per_response(log_r.exp() * (log_r - 1) + 1, mask)
         weights = inputs["weights"] if "weights" in inputs else torch.ones_like(nll)
         self._count(steps, weights, losses.detach(), summed.detach(), ratio.detach(), nll.detach(), kl)
         loss = (weights * losses).mean()
@@ -225,22 +207,14 @@ class EpsilonDPOTrainer(DPOTrainer):
             loss = loss + self.router_aux_loss_coef * weights.mean() * aux_loss
         return loss
 
-    def _forward(self, model: Any, inputs: Mapping[str, Tensor], at_head: Any, router_logits: bool = False) -> Any:
-        """What `at_head` gives, and the router's loss; see `head`."""
-        kwargs = {"output_router_logits": True} if router_logits else {}
-        return model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, at_head=at_head,
-            **kwargs,
-        )  # fmt: skip
-
     def _check_head(self, model: Any, unwrapped: Any, inputs: Mapping[str, Tensor]) -> None:
         """Before a model is used for the first time: is the head that we compute its own? A collective call."""
         if not any(one is unwrapped for one in self._unchecked):
             return
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with self._as_it_is():
             if not head.agrees(model, inputs["input_ids"][:1, :8]):
                 raise TrainError(
-                    "input", f"{type(_bare(unwrapped)).__name__} does more to its logits than its config says: ε-DPO "
+                    "input", f"{type(bare(unwrapped)).__name__} does more to its logits than its config says: ε-DPO "
                     "projects hidden states itself (weight, bias, scale, soft-capping) and would train another model",
                     "take another architecture, or teach selfplay/methods/head.py this one",
                 )  # fmt: skip
@@ -252,47 +226,18 @@ class EpsilonDPOTrainer(DPOTrainer):
         model, adapter = self.ref_model, nullcontext()
         if model is None:
             assert isinstance(self.model, PeftModel), "TRL keeps a reference model for everything but adapters"
-            bare, model = self.accelerator.unwrap_model(self.model), self.model
-            adapter = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
-        plain = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), plain, adapter, self._autocast():
+            unwrapped, model = self.accelerator.unwrap_model(self.model), self.model
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        with torch.no_grad(), self._as_it_is(), adapter, self._autocast():
             yield model
+
+    def _as_it_is(self) -> Any:
+        """While activations are not recomputed."""
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
 
     def _autocast(self) -> Any:
         """What the policy runs in, for what is computed beside it. FSDP2's units cast weights and inputs themselves."""
         return nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
-
-    def _reference(self, inputs: Mapping[str, Tensor], mask: Tensor) -> tuple[Tensor, head.Head]:
-        """Hidden states (N, H) of the response tokens in the reference, and its head, without gradient."""
-        if self.ref_model is None:
-            # While the adapter is on: FSDP2 sees at its first forward what is trained, and in which dtype to reduce that.
-            self._check_head(self.model, self.model, inputs)
-        with self._as_reference() as model:
-            if self.ref_model is not None:
-                self._check_head(model, model, inputs)
-            hidden, _ = self._forward(model, inputs, lambda hidden, _: hidden[:, :-1][mask])
-            return hidden, head.read(_bare(self.accelerator.unwrap_model(model)))
-
-    def reference_logps(
-        self, pairs: Dataset | None = None, on_batch: Callable[[], None] = lambda: None
-    ) -> tuple[Tensor, Tensor]:
-        """Reference log-probabilities (nats, summed) of pairs in their order: chosen (n,), rejected (n,).
-
-        `pairs`: rows of the training set, by default all of it.
-        A collective call: every process gets all of them. `on_batch` is called after each batch.
-        """
-        parts: list[Tensor] = []
-        for batch in self.get_eval_dataloader(self.train_dataset if pairs is None else pairs):
-            batch = self._prepare_inputs(batch)
-            mask, targets = response(batch)
-            hidden, (weight, bias, logit_scale, softcap) = self._reference(batch, mask)
-            with torch.no_grad(), self._autocast():
-                logp = lean_logps(hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap)
-            logps = per_response(logp, mask)
-            parts.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).cpu())
-            on_batch()
-        logps = torch.cat(parts)
-        return logps[:, 0], logps[:, 1]
 
     # --- what a step adds up ----------------------------------------------------------------------------------------
 
@@ -389,8 +334,3 @@ class _BetaUpdate(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.step_taken()
-
-
-def _bare(model: Any) -> Any:
-    """The model itself, without an adapter's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
