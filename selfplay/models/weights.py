@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +18,16 @@ from transformers import AutoModelForCausalLM
 
 from selfplay.errors import CheckpointError, TrainError
 from selfplay.methods.epsilon_dpo import chosen_logps
+from selfplay.models import streamed
 from selfplay.planning.memory import BF16
 from selfplay.planning.shapes import from_config
 from selfplay.storage import checkpoints
 from selfplay.storage.checkpoints import MASTERS
 
 logger = logging.getLogger(__name__)
+
+PART = 256 << 20  # Bytes of a model that is read in parts that stay in the main memory.
+SPARED = 0.8  # The share of a GPU's free memory that its weights may take.
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -72,10 +76,13 @@ def masters(policy: Path) -> Path:
     return policy / MASTERS if (policy / MASTERS).is_dir() else policy
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
-    """The causal language model of a checkpoint folder, in `dtype`, on the CPU.
+def load(
+    folder: Path, dtype: torch.dtype | Literal["auto"] = torch.float32, trust_remote_code: bool = False, **how: Any
+) -> Any:
+    """The causal language model of a checkpoint folder, in `dtype`, on the CPU. «auto» is the dtype of its files.
 
-    Raises TrainError («input») for a folder that is not a whole checkpoint: missing, truncated or mis-shaped tensors.
+    In the dtype of its files a model stays on the disk, and is read when somebody looks at it. how: further settings of
+    transformers. Raises TrainError («input») for a folder that is not a whole checkpoint: missing, truncated or mis-shaped tensors.
     """
     hint = "check the folder against its manifest, or take the policy before it"
     try:
@@ -84,7 +91,12 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bo
         raise TrainError("input", f"{folder} holds no checkpoint: {error}", error.hint or hint) from error
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=trust_remote_code
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            **how,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if out_of_memory(error):
@@ -96,6 +108,19 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bo
     if report["unexpected_keys"]:
         logger.warning("%s: tensors that the model does not have: %s", folder, sorted(report["unexpected_keys"])[:10])
     return model
+
+
+def load_in_parts(
+    folder: Path, dtype: torch.dtype, device: torch.device, beside: Path, trust_remote_code: bool = False
+) -> Any:
+    """The same to be used on `device`, which gets as much of it as it has room for. The rest comes from the disk, layer by layer.
+
+    So it may be larger than the memory of the device and of the host. `beside`: an empty folder, for what is not in `dtype` on the
+    disk. Raises as `load`.
+    """
+    free = free_memory()
+    room: dict[int | str, int] = {"cpu": PART} | ({} if free is None else {device.index or 0: int(free * SPARED)})
+    return load(folder, dtype, trust_remote_code, device_map="auto", max_memory=room, offload_folder=beside)
 
 
 def export(model: Any, config_from: Path, initial: Path, out: Path, dtype: torch.dtype) -> None:
@@ -111,7 +136,12 @@ def export(model: Any, config_from: Path, initial: Path, out: Path, dtype: torch
 
 def _write(model: Any, config_from: Path, initial: Path, out: Path, dtype: torch.dtype) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    model.to(dtype).save_pretrained(out)
+    model.to(dtype).save_pretrained(out, max_shard_size=streamed.LARGEST)
+    complete(config_from, initial, out, dtype)
+
+
+def complete(config_from: Path, initial: Path, out: Path, dtype: torch.dtype) -> None:
+    """Put what belongs to a policy beside its weights, in place of what transformers wrote there."""
     config = json.loads((config_from / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -144,14 +174,14 @@ def update_size(start: Any, final: Any) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def sequence_logps(model: Any, sequences: Sequence[Sequence[int]]) -> list[float]:
+def sequence_logps(model: Any, sequences: Sequence[Sequence[int]], device: torch.device | None = None) -> list[float]:
     """Summed log-probability (nats) of each sequence's tokens from the second on, log-softmax in float32.
 
-    One sequence at a time: padding would change the last digits.
+    device: where it computes, for a model that does not hold its weights. One sequence at a time: padding would change the last digits.
     """
     logps: list[float] = []
     for ids in sequences:
-        tokens: Tensor = torch.tensor([list(ids)], device=model.device)
+        tokens: Tensor = torch.tensor([list(ids)], device=device or model.device)
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
         logps.append(float(chosen_logps(logits, tokens[0, 1:]).sum()))
     return logps

@@ -1,11 +1,9 @@
 """What the trainer child does for an order: load, check agreement, train, export, canaries, size of the update."""
 
 import copy
-import gc
 import hashlib
 import logging
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,15 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from selfplay.errors import DamagedError, TrainError
-from selfplay.models import adapters, weights
+from selfplay.models import weights
 from selfplay.models.kept import Kept
 from selfplay.storage import folders, seals, tables
-from selfplay.training import saves, sharding
+from selfplay.training import exporting, saves, sharding
 from selfplay.training.data import COLUMNS, check_pairs
 from selfplay.training.epsilon_dpo import EpsilonDPOConfig, EpsilonDPOTrainer
 from selfplay.training.jobs import STOP, CanaryJob, LoraJob, TrainJob
@@ -51,7 +49,6 @@ def train(job: TrainJob, report: Report, kept: Kept | None = None) -> dict[str, 
         trainer = _build(job, report, kept)
     except ValueError as error:  # a setting or data that cannot be trained on; later on it would be a bug
         raise TrainError("input", str(error), "change the setting or the data that the message names") from error
-    rank_zero = trainer.accelerator.is_main_process
     checkpoint = _resume_point(job, trainer)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
@@ -64,47 +61,18 @@ def train(job: TrainJob, report: Report, kept: Kept | None = None) -> dict[str, 
     if trainer.state.global_step < trainer.state.max_steps:
         return {"stopped": trainer.state.global_step, "repairs": seals.repairs()}
 
-    dtype = getattr(torch, job.serving_dtype)
-    device, beta, steps = trainer.args.device, trainer.beta, trainer.state.global_step
+    beta, steps = trainer.beta, trainer.state.global_step
     history = [flat(logs) | {"step": logs["step"]} for logs in trainer.state.log_history if "loss" in logs]
-    found = check.found
-    model = _trained(job, trainer)
-    if not rank_zero:
-        return None
+    model, device, found = trainer.accelerator.unwrap_model(trainer.model), trainer.args.device, check.found
+    sharded = trainer.is_fsdp_enabled
     del trainer, check
-    if device.type == "cuda":  # the reference and the optimizer make room for the exported model
-        gc.collect()
-        torch.cuda.empty_cache()
-    if job.out.exists():  # a run that ended between its export and its answer
-        shutil.rmtree(job.out)
-    with folders.folder(job.out) as part:
-        if job.lora is not None:
-            for config in model.peft_config.values():  # a set, whose order would differ between two processes
-                if isinstance(config.target_modules, set):
-                    config.target_modules = sorted(config.target_modules)
-            model.save_pretrained(part / "adapter")
-            model = adapters.merged(model)
-        model = model.to("cpu")
-        start = kept.shared(weights.masters(job.policy), job.trust_remote_code)
-        share, norm = weights.update_size(start, model)
-        if norm < job.min_update or share == 0:
-            raise TrainError(
-                "no_update",
-                f"training moved the weights by {norm:.3g} of their norm ({share:.2%} of the elements); the least that "
-                f"counts is {job.min_update:g}",
-                "raise the learning rate, the epochs or the pairs of a round",
-            )
-        next_start = kept.beside(weights.masters(job.policy), model)
-        weights.export(model, job.policy, job.initial, part, dtype)
-        del start, model
-        served = weights.load(part, dtype, job.trust_remote_code).to(device).eval()
-        canary_logps = weights.sequence_logps(served, job.canary_ids)
-    if next_start is not None:
-        kept.put(weights.masters(job.out), next_start)
+    made = exporting.sharded(job, model, device) if sharded else exporting.whole(job, model, device, kept)
+    if made is None:
+        return None
     clock.lap("export")
     return {
-        "history": history, "steps": steps, "beta": beta, "agreement": found, "canaries": canary_logps,
-        "update": {"share_changed": share, "relative_norm": norm}, "seconds": clock.laps, "repairs": seals.repairs(),
+        "history": history, "steps": steps, "beta": beta, "agreement": found, **made, "seconds": clock.laps,
+        "repairs": seals.repairs(),
     }  # fmt: skip
 
 
@@ -146,6 +114,8 @@ def _build(job: TrainJob, report: Report, kept: Kept) -> EpsilonDPOTrainer:
     reference: Any = None  # with an adapter: the model under it
     if job.reference.resolve() != job.policy.resolve():
         reference = kept.shared(weights.masters(job.reference), job.trust_remote_code)
+    elif job.lora is None and sharding.is_sharded():  # read again it takes no memory before it is spread
+        reference = kept.shared(weights.masters(job.policy), job.trust_remote_code)
     elif job.lora is None:
         reference = copy.deepcopy(policy)
     shares = world if sharding.is_sharded() else 1
@@ -229,20 +199,6 @@ def _resume_point(job: TrainJob, trainer: EpsilonDPOTrainer) -> Path | None:
     trainer.accelerator.wait_for_everyone()
     whole = sorted(job.work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     return whole[-1] if whole else None
-
-
-def _trained(job: TrainJob, trainer: EpsilonDPOTrainer) -> Any:
-    """The trained model in one piece; under FSDP gathered into a fresh one, on rank 0 alone."""
-    if not trainer.is_fsdp_enabled:
-        return trainer.accelerator.unwrap_model(trainer.model)
-    state = trainer.accelerator.get_state_dict(trainer.model)
-    if not trainer.accelerator.is_main_process:
-        return None
-    model = weights.load(weights.masters(job.policy), trust_remote_code=job.trust_remote_code)
-    if job.lora is not None:
-        model = get_peft_model(model, lora_config(job.lora))
-    model.load_state_dict(state)
-    return model
 
 
 class _StopOnRequest(TrainerCallback):
