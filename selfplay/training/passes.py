@@ -34,6 +34,7 @@ class Passes:
     ref_model: Any
     train_dataset: Any
     get_eval_dataloader: Any
+    is_fsdp_enabled: bool
     _prepare_inputs: Any
 
     def __init__(self, *rest: Any, **kwargs: Any) -> None:
@@ -96,7 +97,13 @@ class Passes:
         return list(found) if len(found) > 1 else [None]
 
     def _rows(self, inputs: Mapping[str, Tensor]) -> layout.Rows:
-        """A row for each pair, where both models give the same so; otherwise one for each response."""
+        """A row for each pair, where both models give the same so; otherwise one for each response.
+
+        Models that FSDP2 shares out keep a row for each response: with shared rows a training in bf16 that was gone on from
+        ended with other bytes.
+        """
+        if self.is_fsdp_enabled:
+            self._shares = False
         if self._shares is None:
             models = [
                 bare(self.accelerator.unwrap_model(one)) for one in (self.model, self.ref_model) if one is not None
