@@ -130,7 +130,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (run, "packages", lambda: {}),
         (run, "sealing", SimpleNamespace(require_whole=lambda folder: None)),
         (run, "Pool", stages.SimulatedPool),
-        (run, "intake", SimpleNamespace(add=stages.add)),
+        (run, "intake", SimpleNamespace(admit=stages.admit, add=stages.add)),
         (steps, "size", lambda path: 1000),
         (draws, "tables", SimpleNamespace(read_column=stages.read_column)),
         (round, "read_ranked", stages.read_ranked),

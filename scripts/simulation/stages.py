@@ -185,11 +185,16 @@ class SimulatedPool:
         return len(new)
 
 
-def add(
-    rows: Sequence[dict[str, Any]], source: str, *, prompts: SimulatedPool, joined: int, on_event: Any, **_: Any
-) -> Any:
+Fate = tuple[str, int]  # a prompt that is to join, and the first round that may draw it
+
+
+def admit(rows: Sequence[dict[str, Any]], source: str, *, joined: int, **_: Any) -> list[Fate]:
+    """As `rounds.intake.admit`."""
+    return [(digest("added", row["prompt"]), joined) for row in rows]
+
+
+def add(fates: Sequence[Fate], source: str, prompts: SimulatedPool, on_event: Any) -> Any:
     """As `rounds.intake.add`."""
-    names = [digest("added", row["prompt"]) for row in rows]
-    added = prompts.join(names, joined)
-    on_event("prompts", f"{added} of {len(rows)} prompts from {source} join the pool")
-    return {"added": added, "known": len(rows) - added}
+    added = prompts.join([name for name, _ in fates], max((joined for _, joined in fates), default=0))
+    on_event("prompts", f"{added} of {len(fates)} prompts from {source} join the pool")
+    return {"added": added, "known": len(fates) - added}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from child_world import ECHO, gone
+from outside import until
 
 from selfplay.cluster.host import Host
 from selfplay.cluster.hosted import Hosted, HostLost, Remote, handed_on
@@ -92,7 +93,7 @@ def test_orders_results_errors_and_the_log(tmp_path: Path) -> None:
     assert [event["done"] for event in seen] == [1]
     with pytest.raises(ChildError, match="unknown order"):
         child.order("subtract")
-    assert "a library's print" in (tmp_path / "echo.log").read_text()
+    until(lambda: "a library's print" in (tmp_path / "echo.log").read_text())  # the log has a way of its own
     child.stop()
     child.stop()
     assert gone(tmp_path)

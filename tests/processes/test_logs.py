@@ -15,6 +15,7 @@ def test_the_log_of_a_child_is_bounded_while_it_runs_and_keeps_its_end(tmp_path,
     log.write_text("x" * 1001)
     child = start(tmp_path)
     child.wait_for("ready")
+    until(lambda: log.read_text() == "a library's print\n")
     assert before.read_text() == "x" * 1000
     with log.open("a") as file:
         file.write("y" * 3000 + "the end")
