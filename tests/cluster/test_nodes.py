@@ -51,7 +51,7 @@ def tiny(cluster: TwoNodes, *more: str) -> Config:
 
 @pytest.fixture
 def nodes(cluster: TwoNodes, tmp_path: Path) -> Iterator[tuple[Nodes, list[str]]]:
-    config, said = tiny(cluster, "cluster.wait=60", f"cluster.engine.cpus={CPUS}", "generate.engines=2"), list[str]()
+    config, said = tiny(cluster, "cluster.wait=600", f"cluster.engine.cpus={CPUS}", "generate.engines=2"), list[str]()
     assert config.cluster is not None
     found = Nodes(config.cluster, lambda: config, tmp_path, said.append)
     yield found, said
