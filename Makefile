@@ -24,7 +24,7 @@ test: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint mini browser
 	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not long"
 
-# What takes minutes and shows again what other tests show: a storm of kills, and the whole kit for a GPU in miniature.
+# What takes minutes: a storm of kills, an engine core that is killed, and the whole kit for a GPU in miniature.
 long: setup mini
 	$(PY) -m pytest -m long
 

@@ -59,7 +59,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 LONGEST = (  # of the whole run on two cores, from three minutes down to half of one
-    "worlds/test_smollm2.py", "generation/test_killed_core.py", "rounds/test_disturbed.py", "cluster/test_nodes.py",
+    "worlds/test_smollm2.py", "rounds/test_disturbed.py", "cluster/test_nodes.py",
     "web/test_page_service.py", "generation/test_generator.py", "web/test_page.py", "rounds/test_round_suites.py",
     "service/test_daemon.py", "publishing/test_publish.py", "rounds/test_round_ahead.py", "reward/test_reward_judge.py",
     "training/test_trainer_stays.py", "generation/test_engines.py", "service/test_daemon_faults.py", "training/test_ranks.py",

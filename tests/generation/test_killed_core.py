@@ -26,6 +26,7 @@ def kill_core(generator):
     return time.monotonic()
 
 
+@pytest.mark.long
 def test_a_killed_engine_core_is_noticed_whatever_it_did_and_replaced(tmp_path, monkeypatch):
     monkeypatch.delenv("SELFPLAY_TEMPLATES", raising=False)  # the core is looked for below the engine
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
