@@ -86,7 +86,8 @@ class Forks:
                     return None
                 if key.fileobj is self.listener:
                     asker, _ = self.listener.accept()
-                    asker.send(json.dumps(self.alike).encode())
+                    with contextlib.suppress(OSError):  # it is gone already, and is heard to be
+                        asker.send(json.dumps(self.alike).encode())
                     self.waiting.register(asker, selectors.EVENT_READ)
                 elif isinstance(key.fileobj, socket.socket):
                     if (order := self.heard(key.fileobj)) is not None:
@@ -95,7 +96,10 @@ class Forks:
                     self.ended(key.data)
 
     def heard(self, asker: socket.socket) -> dict[str, Any] | None:
-        said, pipes, _, _ = socket.recv_fds(asker, 1 << 20, 3)
+        try:
+            said, pipes, _, _ = socket.recv_fds(asker, 1 << 20, 3)
+        except OSError:
+            said, pipes = b"", []
         if not said:  # the asker is gone
             self.waiting.unregister(asker)
             asker.close()
@@ -122,7 +126,8 @@ class Forks:
         self.askers[fork] = asker
         watched = os.pidfd_open(fork)
         self.waiting.register(watched, selectors.EVENT_READ, (fork, watched))
-        asker.send(str(fork).encode())
+        with contextlib.suppress(OSError):
+            asker.send(str(fork).encode())
         return None
 
     def ended(self, which: tuple[int, int]) -> None:
