@@ -48,8 +48,8 @@ class TwoNodes:
         address: str = how["node_ip_address"]
         try:
             self._cluster.add_node(num_cpus=cpus, **how)
-        except Exception:
-            until(lambda: address in self._alive(), f"the node {address}", seconds=300.0)
+        except Exception as error:  # Ray has no type of its own for it
+            until(lambda: address in self._alive(), f"the node {address}, of which Ray says: {error}", seconds=300.0)
         self.nodes.append(address)
         return address
 
