@@ -2,11 +2,12 @@
 """A served run whose nodes are killed at random moments must end with the artifacts of a run without any cluster.
 
     python scripts/chaos_cluster.py [--kills 20] [--rounds 3] [--seed 0] [--every 20] [--calm DIR] [--out runs/chaos-cluster]
+    python scripts/chaos_cluster.py --in-stages [--rounds 1] …
 
 The first run is on this machine alone. The second one is on a Ray cluster whose nodes are processes of this machine: a head with
 the controller, and two nodes with all children, two engines, reward, judge and a trainer of two processes. At exponentially
-distributed times SIGKILL goes to a node's raylet and to all of its workers, and another node joins in its place. Then
-everything is compared as `scripts/chaos.py` does. Exit code 0: everything is the same, no row is missing or double, and no
+distributed times SIGKILL goes to a node's raylet and to all of its workers, and another node joins in its place; with
+`--in-stages` that happens once in each stage of the first round that has children. Then everything is compared as `scripts/chaos.py` does. Exit code 0: everything is the same, no row is missing or double, and no
 process, actor or placement group is left.
 """
 
@@ -26,6 +27,7 @@ from chaos import SETTINGS, Served, artifacts_of, compare, lasted, outlived, rep
 from cluster_world import TwoNodes, left_on, two_nodes  # type: ignore[import-not-found]  # noqa: E402
 
 TWO = "{distributed_type: MULTI_GPU, num_machines: 1, num_processes: 2, mixed_precision: 'no'}\n"
+STAGES = ("generate", "score", "train", "evaluate", "promote")
 CPUS = 6  # of each node: all children have room on one, but for the trainer, whose processes are on two
 
 
@@ -35,6 +37,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the times and the victims")
     parser.add_argument("--every", type=float, default=20.0, help="mean seconds between kills (default: %(default)s)")
+    parser.add_argument(
+        "--in-stages", action="store_true", help="a kill in each stage of the first round, not at random times"
+    )
     parser.add_argument("--calm", type=Path, help="a finished run of these settings, instead of a new one")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos-cluster"))
@@ -61,7 +66,10 @@ def main() -> int:
             "cluster.trainer.nodes=2",
             "generate.engines=2",
         ]
-        kills = storm(args, Served(config, [*sets, *on_nodes], storm_dir), cluster)
+        served = Served(config, [*sets, *on_nodes], storm_dir)
+        if args.in_stages:
+            args.kills = in_each_stage(args.seed, served, cluster)
+        kills = storm(args, served, cluster)
         faults = left_on(cluster)
     print(f"storm: {kills} kills of a node in {time.monotonic() - began:.0f} s")
     orphans = outlived(storm_dir)
@@ -77,9 +85,28 @@ def main() -> int:
     return int(bool(faults))
 
 
+def in_each_stage(seed: int, served: Served, cluster: TwoNodes) -> int:
+    """Kill a node in each stage of the first round that has children; returns how many that were."""
+    rng = random.Random(seed)
+    for number, stage in enumerate(STAGES, 1):
+        while f"round 1: {stage} started" not in served.log.read_text():
+            time.sleep(0.02)
+            if served.process.poll() is not None:
+                sys.exit(f"the service ended with exit code {served.process.returncode}; see service.log")
+        print(f"  kill {number}, in the stage {stage}", flush=True)
+        replace(cluster, rng.choice(cluster.nodes))
+    return len(STAGES)
+
+
+def replace(cluster: TwoNodes, victim: str) -> None:
+    """Kill a node; another one joins in its place."""
+    cluster.kill(victim)
+    cluster.add(CPUS)
+
+
 def storm(args: argparse.Namespace, served: Served, cluster: TwoNodes) -> int:
     """Kill nodes until there were enough kills and the run has ended; returns how many there were."""
-    rng, kills = random.Random(args.seed), 0
+    rng, kills = random.Random(args.seed), args.kills if args.in_stages else 0
     while True:
         next_kill = time.monotonic() + rng.expovariate(1 / args.every)
         while time.monotonic() < next_kill:
@@ -94,11 +121,9 @@ def storm(args: argparse.Namespace, served: Served, cluster: TwoNodes) -> int:
             if served.process.poll() is not None or (state is not None and state[0] == "paused"):
                 sys.exit(f"the service is {state}, exit code {served.process.poll()}; see service.log")
         if kills < args.kills:
-            victim = rng.choice(cluster.nodes)
-            cluster.kill(victim)
             kills += 1
             print(f"  kill {kills} at {time.strftime('%H:%M:%S')}, state {state}", flush=True)
-            cluster.add(CPUS)
+            replace(cluster, rng.choice(cluster.nodes))
 
 
 if __name__ == "__main__":
