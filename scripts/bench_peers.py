@@ -188,13 +188,14 @@ def scores_of_model(folder: str) -> Score:
     tokenizer.padding_side = "right"
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
 
-    @torch.no_grad()
     def score(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         texts = [
             tokenizer.apply_chat_template(p + c, tokenize=False) for p, c in zip(prompts, completions, strict=True)
         ]
         batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-        scores: list[float] = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].tolist()
+        with torch.no_grad():
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        scores: list[float] = logits[:, 0].tolist()
         return scores
 
     return score

@@ -175,10 +175,13 @@ def _scan(
     n, vocabulary = policy.shape
     first, *more = tile.buffers(1 if reference is None else 3 if epsilon else 2, n, vocabulary, targets.device)
     for words in slices(vocabulary, tile.words):
+        rows = policy.rows(words)
+        if reference is not None:
+            ref_rows = rows if reference.shares_rows(policy) else reference.rows(words)
         for tokens in slices(n, tile.tokens):
-            z = policy.logits(tokens, words, first)
+            z = policy.logits(tokens, words, rows, first)
             if reference is not None:
-                spare = reference.logits(tokens, words, more[0])
+                spare = reference.logits(tokens, words, ref_rows, more[0])
                 if epsilon:  # between the two: adding a tile to a softmax overwrites it
                     shift = torch.sub(z, spare, out=more[1][: z.numel()].view_as(z)).mul_(epsilon)
                     reach = torch.maximum(shift.amax(dim=1), -shift.amin(dim=1))  # aminmax is slower here
@@ -206,8 +209,9 @@ def _plain_shifts(
 ) -> tuple[Tensor, Tensor]:
     """log π⁺ − log π and log π⁻ − log π of a few tokens by their definition, over the whole vocabulary."""
     every = slice(0, policy.shape[1])
-    z = policy.logits(tokens, every, policy.hidden.new_empty(len(tokens) * every.stop, dtype=torch.float32))
-    shift = reference.logits(tokens, every, torch.empty_like(z).view(-1)).sub_(z).mul_(-epsilon)
+    buffer = policy.hidden.new_empty(len(tokens) * every.stop, dtype=torch.float32)
+    z = policy.logits(tokens, every, policy.rows(every), buffer)
+    shift = reference.logits(tokens, every, reference.rows(every), torch.empty_like(buffer)).sub_(z).mul_(-epsilon)
     logp = chosen_logps(z, targets)
     return chosen_logps(z + shift, targets) - logp, chosen_logps(z - shift, targets) - logp
 
@@ -234,7 +238,7 @@ def _gradients(
             if weight.dtype != torch.float32:
                 weight_sum = torch.empty_like(weight_sum, dtype=torch.float32)
         for tokens in slices(n, tile.tokens):
-            z = policy.logits(tokens, words, buffer)
+            z = policy.logits(tokens, words, rows, buffer)
             slope = None
             if policy.softcap is not None:
                 slope = (z / policy.softcap).square_().neg_().add_(1.0)
@@ -247,9 +251,9 @@ def _gradients(
             if policy.logit_scale != 1.0:
                 z.mul_(policy.logit_scale)
             if grad_hidden is not None:
-                add_product(grad_hidden[tokens], z, rows)
+                add_product(grad_hidden[tokens], z, rows, hidden.dtype)
             if weight_sum is not None:
-                add_product(weight_sum, z.t(), hidden[tokens], beta=int(tokens.start > 0))
+                add_product(weight_sum, z.t(), hidden[tokens], hidden.dtype, beta=int(tokens.start > 0))
             if grad_bias is not None:
                 bias_sum += z.sum(dim=0)
         if grad_weight is not None and weight.dtype != torch.float32:

@@ -95,7 +95,8 @@ def agrees(model: Any, input_ids: Tensor) -> bool:
         dtypes.append(projection.hidden.dtype)
         tokens, words = (slice(0, n) for n in projection.shape)
         with torch.autocast(hidden.device.type, enabled=False):
-            return projection.logits(tokens, words, hidden.new_empty(tokens.stop * words.stop, dtype=torch.float32))
+            buffer = hidden.new_empty(tokens.stop * words.stop, dtype=torch.float32)
+            return projection.logits(tokens, words, projection.rows(words), buffer)
 
     ours, _ = model(input_ids=input_ids, use_cache=False, at_head=project)
     theirs = model(input_ids=input_ids, use_cache=False).logits[0].float()

@@ -70,19 +70,25 @@ class Projection:
         return self.hidden.size(0), self.weight.size(0)
 
     def rows(self, words: slice) -> Tensor:
-        """Rows of the weight, (C, H), in the dtype of the products."""
-        return self.weight[words].to(self.hidden.dtype)
+        """Rows of the weight, (C, H), as numbers of the dtype of the products; on a CPU they are float32 (`_products_in`)."""
+        rows = self.weight[words].to(self.hidden.dtype)
+        return rows if rows.is_cuda else rows.float()
 
-    def logits(self, tokens: slice | Tensor, words: slice, buffer: Tensor) -> Tensor:
-        """The tile (T, C) of these tokens and words, written to `buffer` (at least T·C elements)."""
-        hidden, rows = self.hidden[tokens], self.rows(words)
+    def shares_rows(self, other: Self) -> bool:
+        """Whether another projection has the same rows: a model and itself without its adapter have one head."""
+        mine, others = ((one.weight.data_ptr(), one.weight.dtype, one.hidden.dtype) for one in (self, other))
+        return mine == others
+
+    def logits(self, tokens: slice | Tensor, words: slice, rows: Tensor, buffer: Tensor) -> Tensor:
+        """The tile (T, C) of these tokens and words, whose rows of the weight are given, written to `buffer` (≥ T·C elements)."""
+        hidden = self.hidden[tokens]
         tile = _view(buffer, len(hidden), len(rows))
         if hidden.is_cuda and hidden.dtype != torch.float32:
             # Summed and kept in float32: no logit is ever rounded to the dtype of the model.
             torch.mm(hidden, rows.t(), torch.float32, out=tile)
         else:
             with _products_in(hidden.dtype):
-                torch.mm(hidden.float(), rows.float().t(), out=tile)
+                torch.mm(hidden.float(), rows.t(), out=tile)
         if self.bias is not None:
             tile.add_(self.bias[words])
         if self.logit_scale != 1.0:
@@ -96,20 +102,21 @@ def _view(buffer: Tensor, tokens: int, words: int) -> Tensor:
     return buffer[: tokens * words].view(tokens, words)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """total = beta·total + a @ b, in float32, `b` in the dtype of the model; with beta 0 `total` is only written."""
-    if b.is_cuda and b.dtype != torch.float32:
-        torch.addmm(total, a.to(b.dtype), b, torch.float32, beta=beta, out=total)
+def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, beta: int = 1) -> None:
+    """total = beta·total + a @ b, in float32, of factors as `dtype` has them; with beta 0 `total` is only written."""
+    if b.is_cuda and dtype != torch.float32:
+        torch.addmm(total, a.to(dtype), b, torch.float32, beta=beta, out=total)
     else:
-        total.addmm_(a, b.float(), beta=beta)
+        with _products_in(dtype):
+            total.addmm_(a, b.float(), beta=beta)
 
 
 @contextmanager
 def _products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Where a CPU makes products of float32 tensors that hold numbers of this dtype.
+    """Where a CPU makes products of float32 tensors whose numbers are, or may be rounded to, those of this dtype.
 
     It has no product of bfloat16 numbers with a float32 result. But it may read factors as bfloat16, which is faster where the
-    processor multiplies such numbers; these lose nothing by it, and are summed in float32 as before.
+    processor multiplies such numbers. They are summed in float32 as before.
     """
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
