@@ -50,7 +50,8 @@ def require(store: Store, run_dir: Path, tell: Callable[[str, str], None]) -> No
     for found in disagreements(store, run_dir):
         raise InputError(f"{found.path}: {found.what}", f"{found.right}; {DOCTOR}")
     there = Policies(run_dir)
-    if (version := store.serving()) is None:
+    begins = store.state(CURRENT) is None and there.current is None and not store.last_round()
+    if (version := store.serving()) is None or begins:
         set_current(store, there, 0)
         return
     if (wrong := current(store, run_dir)) is not None:

@@ -44,6 +44,14 @@ def test_folder_and_ledger_that_agree_are_left_alone(run_dir):
     assert opened(run_dir) == [] and Policies(run_dir).current == 3
 
 
+def test_a_run_that_begins_gets_policy_0_and_nothing_is_told_of_a_repair(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(agreement, "set_current", lambda *_: None)
+        run_dir = finished(tmp_path / "new", rounds=0)  # as the import leaves it
+    assert not (run_dir / "current").exists()
+    assert opened(run_dir) == [] and Policies(run_dir).current == 0
+
+
 @pytest.mark.parametrize("damage", ["lost", "file", "folder", "to nothing"])
 def test_a_lost_current_is_made_again_from_the_ledger(run_dir, damage):
     current = run_dir / "current"
