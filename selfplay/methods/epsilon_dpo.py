@@ -251,9 +251,9 @@ def _gradients(
             if policy.logit_scale != 1.0:
                 z.mul_(policy.logit_scale)
             if grad_hidden is not None:
-                add_product(grad_hidden[tokens], z, rows, hidden.dtype)
+                add_product(grad_hidden[tokens], z, rows)
             if weight_sum is not None:
-                add_product(weight_sum, z.t(), hidden[tokens], hidden.dtype, beta=int(tokens.start > 0))
+                add_product(weight_sum, z.t(), hidden[tokens], beta=int(tokens.start > 0))
             if grad_bias is not None:
                 bias_sum += z.sum(dim=0)
         if grad_weight is not None and weight.dtype != torch.float32:

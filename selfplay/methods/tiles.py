@@ -102,21 +102,20 @@ def _view(buffer: Tensor, tokens: int, words: int) -> Tensor:
     return buffer[: tokens * words].view(tokens, words)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, beta: int = 1) -> None:
-    """total = beta·total + a @ b, in float32, of factors as `dtype` has them; with beta 0 `total` is only written."""
-    if b.is_cuda and dtype != torch.float32:
-        torch.addmm(total, a.to(dtype), b, torch.float32, beta=beta, out=total)
+def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+    """total = beta·total + a @ b, in float32, `b` in the dtype of the model; with beta 0 `total` is only written."""
+    if b.is_cuda and b.dtype != torch.float32:
+        torch.addmm(total, a.to(b.dtype), b, torch.float32, beta=beta, out=total)
     else:
-        with _products_in(dtype):
-            total.addmm_(a, b.float(), beta=beta)
+        total.addmm_(a, b.float(), beta=beta)
 
 
 @contextmanager
 def _products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Where a CPU makes products of float32 tensors whose numbers are, or may be rounded to, those of this dtype.
+    """Where a CPU makes products of float32 tensors that hold numbers of this dtype.
 
     It has no product of bfloat16 numbers with a float32 result. But it may read factors as bfloat16, which is faster where the
-    processor multiplies such numbers. They are summed in float32 as before.
+    processor multiplies such numbers; these lose nothing by it, and are summed in float32 as before.
     """
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
