@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from selfplay.prompts import sealing
@@ -15,7 +19,19 @@ STAGES = ("prompts", "generate", "score")
 
 
 def finished(run_dir: Path, rounds: int) -> Path:
-    """A run folder with so many promoted rounds, each with a policy of a few bytes."""
+    """A run folder with so many promoted rounds, each with a policy of a few bytes. It is made once, and copied for each test."""
+    return shutil.copytree(_once(rounds), run_dir, symlinks=True)
+
+
+@cache
+def _once(rounds: int) -> Path:
+    root = Path(tempfile.mkdtemp(prefix="finished-"))
+    atexit.register(shutil.rmtree, root)
+    return make(root / "run", rounds)
+
+
+def make(run_dir: Path, rounds: int) -> Path:
+    """What `finished` is a copy of, made anew."""
     run_dir.mkdir()
     store, policies = Store(run_dir), Policies(run_dir)
     store.open_run("tiny", {"run.seed": 0})

@@ -1,7 +1,9 @@
 """Publishing: to a folder, to a stand-in of the Hub, and into a real `vllm serve` that runs."""
 
+import dataclasses
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ from selfplay.reporting.terminal import Display
 from selfplay.storage import agreement, policies
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
+from selfplay.types import Policy
 
 TOKEN = "hf_secretsecret"
 
@@ -47,9 +50,12 @@ def config(**targets):
 class Published:
     """A run of two rounds, whose current policy is published, and what was said of it."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, policies: list[Policy]) -> None:
         self.run_dir, self.said, self.alerts = run_dir, io.StringIO(), []
-        self.policies = [write_policy(run_dir / "policies", version, version) for version in range(3)]
+        self.policies = [
+            dataclasses.replace(each, path=str(shutil.copytree(each.path, run_dir / "policies" / Path(each.path).name)))
+            for each in policies
+        ]
         self.store = Store(run_dir)
         self.store.open_run("mine", {})
         for index in (1, 2):
@@ -67,9 +73,15 @@ class Published:
         return [row["text"] for row in self.store.query("SELECT * FROM events ORDER BY id") if row["kind"] == kind]
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    root = tmp_path_factory.mktemp("policies")
+    return [write_policy(root, version, version) for version in range(3)]
+
+
 @pytest.fixture
-def run(tmp_path):
-    made = Published(tmp_path / "run")
+def run(tmp_path, three):
+    made = Published(tmp_path / "run", three)
     yield made
     made.store.close()
 
@@ -196,6 +208,7 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
+@pytest.mark.slow
 def test_the_hub_gets_a_policy_once_and_the_token_is_nowhere(run, hub):
     hub.files["model-00001-of-00002.safetensors"] = b"of an earlier policy"
     hub.refuses = True
@@ -216,6 +229,7 @@ def test_the_hub_gets_a_policy_once_and_the_token_is_nowhere(run, hub):
     assert TOKEN not in run.said.getvalue() + " ".join(run.alerts)
 
 
+@pytest.mark.slow
 def test_a_push_needs_a_token_and_says_where_the_policy_is(run, hub, monkeypatch):
     words = ["export", "policy", "--push", "me/mine", "--run-dir", str(run.run_dir)]
     agreement.set_current(run.store, Policies(run.run_dir), 1)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from mini import TINY
 from rich.console import Console
-from storage_world import finished
+from storage_world import make
 
 from selfplay.config import load
 from selfplay.reporting.terminal import Display
@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch):
         patch.setattr(
             Store, "close_round", lambda store, index, *told: close(store, index, *told) if index < 3 else None
         )
-        run_dir = finished(tmp_path / "run", rounds=3)
+        run_dir = make(tmp_path / "run", rounds=3)
     store = Store(run_dir)
     (run_dir / "rounds" / "0003" / "closed.json").unlink()
     run = Run(load(TINY, ["track=none"]), run_dir, Display(Console(file=io.StringIO())))

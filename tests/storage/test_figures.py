@@ -76,5 +76,10 @@ def test_a_value_that_no_chart_can_show_hides_no_other(tmp_path, monkeypatch):
     store.close()
 
 
-def test_which_of_some_rounds_were_rejected(run):
-    assert figures.rejected(run[0], [1, 3, 6, 7, 700]) == [3, 6]
+def test_which_of_some_rounds_were_rejected(tmp_path):
+    store = Store(tmp_path)
+    for index in range(1, 10):
+        store.open_round(index, 0, (0, 0), "f", {})
+        store.close_round(index, "rejected" if index % 3 == 0 else "promoted", 0, [])
+    assert figures.rejected(store, [1, 3, 6, 7, 8]) == [3, 6]
+    store.close()

@@ -1,6 +1,7 @@
 """What retention deletes, and what it never does, on the made-up run of the page's tests."""
 
 import dataclasses
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -23,16 +24,24 @@ ALWAYS = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A run of eight rounds, each with its candidates, scores, pairs and verdict."""
-    store = build(tmp_path, rounds=ROUNDS, pairs=PAIRS)
+    run_dir = tmp_path_factory.mktemp("made")
+    build(run_dir, rounds=ROUNDS, pairs=PAIRS).close()
     for index in range(1, ROUNDS + 1):
         for name in (*CANDIDATES, *ALWAYS):
-            path = folder(tmp_path, index) / name
+            path = folder(run_dir, index) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
                 path.write_text("{}")
+    return run_dir
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it, which a test may change."""
+    store = Store(shutil.copytree(made, tmp_path, symlinks=True, dirs_exist_ok=True))
     yield store
     store.close()
 
@@ -156,6 +165,7 @@ def test_of_the_events_the_newest_stay_and_their_sums_do_not_change(tmp_path):
     store.close()
 
 
+@pytest.mark.slow
 def test_the_file_of_the_ledger_gives_back_what_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(retention, "ROUNDS_AT_A_TIME", 100)
     store = Store(tmp_path)
