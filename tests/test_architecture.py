@@ -80,6 +80,7 @@ def test_a_tracker_is_one_module_and_one_line(added, tmp_path):
     assert any(line["axis"] == "train" for line in lines)
 
 
+@pytest.mark.slow
 def test_a_reward_source_is_one_module_and_one_line(tmp_path, monkeypatch):
     """Served for real: `python -m reward.server` in a package whose table has the line."""
     package = shutil.copytree(ROOT / "reward", tmp_path / "reward", ignore=shutil.ignore_patterns("__pycache__"))

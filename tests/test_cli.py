@@ -61,6 +61,7 @@ def typed(*args: object) -> tuple[int, str, str]:
     return done.returncode, " ".join(done.stdout.split()), " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_names_every_command():
     seconds = []
     for _ in range(3):  # the first may have to write bytecode
@@ -174,6 +175,7 @@ def test_each_order_has_a_command(bare, words, kind, arguments):
     assert (order["kind"], order["arguments"], order["origin"]) == (kind, arguments, "cli")
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_are_ordered_and_what_cannot_be_read_is_counted(bare, tmp_path):
     file = tmp_path / "more.jsonl"
     file.write_bytes(
@@ -366,6 +368,7 @@ def test_the_plan_counts_what_a_round_does():
     assert said["pairs"] == "up to 192 base pairs, 153 kept, 153 trained on in 20 steps of 16"
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_becomes_as_many_orders_as_it_takes(bare, tmp_path):
     file = tmp_path / "many.jsonl"
     file.write_text("".join(f'{{"prompt": "number {i}"}}\n' for i in range(MAX_PROMPTS + 1)))

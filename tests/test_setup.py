@@ -41,6 +41,7 @@ def test_every_pin_is_one_that_pyproject_allows() -> None:
         )
 
 
+@pytest.mark.slow
 def test_whatever_the_installed_packages_ask_for_is_pinned_and_allowed() -> None:
     vllm = "gpu" if "vllm" in {d.name for d in importlib.metadata.distributions()} else "cpu"
     extras = PROJECT["project"]["optional-dependencies"]

@@ -12,6 +12,7 @@ from reward.sandbox import run
 from selfplay.checks.reward import sources
 
 
+@pytest.mark.slow
 def test_rules_are_made_and_their_functions_imported(tmp_path):
     policy = model(tmp_path / "policy")
     assert said(settings(tmp_path, policy), tmp_path, "reward") == ("ok", "the rules can be applied: length")
@@ -48,6 +49,7 @@ def test_code_needs_a_sandbox(tmp_path, monkeypatch):
     assert level == "error" and text.startswith("code needs a sandbox, and none can be had here: new namespaces: ")
 
 
+@pytest.mark.slow
 def test_a_reward_that_reads_references_and_rewritten_prompts_that_have_none(tmp_path):
     policy = model(tmp_path / "policy")
     for source, why in (
@@ -59,6 +61,7 @@ def test_a_reward_that_reads_references_and_rewritten_prompts_that_have_none(tmp
         assert len(found) == bool(why) and all(why in text for text in found)
 
 
+@pytest.mark.slow
 def test_an_unknown_instruction_is_named_with_its_prompt(tmp_path):
     config = settings(tmp_path, model(tmp_path / "policy"), "reward={source: {kind: instructions}}")
     rows = [{"prompt": f"train {i}", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]} for i in range(9)]

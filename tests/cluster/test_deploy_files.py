@@ -42,6 +42,7 @@ def options() -> set[str]:
     return set(re.findall(r"--[\w-]+", said.stdout))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_ray_and_selfplay_know_the_commands_and_their_options(name: str, options: set[str]) -> None:
     starts = re.findall(r"ray start ([^|;&\n]*)", text(name))

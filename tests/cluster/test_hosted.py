@@ -99,6 +99,7 @@ def test_orders_results_errors_and_the_log(tmp_path: Path) -> None:
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_large_orders_and_answers_cross_each_other(tmp_path: Path) -> None:
     child = start(tmp_path, [*PYTHON, LARGE], silence=60.0)
     child.wait_for("ready")
@@ -116,6 +117,7 @@ def test_deadlines_are_those_of_a_child_of_this_machine(tmp_path: Path) -> None:
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "words"), [("exit", "exit code 5"), ("kill", "SIGKILL"), ("node", "lost with its node")]
 )
@@ -131,6 +133,7 @@ def test_how_it_ended_is_told(tmp_path: Path, how: str, words: str) -> None:
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_of_the_secrets_of_its_node_it_gets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `address: local` the node has the environment of the service."""
     names = ("MY_TOKEN", "MY_KEY", "HF_TOKEN", "MY_WORD")
@@ -175,6 +178,7 @@ def test_no_room_and_no_folder_are_told_in_the_log_too(tmp_path: Path, monkeypat
     assert "/nonexistent" in (tmp_path / "echo.log").read_text()
 
 
+@pytest.mark.slow
 def test_several_nodes_are_one_child(tmp_path: Path) -> None:
     place = Seated(2)
     child = start(tmp_path, [*PYTHON, NODES, NODE, ADDRESS, PORT, "3000"], place)
@@ -188,6 +192,7 @@ def test_several_nodes_are_one_child(tmp_path: Path) -> None:
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_node_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfplay.cluster.hosted.LAST", 0.2)
     child = start(tmp_path, [*PYTHON, NODES, NODE, ADDRESS, PORT, "0"], Seated(2))
@@ -227,6 +232,7 @@ def test_a_host_that_hears_nothing_of_its_controller_ends_its_child(
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_host_whose_child_nobody_listens_to_hears_of_its_controller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_equal_answers_to_other_prompts_are_no_duplicates(tmp_path):
     assert measured(tmp_path, first + second)["duplicate_share"] == pytest.approx(1 / 6)
 
 
+@pytest.mark.slow
 def test_no_pandas_is_imported(tmp_path):
     """It would be 55 MB of the controller."""
     code = f"""

@@ -169,6 +169,7 @@ def test_under_autocast_products_are_in_its_dtype() -> None:
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epsilon", "tiles"), [(0.1, 3), (0.0, 2)])
 def test_logits_never_exist_whole(epsilon: float, tiles: int) -> None:
     arguments = case(n=400, words=600, width=4)

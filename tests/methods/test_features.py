@@ -146,6 +146,7 @@ def test_other_architectures() -> None:
         assert_equal(ours, one_by_one(model, pairs, 64, 0, **LOSS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", [None, 7])
 @pytest.mark.parametrize("trained", [False, True])
 def test_lora(trained: bool, reference: int | None) -> None:
@@ -167,6 +168,7 @@ def test_an_adapter_on_some_layers() -> None:
     assert_equal(pair_features(model, collate(pairs), 36, 3, **LOSS), one_by_one(model, pairs, 36, 3, **LOSS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, False, True])
 @pytest.mark.parametrize("layers", [None, 1])
 def test_gradient_checkpointing(layers: int | None, adapter: bool | None) -> None:

@@ -55,6 +55,7 @@ def renamed(world, tmp_path, base):
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_becomes_the_policy_that_it_is_with_its_base(world, tmp_path, dtype):
     settings = PolicyConfig(model=str(world / "adapter"), dtype=dtype)

@@ -78,6 +78,7 @@ def test_in_a_child_a_pickle_runs_nothing_whoever_loads_it_and_however(tmp_path,
     assert torch.load(tmp_path / "fine.pt", weights_only=False)["step"] == 3
 
 
+@pytest.mark.slow
 def test_no_module_reads_pickles():
     for path in [
         *(ROOT / "selfplay").rglob("*.py"),

@@ -48,6 +48,7 @@ print("up", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["time.sleep(300)", "raise RuntimeError", "sys.exit(3)"])
 def test_no_process_outlives_its_controller(tmp_path, end):
     root = str(Path(__file__).parents[2])

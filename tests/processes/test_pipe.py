@@ -83,6 +83,7 @@ def test_what_comes_in_while_a_long_order_goes_out_is_kept(ends):
     assert bytes(heard) == order and pipe.read_line(silence=60) == answer
 
 
+@pytest.mark.slow
 def test_a_long_line_costs_no_more_than_its_length(tmp_path):
     """A reader that looked at the whole line again for each 64 KiB of it would take some 4 CPU seconds here."""
     long = """

@@ -40,5 +40,6 @@ def test_imports_of_a_child_are_made_without_collections_and_stay_out_of_later_o
     assert importlib.metadata.packages_distributions is known and "sklearn" not in sys.modules
 
 
+@pytest.mark.slow
 def test_packages_that_are_installed_are_those_that_the_standard_library_finds():
     assert installed.packages_distributions() == importlib.metadata.packages_distributions()

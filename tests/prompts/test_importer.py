@@ -86,6 +86,7 @@ def test_bad_rows_are_counted_and_set_aside(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_never_trained_on(tmp_path):
     train = jsonl(
         tmp_path / "train.jsonl",
@@ -207,6 +208,7 @@ def test_many_parts_in_several_processes_make_the_pool_that_one_makes(tmp_path, 
     assert len(list((tmp_path / "2000-3" / "pool" / "prompts").iterdir())) > 5
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_is_copied_and_read_like_a_file(tmp_path, monkeypatch, small_parts):
     """Of a dataset on this disk: what the Hub would do is load_dataset's own affair."""
     import datasets  # here: it takes a second, and every worker imports every file

@@ -57,6 +57,7 @@ def test_a_pool_written_before_prompts_could_join_is_read(tmp_path):
     assert row.ancestor == "root of old"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["old", "sixteen", "new"])
 def test_a_pool_is_read_where_it_is_asked_for(tmp_path, kind):
     """Of 2,000 prompts of 500 tokens, 8 MB of ids alone, next to nothing is held."""

@@ -160,6 +160,7 @@ def test_the_cursor_is_the_epoch_and_what_was_drawn_of_it(history):
     assert one.draws.cursor(3) == (1, 1)
 
 
+@pytest.mark.slow
 def test_prompts_that_join_take_nobodys_place(history):
     """What was there keeps its order among itself, and still comes once an epoch."""
     alone, grown = history(), history()
@@ -195,7 +196,7 @@ def test_a_prompt_that_joins_an_untouched_pool_is_like_the_others(history):
     assert sorted(one.draw(11)) == sorted([*POOL, "a"])
 
 
-@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 12))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
 def test_draws_are_those_that_a_dictionary_and_a_sort_would_make(history, seed):
     """Rounds of any size over several epochs, prompts that join, restarts, rounds that are given up, and both ends."""
     chance = random.Random(seed)
@@ -257,6 +258,7 @@ def test_folders_are_not_asked_once_the_ledger_knows(history):
     assert [one.draw(3) for _ in range(2)] == expected[4:]
 
 
+@pytest.mark.slow
 def test_the_ledger_keeps_little(history):
     """Of a pool of 20,000 a round keeps some hundred bytes, whatever was drawn."""
     one = history([f"p{i}" for i in range(20_000)])

@@ -275,6 +275,7 @@ def test_sizes_and_times_are_checked() -> None:
             RewardClient("http://127.0.0.1:9", **wrong)
 
 
+@pytest.mark.slow
 def test_the_client_needs_no_torch() -> None:
     code = "import sys, reward.client; print({'torch', 'transformers', 'fastapi', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

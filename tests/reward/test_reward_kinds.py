@@ -145,6 +145,7 @@ def test_an_item_that_has_no_value_is_set_aside_alone() -> None:
     assert reasons == ["nothing was said", "ValueError: could not convert string to float: 'x'", "the value is inf"]
 
 
+@pytest.mark.slow
 def test_the_registry_imports_no_kind_and_each_kind_is_there() -> None:
     code = "import sys, reward.kinds; print([m for m in ('reward.rules', 'reward.judge', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

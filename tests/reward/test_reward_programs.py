@@ -41,6 +41,7 @@ def scored(scorer, code, reference=ADD) -> Score:
     return score
 
 
+@pytest.mark.slow
 def test_a_sandbox_works_in_a_process_of_many_descriptors(scorer, many_descriptors):
     assert scored(scorer, "def add(a, b):\n    return a + b").value == 1.0
 
@@ -70,6 +71,7 @@ def test_the_share_of_tests_that_pass(scorer, code, share):
     assert scored(scorer, code) == Score(value=share)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -93,6 +95,7 @@ def test_what_only_looks_like_success_does_not_count(scorer, code):
     assert scored(scorer, code).value == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "code"),
     [
@@ -141,6 +144,7 @@ def test_tests_that_cannot_run_give_no_score(scorer, reference, why):
     assert score.value is None and why in score.reason
 
 
+@pytest.mark.slow
 def test_the_sandbox_keeps_off_what_it_says(scorer, monkeypatch, tmp_path):
     monkeypatch.setenv("A_SECRET", "hunter2")
     (tmp_path / "file").write_text("secret")

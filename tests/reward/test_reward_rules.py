@@ -60,6 +60,7 @@ def test_regex() -> None:
     assert value("It is Paris.", rule="regex", pattern=r"as an AI", absent=True, weight=-2) == -2.0
 
 
+@pytest.mark.slow
 def test_a_pattern_that_takes_for_ever_sets_its_item_aside() -> None:
     rules = made('[{"rule": "regex", "pattern": "^(a|aa|a?b?)+$"}]')
     slow, good = rules.score([item("a" * 5000 + "!"), item("aa")])

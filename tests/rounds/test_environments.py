@@ -76,6 +76,7 @@ def ways(config, run_dir):
     }
 
 
+@pytest.mark.slow
 def test_a_child_gets_the_secrets_that_are_its_own(seen, tmp_path, monkeypatch):
     config = load(TINY, SETTINGS)
     withhold_secrets(config)

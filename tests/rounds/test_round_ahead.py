@@ -135,6 +135,7 @@ class World(Opened):
         return self.generate(self.open(2, champion))[1]
 
 
+@pytest.mark.slow
 def test_where_the_candidate_is_rejected_the_answers_are_those_of_the_policy_that_serves(tmp_path):
     expected = World(tmp_path / "plain").second(0)
     world = World(tmp_path / "ahead")
@@ -198,6 +199,7 @@ def test_however_far_it_came_the_round_has_the_same_candidates(tmp_path):
     assert [event["kind"] for index in (1, 2) for event in world.store.events(index)] == ["ahead"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("champion", "change", "why"),
     [

@@ -53,6 +53,7 @@ def test_controls_differ_from_their_arms_in_the_method_alone() -> None:
         arms.overrides("potential+other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", arms.POOLS)
 def test_a_redundant_pool_asks_few_questions_in_many_ways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -4,12 +4,15 @@ import sys
 import tomllib
 from datetime import UTC, datetime
 
+import pytest
 from mini import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from sbom import bill
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_bill_names_all_that_is_needed_once_and_says_what_needs_what():

@@ -1,9 +1,12 @@
 import sys
 
+import pytest
 from mini import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from scale import pipe
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_answer_of_a_real_child_is_measured() -> None:

@@ -139,6 +139,7 @@ def test_a_cron_line_that_is_none_is_refused(cron):
         trigger(ScheduleConfig(mode="cron", cron=cron), NOON)
 
 
+@pytest.mark.slow
 def test_the_hour_that_the_clocks_repeat():
     """On 2026-11-01 New York has 01:30 twice, at 05:30 and at 06:30 UTC."""
     night = datetime(2026, 11, 1, 4, 0, tzinfo=UTC)

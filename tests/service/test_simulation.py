@@ -45,6 +45,7 @@ def simulation(tmp_path_factory):
         yield simulated
 
 
+@pytest.mark.slow
 def test_every_history_keeps_what_must_hold(simulation):
     seeds = range(0, 800, 8)  # they begin with four folders; to make each takes a tenth of a second
     broken = [found for seed in seeds if (found := simulation.run(seed)).error is not None]

@@ -33,7 +33,6 @@ def opened(run_dir: Path) -> int:
         return lock.runner.token
 
 
-@pytest.mark.slow
 def remembered(run_dir: Path, **changes: object) -> None:
     """Have the ledger say something else of its last runner."""
     store = Store(run_dir)
@@ -41,6 +40,7 @@ def remembered(run_dir: Path, **changes: object) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_a_lock_that_is_deleted_keeps_a_second_runner_out_and_comes_back(tmp_path, runners):
     run_dir = tmp_path / "run"
     first = runners(run_dir)
@@ -55,7 +55,6 @@ def test_a_lock_that_is_deleted_keeps_a_second_runner_out_and_comes_back(tmp_pat
     assert opened(run_dir) == before + 1
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
 def test_where_folders_cannot_be_locked_a_deleted_lock_stops_the_first_runner_and_no_second_one_starts(
@@ -93,6 +92,7 @@ def test_a_folder_that_is_moved_while_it_is_served_stops_its_runner_and_goes_on_
     store.close()
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_folder_that_is_served_asks_first_and_then_goes_its_own_way(tmp_path, runners, capsys):
     run_dir, copy = tmp_path / "run", tmp_path / "copy"
     first = runners(run_dir)

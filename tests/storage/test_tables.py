@@ -109,6 +109,7 @@ def test_no_more_than_a_row_group_is_decoded_for_one_row(tmp_path):
     assert file.num_row_groups == math.ceil(1000 / tables.GROUP_ROWS)
 
 
+@pytest.mark.slow
 def test_pandas_is_not_imported_where_it_was_left_out():
     code = (
         "import sys, tempfile, pathlib; from selfplay.storage import tables; from selfplay.types import ReferenceLogp as R\n"
