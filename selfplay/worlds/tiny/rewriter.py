@@ -49,10 +49,15 @@ def parse(text: str) -> tuple[str, str, str] | None:
             core = text[len(lead) : len(text) - len(tail)]
             for name, skill in SKILLS.items():
                 for wording in skill.wordings:
-                    match = re.fullmatch(re.escape(wording).replace(re.escape("{x}"), "(?P<x>.+)"), core)
+                    match = _pattern(wording).fullmatch(core)
                     if match and _fits(name, x := match.groupdict().get("x", "")):
                         return name, wording, x
     return None
+
+
+@functools.cache
+def _pattern(wording: str) -> re.Pattern[str]:
+    return re.compile(re.escape(wording).replace(re.escape("{x}"), "(?P<x>.+)"))
 
 
 def wordings(name: str, x: str) -> list[str]:
