@@ -1,5 +1,6 @@
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.testing
 
 from selfplay.processes.protocol import quick_imports
 
@@ -25,10 +27,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.fsync = lambda fd: None
 
 
+# Typer makes all commands anew for each call, which takes longer than most of the calls.
+typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let children of all processes that tests start be forked from templates (templates/sitecustomize.py)."""
-    if "PYTEST_XDIST_WORKER" in os.environ or sys.platform != "linux" or "SELFPLAY_NO_TEMPLATES" in os.environ:
+    """Let children of all processes that tests start be forked from templates (templates/sitecustomize.py).
+
+    Quick tests start none that would be worth it.
+    """
+    quick = "not slow" in session.config.option.markexpr
+    if quick or "PYTEST_XDIST_WORKER" in os.environ or sys.platform != "linux" or "SELFPLAY_NO_TEMPLATES" in os.environ:
         return
     folder = Path(tempfile.mkdtemp(prefix="templates-"))
     templates = ROOT / "tests" / "templates"

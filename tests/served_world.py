@@ -9,6 +9,7 @@ import json
 import math
 import random
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ WORDS = "the a of river stone light quick seven blue under gives takes answer be
 
 def config(*overrides: str) -> Config:
     return load(ROOT / "configs" / "tiny.yaml", ["service.port=0", *overrides])
+
+
+@cache
+def plain() -> dict[str, Any]:
+    """The settings of each round."""
+    return config().model_dump(mode="json")
 
 
 def sentence(rng: random.Random, words: int) -> str:
@@ -97,7 +104,7 @@ def add_round(run_dir: Path, store: Store, index: int, pairs: int = 40, hostile:
     ):
         (folder / stage).mkdir(parents=True)
         tables.write_rows(folder / stage / f"{name}.parquet", values, kind)
-    store.open_round(index, max(0, index - 1), (0, 0), "f" * 64, config().model_dump(mode="json"))
+    store.open_round(index, max(0, index - 1), (0, 0), "f" * 64, plain())
     drift = index / (index + 20)
     store.record_stage(index, "prompts", 0.02, {"count": pairs})
     store.record_stage(
