@@ -246,6 +246,7 @@ def test_models_of_an_ensemble_on_the_same_gpus_score_one_after_the_other(smi, k
         assert second.start >= first.end
 
 
+@pytest.mark.slow
 def test_gpus_that_stay_idle_are_a_warning(tmp_path, smi, known_models):
     smi(8)
     about = ("utilisation",)

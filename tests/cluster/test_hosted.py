@@ -152,6 +152,7 @@ def test_of_the_secrets_of_its_node_it_gets_its_own(tmp_path: Path, monkeypatch:
         child.stop()
 
 
+@pytest.mark.slow
 def test_a_program_that_takes_no_orders_is_waited_for(tmp_path: Path) -> None:
     assert start(tmp_path, [*PYTHON, "print('done')"]).wait() == 0
     assert "done" in (tmp_path / "echo.log").read_text()
@@ -221,6 +222,7 @@ def test_a_child_has_the_gpus_of_its_host_its_umask_and_no_secrets(
     assert "7,GPU-8 PCI_BUS_ID 0o77" in (tmp_path / "echo.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_host_that_hears_nothing_of_its_controller_ends_its_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

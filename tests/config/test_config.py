@@ -16,6 +16,7 @@ def test_every_shipped_config_loads(path):
     assert loaded.train.accelerate is None or (CONFIGS.parent / loaded.train.accelerate).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_accelerate_config_is_one_that_accelerate_reads(path):
     from accelerate.commands.config.config_args import load_config_from_file

@@ -182,6 +182,7 @@ def test_gradient_checkpointing(layers: int | None, adapter: bool | None) -> Non
         pair_features(model, collate(pairs), 64, 3, layers=layers, **LOSS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [{}, {"beta": 2.0}, {"label_smoothing": 0.4, "beta": 3.0}, {"epsilon": 0.0}])
 def test_the_coefficient_of_each_pair_is_that_of_its_loss(loss: dict[str, float]) -> None:
     """Against a reference far away: betas are split by the steps, and label smoothing turns some gradients round."""

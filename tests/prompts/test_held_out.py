@@ -82,7 +82,7 @@ class Plain:
         return False
 
 
-@pytest.mark.parametrize("most", [20, 1 << 20])
+@pytest.mark.parametrize("most", [20, pytest.param(1 << 20, marks=pytest.mark.slow)])
 def test_columns_of_words_say_what_tuples_of_words_say(monkeypatch, most):
     monkeypatch.setattr(held_outs, "MOST_WORDS", most)
     chance = random.Random(0)

@@ -148,6 +148,7 @@ def test_where_the_candidate_is_rejected_the_answers_are_those_of_the_policy_tha
     assert metrics["candidates"] == 12 and world.events(2) == []
 
 
+@pytest.mark.slow
 def test_after_a_promotion_they_are_scored_anew_under_the_new_policy(tmp_path):
     """The answers are those of policy 0, the log-probabilities those of policy 1; the ledger says so."""
     plain = World(tmp_path / "plain")

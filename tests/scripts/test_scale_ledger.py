@@ -69,6 +69,7 @@ def test_the_work_of_each_reader_does_not_grow_with_the_rounds(folders, monkeypa
         assert steps <= 1.3 * found[SHORT][name] + 5 * STEP, (name, found)
 
 
+@pytest.mark.slow
 def test_the_script_measures_them_all(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "REPEAT", 1)
     ledger.make(tmp_path, 30, 2)

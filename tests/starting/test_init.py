@@ -12,7 +12,7 @@ from mini import ROOT
 from typer.testing import CliRunner
 
 from selfplay import cli
-from selfplay.checks import gpus, hub
+from selfplay.checks import gpus, hub, hub_rows
 from selfplay.checks.check import check
 from selfplay.config import load
 from selfplay.errors import InputError
@@ -49,6 +49,7 @@ def machine(tmp_path, monkeypatch):
         return hub.Told(files=("model.safetensors",), parameters=parameters, config=config)
 
     monkeypatch.setattr(hub, "ask", ask)
+    monkeypatch.setattr(hub_rows, "first", lambda *_, **__: hub_rows.Rows(why="the Hub does not answer", late=True))
 
     def put(count, gib):
         lines = [f"echo '{i}, GPU-{i:04x}, NVIDIA H100, {gib * 1024}, {gib * 1024}'" for i in range(count)]
@@ -168,6 +169,7 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(words, what, tmp_pa
     assert error.value.exit_code == 2 and "word@" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_reward_server_says_what_it_is(tmp_path, monkeypatch):
     from http_stand_in import answering
 
