@@ -1,4 +1,4 @@
-.PHONY: demo demo-smollm quick test long lint docs mini audit sbom setup browser clean
+.PHONY: demo demo-smollm quick quick-with-torch quick-without-torch test long lint docs mini audit sbom setup browser clean
 
 PY := .venv/bin/python
 # Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
@@ -15,9 +15,18 @@ demo-smollm: setup
 	$(PY) scripts/round.py --config configs/smollm2.yaml --rounds 4 --report
 	$(PY) scripts/compare_answers.py runs/smollm2
 
-# The tests that need no engine and no service.
+# The tests that need no engine and no service. Two processes share them by packages, so that one of them alone imports torch.
 quick: setup
-	$(PY) -m pytest -n 2 -m "not slow and not service and not gpu"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-with-torch quick-without-torch
+
+WITH_TORCH := $(addprefix tests/,checks evaluation generation methods models prompts publishing reward training \
+	worlds storage/test_policies.py test_docs_rewards.py)
+
+quick-with-torch:
+	$(PY) -m pytest -m "not slow and not service and not gpu" $(WITH_TORCH)
+
+quick-without-torch:
+	$(PY) -m pytest -m "not slow and not service and not gpu" $(addprefix --ignore=,$(WITH_TORCH))
 
 # Lint, types and all tests. Four test files at a time keep two cores busy: tests wait for processes and for each other half the time.
 test: setup
