@@ -50,12 +50,10 @@ def test_help_needs_no_torch() -> None:
     code = f"import sys, make_tiny; print({heavy} & sys.modules.keys())"
     scripts = {"cwd": ROOT / "scripts", "capture_output": True, "text": True, "check": True}
     assert subprocess.run([sys.executable, "-c", code], **scripts).stdout == "set()\n"
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "make_tiny.py"), "--help"], capture_output=True, text=True, check=True
     )
     assert "--size" in done.stdout
-    assert time.monotonic() - began < 3
 
 
 def test_a_failing_worker_leaves_nothing_and_says_why(tmp_path: Path) -> None:
