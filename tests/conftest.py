@@ -37,7 +37,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     Quick tests start none that would be worth it.
     """
-    quick = "not slow" in session.config.option.markexpr
+    quick = all(f"not {mark}" in session.config.option.markexpr for mark in ("slow", "service"))
     if quick or "PYTEST_XDIST_WORKER" in os.environ or sys.platform != "linux" or "SELFPLAY_NO_TEMPLATES" in os.environ:
         return
     folder = Path(tempfile.mkdtemp(prefix="templates-"))
