@@ -20,7 +20,7 @@ from sqlalchemy.exc import OperationalError
 from selfplay.errors import InputError, LockLost
 from selfplay.storage import folders, hashed_rows, sqlite_files, wal
 from selfplay.storage.lock import STATE, RunLock
-from selfplay.storage.reader import Reader, now
+from selfplay.storage.reader import ORDER, RUN, Reader, now
 from selfplay.storage.schema import (
     draws,
     events,
@@ -44,6 +44,9 @@ MADE = ("rounds/*/*/manifest.json", "pool/initial.json")
 """Files that a run folder has only after its ledger."""
 BUSY = 30.0  # seconds to wait for another process that writes
 LONGEST_WAL = 64 << 20  # bytes that the write-ahead log keeps on disk once it was written back
+AFTER_SLASH = chr(
+    ord("/") + 1
+)  # the names of a stage's metrics, «stage/name», lie between «stage/» and «stage» with this
 PAIRS_AT_A_TIME = 4096  # rows of pairs that are in memory while a round is indexed
 
 
@@ -122,7 +125,7 @@ class Store(Reader):
         with self._engine.begin() as connection:
             if fresh:
                 connection.execute(runs.delete())
-            row = connection.execute(sa.select(runs)).mappings().first()
+            row = connection.execute(RUN).mappings().first()
             if row is None:
                 connection.execute(runs.insert().values(name=name, created=now(), fixed=fixed))
                 return
@@ -137,19 +140,9 @@ class Store(Reader):
 
     def open_round(self, index: int, champion: int, cursor: tuple[int, int], fingerprint: str, config: Any) -> None:
         with self._engine.begin() as connection:
-            connection.execute(
-                rounds.insert().values(
-                    round=index,
-                    state="running",
-                    started=now(),
-                    sampler=champion,
-                    champion=champion,
-                    cursor=list(cursor),
-                    fingerprint=fingerprint,
-                    config=config,
-                    reasons=[],
-                )
-            )
+            values = {"round": index, "state": "running", "started": now(), "sampler": champion, "champion": champion}
+            values |= {"cursor": list(cursor), "fingerprint": fingerprint, "config": config, "reasons": []}
+            connection.execute(_ROUND_OPENED, values)
 
     def set_sampler(self, index: int, version: int) -> None:
         """Record which policy samples the candidates of a round, where that is not the one that it is trained from."""
@@ -166,13 +159,10 @@ class Store(Reader):
     def close_round(self, index: int, state: str, policy: int, reasons: list[str], told: str | None = None) -> None:
         """Record how a round ended. `policy`: the one that serves after it; `told`: an event that says so, at the same moment."""
         with self._engine.begin() as connection:
-            connection.execute(
-                rounds.update()
-                .where(rounds.c.round == index)
-                .values(state=state, ended=now(), policy=policy, reasons=reasons)
-            )
+            values = {"state": state, "ended": now(), "policy": policy, "reasons": reasons}
+            connection.execute(_ROUND_CHANGED, {"index": index, **values})
             if told is not None:
-                connection.execute(events.insert().values(time=now(), round=index, kind=state, text=told))
+                connection.execute(_EVENT_ADDED, {"time": now(), "round": index, "kind": state, "text": told})
 
     def record_stage(self, index: int, stage: str, seconds: float, values: dict[str, float]) -> None:
         """Record a finished stage with its metrics (names without the stage), once.
@@ -190,8 +180,8 @@ class Store(Reader):
     def record_draw(self, index: int, epoch: int, size: int, levels: bytes) -> None:
         """Keep how often each prompt was drawn by the end of a round; what was kept of that round before is replaced."""
         with self._engine.begin() as connection:
-            connection.execute(draws.delete().where(draws.c.round == index))
-            connection.execute(draws.insert().values(round=index, epoch=epoch, size=size, levels=levels))
+            connection.execute(_DRAW_DELETED, {"index": index})
+            connection.execute(_DRAW_ADDED, {"round": index, "epoch": epoch, "size": size, "levels": levels})
 
     def record_metrics(self, index: int, stage: str, values: dict[str, float]) -> None:
         """Record the metrics of a stage that did not finish, but whose numbers say why."""
@@ -200,12 +190,10 @@ class Store(Reader):
 
     @staticmethod
     def _replace_metrics(connection: sa.Connection, index: int, stage: str, values: dict[str, float]) -> None:
-        connection.execute(
-            metrics.delete().where(metrics.c.round == index, metrics.c.name.startswith(f"{stage}/", autoescape=True))
-        )
+        connection.execute(_METRICS_DELETED, {"index": index, "first": f"{stage}/", "after": f"{stage}{AFTER_SLASH}"})
         rows = [{"round": index, "name": f"{stage}/{name}", "value": float(value)} for name, value in values.items()]
         if rows:
-            connection.execute(metrics.insert(), rows)
+            connection.execute(_METRICS_ADDED, rows)
 
     def record_pairs(self, index: int, rows: Iterable[PairRow]) -> None:
         """Index the pairs of a round in one transaction, in place of what was indexed for it before.
@@ -226,18 +214,16 @@ class Store(Reader):
             for i, p in enumerate(rows)
         )
         with self._engine.begin() as connection:
-            connection.execute(pairs.delete().where(pairs.c.round == index))
+            connection.execute(_PAIRS_DELETED, {"index": index})
             while batch := list(islice(values, PAIRS_AT_A_TIME)):
                 connection.exec_driver_sql("INSERT INTO pairs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", batch)
 
     def record_policy(self, version: int, state: str, **fields: Any) -> None:
         """Insert a policy, or change the state of one that is there."""
         with self._engine.begin() as connection:
-            changed = connection.execute(
-                policies.update().where(policies.c.version == version).values(state=state, **fields)
-            )
+            changed = connection.execute(_POLICY_CHANGED, {"number": version, "state": state, **fields})
             if not changed.rowcount:
-                connection.execute(policies.insert().values(version=version, state=state, weights=True, **fields))
+                connection.execute(_POLICY_ADDED, {"version": version, "state": state, "weights": True, **fields})
 
     def weights_deleted(self, versions: list[int]) -> None:
         with self._engine.begin() as connection:
@@ -259,7 +245,7 @@ class Store(Reader):
         The sums of events stay as they are.
         """
         with self._engine.begin() as connection:
-            newest, oldest = connection.execute(sa.select(sa.func.max(events.c.id), sa.func.min(events.c.id))).one()
+            newest, oldest = connection.execute(_EVENTS_BETWEEN).one()
             if newest is None or newest - oldest < keep:
                 return
             last = min(newest - keep, oldest + most - 1)
@@ -288,8 +274,10 @@ class Store(Reader):
         """Leave an order for whoever runs this folder, and an event that says so; returns its number."""
         values = {"time": now(), "origin": origin, "kind": kind, "arguments": arguments, "state": "pending"}
         with self._engine.begin() as connection:
-            key = connection.execute(orders.insert().values(**values)).inserted_primary_key
-            connection.execute(events.insert().values(time=now(), kind="order_given", text=_given(values)))
+            key = connection.execute(_ORDER_ADDED, values).inserted_primary_key
+            connection.execute(
+                _EVENT_ADDED, {"time": now(), "round": None, "kind": "order_given", "text": _given(values)}
+            )
         assert key is not None
         return int(key[0])
 
@@ -300,12 +288,12 @@ class Store(Reader):
         """
         values: dict[str, Any] = {"state": state, "ended": now(), "result": result}
         with self._engine.begin() as connection:
-            row = connection.execute(sa.select(orders).where(orders.c.id == order)).mappings().one()
+            row = connection.execute(ORDER, {"number": order}).mappings().one()
             if "rows" in row["arguments"]:
                 values["arguments"] = {"prompts": len(row["arguments"]["rows"])}
-            connection.execute(orders.update().where(orders.c.id == order).values(values))
+            connection.execute(_ORDER_CHANGED, {"number": order, **values})
             text = f"{_given(dict(row))}: {result}"
-            connection.execute(events.insert().values(time=now(), kind=f"order_{state}", text=text))
+            connection.execute(_EVENT_ADDED, {"time": now(), "round": None, "kind": f"order_{state}", "text": text})
 
     def set_state(self, name: str, value: Any) -> None:
         """Keep a value under a name; what was there is replaced."""
@@ -330,6 +318,20 @@ _STATE_CHANGED = (
     .values(value=sa.bindparam("new", type_=state.c.value.type))
 )
 _STATE_ADDED, _EVENT_ADDED = state.insert(), events.insert()
+_EVENTS_BETWEEN = sa.select(sa.func.max(events.c.id), sa.func.min(events.c.id))
+_ROUND_OPENED, _ROUND_CHANGED = rounds.insert(), rounds.update().where(rounds.c.round == sa.bindparam("index"))
+_DRAW_DELETED, _DRAW_ADDED = draws.delete().where(draws.c.round == sa.bindparam("index")), draws.insert()
+_METRICS_DELETED = metrics.delete().where(
+    metrics.c.round == sa.bindparam("index"),
+    metrics.c.name >= sa.bindparam("first"),
+    metrics.c.name < sa.bindparam("after"),
+)
+_METRICS_ADDED, _PAIRS_DELETED = metrics.insert(), pairs.delete().where(pairs.c.round == sa.bindparam("index"))
+_POLICY_CHANGED, _POLICY_ADDED = (
+    policies.update().where(policies.c.version == sa.bindparam("number")),
+    policies.insert(),
+)
+_ORDER_CHANGED, _ORDER_ADDED = orders.update().where(orders.c.id == sa.bindparam("number")), orders.insert()
 
 
 def require_nothing_made(run_dir: Path, what: str) -> None:

@@ -18,7 +18,6 @@ CURRENT = "current"
 """In the ledger's state: {version, before}, the policy that serves, and what the file `current` named before it."""
 CANCEL = "cancel"
 """In the ledger's state: the number of a round that is to be given up. No other round is taken for it."""
-_ROUND = [column for column in rounds.c if column is not rounds.c.config]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ class Reader:
 
     def order(self, number: int) -> dict[str, Any]:
         """One order."""
-        return self._rows(sa.select(orders).where(orders.c.id == number))[0]
+        return self._rows(ORDER, number=number)[0]
 
     def state(self, name: str, default: Any = None) -> Any:
         """What was kept under a name."""
@@ -63,9 +62,9 @@ class Reader:
             found = connection.scalar(_STATE, {"kept": name})
         return default if found is None else found
 
-    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+    def _rows(self, query: sa.Select[Any], **values: Any) -> list[dict[str, Any]]:
         with self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
+            return [dict(row) for row in connection.execute(query, values).mappings()]
 
     def standing(self, names: Sequence[str]) -> Standing:
         """Where the run stands, with what was kept under `names`; in one query, for it is asked all the time."""
@@ -79,24 +78,23 @@ class Reader:
 
     def rounds(self) -> list[dict[str, Any]]:
         """All rounds, oldest first, without their configurations."""
-        return self._rows(sa.select(*_ROUND).order_by(rounds.c.round))
+        return self._rows(_ROUNDS)
 
     def last_rounds(self, count: int) -> list[dict[str, Any]]:
         """The newest rounds, oldest first, without their configurations."""
-        return self._rows(sa.select(*_ROUND).order_by(rounds.c.round.desc()).limit(count))[::-1]
+        return self._rows(_LAST_ROUNDS, count=count)[::-1]
 
     def rounds_between(self, first: int, last: int) -> list[dict[str, Any]]:
         """The rounds from `first` to `last`, both included, oldest first, without their configurations."""
-        return self._rows(sa.select(*_ROUND).where(rounds.c.round.between(first, last)).order_by(rounds.c.round))
+        return self._rows(_ROUNDS.where(rounds.c.round.between(first, last)))
 
     def round(self, index: int) -> dict[str, Any]:
         """One round, without its configuration."""
-        return self._rows(sa.select(*_ROUND).where(rounds.c.round == index))[0]
+        return self._rows(_ROUND_OF, index=index)[0]
 
     def draw_before(self, index: int) -> dict[str, Any] | None:
         """What was kept last of the draws of earlier rounds."""
-        query = sa.select(draws).where(draws.c.round < index).order_by(draws.c.round.desc()).limit(1)
-        return next(iter(self._rows(query)), None)
+        return next(iter(self._rows(_DRAW_BEFORE, index=index)), None)
 
     def serving(self) -> int | None:
         """The policy that serves between rounds; None before the import.
@@ -139,12 +137,12 @@ class Reader:
     def config(self, index: int) -> dict[str, Any]:
         """The configuration that a round was last run with."""
         with self._engine.connect() as connection:
-            found = connection.scalar(sa.select(rounds.c.config).where(rounds.c.round == index))
+            found = connection.scalar(_CONFIG, {"index": index})
         return found if isinstance(found, dict) else {}
 
     def unfinished(self) -> dict[str, Any] | None:
         """The round that is open, with its configuration."""
-        rows = self._rows(sa.select(rounds).where(rounds.c.state == "running"))
+        rows = self._rows(_UNFINISHED)
         return rows[0] if rows else None
 
     def totals(self, of: str) -> dict[str, float]:
@@ -161,7 +159,7 @@ class Reader:
 
     def metrics(self, index: int) -> dict[str, float]:
         """All metrics of a round, by name."""
-        rows = self._rows(sa.select(metrics).where(metrics.c.round == index).order_by(metrics.c.name))
+        rows = self._rows(_METRICS, index=index)
         return {row["name"]: row["value"] for row in rows}
 
     def metric(self, index: int, name: str) -> float | None:
@@ -180,28 +178,28 @@ class Reader:
 
     def run(self) -> dict[str, Any] | None:
         """Name, time of the first opening, and what is fixed; None before that."""
-        return next(iter(self._rows(sa.select(runs))), None)
+        return next(iter(self._rows(RUN)), None)
 
     def created(self) -> str:
         """When the run was first opened."""
         with self._engine.connect() as connection:
-            return str(connection.scalar(sa.select(runs.c.created)) or now())
+            return str(connection.scalar(_CREATED) or now())
 
     def seconds(self, index: int) -> dict[str, float]:
         """Seconds of each finished stage of a round, in the order they ended."""
-        rows = self._rows(sa.select(stages).where(stages.c.round == index).order_by(sa.text("rowid")))
+        rows = self._rows(_STAGES, index=index)
         return {row["stage"]: row["seconds"] for row in rows}
 
     def policy(self, version: int) -> dict[str, Any] | None:
         """One policy; None where there is none of that number."""
         if not 0 <= version < 2**63:  # SQLite takes no greater number
             return None
-        rows = self._rows(sa.select(policies).where(policies.c.version == version))
+        rows = self._rows(_POLICY, version=version)
         return rows[0] if rows else None
 
     def policies_with_weights(self) -> list[dict[str, Any]]:
         """The policies whose weights were not deleted, oldest first."""
-        return self._rows(sa.select(policies).where(policies.c.weights).order_by(policies.c.version))
+        return self._rows(_WITH_WEIGHTS)
 
     def rounds_with_pairs(self, last: int, most: int) -> list[int]:
         """Numbers of rounds up to `last` that have rows of pairs: the oldest, `most` of them."""
@@ -217,7 +215,7 @@ class Reader:
 
     def policies(self) -> list[dict[str, Any]]:
         """All policies, oldest first."""
-        return self._rows(sa.select(policies).order_by(policies.c.version))
+        return self._rows(_POLICIES)
 
     def events(self, index: int | None = None) -> list[dict[str, Any]]:
         query = sa.select(events).order_by(events.c.id)
@@ -228,6 +226,21 @@ class Reader:
 _text = functools.lru_cache(256)(sa.text)
 _STATE = sa.select(state.c.value).where(state.c.name == sa.bindparam("kept"))
 _LAST = sa.select(sa.func.max(rounds.c.round))
+ORDER = sa.select(orders).where(orders.c.id == sa.bindparam("number"))
+_ROUND = sa.select(*(column for column in rounds.c if column is not rounds.c.config))
+_ROUNDS, _ROUND_OF = _ROUND.order_by(rounds.c.round), _ROUND.where(rounds.c.round == sa.bindparam("index"))
+_LAST_ROUNDS = _ROUND.order_by(rounds.c.round.desc()).limit(sa.bindparam("count", type_=sa.Integer))
+_UNFINISHED = sa.select(rounds).where(rounds.c.state == "running")
+_CONFIG = sa.select(rounds.c.config).where(rounds.c.round == sa.bindparam("index"))
+_METRICS = sa.select(metrics).where(metrics.c.round == sa.bindparam("index")).order_by(metrics.c.name)
+_STAGES = sa.select(stages).where(stages.c.round == sa.bindparam("index")).order_by(sa.text("rowid"))
+_DRAW_BEFORE = sa.select(draws).where(draws.c.round < sa.bindparam("index")).order_by(draws.c.round.desc()).limit(1)
+_POLICIES = sa.select(policies).order_by(policies.c.version)
+_POLICY, _WITH_WEIGHTS = (
+    policies.select().where(policies.c.version == sa.bindparam("version")),
+    _POLICIES.where(policies.c.weights),
+)
+RUN, _CREATED = sa.select(runs), sa.select(runs.c.created)
 
 
 def now() -> str:
