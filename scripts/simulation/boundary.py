@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from selfplay.processes import children
 from selfplay.prompts import draws
 from selfplay.rounds import frame, round, run, steps, turns
 from selfplay.service import daemon, reload, stalls, stop
-from selfplay.storage import closed, folders, hashes, ledger, reader, runner, schema
+from selfplay.storage import closed, filesystem, folders, hashes, ledger, reader, runner, schema
 from simulation import database, processes, stages
 from simulation.disk import REAL, REMOVE
 from simulation.threads import CLOCK, THREADING
@@ -35,6 +36,7 @@ VARIANTS = (
     ("retention.last=2", "retention.rejected_rounds=2", "service.retries=0"),
 )
 """What the configuration becomes in turn, when somebody edits it and has it read anew."""
+IS_THERE = (("exists", "exists"), ("is_file", "isfile"), ("is_dir", "isdir"), ("is_symlink", "islink"))
 BASE = (
     "evaluate.judge=null", "evaluate.gold=null", "track=none", "guard.history=1", "pairs.history=0", "reward.cache.entries=0",
     "service.retries=2", "service.pause_after_rejected=2", "service.retry_seconds=60",
@@ -91,21 +93,32 @@ def here(simulated: Callable[..., Any], real: Callable[..., Any]) -> Callable[..
     return lambda *a, **k: (simulated if CLOCK.is_here() else real)(*a, **k)
 
 
+def on_disk(name: str) -> Callable[..., Any]:
+    """What stands for a method of `Path`: that of the disk of the history, in its thread."""
+    real = REAL[name]
+
+    def done(path: Path, *a: Any, **k: Any) -> Any:
+        return getattr(CLOCK.world.disk, name)(path, *a, **k) if CLOCK.is_here() else real(path, *a, **k)
+
+    return done
+
+
 @contextlib.contextmanager
 def installed(model: Path) -> Iterator[Configs]:
     """The product in the simulation, for the time of the block. `model`: the folder of the initial policy."""
     configs = Configs(model)
     disk: Callable[[], Any] = lambda: CLOCK.world.disk  # noqa: E731
-    on_path = {
-        name: here((lambda method: lambda path, *a, **k: getattr(disk(), method)(path, *a, **k))(name), REAL[name])
-        for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir")
-    }
+    on_path = {name: on_disk(name) for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir")}
     clock = SimpleNamespace(monotonic=CLOCK.monotonic)
     places: list[tuple[Any, str, Any]] = [
         *((Path, name, function) for name, function in on_path.items()),
+        # As in later versions of Python: a path is taken apart once, and what is there is asked for without an exception.
+        *((Path, name, getattr(os.path, of)) for name, of in IS_THERE),
+        (PurePath, "__truediv__", functools.lru_cache(1 << 14)(PurePath.__truediv__)),
         (shutil, "rmtree", here(lambda *a, **k: disk().rmtree(*a, **k), REMOVE)),
         (shutil, "disk_usage", here(lambda path: disk().usage, shutil.disk_usage)),
         (folders, "sync", here(lambda path: disk().sync(path), folders.sync)),
+        (filesystem, "LOCKS", ()),  # those of the folder itself are taken all the same
         (hashes, "ThreadPoolExecutor", Inline),
         (sa, "create_engine", here(lambda *a, **k: database.ENGINE, sa.create_engine)),
         (sa.event, "listen", here(lambda *a: None, sa.event.listen)),
@@ -120,6 +133,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (Config, "fingerprint", once(Config.fingerprint)),
         (Config, "fixed", once(Config.fixed)),
         (Config, "model_dump", once(Config.model_dump)),
+        (Config, "reward_sources", once(Config.reward_sources)),
         *((runner, name, functools.cache(getattr(runner, name))) for name in ("_line", "_started", "_namespace")),
         (run.Run, "require", lambda run: None),
         (run, "reap", lambda folder: 0),

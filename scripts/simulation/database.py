@@ -1,12 +1,14 @@
 """The boundary to the ledger: SQLite in memory, one connection for all, each transaction a moment.
 
-A killed process leaves what it has committed, and a connection that rolls back. The statements are those of the product:
+A killed process leaves what it has committed, and a transaction that is rolled back. The statements are those of the product:
 SQLAlchemy compiles each once, and then they go to SQLite directly, which takes a third of the time.
+
+A history is one transaction of SQLite, which is rolled back at its end, and those of the product are savepoints in it. So the
+next history has the ledger as it was, and a connection whose statements and triggers are prepared.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -75,6 +77,8 @@ class Statement:
         kinds = [entry.type.dialect_impl(DIALECT) for entry in entries]
         found: list[Convert] = [kind.result_processor(DIALECT, None) for kind in kinds]
         self._out = [(place, convert) for place, convert in enumerate(found) if convert is not None]
+        self.given: dict[str, Any] = self.compiled.construct_params(escape_names=False, _check=False)
+        """What the statement itself says of its values."""
 
     def run(self, raw: sqlite3.Connection, values: dict[str, Any]) -> Result:
         text, order = self.compiled.string, self.compiled.positiontup
@@ -82,7 +86,7 @@ class Statement:
             state = self.compiled.construct_expanded_state(values)
             text, order, values = state.statement, state.positiontup, state.parameters
         into = self._into
-        cursor = raw.execute(text, [into[name](values[name]) if name in into else values[name] for name in order])
+        cursor = _sent(raw, text, [into[name](values[name]) if name in into else values[name] for name in order])
         rows = cursor.fetchall() if cursor.description else []
         names = self.names or [column[0] for column in cursor.description or ()]
         if self._out:
@@ -114,25 +118,32 @@ class Connection:
                 self.execute(statement, row)
             values = values[0]
         keys = None if values is None else list(values)
-        key = None if statement in BUILT_ONCE else statement._generate_cache_key()
-        known = (statement if key is None else key.key, None if keys is None else tuple(keys))
+        if statement in BUILT_ONCE:
+            key, kept = None, statement
+        elif isinstance(statement, sa.TextClause):
+            key, kept = None, statement.text
+        else:
+            key = statement._generate_cache_key()
+            kept = key.key
+        known = (kept, None if keys is None else tuple(keys))
         found = _compiled.get(known)
         if found is None:
             found = _compiled[known] = Statement(statement, key, keys)
-        extracted = None if key is None else key.bindparams
-        given = found.compiled.construct_params(values, extracted_parameters=extracted, escape_names=False)
-        with _as_sqlalchemy():
-            return found.run(self._raw, given)
+        if key is None:
+            return found.run(self._raw, {**found.given, **(values or {})})
+        given = found.compiled.construct_params(values, extracted_parameters=key.bindparams, escape_names=False)
+        return found.run(self._raw, given)
 
     def scalar(self, statement: Any, values: Any = None) -> Any:
         return self.execute(statement, values).scalar()
 
     def exec_driver_sql(self, text: str, values: Any = None) -> Result:
-        with _as_sqlalchemy():
-            if isinstance(values, list):
-                return Result((), [], self._raw.executemany(text, values))
-            cursor = self._raw.execute(text, values or ())
-            return Result((), cursor.fetchall(), cursor)
+        if isinstance(values, list):
+            for row in values:
+                cursor = _sent(self._raw, text, row)
+            return Result((), [], cursor)
+        cursor = _sent(self._raw, text, values or ())
+        return Result((), cursor.fetchall(), cursor)
 
 
 @sa.inspection._inspects(Connection)
@@ -141,13 +152,47 @@ def _inspected(connection: Connection) -> SimpleNamespace:
     return SimpleNamespace(has_table=lambda name: True)
 
 
-@contextlib.contextmanager
-def _as_sqlalchemy() -> Iterator[None]:
+def _sent(raw: sqlite3.Connection, text: str, values: Sequence[Any]) -> sqlite3.Cursor:
+    """Run a statement; errors are those of SQLAlchemy."""
     try:
-        yield
+        return raw.execute(text, values)
     except sqlite3.Error as error:
         kind = IntegrityError if isinstance(error, sqlite3.IntegrityError) else OperationalError
         raise kind("", {}, error) from error
+
+
+class Reading:
+    """As `Engine.connect`: a look at the ledger."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def __enter__(self) -> Connection:
+        self._database.world.moment("read", "ledger")
+        return self._database.connection
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Transaction(Reading):
+    """As `Engine.begin`: what it writes holds where it ends without an error."""
+
+    def __enter__(self) -> Connection:
+        connection = super().__enter__()
+        self._database.raw.execute("SAVEPOINT product")
+        return connection
+
+    def __exit__(self, *error: object) -> None:
+        raw, holds = self._database.raw, False
+        try:
+            if error[0] is None:
+                self._database.world.moment("commit", "ledger")
+                holds = True
+        finally:
+            if not holds:
+                raw.execute("ROLLBACK TO product")
+            raw.execute("RELEASE product")
 
 
 class Engine:
@@ -155,21 +200,11 @@ class Engine:
 
     database: Database
 
-    @contextlib.contextmanager
-    def connect(self) -> Iterator[Connection]:
-        database = self.database
-        database.world.moment("read", "ledger")
-        try:
-            yield Connection(database.raw)
-        finally:
-            database.raw.rollback()
+    def connect(self) -> Reading:
+        return Reading(self.database)
 
-    @contextlib.contextmanager
-    def begin(self) -> Iterator[Connection]:
-        with self.connect() as connection:
-            yield connection
-            self.database.world.moment("commit", "ledger")
-            self.database.raw.commit()
+    def begin(self) -> Transaction:
+        return Transaction(self.database)
 
     def dispose(self) -> None:
         pass
@@ -190,15 +225,21 @@ def empty() -> bytes:
     return raw.serialize()
 
 
+def opened(kept: bytes) -> sqlite3.Connection:
+    """A ledger in memory, for histories that begin with `kept`, one after another."""
+    raw = sqlite3.connect(":memory:", isolation_level=None, cached_statements=512, check_same_thread=False)
+    raw.deserialize(kept)
+    hashed_rows.prepare(raw)
+    return raw
+
+
 class Database:
     """The ledger of one history, which is that of every `Store` from now on."""
 
-    def __init__(self, world: World, kept: bytes) -> None:
-        """`kept`: a ledger to begin with."""
-        self.world = world
-        self.raw = sqlite3.connect(":memory:", check_same_thread=False)
-        self.raw.deserialize(kept)
-        hashed_rows.prepare(self.raw)
+    def __init__(self, world: World, raw: sqlite3.Connection) -> None:
+        """`raw`: see `opened`."""
+        self.world, self.raw, self.connection = world, raw, Connection(raw)
+        raw.execute("BEGIN")
         ENGINE.database = self
 
     @property
@@ -208,11 +249,17 @@ class Database:
         store.path, store._engine = self.world.root / "ledger.sqlite", ENGINE  # type: ignore[assignment]
         return store
 
-    def killed(self) -> None:
-        self.raw.rollback()
-
     def refuse(self, why: str) -> NoReturn:
         raise OperationalError("COMMIT", {}, sqlite3.OperationalError(why))
 
+    def keep(self) -> bytes:
+        """The ledger as it is, which later histories begin with."""
+        self.raw.execute("COMMIT")
+        kept = self.raw.serialize()
+        self.raw.execute("BEGIN")
+        return kept
+
     def close(self) -> None:
-        self.raw.close()
+        """Put the ledger back as it was when the history began."""
+        assert self.raw.in_transaction, "nothing ends the transaction that is the history"
+        self.raw.execute("ROLLBACK")

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Disk:
         if os.path.isdir(path) and kwargs.get("exist_ok"):
             return
         if self._change("mkdir", path):
-            missing = [new for new in (path, *path.parents) if not new.exists()]
+            missing = list(takewhile(lambda new: not new.exists(), (path, *path.parents)))
             for new in reversed(missing):
                 self._names.append((str(new.parent), lambda new=new: REMOVE(new, ignore_errors=True)))  # type: ignore[misc]
         REAL["mkdir"](path, *args, **kwargs)

@@ -24,7 +24,7 @@ from selfplay.service.daemon import Daemon
 from selfplay.storage import hashes, seals
 from selfplay.storage.lock import STATE, RunLock
 from simulation.boundary import Configs, installed
-from simulation.database import Database, empty
+from simulation.database import Database, empty, opened
 from simulation.disk import REMOVE, Disk
 from simulation.invariants import check
 from simulation.taps import tapped
@@ -74,7 +74,7 @@ class Display:
 class Beginning:
     """A folder that a killed service left, and its ledger."""
 
-    ledger: bytes
+    ledger: sqlite3.Connection
     now: datetime = NOON
     folders: list[str] = field(default_factory=list)
     files: list[tuple[str, str]] = field(default_factory=list)
@@ -105,7 +105,8 @@ class Simulation:
         self._folder, self._model = folder, folder / "model"
         self._stack = contextlib.ExitStack()
         self._beginnings: dict[int, Beginning] = {}
-        self._empty = Beginning(ledger=empty())
+        self._new = empty()
+        self._empty = Beginning(ledger=opened(self._new))
         self._configs: Configs
 
     def __enter__(self) -> Simulation:
@@ -156,7 +157,7 @@ class Simulation:
         if base < 2:
             return self._empty
         self._configs.schedule = 0
-        history = History(world, self._empty)
+        history = History(world, Beginning(ledger=opened(self._new)))
         left, more = rng.choice([0, 1, 1, 2, 2, 3]), rng.randint(1, 130)
 
         def after_round() -> None:
@@ -174,8 +175,7 @@ class Simulation:
         shutil.copytree(world.root, kept, symlinks=True)
         # Histories begin with a copy. That its runner is gone is known where it was, and not in a copy.
         world.database.raw.execute("DELETE FROM state WHERE name = ?", (STATE,))
-        world.database.raw.commit()
-        found = _listed(kept, world.database.raw.serialize(), world.now)
+        found = _listed(kept, world.database.keep(), world.now)
         history.close()
         return found
 
@@ -246,7 +246,6 @@ class History:
         self.world.locks.clear()
         children._running.clear()
         children.uncut()
-        self.world.database.killed()
         self.world.disk.forget()
 
     def _second(self) -> None:
@@ -336,7 +335,7 @@ def _laid(root: Path, beginning: Beginning) -> None:
 
 
 def _listed(kept: Path, ledger: bytes, now: datetime) -> Beginning:
-    found = Beginning(ledger=ledger, now=now)
+    found = Beginning(ledger=opened(ledger), now=now)
     for path in sorted(kept.rglob("*")):
         name = path.relative_to(kept).as_posix()
         if path.is_symlink():

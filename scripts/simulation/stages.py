@@ -137,7 +137,7 @@ class SimulatedSteps(Steps):
 
 
 def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_bytes())
 
 
 def read_column(path: Path, name: str) -> list[Any]:

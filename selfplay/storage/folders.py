@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_bytes())
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def finish(partial: Path, path: Path) -> None:
 def make(path: Path) -> None:
     """Make a folder, and those above it that are missing, to stay: every new name is synced."""
     fences.check(path)
-    missing = [new for new in (path, *path.parents) if not new.exists()]
+    missing = list(takewhile(lambda new: not new.exists(), (path, *path.parents)))
     path.mkdir(parents=True, exist_ok=True)
     for new in missing:
         sync(new.parent)
@@ -135,10 +136,11 @@ def _refused(error: OSError, root: Path) -> DiskError | InputError | None:
 
 
 def sync_tree(root: Path) -> None:
-    for path in root.rglob("*"):
-        if not path.is_symlink():
-            sync(path)
-    sync(root)
+    for folder, _, files in os.walk(root):
+        for name in files:
+            if not os.path.islink(path := os.path.join(folder, name)):
+                sync(Path(path))
+        sync(Path(folder))
 
 
 def sync(path: Path) -> None:

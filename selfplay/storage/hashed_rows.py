@@ -40,7 +40,7 @@ def prepare(connection: sqlite3.Connection) -> None:
 
 def begin(connection: sa.Connection) -> None:
     """Hash the rows of a ledger that has no hashes yet."""
-    if connection.scalar(sa.select(row_hashes.c.of).limit(1)) is None:
+    if connection.exec_driver_sql("SELECT 1 FROM row_hashes LIMIT 1").scalar() is None:
         hash_all(connection)
 
 

@@ -147,14 +147,12 @@ class Store(Reader):
     def set_sampler(self, index: int, version: int) -> None:
         """Record which policy samples the candidates of a round, where that is not the one that it is trained from."""
         with self._engine.begin() as connection:
-            connection.execute(rounds.update().where(rounds.c.round == index).values(sampler=version))
+            connection.execute(_ROUND_CHANGED, {"index": index, "sampler": version})
 
     def change_config(self, index: int, fingerprint: str, config: Any) -> None:
         """An unfinished round goes on with another configuration."""
         with self._engine.begin() as connection:
-            connection.execute(
-                rounds.update().where(rounds.c.round == index).values(fingerprint=fingerprint, config=config)
-            )
+            connection.execute(_ROUND_CHANGED, {"index": index, "fingerprint": fingerprint, "config": config})
 
     def close_round(self, index: int, state: str, policy: int, reasons: list[str], told: str | None = None) -> None:
         """Record how a round ended. `policy`: the one that serves after it; `told`: an event that says so, at the same moment."""

@@ -141,7 +141,7 @@ class Reader:
         return found if isinstance(found, dict) else {}
 
     def unfinished(self) -> dict[str, Any] | None:
-        """The round that is open, with its configuration."""
+        """The round that is open, without its configuration."""
         rows = self._rows(_UNFINISHED)
         return rows[0] if rows else None
 
@@ -230,7 +230,7 @@ ORDER = sa.select(orders).where(orders.c.id == sa.bindparam("number"))
 _ROUND = sa.select(*(column for column in rounds.c if column is not rounds.c.config))
 _ROUNDS, _ROUND_OF = _ROUND.order_by(rounds.c.round), _ROUND.where(rounds.c.round == sa.bindparam("index"))
 _LAST_ROUNDS = _ROUND.order_by(rounds.c.round.desc()).limit(sa.bindparam("count", type_=sa.Integer))
-_UNFINISHED = sa.select(rounds).where(rounds.c.state == "running")
+_UNFINISHED = _ROUND.where(rounds.c.state == "running")
 _CONFIG = sa.select(rounds.c.config).where(rounds.c.round == sa.bindparam("index"))
 _METRICS = sa.select(metrics).where(metrics.c.round == sa.bindparam("index")).order_by(metrics.c.name)
 _STAGES = sa.select(stages).where(stages.c.round == sa.bindparam("index")).order_by(sa.text("rowid"))
