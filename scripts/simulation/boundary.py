@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from selfplay.config import Config, load
 from selfplay.processes import children
 from selfplay.prompts import draws
-from selfplay.rounds import frame, round, run, steps, turns
+from selfplay.rounds import ahead, frame, round, run, steps, turns
 from selfplay.service import daemon, reload, stalls, stop
 from selfplay.storage import closed, filesystem, folders, hashes, ledger, reader, runner, schema
 from simulation import database, processes, stages
@@ -33,13 +33,14 @@ SCHEDULES = (
 VARIANTS = (
     ("retention.last=1", "retention.rejected_rounds=1", "retention.candidates_rounds=1"),
     ("retention.last=0", "retention.rejected_rounds=0", "service.pause_after_rejected=1"),
-    ("retention.last=2", "retention.rejected_rounds=2", "service.retries=0"),
+    ("retention.last=2", "retention.rejected_rounds=2", "service.retries=0", "schedule.ahead=0"),
 )
 """What the configuration becomes in turn, when somebody edits it and has it read anew."""
+AHEAD = ("schedule.ahead=1",)
 IS_THERE = (("exists", "exists"), ("is_file", "isfile"), ("is_dir", "isdir"), ("is_symlink", "islink"))
 BASE = (
     "evaluate.judge=null", "evaluate.gold=null", "track=none", "guard.history=1", "pairs.history=0", "reward.cache.entries=0",
-    "service.retries=2", "service.pause_after_rejected=2", "service.retry_seconds=60",
+    "prompts.per_round=3", "service.retries=2", "service.pause_after_rejected=2", "service.retry_seconds=60",
 )  # fmt: skip
 
 
@@ -49,13 +50,17 @@ class Configs:
     def __init__(self, model: Path) -> None:
         fixed = [*BASE, f"policy.model={model}"]
         self._known = [
-            [load(ROOT / "configs" / "tiny.yaml", [*fixed, *schedule, *variant]) for variant in VARIANTS]
+            [
+                [load(ROOT / "configs" / "tiny.yaml", [*fixed, *schedule, *ahead, *variant]) for variant in VARIANTS]
+                for ahead in ((), AHEAD)
+            ]
             for schedule in SCHEDULES
         ]
         self.schedule = 0
+        self.ahead = False
 
     def __call__(self, path: Path, overrides: list[str]) -> Config:
-        return self._known[self.schedule][CLOCK.world.variant % len(VARIANTS)]
+        return self._known[self.schedule][self.ahead][CLOCK.world.variant % len(VARIANTS)]
 
 
 class Inline:
@@ -148,6 +153,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (steps, "size", lambda path: 1000),
         (draws, "tables", SimpleNamespace(read_column=stages.read_column)),
         (round, "read_ranked", stages.read_ranked),
+        (ahead, "sample", stages.sample),
         (round, "Steps", stages.SimulatedSteps),
     ]
     with contextlib.ExitStack() as stack:

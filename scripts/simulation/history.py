@@ -132,6 +132,7 @@ class Simulation:
         world = World(seed, root, plan_of(seed) if plan is None else plan, tell)
         world.base = base
         self._configs.schedule = world.rng("schedule").choice([0, 0, 1, 2])
+        self._configs.ahead = world.ahead
         history = History(world, self._beginnings[base])
         error = None
         try:
@@ -156,7 +157,7 @@ class Simulation:
         rng = world.rng("beginning")
         if base < 2:
             return self._empty
-        self._configs.schedule = 0
+        self._configs.schedule, self._configs.ahead = 0, world.ahead
         history = History(world, Beginning(ledger=opened(self._new)))
         left, more = rng.choice([0, 1, 1, 2, 2, 3]), rng.randint(1, 130)
 
@@ -292,7 +293,7 @@ class History:
         self._looks += 1
         if self._looks > PATIENCE:
             raise Violation(f"the service does not finish: {world.daemon and world.daemon.progress}")
-        if self._looks == 1 and world.rng("end").random() < 0.05:
+        if self._looks == 1 and world.rng("end").random() < (0.3 if world.ahead else 0.05):
             world.order("run")
         standing = store.standing(("pause", "run_now"))
         if standing.states.get("pause") and self._resumed < 5:

@@ -46,6 +46,7 @@ def check(world: World) -> None:
         _folder(world, store, row)
     _policies(world, store)
     _prompts(world, rounds)
+    _ahead(world, store, rounds, events)
     left = set(os.listdir(world.root)) - KNOWN
     must(not left, f"the folder has {sorted(left)}")
 
@@ -101,12 +102,13 @@ def _folder(world: World, store: Store, row: dict[str, Any]) -> None:
     must(there == recorded, f"round {index} ({state}) has {sorted(there)}, and the ledger tells of {sorted(recorded)}")
     if state in STAGES:
         must(recorded == set(STAGES[state]), f"round {index} ({state}) has the stages {sorted(recorded)}")
-    champion = _weights(world, row["champion"])
+    champion, sampler = _weights(world, row["champion"]), _weights(world, row["sampler"])
     sampled = folder / "generate" / "candidates.parquet"
-    if champion is None or not sampled.is_file():
+    if champion is None or sampler is None or not sampled.is_file():
         return  # retention has deleted it
-    said = read(sampled)
-    must(said == [candidates(champion, n) for n in range(SHARDS)], f"round {index} was sampled by other weights")
+    drawn = read(folder / "prompts" / "prompts.parquet")
+    wanted = [candidates(sampler, drawn, n) for n in range(SHARDS)]
+    must(read(sampled) == wanted, f"round {index} was sampled by other weights, or for other prompts")
     if "pairs" in there and (folder / "score" / "scored.parquet").is_file():
         scored = (folder / "score" / "scored.parquet").read_text()
         must(scored == json.dumps([digest("score", sampled.read_text())]), f"round {index} was scored otherwise")
@@ -119,6 +121,28 @@ def _folder(world: World, store: Store, row: dict[str, Any]) -> None:
             must(
                 answers == [digest("answers", weights, "held out")], f"round {index}: other weights answered as {name}"
             )
+
+
+def _ahead(world: World, store: Store, rounds: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+    """A round is sampled by its champion, or by the policy that its champion was made from. What was sampled ahead is dropped
+    for an order alone: not for a rejected candidate, nor for a kill. A round that has not opened has such shards, and no stage."""
+    begun: dict[int, int] = {}
+    for event in events:
+        if event["kind"] == "ahead" and " samples round " in event["text"]:
+            begun[event["round"] + 1] = int(event["text"].split()[1])
+    dropped = [event["text"] for event in events if event["kind"] == "ahead" and " is dropped" in event["text"]]
+    ordered = store.query("SELECT 1 FROM orders WHERE kind IN ('rollback', 'add_prompts', 'reload', 'cancel')")
+    must(ordered or not dropped, f"nobody ordered anything: {dropped}")
+    for row in rounds:
+        index, sampler, champion = row["round"], row["sampler"], row["champion"]
+        made_from = read(world.root / "policies" / f"{champion:04d}" / MANIFEST)["parent"]
+        must(sampler in (champion, made_from), f"policy {sampler} sampled round {index} for policy {champion}")
+        if index in begun and not ordered and "generate" in store.seconds(index):
+            must(sampler == begun[index], f"round {index} was begun by policy {begun[index]}, and {sampler} sampled it")
+    known = {f"{row['round']:04d}" for row in rounds}
+    for folder in world.root.glob("rounds/*"):
+        there = [path.name for path in folder.iterdir() if not path.name.endswith(".shards")]
+        must(folder.name in known or not there, f"round {folder.name} has not opened, and has {there}")
 
 
 def _policies(world: World, store: Store) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from selfplay.progress import Line
 from selfplay.prompts.draws import ids
 from selfplay.prompts.formats import hash_of
+from selfplay.rounds.ahead import Ahead
 from selfplay.rounds.steps import Steps
 from selfplay.stage import Metrics
 from selfplay.storage import folders, hashes, policies
+from selfplay.types import Policy
 from simulation.processes import WEIGHTS, digest
 from simulation.threads import CLOCK
 
-PER_ROUND = 3  # prompts
 SHARDS = 2
 STEPS = 2  # of the optimizer
 
@@ -31,8 +32,12 @@ def outcome(seed: int, index: int) -> str:
     return "skipped" if number < 3 else "rejected" if number < 6 else "promoted"
 
 
-def candidates(weights: str, shard: int) -> str:
-    return digest("answers", weights, f"shard {shard}")
+def candidates(weights: str, prompts: Sequence[str], shard: int) -> str:
+    return digest("answers", weights, _asked(prompts, shard))
+
+
+def _asked(prompts: Sequence[str], shard: int) -> str:
+    return f"shard {shard} of {' '.join(prompts)}"
 
 
 def trained(weights: str, reference: str, pairs: str) -> str:
@@ -47,29 +52,36 @@ class SimulatedSteps(Steps):
         return self.frame.path(name).read_text(encoding="utf-8")
 
     @property
+    def _drawn(self) -> list[str]:
+        found: list[str] = read(self.frame.path("prompts/prompts.parquet"))
+        return found
+
+    @property
     def drawn(self) -> int:
-        return len(read(self.frame.path("prompts/prompts.parquet")))
+        return len(self._drawn)
 
     def prompts(self, out: Path, line: Line) -> Metrics:
-        draws = self.run.draws
+        draws, settings = self.run.draws, self.config.prompts
         levels = draws.levels(self.index)
-        found = ids(levels, levels.next(draws.orders, PER_ROUND, "reshuffle"))
+        found = ids(levels, levels.next(draws.orders, settings.per_round, settings.at_end))
         (out / "prompts.parquet").write_text(json.dumps(found), encoding="utf-8")
         return {}
 
     def generate(self, out: Path, line: Line) -> Metrics:
+        sampler = Ahead(self.run, self.answers).sampler(self.champion, self._drawn)
+        self.run.store.set_sampler(self.index, sampler)
+        shards = self.answers.shards("generate", sampler, self._drawn)
         engine = self.run.serving.engine()
+        files = sample(
+            engine,
+            self.frame.path("prompts/prompts.parquet"),
+            shards=shards,
+            before_shard=lambda: self.run.breathe("shard"),
+            on_progress=lambda done: line.update(done=done),
+            policy=self.run.policy(sampler),
+        )
         self.run.serving.serve(self.run.policy(self.champion))
-        shards = self.answers.shards("generate", self.champion, read(self.frame.path("prompts/prompts.parquet")))
-        folders.make(shards)
-        said = []
-        for number in range(SHARDS):
-            file = shards / f"{number}.json"
-            if not file.is_file():
-                self.run.breathe("shard")
-                folders.write_json(file, engine.answers(f"shard {number}"))  # type: ignore[attr-defined]
-                line.update(done=number + 1)
-            said.append(folders.read_json(file))
+        said = [folders.read_json(file) for file in files]
         (out / "candidates.parquet").write_text(json.dumps(said), encoding="utf-8")
         return {"cut_off_share": 0.0}
 
@@ -99,6 +111,9 @@ class SimulatedSteps(Steps):
         champion, reference = self._verified(self.champion), self._reference()
         save = self.frame.path("train.work") / "save.json"
         step = folders.read_json(save) if save.is_file() else 0
+        if self.config.schedule.ahead:
+            following = SimulatedSteps(self.run, self.index + 1, self.champion).answers
+            Ahead(self.run, following).sample(self.champion, line, lambda: None)
         while step < STEPS:
             self.run.trainer.step(f"step {step}")  # type: ignore[attr-defined]
             step += 1
@@ -136,6 +151,23 @@ class SimulatedSteps(Steps):
         return {}
 
 
+def sample(
+    generator: Any, prompts: Path, *, shards: Path, before_shard: Callable[[], None], on_progress: Callable[[int], None],
+    policy: Policy, **_: Any,
+) -> list[Path]:  # fmt: skip
+    """As `generation.sampling.sample`."""
+    folders.make(shards)
+    files = [shards / f"{number}.json" for number in range(SHARDS)]
+    for number, file in enumerate(files):
+        if not file.is_file():
+            before_shard()
+            if generator.policy != policy:
+                generator.swap(policy, keep_verified=True)
+            folders.write_json(file, generator.answers(_asked(read(prompts), number)))
+            on_progress(number + 1)
+    return files
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
@@ -170,6 +202,9 @@ class SimulatedPool:
     def training(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         hashes = np.array([hash_of(name) for name, _ in self.known], np.int64)
         return hashes, np.array([joined for _, joined in self.known], np.int32)
+
+    def write(self, names: Sequence[str], path: Path) -> None:
+        path.write_text(json.dumps(list(names)), encoding="utf-8")
 
     def join(self, names: Sequence[str], joined: int) -> int:
         there = {name for name, _ in self.known}

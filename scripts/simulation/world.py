@@ -91,6 +91,11 @@ class World:
         """Chances of one thing, whatever else happens in the history."""
         return random.Random(f"{self.seed} {' '.join(map(str, of))}")
 
+    @property
+    def ahead(self) -> bool:
+        """Whether rounds are sampled ahead, until somebody edits the configuration."""
+        return self.base % 4 == 1
+
     # moments
 
     def moment(self, kind: str, what: object) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from selfplay.rounds.ahead import Ahead
 from selfplay.storage import folders, seals
 from selfplay.storage.ledger import Store
 from selfplay.storage.reader import now
@@ -47,7 +48,8 @@ def simulation(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_history_keeps_what_must_hold(simulation):
-    seeds = range(0, 800, 8)  # they begin with four folders; to make each takes a tenth of a second
+    # They begin with four folders, two of runs that sample ahead; to make each takes a tenth of a second.
+    seeds = sorted((*range(0, 800, 16), *range(5, 800, 16)))
     broken = [found for seed in seeds if (found := simulation.run(seed)).error is not None]
     assert not broken, [f"--seed {found.seed}: {found.error}" for found in broken]
 
@@ -56,6 +58,12 @@ def test_a_history_is_the_same_each_time_it_is_run(simulation):
     told = [[], []]
     found = [simulation.run(8, tell=each.append) for each in told]
     assert found[0] == found[1] and told[0] == told[1]
+
+
+def test_candidates_that_were_sampled_ahead_for_another_champion_are_noticed(simulation, monkeypatch):
+    monkeypatch.setattr(Ahead, "_unfit", lambda *_: None)
+    found = simulation.run(229, parsed("17=locked 23=order-rollback"))
+    assert found.error == "policy 2 sampled round 4 for policy 0"
 
 
 def test_what_other_threads_do_is_no_part_of_a_history(simulation, tmp_path):
