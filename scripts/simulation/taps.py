@@ -12,6 +12,7 @@ from selfplay.storage import agreement
 from selfplay.storage.ledger import Store
 from selfplay.storage.lock import RunLock
 from selfplay.storage.policies import Policies
+from selfplay.storage.reader import CURRENT
 from simulation.processes import WEIGHTS
 from simulation.threads import CLOCK
 from simulation.world import Violation
@@ -26,7 +27,7 @@ def must(holds: object, text: str) -> None:
 def set_current(real: Callable[..., None]) -> Callable[..., None]:
     def checked(store: Store, policies: Policies, version: int) -> None:
         world = CLOCK.world
-        if store.serving() is not None:  # the first is policy 0, before there is an engine
+        if store.state(CURRENT) is not None:  # the first is policy 0, before there is an engine
             must(world.daemon is not None and world.daemon.run is not None, "a policy is changed without a run")
             generator: Any = world.daemon.run.generator  # type: ignore[union-attr]
             must(generator.shown == version, f"policy {version} becomes current, but no engine was shown to serve it")
