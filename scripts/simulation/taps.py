@@ -30,7 +30,9 @@ def set_current(real: Callable[..., None]) -> Callable[..., None]:
         if store.state(CURRENT) is not None:  # the first is policy 0, before there is an engine
             must(world.daemon is not None and world.daemon.run is not None, "a policy is changed without a run")
             generator: Any = world.daemon.run.generator  # type: ignore[union-attr]
-            must(generator.shown == version, f"policy {version} becomes current, but no engine was shown to serve it")
+            # Where a rejected candidate left the engine dead, it starts with the one that is current still.
+            shown = version if generator.shown is None and store.serving() == version else generator.shown
+            must(shown == version, f"policy {version} becomes current, but no engine was shown to serve it")
             wanted = (Path(policies.get(version).path) / WEIGHTS).read_text()
             must(generator.weights in (wanted, None), f"policy {version} becomes current, and other weights are served")
         real(store, policies, version)
