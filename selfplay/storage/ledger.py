@@ -44,9 +44,8 @@ MADE = ("rounds/*/*/manifest.json", "pool/initial.json")
 """Files that a run folder has only after its ledger."""
 BUSY = 30.0  # seconds to wait for another process that writes
 LONGEST_WAL = 64 << 20  # bytes that the write-ahead log keeps on disk once it was written back
-AFTER_SLASH = chr(
-    ord("/") + 1
-)  # the names of a stage's metrics, «stage/name», lie between «stage/» and «stage» with this
+AFTER_SLASH = chr(ord("/") + 1)
+"""The names of a stage's metrics, «stage/name», lie between «stage/» and «stage» with this."""
 PAIRS_AT_A_TIME = 4096  # rows of pairs that are in memory while a round is indexed
 
 
