@@ -33,7 +33,7 @@ test: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint mini browser
 	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not long"
 
-# What takes minutes: a storm of kills, an engine core that is killed, and the whole kit for a GPU in miniature.
+# What takes minutes: storms of kills, of processes and of nodes, an engine core that is killed, and the whole kit for a GPU in miniature.
 long: setup mini
 	$(PY) -m pytest -m long
 

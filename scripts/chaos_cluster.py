@@ -7,8 +7,9 @@
 The first run is on this machine alone. The second one is on a Ray cluster whose nodes are processes of this machine: a head with
 the controller, and two nodes with all children, two engines, reward, judge and a trainer of two processes. At exponentially
 distributed times SIGKILL goes to a node's raylet and to all of its workers, and another node joins in its place; with
-`--in-stages` that happens once in each stage of the first round that has children. Then everything is compared as `scripts/chaos.py` does. Exit code 0: everything is the same, no row is missing or double, and no
-process, actor or placement group is left.
+`--in-stages` that happens once in each stage of the first round that has children. Then everything is compared as
+`scripts/chaos.py` does. Exit code 0: everything is the same, no row is missing or double, and no process, actor or placement
+group is left.
 """
 
 from __future__ import annotations
