@@ -47,10 +47,10 @@ def finish(partial: Path, path: Path) -> None:
 
 def make(path: Path) -> None:
     """Make a folder, and those above it that are missing, to stay: every new name is synced."""
+    missing = list(takewhile(lambda new: not new.is_dir(), (path, *path.parents)))
     fences.check(path)
-    missing = list(takewhile(lambda new: not new.exists(), (path, *path.parents)))
-    path.mkdir(parents=True, exist_ok=True)
-    for new in missing:
+    for new in reversed(missing):  # one by one: what was moved away in between is not made anew
+        new.mkdir(exist_ok=True)
         sync(new.parent)
 
 

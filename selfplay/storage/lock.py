@@ -133,15 +133,20 @@ class RunLock:
         """Raise LockLost where this process has the folder no longer."""
         if self.lease is not None:
             self.lease.check()
-        elif self._folder is not None and _inode(self.dir) != _inode(self._folder):
-            raise LockLost(f"{self.dir} was moved, deleted or replaced while this process worked in it", MOVED)
-        elif self._file is not None and _inode(self.dir / FILE) != _inode(self._file):
+            return
+        self._require_place()
+        if self._file is not None and _inode(self.dir / FILE) != _inode(self._file):
             if self._folder is None:
                 raise LockLost(
                     f"{self.dir / FILE} was deleted or replaced while this process worked there, so another one may work now",
                     "see that no other process works there, and start again: finished stages are kept",
                 )
             self._restore()
+
+    def _require_place(self) -> None:
+        """Raise LockLost where the folder, which this process has locked, is no longer where it was."""
+        if self._folder is not None and _inode(self.dir) != _inode(self._folder):
+            raise LockLost(f"{self.dir} was moved, deleted or replaced while this process worked in it", MOVED)
 
     def _restore(self) -> None:
         """Make the lock file anew: the lock of the folder keeps others out, and the file says to them who has it."""
@@ -155,6 +160,9 @@ class RunLock:
                 self._file = self._lock_file()
             except InputError as error:
                 raise LockLost(str(error), error.hint) from None
+            except OSError:
+                self._require_place()  # it may have been moved since this was asked
+                raise
             self._write()
 
     def look(self, ledger: Ledger) -> None:

@@ -1,9 +1,13 @@
 """Two runners of one folder: locks that are deleted, folders that are moved and copied, runners that are killed."""
 
 import dataclasses
+import itertools
 import json
+import os
 import shutil
 import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +94,57 @@ def test_a_folder_that_is_moved_while_it_is_served_stops_its_runner_and_goes_on_
     store = Store(tmp_path / "moved")
     assert f"the run is in {tmp_path / 'moved'} from here on" in store.events()[-1]["text"]
     store.close()
+
+
+def moved_at(line: int, root: Path) -> bool:
+    """Work a step in a folder that is moved before a line of selfplay/storage runs, counted from 1; False where there are not
+    so many. What follows has to be LockLost, and nothing may appear in the old place."""
+    run_dir, lines = root / "run", itertools.count(1)
+
+    def trace(frame, event, argument):
+        if os.sep + "storage" + os.sep not in frame.f_code.co_filename:
+            return None
+        if event == "line" and next(lines) == line:
+            sys.settrace(None)
+            run_dir.rename(root / "moved")
+        return trace
+
+    def step(name: str) -> None:
+        with folders.folder(run_dir / "rounds" / name) as out:
+            (out / "file").write_text(name)
+        folders.write_json(run_dir / "last.json", name)
+        store.event("step", name)
+
+    with RunLock(run_dir) as lock:
+        store = Store(run_dir, lock)
+        step("first")
+        before = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            step("second")
+            sys.settrace(before)
+            if run_dir.exists():
+                return False
+            step("third")
+        except LockLost:
+            assert not run_dir.exists(), line
+            return True
+        finally:
+            sys.settrace(before)
+    raise AssertionError(f"nobody noticed that the folder was moved before line {line}")
+
+
+@pytest.mark.slow
+def test_wherever_in_a_step_the_folder_is_moved_the_error_says_so_and_the_old_place_stays_empty(tmp_path):
+    assert next(n for n in itertools.count(1) if not moved_at(n, tmp_path / str(n))) > 100
+
+
+def test_a_ledger_that_cannot_be_opened_any_more_says_that_its_folder_was_moved(tmp_path):
+    with RunLock(tmp_path / "run") as lock:
+        store = Store(tmp_path / "run", lock)
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with ThreadPoolExecutor(1) as other, pytest.raises(LockLost), store._engine.connect():
+            other.submit(store.event, "step", "in a thread with a connection of its own").result()
 
 
 @pytest.mark.slow

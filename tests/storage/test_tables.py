@@ -65,7 +65,7 @@ def test_every_new_name_of_a_folder_is_synced(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "sync", lambda path: (synced.append(path), sync(path)))
     target = tmp_path / "rounds" / "0001" / "stage"
     with folders.folder(target) as partial:
-        assert synced == [target.parent, tmp_path / "rounds", tmp_path]
+        assert synced == [tmp_path, tmp_path / "rounds", target.parent]
         (partial / "file").write_text("x")
     assert synced[3:] == [partial / "file", partial, target.parent]
     synced.clear()
