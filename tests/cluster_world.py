@@ -26,11 +26,19 @@ class TwoNodes:
 
     def __init__(self, *cpus: int) -> None:
         """`cpus`: those of the head and of each further node."""
+        self._cpus, self._port = cpus, 0
+        self.start()
+
+    def start(self) -> None:
+        """Start the head and the nodes. After `close` they are other ones, at the address of the first."""
         self._started = 0
-        head = {"num_cpus": cpus[0], "include_dashboard": False, "_system_config": QUICK, **self._next()}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        head = {"num_cpus": self._cpus[0], "include_dashboard": False, "_system_config": QUICK, **self._next()}
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args=head | ({"port": self._port} if self._port else {})
+        )
+        self._port = int(self.address.rpartition(":")[2])
         self.nodes: list[str] = []  # their addresses
-        for count in cpus[1:]:
+        for count in self._cpus[1:]:
             self.add(count)
 
     def _next(self) -> dict[str, Any]:
@@ -67,6 +75,15 @@ class TwoNodes:
                 os.kill(pid, signal.SIGKILL)
         self.nodes.remove(node)
         return len(victims)
+
+    def kill_head(self) -> None:
+        """SIGKILL all that Ray has on the head, the store of the cluster's state included. The other nodes end by themselves."""
+        address = self.address.rpartition(":")[0].encode()
+        head = {b"--node_ip_address=" + address, b"--node-ip-address=" + address}
+        for pid in descendants(os.getpid()):
+            if head.intersection(_command(pid).split(b"\0")):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         self._cluster.shutdown()

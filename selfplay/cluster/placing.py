@@ -45,7 +45,8 @@ def connected(address: str) -> Any:
     except found.Unreachable as error:
         raise InputError(
             f"cluster.address: no Ray cluster answers at {address}: {error}",
-            "start one (ray start --head), or correct the address; all nodes need the same version of Ray and of Python",
+            "start one (ray start --head), or correct the address; all nodes need the same version of Ray and of Python, and the "
+            "token of the cluster where it has one (RAY_AUTH_TOKEN, or ~/.ray/auth_token)",
         ) from error
     return found
 
