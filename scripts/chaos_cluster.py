@@ -54,6 +54,8 @@ def main() -> int:
     launch.write_text(TWO)
     config, rounds = str(ROOT / "configs" / "tiny.yaml"), f"schedule.end.rounds={args.rounds}"
     sets = [*world(), *SETTINGS, rounds, f"train.accelerate={launch}", "train.micro_batch_pairs=4", *args.set]
+    if args.head:
+        sets.append("train.epochs=20")  # so that the round is not over before Ray notices
     if args.calm is None:
         args.calm = args.out / "calm"
         shutil.rmtree(args.calm, ignore_errors=True)
@@ -107,7 +109,7 @@ def in_each_stage(seed: int, served: Served, cluster: TwoNodes) -> int:
 def lose_head(served: Served, cluster: TwoNodes) -> int:
     """Kill the head in the stage `train` of the first round, and serve again on a new cluster; returns 1, the number of kills."""
     until_in("train", served)
-    done = sorted(each.name for each in (served.run_dir / "rounds" / "0001").iterdir())
+    done = sorted(each.parent.name for each in (served.run_dir / "rounds").glob("0001/*/manifest.json"))
     cluster.kill_head()
     began = time.monotonic()
     code = served.process.wait(300)

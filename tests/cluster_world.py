@@ -34,7 +34,7 @@ class TwoNodes:
         self._started = 0
         head = {"num_cpus": self._cpus[0], "include_dashboard": False, "_system_config": QUICK, **self._next()}
         self._cluster = Cluster(
-            initialize_head=True, head_node_args=head | ({"port": self._port} if self._port else {})
+            initialize_head=True, head_node_args=head | ({"gcs_server_port": self._port} if self._port else {})
         )
         self._port = int(self.address.rpartition(":")[2])
         self.nodes: list[str] = []  # their addresses
