@@ -1,4 +1,4 @@
-.PHONY: demo demo-smollm quick quick-with-torch quick-without-torch test long lint docs mini audit sbom setup browser clean
+.PHONY: demo demo-smollm quick quick-with-torch quick-without-torch quick-that-wait test long lint docs mini audit sbom setup browser clean
 
 PY := .venv/bin/python
 # Empty counts as unset: without bytecode files every import of torch and vLLM takes two to three times as long.
@@ -15,18 +15,24 @@ demo-smollm: setup
 	$(PY) scripts/round.py --config configs/smollm2.yaml --rounds 4 --report
 	$(PY) scripts/compare_answers.py runs/smollm2
 
-# The tests that need no engine and no service. Two processes share them by packages, so that one of them alone imports torch.
+# The tests that need no engine and no service. Three processes share them by packages, so that one of them alone imports torch,
+# and that one of them, which waits for servers and children more than it computes, leaves both cores to the others.
 quick: setup
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-with-torch quick-without-torch
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target quick-with-torch quick-without-torch quick-that-wait
 
-WITH_TORCH := $(addprefix tests/,checks evaluation generation methods models prompts publishing reward training \
-	worlds storage/test_policies.py test_docs_rewards.py)
+WITH_TORCH := $(addprefix tests/,checks evaluation generation methods models prompts publishing training worlds \
+	reward/test_reward_chat.py reward/test_reward_models.py storage/test_policies.py test_docs_rewards.py)
+THAT_WAIT := $(addprefix tests/,cluster processes reward scripts)
+QUICK := -m pytest -m "not slow and not service and not gpu"
 
 quick-with-torch:
-	$(PY) -m pytest -m "not slow and not service and not gpu" $(WITH_TORCH)
+	$(PY) $(QUICK) $(WITH_TORCH)
 
 quick-without-torch:
-	$(PY) -m pytest -m "not slow and not service and not gpu" $(addprefix --ignore=,$(WITH_TORCH))
+	$(PY) $(QUICK) $(addprefix --ignore=,$(WITH_TORCH) $(THAT_WAIT))
+
+quick-that-wait:
+	$(PY) $(QUICK) $(THAT_WAIT) $(addprefix --ignore=,$(WITH_TORCH))
 
 # Lint, types and all tests. Four test files at a time keep two cores busy: tests wait for processes and for each other half the time.
 test: setup

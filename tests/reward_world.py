@@ -1,4 +1,9 @@
-"""A reward model small enough to build in each test run: random weights, its own tokenizer, its own chat template."""
+"""A reward model small enough to build in each test run: random weights, its own tokenizer, its own chat template.
+
+Only who builds one imports torch: tests of servers that have none are done before it is imported.
+"""
+
+from __future__ import annotations
 
 import json
 import os
@@ -7,11 +12,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
     "Name three colours. Red, green and blue are three colours that most people know.",
@@ -27,6 +31,9 @@ CONTROL = ["<|begin_of_text|>", "<|pad|>", "<|start_header_id|>", "<|end_header_
 
 def tokenizer_with(template: str | None = HEADERS, *, plain_tokens: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """A byte-level BPE with Llama 3's turn tokens; `plain_tokens` are added without being special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -49,6 +56,9 @@ def reward_model(
     folder: Path, *, seed: int = 0, labels: int = 1, template: str | None = HEADERS, **config: Any
 ) -> Path:
     """A LlamaForSequenceClassification in `folder`. `config` overrides its configuration."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
     tokenizer = tokenizer_with(template)
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
@@ -80,6 +90,9 @@ def conversation(i: int, words: int) -> tuple[list[dict[str, str]], str]:
 
 def bare_scores(folder: Path, items: Sequence[tuple[Any, ...]]) -> list[float]:
     """The same scores by transformers alone: one conversation at a time, no padding."""
+    import torch
+    from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+
     model = LlamaForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     scores = []
