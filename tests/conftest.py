@@ -2,7 +2,6 @@ import contextlib
 import fcntl
 import functools
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -14,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 import typer.testing
-import yaml
 
 from selfplay.processes.protocol import quick_imports
-from selfplay.storage import ledger, schema
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,37 +48,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.add_cleanup(lambda: shutil.rmtree(folder))
     os.environ["SELFPLAY_TEMPLATES"] = str(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(templates), os.environ.get("PYTHONPATH", "")) if p)
-
-
-# The parser of YAML is written in Python, and hundreds of tests read the same few configurations. Each has a copy of its own.
-parse = yaml.safe_load
-parsed = functools.cache(lambda text: pickle.dumps(parse(text)))
-yaml.safe_load = lambda source: pickle.loads(parsed(source)) if isinstance(source, str) else parse(source)
-
-
-@functools.cache
-def empty_ledger() -> list[str]:
-    """The statements that make what the migrations make of an empty file."""
-    with sa.create_engine("sqlite://").connect() as connection:
-        schema.migrate(connection, "a ledger in memory")
-        made = connection.exec_driver_sql("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")
-        return [*made.scalars(), f"INSERT INTO schema_version VALUES ({len(schema.MIGRATIONS)})"]
-
-
-def migrate(connection: sa.Connection, what: str) -> None:
-    """Make a new ledger from these statements: SQLAlchemy writes its own anew each time, which takes longer than most tests."""
-    made, statements = "SELECT count(*) FROM sqlite_master", empty_ledger()
-    if connection.exec_driver_sql(made).scalar() == 0:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        if connection.exec_driver_sql(made).scalar() == 0:
-            for statement in statements:
-                connection.exec_driver_sql(statement)
-            return
-        connection.exec_driver_sql("COMMIT")  # another process was quicker
-    schema.migrate(connection, what)
-
-
-ledger.migrate = migrate
 
 
 # Test modules import what trainer and engine import, and as quickly as they do. It ends with the collection.

@@ -168,8 +168,11 @@ def migrate(connection: sa.Connection, what: str) -> None:
     done = _version(connection)
     if done is not None and done > len(MIGRATIONS):
         raise InputError(f"{what} was written by a newer version of selfplay", "upgrade, or use another run folder")
-    for migration in MIGRATIONS[done or 0 :]:
-        migration(connection)
+    if done is None and not sa.inspect(connection).get_table_names():
+        _make(connection)
+    else:
+        for migration in MIGRATIONS[done or 0 :]:
+            migration(connection)
     changed = schema_version.insert() if done is None else schema_version.update()
     connection.execute(changed.values(version=len(MIGRATIONS)))
 
@@ -177,6 +180,13 @@ def migrate(connection: sa.Connection, what: str) -> None:
 def _version(connection: sa.Connection) -> int | None:
     has = sa.inspect(connection).has_table("schema_version")
     return connection.scalar(sa.select(schema_version.c.version)) if has else None
+
+
+def _make(connection: sa.Connection) -> None:
+    """What all migrations come to, in an empty ledger: nothing has to be looked for, moved or counted."""
+    metadata.create_all(connection, checkfirst=False)
+    for statement in _TRIGGERS:
+        connection.exec_driver_sql(statement)
 
 
 def _orders_and_pins(connection: sa.Connection) -> None:

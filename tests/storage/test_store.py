@@ -165,6 +165,16 @@ def test_rounds_from_before_others_could_sample_were_sampled_by_their_champion(t
     store.close()
 
 
+def test_a_new_ledger_is_what_all_migrations_come_to(tmp_path):
+    everything = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
+    with sa.create_engine("sqlite://").connect() as new, sa.create_engine("sqlite://").connect() as old:
+        schema.migrate(new, "a new ledger")
+        for migration in MIGRATIONS:
+            migration(old)
+        made = new.exec_driver_sql(everything).all()
+        assert made == old.exec_driver_sql(everything).all() and len(made) > 30
+
+
 def test_a_migration_that_is_killed_leaves_the_ledger_as_it_was(tmp_path, monkeypatch):
     Store(tmp_path).close()
 
