@@ -97,9 +97,9 @@ def here(simulated: Callable[..., Any], real: Callable[..., Any]) -> Callable[..
     return lambda *a, **k: (simulated if get_ident() == CLOCK.thread else real)(*a, **k)
 
 
-def on_disk(name: str) -> Callable[..., Any]:
-    """What stands for a method of `Path`: that of the disk of the history, in its thread."""
-    real, simulated = REAL[name], getattr(Disk, name)
+def on_disk(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands for a method of `Path`, or a function of one: that of the disk of the history, in its thread."""
+    simulated = getattr(Disk, name)
 
     def done(path: Path, *a: Any, **k: Any) -> Any:
         return simulated(CLOCK.world.disk, path, *a, **k) if get_ident() == CLOCK.thread else real(path, *a, **k)
@@ -112,7 +112,7 @@ def installed(model: Path) -> Iterator[Configs]:
     """The product in the simulation, for the time of the block. `model`: the folder of the initial policy."""
     configs = Configs(model)
     disk: Callable[[], Any] = lambda: CLOCK.world.disk  # noqa: E731
-    on_path = {name: on_disk(name) for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir")}
+    on_path = {name: on_disk(name, REAL[name]) for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir")}
     clock = SimpleNamespace(monotonic=CLOCK.monotonic)
     places: list[tuple[Any, str, Any]] = [
         *((Path, name, function) for name, function in on_path.items()),
@@ -120,7 +120,7 @@ def installed(model: Path) -> Iterator[Configs]:
         *texts.PLACES,
         (shutil, "rmtree", here(lambda *a, **k: disk().rmtree(*a, **k), REMOVE)),
         (shutil, "disk_usage", here(lambda path: disk().usage, shutil.disk_usage)),
-        (folders, "sync", here(lambda path: disk().sync(path), folders.sync)),
+        (folders, "sync", on_disk("sync", folders.sync)),
         (filesystem, "LOCKS", ()),  # those of the folder itself are taken all the same
         (hashes, "ThreadPoolExecutor", Inline),
         (sa, "create_engine", here(lambda *a, **k: database.ENGINE, sa.create_engine)),

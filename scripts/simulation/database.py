@@ -89,7 +89,11 @@ class Statement:
             state = self.compiled.construct_expanded_state(values)
             text, values = state.statement, state.parameters
             order = [(name, self._into.get(name)) for name in state.positiontup]
-        cursor = _sent(raw, text, [values[name] if into is None else into(values[name]) for name, into in order])
+        given = [values[name] if into is None else into(values[name]) for name, into in order]
+        try:
+            cursor = raw.execute(text, given)
+        except sqlite3.Error as error:
+            raise _known(error) from error
         rows = cursor.fetchall()
         if self._out:
             rows = [self._read(row) for row in rows]
@@ -155,8 +159,12 @@ def _sent(raw: sqlite3.Connection, text: str, values: Sequence[Any]) -> sqlite3.
     try:
         return raw.execute(text, values)
     except sqlite3.Error as error:
-        kind = IntegrityError if isinstance(error, sqlite3.IntegrityError) else OperationalError
-        raise kind("", {}, error) from error
+        raise _known(error) from error
+
+
+def _known(error: sqlite3.Error) -> Exception:
+    kind = IntegrityError if isinstance(error, sqlite3.IntegrityError) else OperationalError
+    return kind("", {}, error)
 
 
 class Reading:
@@ -199,10 +207,10 @@ class Engine:
     database: Database
 
     def connect(self) -> Reading:
-        return Reading(self.database)
+        return self.database.reading
 
     def begin(self) -> Transaction:
-        return Transaction(self.database)
+        return self.database.transaction
 
     def dispose(self) -> None:
         pass
@@ -237,6 +245,7 @@ class Database:
     def __init__(self, world: World, raw: sqlite3.Connection) -> None:
         """`raw`: see `opened`."""
         self.world, self.raw, self.connection = world, raw, Connection(raw)
+        self.reading, self.transaction = Reading(self), Transaction(self)
         raw.execute("BEGIN")
         ENGINE.database = self
 

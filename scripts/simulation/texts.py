@@ -10,8 +10,11 @@ from typing import Any
 DUMPS, LOADS = json.dumps, json.loads
 ENCODER: Any = json.encoder
 DECODER: Any = json.JSONDecoder()
-NAMES = {None: "null", True: "true", False: "false"}
 QUOTED = ENCODER.encode_basestring_ascii
+NAMES = {None: "null", True: "true", False: "false"}
+LEAVES: dict[type, Callable[[Any], str]] = {
+    str: QUOTED, int: repr, bool: NAMES.__getitem__, type(None): NAMES.__getitem__
+}  # fmt: skip
 
 
 def _made(**how: Any) -> Callable[[Any], str]:
@@ -30,23 +33,24 @@ SORTED = _made(sort_keys=True, allow_nan=False)
 def _indented(value: Any, line: str = "\n") -> str:
     """`line`: what begins a line at this depth."""
     kind = type(value)
-    if kind is str:
-        return QUOTED(value)  # type: ignore[no-any-return]
+    if kind in LEAVES:
+        return LEAVES[kind](value)
     if kind is dict:
         if not value:
             return "{}"
         inner = line + " "
-        rows = [f"{QUOTED(name)}: {_indented(of, inner)}" for name, of in sorted(value.items())]
+        rows = [
+            f"{QUOTED(name)}: {LEAVES[type(of)](of) if type(of) in LEAVES else _indented(of, inner)}"
+            for name, of in sorted(value.items())
+        ]
         return f"{{{inner}{f',{inner}'.join(rows)}{line}}}"
     if kind is list:
         if not value:
             return "[]"
         inner = line + " "
         return f"[{inner}{f',{inner}'.join([_indented(of, inner) for of in value])}{line}]"
-    if kind is int or (kind is float and isfinite(value)):
+    if kind is float and isfinite(value):
         return repr(value)
-    if value is None or kind is bool:
-        return NAMES[value]
     raise TypeError(kind)
 
 
