@@ -1,6 +1,7 @@
 """A deterministic simulation of the service: seeded histories of rounds, orders and faults, on a virtual clock.
 
 `world.py` has the clock, the faults and the people outside; `disk.py` and `database.py` are the boundary to files and ledger,
+`paths.py` and `texts.py` do what `pathlib` and `json` do in fewer steps,
 `processes.py` and `stages.py` stand for the children, `boundary.py` puts them in their places, `invariants.py` says what has to
 hold, and `history.py` runs a seed.
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import sqlalchemy as sa
 
-from selfplay.config import Config, load
+from selfplay.config import Config, load, secrets
 from selfplay.processes import children
 from selfplay.prompts import draws
-from selfplay.rounds import ahead, frame, round, run, steps, turns
+from selfplay.rounds import ahead, frame, requirements, round, run, steps, turns
 from selfplay.service import daemon, reload, stalls, stop
 from selfplay.storage import closed, filesystem, folders, hashes, ledger, reader, runner, schema
-from simulation import database, processes, stages
-from simulation.disk import REAL, REMOVE
+from simulation import database, paths, processes, stages, texts
+from simulation.disk import REAL, REMOVE, Disk
 from simulation.threads import CLOCK, THREADING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,6 @@ VARIANTS = (
 )
 """What the configuration becomes in turn, when somebody edits it and has it read anew."""
 AHEAD = ("schedule.ahead=1",)
-IS_THERE = (("exists", "exists"), ("is_file", "isfile"), ("is_dir", "isdir"), ("is_symlink", "islink"))
 BASE = (
     "evaluate.judge=null", "evaluate.gold=null", "track=none", "guard.history=1", "pairs.history=0", "reward.cache.entries=0",
     "prompts.per_round=3", "service.retries=2", "service.pause_after_rejected=2", "service.retry_seconds=60",
@@ -80,7 +79,7 @@ class Inline:
 
 
 def once(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a configuration, which does not change, asked once for each."""
+    """A method or a function of a configuration, which does not change, asked once for each."""
     known: dict[Any, tuple[Any, Any]] = {}
 
     def found(config: Any, **how: Any) -> Any:
@@ -95,15 +94,15 @@ def once(method: Callable[..., Any]) -> Callable[..., Any]:
 def here(simulated: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
     """What stands for a function of the product, in the thread of the history alone. What other threads of the process do is no
     part of it: they get the real one."""
-    return lambda *a, **k: (simulated if CLOCK.is_here() else real)(*a, **k)
+    return lambda *a, **k: (simulated if get_ident() == CLOCK.thread else real)(*a, **k)
 
 
-def on_disk(name: str) -> Callable[..., Any]:
-    """What stands for a method of `Path`: that of the disk of the history, in its thread."""
-    real = REAL[name]
+def on_disk(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands for a method of `Path`, or a function of one: that of the disk of the history, in its thread."""
+    simulated = getattr(Disk, name)
 
     def done(path: Path, *a: Any, **k: Any) -> Any:
-        return getattr(CLOCK.world.disk, name)(path, *a, **k) if CLOCK.is_here() else real(path, *a, **k)
+        return simulated(CLOCK.world.disk, path, *a, **k) if get_ident() == CLOCK.thread else real(path, *a, **k)
 
     return done
 
@@ -113,16 +112,15 @@ def installed(model: Path) -> Iterator[Configs]:
     """The product in the simulation, for the time of the block. `model`: the folder of the initial policy."""
     configs = Configs(model)
     disk: Callable[[], Any] = lambda: CLOCK.world.disk  # noqa: E731
-    on_path = {name: on_disk(name) for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir")}
+    on_path = {name: on_disk(name, REAL[name]) for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir")}
     clock = SimpleNamespace(monotonic=CLOCK.monotonic)
     places: list[tuple[Any, str, Any]] = [
         *((Path, name, function) for name, function in on_path.items()),
-        # As in later versions of Python: a path is taken apart once, and what is there is asked for without an exception.
-        *((Path, name, getattr(os.path, of)) for name, of in IS_THERE),
-        (PurePath, "__truediv__", functools.lru_cache(1 << 14)(PurePath.__truediv__)),
+        *paths.PLACES,
+        *texts.PLACES,
         (shutil, "rmtree", here(lambda *a, **k: disk().rmtree(*a, **k), REMOVE)),
         (shutil, "disk_usage", here(lambda path: disk().usage, shutil.disk_usage)),
-        (folders, "sync", here(lambda path: disk().sync(path), folders.sync)),
+        (folders, "sync", on_disk("sync", folders.sync)),
         (filesystem, "LOCKS", ()),  # those of the folder itself are taken all the same
         (hashes, "ThreadPoolExecutor", Inline),
         (sa, "create_engine", here(lambda *a, **k: database.ENGINE, sa.create_engine)),
@@ -139,6 +137,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (Config, "fixed", once(Config.fixed)),
         (Config, "model_dump", once(Config.model_dump)),
         (Config, "reward_sources", once(Config.reward_sources)),
+        (requirements, "named", once(secrets.named)),
         *((runner, name, functools.cache(getattr(runner, name))) for name in ("_line", "_started", "_namespace")),
         (run.Run, "require", lambda run: None),
         (run, "reap", lambda folder: 0),

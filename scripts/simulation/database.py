@@ -77,21 +77,27 @@ class Statement:
         kinds = [entry.type.dialect_impl(DIALECT) for entry in entries]
         found: list[Convert] = [kind.result_processor(DIALECT, None) for kind in kinds]
         self._out = [(place, convert) for place, convert in enumerate(found) if convert is not None]
-        self.given: dict[str, Any] = self.compiled.construct_params(escape_names=False, _check=False)
-        """What the statement itself says of its values."""
+        self._text, order = self.compiled.string, self.compiled.positiontup or ()
+        self._order = [(name, self._into.get(name)) for name in order]
+        given = self.compiled.construct_params(escape_names=False, _check=False)
+        self.given: dict[str, Any] = {} if set(order) <= set(keys or ()) else given
+        """What the statement itself says of its values, where it needs more than it is given."""
 
     def run(self, raw: sqlite3.Connection, values: dict[str, Any]) -> Result:
-        text, order = self.compiled.string, self.compiled.positiontup
+        text, order = self._text, self._order
         if self.expands:
             state = self.compiled.construct_expanded_state(values)
-            text, order, values = state.statement, state.positiontup, state.parameters
-        into = self._into
-        cursor = _sent(raw, text, [into[name](values[name]) if name in into else values[name] for name in order])
-        rows = cursor.fetchall() if cursor.description else []
-        names = self.names or [column[0] for column in cursor.description or ()]
+            text, values = state.statement, state.parameters
+            order = [(name, self._into.get(name)) for name in state.positiontup]
+        given = [values[name] if into is None else into(values[name]) for name, into in order]
+        try:
+            cursor = raw.execute(text, given)
+        except sqlite3.Error as error:
+            raise _known(error) from error
+        rows = cursor.fetchall()
         if self._out:
             rows = [self._read(row) for row in rows]
-        return Result(names, rows, cursor)
+        return Result(self.names or [column[0] for column in cursor.description or ()], rows, cursor)
 
     def _read(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
         values = list(row)
@@ -117,20 +123,16 @@ class Connection:
             for row in values[1:]:
                 self.execute(statement, row)
             values = values[0]
-        keys = None if values is None else list(values)
-        if statement in BUILT_ONCE:
-            key, kept = None, statement
-        elif isinstance(statement, sa.TextClause):
-            key, kept = None, statement.text
-        else:
-            key = statement._generate_cache_key()
-            kept = key.key
-        known = (kept, None if keys is None else tuple(keys))
+        key, kept = None, statement
+        if statement not in BUILT_ONCE:
+            key = None if isinstance(statement, sa.TextClause) else statement._generate_cache_key()
+            kept = statement.text if key is None else key.key
+        known = (kept, *values) if values else kept
         found = _compiled.get(known)
         if found is None:
-            found = _compiled[known] = Statement(statement, key, keys)
+            found = _compiled[known] = Statement(statement, key, None if values is None else list(values))
         if key is None:
-            return found.run(self._raw, {**found.given, **(values or {})})
+            return found.run(self._raw, {**found.given, **(values or {})} if found.given else values or {})
         given = found.compiled.construct_params(values, extracted_parameters=key.bindparams, escape_names=False)
         return found.run(self._raw, given)
 
@@ -157,8 +159,12 @@ def _sent(raw: sqlite3.Connection, text: str, values: Sequence[Any]) -> sqlite3.
     try:
         return raw.execute(text, values)
     except sqlite3.Error as error:
-        kind = IntegrityError if isinstance(error, sqlite3.IntegrityError) else OperationalError
-        raise kind("", {}, error) from error
+        raise _known(error) from error
+
+
+def _known(error: sqlite3.Error) -> Exception:
+    kind = IntegrityError if isinstance(error, sqlite3.IntegrityError) else OperationalError
+    return kind("", {}, error)
 
 
 class Reading:
@@ -201,10 +207,10 @@ class Engine:
     database: Database
 
     def connect(self) -> Reading:
-        return Reading(self.database)
+        return self.database.reading
 
     def begin(self) -> Transaction:
-        return Transaction(self.database)
+        return self.database.transaction
 
     def dispose(self) -> None:
         pass
@@ -239,6 +245,7 @@ class Database:
     def __init__(self, world: World, raw: sqlite3.Connection) -> None:
         """`raw`: see `opened`."""
         self.world, self.raw, self.connection = world, raw, Connection(raw)
+        self.reading, self.transaction = Reading(self), Transaction(self)
         raw.execute("BEGIN")
         ENGINE.database = self
 

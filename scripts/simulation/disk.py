@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import stat
 from collections.abc import Callable
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
+from simulation import paths
 from simulation.world import World
 
-REAL: dict[str, Any] = {
-    name: getattr(Path, name) for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir", "touch")
-}
-REMOVE = shutil.rmtree
+REAL: dict[str, Any] = {name: getattr(Path, name) for name in ("rename", "unlink", "symlink_to", "mkdir", "touch")}
+REAL["write_text"], REMOVE = paths.write_text, paths.remove
 Undo = Callable[[], object]
 
 
@@ -55,7 +55,7 @@ class Disk:
                 REAL["rename"](target, path)
             there()
 
-        self._names.append((str(target.parent), undo))
+        self._names.append((_folder(target), undo))
         return found
 
     def write_text(self, path: Path, *args: Any, **kwargs: Any) -> int:
@@ -65,7 +65,7 @@ class Disk:
         count: int = REAL["write_text"](path, *args, **kwargs)
         self._contents.add(os.stat(path).st_ino)
         if new:
-            self._names.append((str(path.parent), lambda: REAL["unlink"](path, missing_ok=True)))
+            self._names.append((_folder(path), lambda: REAL["unlink"](path, missing_ok=True)))
         return count
 
     def touch(self, path: Path, *args: Any, **kwargs: Any) -> None:
@@ -80,16 +80,16 @@ class Disk:
 
     def symlink_to(self, path: Path, target: Any, target_is_directory: bool = False) -> None:
         if self._change("link", path):
-            self._names.append((str(path.parent), lambda: REAL["unlink"](path, missing_ok=True)))
+            self._names.append((_folder(path), lambda: REAL["unlink"](path, missing_ok=True)))
         REAL["symlink_to"](path, target)
 
     def mkdir(self, path: Path, *args: Any, **kwargs: Any) -> None:
         if os.path.isdir(path) and kwargs.get("exist_ok"):
             return
         if self._change("mkdir", path):
-            missing = list(takewhile(lambda new: not new.exists(), (path, *path.parents)))
+            missing = list(takewhile(lambda new: not new.exists(), chain([path], path.parents)))
             for new in reversed(missing):
-                self._names.append((str(new.parent), lambda new=new: REMOVE(new, ignore_errors=True)))  # type: ignore[misc]
+                self._names.append((_folder(new), lambda new=new: REMOVE(new, ignore_errors=True)))  # type: ignore[misc]
         REAL["mkdir"](path, *args, **kwargs)
 
     def rmtree(self, path: Any, ignore_errors: bool = False, **kwargs: Any) -> None:
@@ -101,12 +101,11 @@ class Disk:
         """As `folders.sync`."""
         if self._world.dead:
             self._world.moment("write", "sync")
-        if os.path.isdir(path):
-            if self._names:
-                name = str(path)
-                self._names = [entry for entry in self._names if entry[0] != name]
-        else:
-            self._contents.discard(os.stat(path).st_ino)
+        name, found = str(path), os.stat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            self._contents.discard(found.st_ino)
+        elif self._names:
+            self._names = [entry for entry in self._names if entry[0] != name]
 
     def forget(self) -> None:
         """The process ended, and the machine did not: all that was written will be."""
@@ -124,9 +123,9 @@ class Disk:
             for folder, _, files in os.walk(self._root):
                 for name in sorted(files):
                     file = os.path.join(folder, name)
-                    stat = os.lstat(file)
-                    if stat.st_ino in self._contents and rng.random() < 0.7:
-                        os.truncate(file, rng.randint(0, max(stat.st_size - 1, 0)))
+                    there = os.lstat(file)
+                    if there.st_ino in self._contents and rng.random() < 0.7:
+                        os.truncate(file, rng.randint(0, max(there.st_size - 1, 0)))
                         cut += 1
         self._world.tell(f"the power fails: {len(lost)} names are lost, {cut} files cut short")
         self.forget()
@@ -138,8 +137,14 @@ class Disk:
         return shutil._ntuple_diskusage(1 << 41, (1 << 41) - free, free)
 
 
+def _folder(path: Path) -> str:
+    return str(path).rpartition("/")[0]
+
+
 def _kept(target: Path) -> Undo:
     """Puts back what a rename is about to replace."""
+    if not os.path.lexists(target):
+        return lambda: None
     if target.is_symlink():
         link = os.readlink(target)
         return lambda: REAL["symlink_to"](target, link)

@@ -325,11 +325,11 @@ def _laid(root: Path, beginning: Beginning) -> None:
     REMOVE(root, ignore_errors=True)
     os.mkdir(root)
     for name in beginning.folders:
-        os.mkdir(root / name)
+        os.mkdir(f"{root}/{name}")
     for name, kept in beginning.files:
-        os.link(kept, root / name)
+        os.link(kept, f"{root}/{name}")
     for name, target in beginning.links:
-        os.symlink(target, root / name)
+        os.symlink(target, f"{root}/{name}")
     (root / LEDGER).write_bytes(b"in memory")
     for name in (".lock", ".ledger.lock") if beginning.folders else ():
         (root / name).touch()

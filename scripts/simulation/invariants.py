@@ -181,9 +181,10 @@ def _prompts(world: World, rounds: list[dict[str, Any]]) -> None:
 
 
 def _weights(world: World, version: int) -> str | None:
-    manifest = world.root / "policies" / f"{version:04d}" / MANIFEST
-    if not manifest.is_file():
-        return None
-    source = read(manifest)["source"]
-    file = (Path(source) if source else manifest.parent) / WEIGHTS
-    return file.read_text() if file.is_file() else None
+    """The weights of a policy; None where they are gone. At the end of a history they stay as they are."""
+    if version not in world.weights:
+        manifest = world.root / "policies" / f"{version:04d}" / MANIFEST
+        source = read(manifest)["source"] if manifest.is_file() else None
+        file = (Path(source) if source else manifest.parent) / WEIGHTS
+        world.weights[version] = file.read_text() if manifest.is_file() and file.is_file() else None
+    return world.weights[version]

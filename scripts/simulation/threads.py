@@ -16,15 +16,12 @@ class Clock:
     world: World
 
     def __init__(self) -> None:
-        self._thread: int | None = None  # before the first history there is nothing to stand for
+        self.thread: int | None = None
+        """That of the history. Before the first one there is nothing to stand for."""
 
     def begin(self, world: World) -> None:
         """A history begins, in the thread that calls this."""
-        self.world, self._thread = world, threading.get_ident()
-
-    def is_here(self) -> bool:
-        """Whether the thread that asks is the one of the history."""
-        return threading.get_ident() == self._thread
+        self.world, self.thread = world, threading.get_ident()
 
     def monotonic(self) -> float:
         return self.world.monotonic

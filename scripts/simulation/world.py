@@ -70,6 +70,8 @@ class World:
         """Rounds that began because somebody ordered one."""
         self.promised: dict[int, int] = {}
         """Orders for a round that were obeyed, and the round that each of them gets."""
+        self.weights: dict[int, str | None] = {}
+        """Those of each policy that were looked at when the history had ended."""
         self.happened: dict[int, str] = {}
         self.calm = False
         """Whether all faults are over, and the service has to finish what it has."""

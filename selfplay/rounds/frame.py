@@ -71,8 +71,9 @@ class Frame:
         """Run a stage unless it is done, and record it. `total`: how much of its unit there is to do, where that is known."""
         target = self.dir / stage.name
         if target.is_dir():
+            manifest = self.manifest(stage)
             try:
-                hashes.verify_files(target, self.manifest(stage)["files"], CheckpointError)
+                hashes.verify_files(target, manifest["files"], CheckpointError)
             except CheckpointError as error:
                 raise CheckpointError(str(error), error.hint or self._mend(stage)) from error
             self.display.kept(self.index, stage.name)
@@ -80,7 +81,7 @@ class Frame:
             self.breathe("stage")
             with self.display.stage(self.index, stage.name, total, stage.unit) as line:
                 self._run(stage, target, work, line)
-        manifest = self.manifest(stage)
+            manifest = self.manifest(stage)
         self.store.record_stage(self.index, stage.name, manifest["seconds"], manifest["metrics"])
 
     def record_finished(self) -> None:

@@ -50,7 +50,7 @@ class Steps:
             display=run.display,
             breathe=run.breathe,
             logs=run.dir / "logs",
-            weights=lambda: size(Path(run.policy(0).path)),
+            weights=functools.cache(lambda: size(Path(run.policy(0).path))),
             adopted=lambda: self.adopted,
         )
         self.history = History(run.store, run.dir / "rounds", index)

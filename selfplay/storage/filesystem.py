@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -133,7 +134,7 @@ def odd(run_dir: Path) -> str | None:
 
 def require(run_dir: Path, locks: Locks = "flock") -> None:
     """Raise InputError where a run cannot live in this folder, which may not be there yet."""
-    there = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.lexists(path))
+    there = next(path for path in chain([run_dir], run_dir.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise InputError(f"{run_dir} cannot be a run folder: {there} is a file", "choose another one (--run-dir)")
     if (found := odd(run_dir)) is not None:

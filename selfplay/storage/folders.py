@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def finish(partial: Path, path: Path) -> None:
 
 def make(path: Path) -> None:
     """Make a folder, and those above it that are missing, to stay: every new name is synced."""
-    missing = list(takewhile(lambda new: not new.is_dir(), (path, *path.parents)))
+    missing = list(takewhile(lambda new: not new.is_dir(), chain([path], path.parents)))
     fences.check(path)
     for new in reversed(missing):  # one by one: what was moved away in between is not made anew
         new.mkdir(exist_ok=True)

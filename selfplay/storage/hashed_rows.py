@@ -86,9 +86,8 @@ def _of(name: str, row: str) -> str:
 
 
 def _hash(*values: Any) -> bytes:
-    found = hashlib.blake2b(digest_size=16)
+    parts = []
     for value in values:
         raw = value if isinstance(value, bytes) else repr(value).encode()
-        found.update(b"%s %d " % (type(value).__name__.encode(), len(raw)))
-        found.update(raw)
-    return found.digest()
+        parts.append(b"%s %d %s" % (type(value).__name__.encode(), len(raw), raw))
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()

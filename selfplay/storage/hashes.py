@@ -12,7 +12,7 @@ from selfplay.errors import SelfplayError
 from selfplay.storage.folders import MANIFEST
 
 MOST_REMEMBERED = 4096
-THREADS = 4  # files that are read and hashed at a time: one thread cannot keep up with a fast disk
+THREADS = min(4, os.cpu_count() or 1)  # files that are read and hashed at a time: one cannot keep up with a fast disk
 
 # Not the name of a file: one that was renamed is not read again.
 Identity = tuple[int, int, int, int]
@@ -47,17 +47,17 @@ def sha256_of(paths: Iterable[Path]) -> list[str]:
     unknown = [path for path in files if identity(path) not in _remembered]
     found: dict[Path, str] = {}
     if len(unknown) > 1:
-        with ThreadPoolExecutor(min(THREADS, len(unknown), os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(THREADS, len(unknown))) as pool:
             found = dict(zip(unknown, pool.map(sha256, unknown), strict=True))
     return [found.get(path) or sha256(path) for path in files]
 
 
 def hash_files(root: Path, ignore: Iterable[str] = (MANIFEST,)) -> dict[str, str]:
     """SHA-256 of every file below `root` by its relative name."""
-    skip = set(ignore)
-    files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.relative_to(root).as_posix() not in skip]
-    names = [path.relative_to(root).as_posix() for path in files]
-    return dict(zip(names, sha256_of(files), strict=True))
+    found = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    files = {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
+    names = sorted(files.keys() - set(ignore))
+    return dict(zip(names, sha256_of(files[name] for name in names), strict=True))
 
 
 def of_weights(files: Mapping[str, str]) -> str:

@@ -48,9 +48,8 @@ class Reader:
 
     def pending(self, kinds: Iterable[str] = ()) -> list[dict[str, Any]]:
         """Number, time and kind of the orders that wait, oldest first; only those of some kinds if any are given."""
-        kinds = list(kinds)
-        query = sa.select(orders.c.id, orders.c.time, orders.c.kind).where(orders.c.state == "pending")
-        return self._rows((query.where(orders.c.kind.in_(kinds)) if kinds else query).order_by(orders.c.id))
+        wanted = set(kinds)
+        return [row for row in self._rows(_PENDING) if not wanted or row["kind"] in wanted]
 
     def order(self, number: int) -> dict[str, Any]:
         """One order."""
@@ -218,14 +217,14 @@ class Reader:
         return self._rows(_POLICIES)
 
     def events(self, index: int | None = None) -> list[dict[str, Any]]:
-        query = sa.select(events).order_by(events.c.id)
-        return self._rows(query if index is None else query.where(events.c.round == index))
+        return self._rows(_EVENTS if index is None else _EVENTS.where(events.c.round == index))
 
 
 # What is asked all the time is built once: to build a statement takes longer than to run it.
 _text = functools.lru_cache(256)(sa.text)
 _STATE = sa.select(state.c.value).where(state.c.name == sa.bindparam("kept"))
 _LAST = sa.select(sa.func.max(rounds.c.round))
+_PENDING = sa.select(orders.c.id, orders.c.time, orders.c.kind).where(orders.c.state == "pending").order_by(orders.c.id)
 ORDER = sa.select(orders).where(orders.c.id == sa.bindparam("number"))
 _ROUND = sa.select(*(column for column in rounds.c if column is not rounds.c.config))
 _ROUNDS, _ROUND_OF = _ROUND.order_by(rounds.c.round), _ROUND.where(rounds.c.round == sa.bindparam("index"))
@@ -235,6 +234,7 @@ _CONFIG = sa.select(rounds.c.config).where(rounds.c.round == sa.bindparam("index
 _METRICS = sa.select(metrics).where(metrics.c.round == sa.bindparam("index")).order_by(metrics.c.name)
 _STAGES = sa.select(stages).where(stages.c.round == sa.bindparam("index")).order_by(sa.text("rowid"))
 _DRAW_BEFORE = sa.select(draws).where(draws.c.round < sa.bindparam("index")).order_by(draws.c.round.desc()).limit(1)
+_EVENTS = sa.select(events).order_by(events.c.id)
 _POLICIES = sa.select(policies).order_by(policies.c.version)
 _POLICY, _WITH_WEIGHTS = (
     policies.select().where(policies.c.version == sa.bindparam("version")),

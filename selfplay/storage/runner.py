@@ -64,7 +64,7 @@ class Runner:
 
     def written(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return dataclasses.asdict(self)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def is_in(self, folder: Runner) -> bool:
         """Whether it works in the very folder that `folder` names, and not in a copy. A folder that was moved within its

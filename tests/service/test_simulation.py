@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from selfplay.rounds.ahead import Ahead
-from selfplay.storage import folders, seals
+from selfplay.storage import folders, hashes, seals
 from selfplay.storage.ledger import Store
 from selfplay.storage.reader import now
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from simulate import parsed
+from simulation import paths, texts
 from simulation.history import Simulation
 
 MEMORY = Path("/dev/shm")
@@ -85,6 +86,62 @@ def test_what_other_threads_do_is_no_part_of_a_history(simulation, tmp_path):
         finally:
             over.set()
         ended.result()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"b": {"z": 1, "a": [1, 2.5, 1e-7, None, True, 'é\n"']}, "a": {}, "c": [[], [[{}]]]},
+        {"tuple": (1, 2)},
+        {10: "ten", 2: "two"},
+        "text",
+    ],
+)
+def test_json_is_written_and_read_as_by_the_library(value):
+    for how in texts.KNOWN:
+        said = texts.DUMPS(value, **dict(how))
+        assert texts.dumps(value, **dict(how)) == said
+        assert texts.loads(said.encode()) == texts.loads(f" {said} \n") == texts.LOADS(said)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), {"a": [float("inf")]}, {"a": {1, 2}}, {1: 1, "a": 1}])
+def test_what_the_library_does_not_write_is_not_written(wrong):
+    with pytest.raises((ValueError, TypeError)) as expected:
+        texts.DUMPS(wrong, sort_keys=True, allow_nan=False)
+    for how in (how for how in texts.KNOWN if how):
+        with pytest.raises(expected.type):
+            texts.dumps(wrong, **dict(how))
+
+
+@pytest.mark.parametrize("wrong", ["", "{", '{"a": 1} x', "[1,]"])
+def test_what_is_no_json_is_read_by_nobody(wrong):
+    for text in (wrong, wrong.encode()):
+        with pytest.raises(ValueError):
+            texts.loads(text)
+
+
+@pytest.mark.parametrize("path", ["/a/b", "a", "/", "a/b", ""])
+@pytest.mark.parametrize("name", ["c", "c/d", "/x", "", "./y", "z/", "..", "e//f", "."])
+def test_paths_are_joined_as_by_the_library(path, name):
+    found, expected = paths.joined(Path(path), name), Path(path) / name
+    assert found == expected and str(found) == str(expected) and found.parts == expected.parts
+
+
+def test_files_are_written_read_and_deleted_as_by_the_library(tmp_path):
+    for text in ("", "plain\n", "é\r\n", "x" * paths.MUCH, "x" * (paths.MUCH + 1)):
+        file = tmp_path / "folder" / "file"
+        file.parent.mkdir()
+        assert paths.write_text(file, text, encoding="utf-8") == len(text)
+        assert file.read_bytes() == paths.read_bytes(file) == text.encode()
+        assert paths.read_text(file, encoding="utf-8") == file.read_text(encoding="utf-8")
+        assert paths.digest(file) == hashes.digest(file)
+        (tmp_path / "folder" / "link").symlink_to(tmp_path)
+        paths.remove(tmp_path / "folder")
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        paths.remove(tmp_path / "folder")
+    with pytest.raises(IsADirectoryError):
+        paths.read_bytes(tmp_path)
 
 
 @pytest.mark.parametrize("what", SHOWN)
