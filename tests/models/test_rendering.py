@@ -56,7 +56,7 @@ def test_a_batch_has_the_ids_of_its_conversations(with_bos, mini_world):
     for tokenizer in (with_bos, load_tokenizer(mini_world / "policy", False)):
         expected = one_by_one(tokenizer)
         render = Renderer(tokenizer, PLAIN)
-        assert render._backend is not None
+        assert render._encode is not None
         found = render(CONVERSATIONS)
         assert [ids.tolist() for ids in found] == expected and all(ids.dtype == np.int32 for ids in found)
         assert len(set(map(len, expected))) > 3 and render([]) == []
