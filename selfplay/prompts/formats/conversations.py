@@ -138,6 +138,8 @@ def cut(turns: Sequence[Turn], roles: frozenset[tuple[str, str]]) -> Asked | str
 
 def with_system(asked: Asked, system: Any) -> Asked:
     """The prompt with a system message at its front, where it has none and one is given."""
+    if system is None:  # as in most rows
+        return asked
     text = text_of(system)
     if text is None or not text.strip() or asked.messages[0]["role"] in ("system", "developer"):
         return asked

@@ -11,11 +11,12 @@ from selfplay import seeds
 from selfplay.types import Message
 
 _DIGITS = frozenset("0123456789abcdef")
+_encode = json.JSONEncoder(sort_keys=True).encode  # `json.dumps` makes an encoder for each call
 
 
 def canonical(messages: list[Message]) -> str:
     """The text whose hash names a conversation; what is not ASCII is escaped."""
-    return json.dumps(messages, sort_keys=True)
+    return _encode(messages)
 
 
 def prompt_id(messages: list[Message]) -> str:
