@@ -200,7 +200,7 @@ def _write_pool(folder: Path, prompts: int) -> None:
                 for i, m, own in zip(numbers, messages, hashes, strict=True)
             ]  # fmt: skip
             ids = list(rng.integers(0, 150_000, (len(made), PROMPT_TOKENS), np.int32))
-            rows.write(folder / pools.PROMPTS / f"{start:09d}.arrow", parts.table_of(made, ids))
+            rows.write(folder / pools.PROMPTS / f"{start:09d}.arrow", rows.filled(parts.table_of(made, ids)))
             apart = [p.split != "train" for p in made]
             facts.write_table(
                 pa.table(

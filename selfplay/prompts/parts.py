@@ -96,7 +96,8 @@ def _write(item: tuple[int, survey.Chosen], *, settings: PromptsConfig, run_seed
             facts.append(facts_of([prompt for prompt, _ in kept]))
         table = pa.concat_tables([FACTS.empty_table(), *facts])
         rows.write(facts_path, table.replace_schema_metadata({SET_ASIDE: json.dumps(set_aside)}), FACT_ROWS)
-        rows.write(path, pa.concat_tables([tables.schema(Prompt).empty_table(), *prompts]))  # last: now it is finished
+        table = pa.concat_tables([tables.schema(Prompt).empty_table(), *prompts])
+        rows.write(path, rows.filled(table))  # last: now it is finished
     splits = [split for batch in rows.columns(facts_path, ["split"]) for split in batch["split"].to_pylist()]
     return Made(
         prompts=path,

@@ -34,6 +34,15 @@ def write(path: Path, table: pa.Table, batch_rows: int = BATCH_ROWS) -> None:
         file.write_table(table.combine_chunks(), max_chunksize=batch_rows)
 
 
+def filled(table: pa.Table) -> pa.Table:
+    """The columns of a table of prompts that have a value in any row; `take` gives the others back.
+
+    A column takes two buffers of every batch or more, and a buffer takes as long to unpack however little it holds.
+    """
+    rows = table.num_rows
+    return table.drop_columns([name for name in table.column_names if table[name].null_count == rows > 0])
+
+
 @contextlib.contextmanager
 def writing(path: Path, layout: pa.Schema) -> Iterator[ipc.RecordBatchFileWriter]:
     """Yield a writer of an Arrow file, to which record batches are added; it appears whole or not at all."""
@@ -69,7 +78,7 @@ def count(path: Path) -> int:
 def take(path: Path, numbers: NDArray[np.int64]) -> pa.Table:
     """Rows of a file of prompts by their numbers, which ascend and may repeat, as a table with the columns of `Prompt`.
 
-    A column that was not there yet when the file was written is null.
+    A column that the file does not have is null.
     """
     if path.suffix == PARQUET:
         with tables.RowReader(path, tables.schema(Prompt).names, Prompt) as reader:

@@ -34,6 +34,7 @@ def opened(folder, prompts=None, kind="new"):
         for start in range(0, len(prompts), 700):
             table = tables.to_table(prompts[start : start + 700], Prompt)
             each = 16 if kind == "sixteen" else rows.BATCH_ROWS
+            table = table if kind == "sixteen" else rows.filled(table)
             rows.write(folder / pool.PROMPTS / f"{start:09d}.arrow", table, each)
     return pool.Pool(folder)
 
@@ -55,6 +56,21 @@ def test_a_pool_written_before_prompts_could_join_is_read(tmp_path):
     pq.write_table(pq.read_table(tmp_path / "new.parquet").drop_columns(["root", "joined"]), tmp_path / pool.OLD)
     assert list(pool.Pool(tmp_path)) == [row]
     assert row.ancestor == "root of old"
+
+
+def test_columns_without_a_value_take_no_space(tmp_path):
+    """Whether a file has them or not, its prompts are the same."""
+    prompts = [prompt("one", root="the root of one"), prompt("two", "heldout", reference=""), prompt("three")]
+    table = tables.to_table(prompts, Prompt)
+    there = set(rows.filled(table).column_names)
+    assert set(table.column_names) - there == {"parent", "joined"}
+    rows.write(tmp_path / "whole.arrow", table)
+    rows.write(tmp_path / "filled.arrow", rows.filled(table))
+    for name in ("whole", "filled"):
+        found = rows.take(tmp_path / f"{name}.arrow", np.array([0, 2, 2]))
+        assert found.schema == tables.schema(Prompt)
+        assert tables.records(found, Prompt) == [prompts[i] for i in (0, 2, 2)]
+    assert rows.filled(table.slice(0, 0)).column_names == table.column_names
 
 
 @pytest.mark.slow
