@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfplay.errors import DamagedError, InputError
-from selfplay.prompts.formats import hash_of, names
+from selfplay.prompts.formats import hashes_of, names
 from selfplay.prompts.orders import Orders
 from selfplay.storage import tables
 
@@ -203,7 +203,7 @@ def _times(levels: Levels, rounds: Path, indices: Sequence[int]) -> NDArray[np.i
         path = _drawn_file(rounds, index)
         if path is None:
             raise DamagedError(rounds / f"{index:04d}" / "prompts", "what the round has drawn is gone")
-        drawn = np.array([hash_of(prompt_id) for prompt_id in tables.read_column(path, "prompt_id")], np.int64)
+        drawn = hashes_of(tables.read_column(path, "prompt_id"))
         found = order[np.minimum(np.searchsorted(levels.hashes, drawn, sorter=order), len(order) - 1)]
         if not (levels.hashes[found] == drawn).all():
             raise DamagedError(path, "it has prompts that are not in the pool", "put it, or the pool, back from a copy")

@@ -25,7 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from selfplay.prompts import added, parts, rows
-from selfplay.prompts.formats import hash_of, names
+from selfplay.prompts.formats import hashes_of, names
 from selfplay.prompts.held_out import WORDS, HeldOut, same
 from selfplay.storage import folders, tables
 from selfplay.types import Prompt, Split
@@ -154,7 +154,7 @@ class Pool:
             return np.full(len(prompt_ids), -1)
         if self._order is None:
             self._order = np.argsort(self._hashes, kind="stable")
-        wanted = np.array([hash_of(prompt_id) for prompt_id in prompt_ids], np.int64)
+        wanted = hashes_of(prompt_ids)
         at = np.searchsorted(self._hashes, wanted, sorter=self._order)
         places = self._order[np.minimum(at, len(self) - 1)]
         return np.where((self._hashes[places] == wanted) & (wanted >= 0), places, -1)
@@ -262,7 +262,7 @@ def _imported(folder: Path) -> Known:
 def _added(file: Path) -> Known:
     found = list(tables.read_columns(file, ("prompt_id", "split", "joined")))
     return (
-        np.array([hash_of(prompt_id) for prompt_id, _, _ in found], np.int64),
+        hashes_of([prompt_id for prompt_id, _, _ in found]),
         np.array([parts.SPLITS.index(split) for _, split, _ in found], np.int8),
         np.array([joined or 0 for _, _, joined in found], np.int32),
     )

@@ -2,9 +2,9 @@
 
 A pool is read in small draws from random places. A Parquet file answers that badly: a reader decodes a whole row group to
 get at one row, and small groups make a footer of more than a hundred megabytes for a million rows. An Arrow file of
-record batches of eight rows answers it well: its footer holds 24 bytes a batch, and a row costs one read of some five to
-twenty-five kilobytes. Of a large pool nearly every row that is drawn lies in a batch of its own. Smaller batches would cost
-as much to read, and more space. The buffers are packed with LZ4, because zstd takes longer to unpack than the disk takes to
+record batches of four rows answers it well: its footer holds 24 bytes a batch, and a row costs one read of some three to
+twelve kilobytes. Of a large pool nearly every row that is drawn lies in a batch of its own. Smaller batches would save
+little time, and take more space. The buffers are packed with LZ4, because zstd takes longer to unpack than the disk takes to
 read. The file is read, not mapped into memory: the pages of a mapped file around each row would count as memory of the
 process.
 """
@@ -24,7 +24,7 @@ from selfplay.storage import tables
 from selfplay.storage.folders import whole
 from selfplay.types import Prompt
 
-BATCH_ROWS = 8  # of files that are written; those of earlier versions have batches of sixteen
+BATCH_ROWS = 4  # of files that are written; those of earlier versions have batches of eight or sixteen
 ARROW, PARQUET = ".arrow", ".parquet"
 
 

@@ -54,6 +54,10 @@ def test_a_text_has_the_ids_of_its_pieces(backend, monkeypatch):
         expected = [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
         assert [ids.tolist() for ids in encode(texts)] == expected
     assert len(encode._known) > 30
+    for _ in range(2):
+        with pytest.raises((TypeError, UnicodeEncodeError)):
+            encode(["a new word", "half of a \ud800 pair"])
+    assert encode(["a new word"])[0].tolist() == backend.encode("a new word").ids
 
 
 def test_where_a_token_may_span_a_space_texts_stay_whole():

@@ -58,6 +58,15 @@ def test_a_pool_written_before_prompts_could_join_is_read(tmp_path):
     assert row.ancestor == "root of old"
 
 
+def test_the_numbers_of_many_names_are_those_of_each():
+    named = formats.names(np.array([0, 1, 2**63 - 1, 0x0123456789ABCDEF]))
+    assert formats.hashes_of(named).tolist() == [0, 1, 2**63 - 1, 0x0123456789ABCDEF]
+    assert formats.hashes_of([]).tolist() == []
+    for odd in ("8000000000000000", "0123456789ABCDEF", "0123", "0123456789 abcde", "ünknown 16 signs"):
+        every = [*named, odd]
+        assert formats.hashes_of(every).tolist() == [*map(formats.hash_of, every)] and formats.hash_of(odd) == -1
+
+
 def test_columns_without_a_value_take_no_space(tmp_path):
     """Whether a file has them or not, its prompts are the same."""
     prompts = [prompt("one", root="the root of one"), prompt("two", "heldout", reference=""), prompt("three")]

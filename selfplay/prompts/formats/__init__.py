@@ -9,7 +9,18 @@ report.py         what was recognised, in words
 identity.py       the name of a conversation
 """
 
-from selfplay.prompts.formats.identity import canonical, hash_of, names, prompt_id
+from selfplay.prompts.formats.identity import canonical, hash_of, hashes_of, names, prompt_id
 from selfplay.prompts.formats.reading import DEFAULT, Found, Reading, Row, messages_of
 
-__all__ = ["DEFAULT", "Found", "Reading", "Row", "canonical", "hash_of", "messages_of", "names", "prompt_id"]
+__all__ = [
+    "DEFAULT",
+    "Found",
+    "Reading",
+    "Row",
+    "canonical",
+    "hash_of",
+    "hashes_of",
+    "messages_of",
+    "names",
+    "prompt_id",
+]

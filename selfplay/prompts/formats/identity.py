@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,14 @@ def hash_of(prompt_id: str) -> int:
     """The number that a prompt_id is; −1 for a text that is none."""
     digits = len(prompt_id) == 16 and set(prompt_id) <= _DIGITS
     return int(prompt_id, 16) if digits and prompt_id < "8" else -1
+
+
+def hashes_of(prompt_ids: Sequence[str]) -> NDArray[np.int64]:
+    """`hash_of` (n,) of each."""
+    text = "".join(prompt_ids)
+    if set(map(len, prompt_ids)) <= {16} and set(text) <= _DIGITS:  # all of them at once
+        return np.maximum(np.frombuffer(bytes.fromhex(text), ">i8").astype(np.int64), -1)
+    return np.array([hash_of(prompt_id) for prompt_id in prompt_ids], np.int64)
 
 
 def names(hashes: NDArray[np.int64]) -> list[str]:
