@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from selfplay.prompts import added, parts, rows
 from selfplay.prompts.formats import hashes_of, names
 from selfplay.prompts.held_out import WORDS, HeldOut, same
+from selfplay.prompts.workers import cores
 from selfplay.storage import folders, tables
 from selfplay.types import Prompt, Split
 
 PROMPTS, FACTS, ADDED, ORDERS, OLD = "prompts", "facts.arrow", "added", "orders", "pool.parquet"
 POLICY = "policy"  # in it until it has its number: the initial policy, where one was made of what the user named
 CHUNK = 4096  # prompts that are read at a time
-READERS = 4  # files that are read at a time
+READERS = 4  # files that are read at a time, where there are processors for them
 assert set(parts.SPLITS) == set(get_args(Split))
 
 
@@ -178,8 +179,8 @@ class Pool:
             start = int(self._ends[file - 1]) if file else 0
             return rows.take(self._files[file], ordered[files == file] - start)
 
-        # Most of it is unpacking, for which Arrow needs no lock of Python.
-        with ThreadPoolExecutor(READERS) as readers:
+        # Most of it is unpacking, for which Arrow needs no lock of Python. More readers than processors wait for each other.
+        with ThreadPoolExecutor(min(READERS, cores())) as readers:
             found = [tables.schema(Prompt).empty_table(), *readers.map(read, np.unique(files).tolist())]
         back = np.empty(len(places), np.int64)
         back[order] = np.arange(len(places))
