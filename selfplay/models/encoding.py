@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_PIECES, MOST_LETTERS = 1 << 16, 1 << 20  # that are remembered: about 20 MB
+MOST_PIECES, MOST_LETTERS = 1 << 17, 1 << 22  # that are remembered: about 30 MB
 _CUT = re.compile(r" (?=[!-~])(?<=[!-~] )")
 """A space between two visible characters of ASCII."""
 _BEFORE_A_SPACE = re.compile(r"[!-~] ")
