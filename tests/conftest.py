@@ -50,6 +50,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(templates), os.environ.get("PYTHONPATH", "")) if p)
 
 
+def pytest_runtest_setup() -> None:
+    """Each test begins in the root, which configurations name files from, wherever one before it has left the process."""
+    os.chdir(ROOT)
+
+
 # Test modules import what trainer and engine import, and as quickly as they do. It ends with the collection.
 collection = contextlib.ExitStack()
 collection.enter_context(quick_imports())
