@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from warm_rounds import Side  # noqa: E402
+from warm_rounds import Side, in_turns  # noqa: E402
 
 GOAL = 1.03
 PAGES = ("storage/tables.py", "training/depth_job.py")
@@ -56,15 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         roots = {"without": without_checks(Path(folder) / "code"), "with": ROOT}
         sides = {name: Side(args.config, args.set, Path(folder) / name, root) for name, root in roots.items()}
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-        try:
-            for repeat in range(args.repeats):
-                for name in list(sides)[:: 1 if repeat % 2 else -1]:
-                    found[name].append(one := sides[name].round())
-                    print(f"{name:8s}" + "".join(f" {k} {v:.2f}" for k, v in one.items()), flush=True)
-        finally:
-            for side in sides.values():
-                side.end()
+        found = in_turns(sides, args.repeats)
     for figure in ("round", "CPU"):
         ratios = [one[figure] / other[figure] for one, other in zip(found["with"], found["without"], strict=True)]
         print(

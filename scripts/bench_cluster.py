@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 from cluster_world import two_nodes  # type: ignore[import-not-found]  # noqa: E402
-from warm_rounds import Side  # noqa: E402
+from warm_rounds import Side, in_turns  # noqa: E402
 
 GOAL = 1.05
 CPUS = 8  # of each node: Ray counts them, nothing is bound to them
@@ -46,15 +46,7 @@ def compare(args: argparse.Namespace, nodes: int) -> None:
             name: Side(args.config, [*sets, *more], Path(folder) / name)
             for name, more in (("here", []), ("ray", on_ray))
         }
-        try:
-            found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-            for repeat in range(args.repeats):
-                for name in list(sides)[:: 1 if repeat % 2 else -1]:
-                    found[name].append(one := sides[name].round())
-                    print(f"{nodes} {name:5s}" + "".join(f" {k} {v:.2f}" for k, v in one.items()), flush=True)
-        finally:
-            for side in sides.values():
-                side.end()
+        found = in_turns(sides, args.repeats, f"{nodes} ")
     for figure in ("round", "generate", "CPU"):
         ratios = [ray[figure] / here[figure] for here, ray in zip(found["here"], found["ray"], strict=True)]
         print(

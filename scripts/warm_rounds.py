@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,20 @@ class Side:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+def in_turns(sides: Mapping[str, Side], repeats: int, what: str = "") -> dict[str, list[dict[str, float]]]:
+    """What the rounds of each side took, who begins in turn; each is printed. All sides have ended then."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    try:
+        for repeat in range(repeats):
+            for name in list(sides)[:: 1 if repeat % 2 else -1]:
+                found[name].append(one := sides[name].round())
+                print(f"{what}{name:8s}" + "".join(f" {k} {v:.2f}" for k, v in one.items()), flush=True)
+    finally:
+        for side in sides.values():
+            side.end()
+    return found
 
 
 def main() -> None:

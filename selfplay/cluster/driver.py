@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after the end would start another cluster
-os.environ.setdefault(
-    "RAY_worker_niceness", "0"
-)  # of a local cluster: by default Ray's children yield to all other work
+# Of a local cluster: by default its children yield to all other work.
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # `host` tells each child its GPUs
 
 import grpc  # type: ignore[import-untyped]

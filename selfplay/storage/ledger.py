@@ -98,9 +98,8 @@ class Store(Reader):
                 self.close()
                 raise
             sa.event.listen(self._engine, "begin", lambda _: lock.check())
-            sa.event.listen(
-                self._engine, "handle_error", lambda _: lock.check()
-            )  # a file that was moved has other errors
+            # SQLite has errors of its own for a file that was moved.
+            sa.event.listen(self._engine, "handle_error", lambda _: lock.check())
             sa.event.listen(self._engine, "commit", lambda connection: _require_ours(connection, lock))
 
     def _migrate(self, run_dir: Path) -> None:
