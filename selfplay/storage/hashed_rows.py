@@ -89,5 +89,9 @@ def _hash(*values: Any) -> bytes:
     parts = []
     for value in values:
         raw = value if isinstance(value, bytes) else repr(value).encode()
-        parts.append(b"%s %d %s" % (type(value).__name__.encode(), len(raw), raw))
+        parts += (TYPES[type(value)], b"%d " % len(raw), raw)
     return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+
+
+TYPES = {kind: f"{kind.__name__} ".encode() for kind in (str, int, float, bytes, type(None))}
+"""What SQLite hands to a function, as a hash names it."""

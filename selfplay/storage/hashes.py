@@ -54,10 +54,10 @@ def sha256_of(paths: Iterable[Path]) -> list[str]:
 
 def hash_files(root: Path, ignore: Iterable[str] = (MANIFEST,)) -> dict[str, str]:
     """SHA-256 of every file below `root` by its relative name."""
-    found = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-    files = {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
-    names = sorted(files.keys() - set(ignore))
-    return dict(zip(names, sha256_of(files[name] for name in names), strict=True))
+    above = len(os.path.join(root, ""))
+    found = {os.path.join(folder, name)[above:] for folder, _, there in os.walk(root) for name in there}
+    names = sorted(name for name in found.difference(ignore) if (root / name).is_file())
+    return dict(zip(names, sha256_of(root / name for name in names), strict=True))
 
 
 def of_weights(files: Mapping[str, str]) -> str:

@@ -70,7 +70,7 @@ class Reader:
         (row,) = self.query(
             "SELECT (SELECT min(round) FROM rounds WHERE state = 'running') AS open,"
             " EXISTS (SELECT 1 FROM orders WHERE state = 'pending') AS ordered, (SELECT json_group_object(name, json(value))"
-            " FROM state WHERE name IN (SELECT value FROM json_each(:names))) AS states",
+            " FROM state WHERE instr(:names, json_quote(name))) AS states",
             names=json.dumps(names),
         )
         return Standing(open=row["open"], ordered=bool(row["ordered"]), states=json.loads(row["states"]))
