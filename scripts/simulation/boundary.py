@@ -37,6 +37,8 @@ VARIANTS = (
 )
 """What the configuration becomes in turn, when somebody edits it and has it read anew."""
 AHEAD = ("schedule.ahead=1",)
+KEPT = {"run", "policy", "prompts", "pairs", "retention", "schedule", "service"}
+"""The sections that the ledger keeps of a configuration: nothing in a history reads the others."""
 BASE = (
     "evaluate.judge=null", "evaluate.gold=null", "track=none", "guard.history=1", "pairs.history=0", "reward.cache.entries=0",
     "prompts.per_round=3", "service.retries=2", "service.pause_after_rejected=2", "service.retry_seconds=60",
@@ -91,6 +93,14 @@ def once(method: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
+def lacks(there: Path, locks: str = "flock") -> list[tuple[str, bool]]:
+    """As `filesystem.lacks` of a file system that lacks nothing, with the moments of the trial."""
+    with folders.disk_errors(there / "run"):
+        for _ in range(6):
+            CLOCK.world.moment("write", "a trial of the file system")
+    return []
+
+
 def here(simulated: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
     """What stands for a function of the product, in the thread of the history alone. What other threads of the process do is no
     part of it: they get the real one."""
@@ -110,7 +120,7 @@ def on_disk(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def installed(model: Path) -> Iterator[Configs]:
     """The product in the simulation, for the time of the block. `model`: the folder of the initial policy."""
-    configs = Configs(model)
+    configs, dump = Configs(model), Config.model_dump
     disk: Callable[[], Any] = lambda: CLOCK.world.disk  # noqa: E731
     on_path = {name: on_disk(name, REAL[name]) for name in ("rename", "write_text", "unlink", "symlink_to", "mkdir")}
     clock = SimpleNamespace(monotonic=CLOCK.monotonic)
@@ -121,7 +131,8 @@ def installed(model: Path) -> Iterator[Configs]:
         (shutil, "rmtree", here(lambda *a, **k: disk().rmtree(*a, **k), REMOVE)),
         (shutil, "disk_usage", here(lambda path: disk().usage, shutil.disk_usage)),
         (folders, "sync", on_disk("sync", folders.sync)),
-        (filesystem, "LOCKS", ()),  # those of the folder itself are taken all the same
+        (filesystem, "lacks", here(lacks, filesystem.lacks)),
+        (filesystem, "odd", here(lambda run_dir: None, filesystem.odd)),
         (hashes, "ThreadPoolExecutor", Inline),
         (sa, "create_engine", here(lambda *a, **k: database.ENGINE, sa.create_engine)),
         (sa.event, "listen", here(lambda *a: None, sa.event.listen)),
@@ -135,10 +146,11 @@ def installed(model: Path) -> Iterator[Configs]:
         (reload, "load", configs),
         (Config, "fingerprint", once(Config.fingerprint)),
         (Config, "fixed", once(Config.fixed)),
-        (Config, "model_dump", once(Config.model_dump)),
+        (Config, "model_dump", once(lambda config, **how: dump(config, include=KEPT, **how))),
         (Config, "reward_sources", once(Config.reward_sources)),
         (requirements, "named", once(secrets.named)),
         *((runner, name, functools.cache(getattr(runner, name))) for name in ("_line", "_started", "_namespace")),
+        (daemon, "tables", SimpleNamespace(give_back_memory=lambda: None)),
         (run.Run, "require", lambda run: None),
         (run, "reap", lambda folder: 0),
         (run, "Generator", processes.Generator),

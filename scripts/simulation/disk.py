@@ -14,8 +14,8 @@ from typing import Any
 from simulation import paths
 from simulation.world import World
 
-REAL: dict[str, Any] = {name: getattr(Path, name) for name in ("rename", "unlink", "symlink_to", "mkdir", "touch")}
-REAL["write_text"], REMOVE = paths.write_text, paths.remove
+REAL: dict[str, Any] = {name: getattr(Path, name) for name in ("unlink", "symlink_to", "mkdir", "touch")}
+REAL["write_text"], REAL["rename"], REMOVE = paths.write_text, paths.rename, paths.remove
 Undo = Callable[[], object]
 
 

@@ -53,6 +53,12 @@ def write_text(path: Path, text: str, encoding: str | None = None, *rest: Any, *
         os.close(descriptor)
 
 
+def rename(path: Path, target: Path) -> Path:
+    """As `Path.rename`."""
+    os.rename(str(path), str(target))
+    return target
+
+
 def digest(path: Path) -> str:
     """As `hashes.digest`, of a small file."""
     return hashlib.sha256(read_bytes(path)).hexdigest()
