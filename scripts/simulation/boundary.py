@@ -15,6 +15,7 @@ from unittest.mock import patch
 import sqlalchemy as sa
 
 from selfplay.config import Config, load, secrets
+from selfplay.generation import groups
 from selfplay.processes import children
 from selfplay.prompts import draws
 from selfplay.rounds import ahead, frame, requirements, round, run, steps, turns
@@ -133,6 +134,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (folders, "sync", on_disk("sync", folders.sync)),
         (filesystem, "lacks", here(lacks, filesystem.lacks)),
         (filesystem, "odd", here(lambda run_dir: None, filesystem.odd)),
+        (filesystem, "clean", here(lambda folder: None, filesystem.clean)),
         (hashes, "ThreadPoolExecutor", Inline),
         (sa, "create_engine", here(lambda *a, **k: database.ENGINE, sa.create_engine)),
         (sa.event, "listen", here(lambda *a: None, sa.event.listen)),
@@ -149,6 +151,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (Config, "model_dump", once(lambda config, **how: dump(config, include=KEPT, **how))),
         (Config, "reward_sources", once(Config.reward_sources)),
         (requirements, "named", once(secrets.named)),
+        (run, "shares_gpus", once(groups.shares_gpus)),
         *((runner, name, functools.cache(getattr(runner, name))) for name in ("_line", "_started", "_namespace")),
         (daemon, "tables", SimpleNamespace(give_back_memory=lambda: None)),
         (run.Run, "require", lambda run: None),

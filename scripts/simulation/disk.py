@@ -30,12 +30,12 @@ class Disk:
         self._contents: set[int] = set()  # inodes of files whose content is not
 
     def _change(self, what: str, path: Path, kind: str = "write") -> bool:
-        """Whether it is a file of the run, which the service changes."""
+        """Whether it is a file of the run, which the service changes, and may be lost still."""
         world = self._world
         if not (world.active or world.dead) or not str(path).startswith(self._root):
             return False
         world.moment(kind, f"{what} {path.relative_to(self._root)}" if world.plan.get(world.moments + 1) else what)
-        return True
+        return world.moments <= world.last
 
     def rename(self, path: Path, target: Path) -> Path:
         if not self._change("rename", path):
@@ -101,6 +101,8 @@ class Disk:
         """As `folders.sync`."""
         if self._world.dead:
             self._world.moment("write", "sync")
+        if self._world.moments > self._world.last:
+            return
         name, found = str(path), os.stat(path)
         if not stat.S_ISDIR(found.st_mode):
             self._contents.discard(found.st_ino)

@@ -165,10 +165,10 @@ class Simulation:
             nonlocal left
             left -= 1
             if left == -1:
-                world.plan = {world.moments + more: "kill"}
+                world.replan({world.moments + more: "kill"})
 
         if left == 0:
-            world.plan = {60 + more: "kill"}
+            world.replan({60 + more: "kill"})
         left -= 1
         history.after_round = after_round
         history.serve()
@@ -268,7 +268,7 @@ class History:
         """Called where the service is idle, and after each round."""
         world = self.world
         if not world.calm:
-            if world.moments < max(world.plan, default=0):
+            if world.moments < world.last:
                 return
             self._calm()
         world.active = False
@@ -278,7 +278,7 @@ class History:
             world.active = True
 
     def _look_without_service(self) -> None:
-        if self.world.moments >= max(self.world.plan, default=0) and not self.world.calm:
+        if self.world.moments >= self.world.last and not self.world.calm:
             self._calm()
 
     def _calm(self) -> None:

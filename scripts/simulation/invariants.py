@@ -97,7 +97,7 @@ def _folder(world: World, store: Store, row: dict[str, Any]) -> None:
     """The folder of a round has what the ledger tells of, and nothing else; and what each file was made from is in it."""
     index, state = row["round"], row["state"]
     folder = world.root / "rounds" / f"{index:04d}"
-    there = {path.name for path in folder.iterdir()} - {closed.NAME} if folder.is_dir() else set()
+    there = set(os.listdir(folder)) - {closed.NAME} if folder.is_dir() else set()
     recorded = set(store.seconds(index))
     must(there == recorded, f"round {index} ({state}) has {sorted(there)}, and the ledger tells of {sorted(recorded)}")
     if state in STAGES:
@@ -141,7 +141,7 @@ def _ahead(world: World, store: Store, rounds: list[dict[str, Any]], events: lis
             must(sampler == begun[index], f"round {index} was begun by policy {begun[index]}, and {sampler} sampled it")
     known = {f"{row['round']:04d}" for row in rounds}
     for folder in world.root.glob("rounds/*"):
-        there = [path.name for path in folder.iterdir() if not path.name.endswith(".shards")]
+        there = [name for name in os.listdir(folder) if not name.endswith(".shards")]
         must(folder.name in known or not there, f"round {folder.name} has not opened, and has {there}")
 
 
@@ -153,7 +153,7 @@ def _policies(world: World, store: Store) -> None:
     for version, row in rows.items():
         if not version:
             continue
-        files = {path.name for path in policies.folder(version).iterdir()}
+        files = set(os.listdir(policies.folder(version)))
         wanted = {MANIFEST, WEIGHTS} if row["weights"] else {MANIFEST}
         must(files == wanted, f"policy {version} has {sorted(files)}, in the ledger its weights are {row['weights']}")
         ended = store.round(version)

@@ -5,7 +5,6 @@ What is read, written and deleted is the same. Where something is not as usual, 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import shutil
@@ -17,8 +16,7 @@ from selfplay.storage import hashes
 REAL: dict[str, Any] = {name: getattr(Path, name) for name in ("read_bytes", "read_text", "write_text")}
 RMTREE = shutil.rmtree
 MUCH = 1 << 14  # bytes that are read at once; the files of a history are smaller
-FLAVOUR: Any = type(PurePath()._flavour)  # type: ignore[attr-defined]
-PARSED, JOINED = FLAVOUR.parse_parts, PurePath.__truediv__
+NEW, JOINED, PARENT = Path.__new__, PurePath.__truediv__, PurePath.parent.fget  # type: ignore[attr-defined]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -83,42 +81,52 @@ def _empty(folder: str) -> None:
                 os.unlink(entry.path)
 
 
-@functools.lru_cache(1 << 14)
-def _parsed(text: str) -> Any:
-    return PARSED(PurePath()._flavour, [text])  # type: ignore[attr-defined]
+_made: dict[Any, Any] = {}
+"""Paths by what they were made of. Nobody changes a path, and histories have the same ones."""
 
 
-def parse_parts(flavour: Any, parts: list[str]) -> Any:
-    """As that of `pathlib`. A text is taken apart once; nobody changes the list."""
-    return _parsed(parts[0]) if len(parts) == 1 else PARSED(flavour, parts)
+def _kept(key: Any, path: Any) -> Any:
+    if len(_made) > 1 << 16:
+        _made.clear()
+    str(path)  # which the path keeps
+    _made[key] = path
+    return path
 
 
-@functools.lru_cache(1 << 14)
-def _names(text: str) -> list[str] | None:
-    """The parts of a relative path; None for one that has to be taken apart with more care."""
-    parts = text.split("/")
-    return None if "" in parts or "." in parts else parts
+def new(kind: Any, *parts: Any, **how: Any) -> Any:
+    """As `Path(…)`."""
+    if len(parts) != 1 or type(parts[0]) is not str:
+        return NEW(kind, *parts, **how)
+    key = kind, parts[0]
+    found = _made.get(key)
+    return _kept(key, NEW(kind, *parts)) if found is None else found
 
 
 def joined(path: Any, name: Any) -> Any:
     """As `/`."""
-    more = _names(name) if type(name) is str else None
-    if more is None or len(path._parts) < 2:
+    if type(name) is not str:
         return JOINED(path, name)
-    found = object.__new__(type(path))
-    found._drv, found._root, found._parts = path._drv, path._root, path._parts + more
     try:
-        found._str = f"{path._str}/{name}"
+        key = type(path), path._str, name
     except AttributeError:  # nobody has asked for it yet
-        found._str = f"{path}/{name}"
-    return found
+        key = type(path), str(path), name
+    found = _made.get(key)
+    return _kept(key, JOINED(path, name)) if found is None else found
+
+
+def parent(path: Any) -> Any:
+    """As `Path.parent`."""
+    key = type(path), str(path), None
+    found = _made.get(key)
+    return _kept(key, PARENT(path)) if found is None else found
 
 
 PLACES: list[tuple[Any, str, Any]] = [
     (Path, "read_bytes", read_bytes),
     (Path, "read_text", read_text),
-    (FLAVOUR, "parse_parts", parse_parts),
+    (Path, "__new__", staticmethod(new)),
     (PurePath, "__fspath__", PurePath.__str__),
+    (PurePath, "parent", property(parent)),
     (hashes, "digest", digest),
     (PurePath, "__truediv__", joined),
     # As in later versions of Python: what is there is asked for without an exception.

@@ -53,7 +53,8 @@ class World:
     """One history: `plan` says what happens at which of its moments, a number → an action."""
 
     def __init__(self, seed: int, root: Path, plan: Mapping[int, str], tell: Callable[[str], None] | None) -> None:
-        self.seed, self.root, self.plan, self._tell = seed, root, plan, tell
+        self.seed, self.root, self._tell = seed, root, tell
+        self.replan(plan)
         self.base = seed
         """What rounds come to follows from it."""
         self.moments = 0
@@ -84,6 +85,10 @@ class World:
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self.disk: Disk
         self.database: Database
+
+    def replan(self, plan: Mapping[int, str]) -> None:
+        """Have other things happen from here on."""
+        self.plan, self.last = plan, max(plan, default=0)  # after the last of them nothing is lost any more
 
     def tell(self, text: str) -> None:
         if self._tell is not None:

@@ -86,7 +86,7 @@ def _of(name: str, row: str) -> str:
 
 
 def _hash(*values: Any) -> bytes:
-    parts = []
+    parts: list[bytes] = []
     for value in values:
         raw = value if isinstance(value, bytes) else repr(value).encode()
         parts += (TYPES[type(value)], b"%d " % len(raw), raw)
