@@ -94,7 +94,12 @@ def once(method: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
-def lacks(there: Path, locks: str = "flock") -> list[tuple[str, bool]]:
+def once_begun(simulated: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands for a trial of the file system where a history begins with a folder that was tried before."""
+    return here(lambda *a: (simulated if CLOCK.world.begun else real)(*a), real)
+
+
+def lacks(there: Path, *rest: Any) -> list[tuple[str, bool]]:
     """As `filesystem.lacks` of a file system that lacks nothing, with the moments of the trial."""
     with folders.disk_errors(there / "run"):
         for _ in range(6):
@@ -132,9 +137,10 @@ def installed(model: Path) -> Iterator[Configs]:
         (shutil, "rmtree", here(lambda *a, **k: disk().rmtree(*a, **k), REMOVE)),
         (shutil, "disk_usage", here(lambda path: disk().usage, shutil.disk_usage)),
         (folders, "sync", on_disk("sync", folders.sync)),
-        (filesystem, "lacks", here(lacks, filesystem.lacks)),
-        (filesystem, "odd", here(lambda run_dir: None, filesystem.odd)),
-        (filesystem, "clean", here(lambda folder: None, filesystem.clean)),
+        (filesystem, "LOCKS", ()),  # those of the folder itself are taken all the same
+        (filesystem, "lacks", once_begun(lacks, filesystem.lacks)),
+        (filesystem, "odd", once_begun(lambda run_dir: None, filesystem.odd)),
+        (filesystem, "clean", once_begun(lambda folder: None, filesystem.clean)),
         (hashes, "ThreadPoolExecutor", Inline),
         (sa, "create_engine", here(lambda *a, **k: database.ENGINE, sa.create_engine)),
         (sa.event, "listen", here(lambda *a: None, sa.event.listen)),

@@ -155,7 +155,7 @@ class Simulation:
         """A folder after some rounds and a part of another one; a few are empty."""
         world = World(base, self._folder / "run", {}, None)
         rng = world.rng("beginning")
-        if base < 2:
+        if not world.begun:
             return self._empty
         self._configs.schedule, self._configs.ahead = 0, world.ahead
         history = History(world, Beginning(ledger=opened(self._new)))

@@ -99,6 +99,11 @@ class World:
         return random.Random(f"{self.seed} {' '.join(map(str, of))}")
 
     @property
+    def begun(self) -> bool:
+        """Whether the history begins with a folder in which a service has worked."""
+        return self.base > 1
+
+    @property
     def ahead(self) -> bool:
         """Whether rounds are sampled ahead, until somebody edits the configuration."""
         return self.base % 4 == 1
