@@ -64,7 +64,7 @@ def smallest(config: Config) -> Config:
         "guard": unlimited | {"probes": 0},  # few answers say nothing about a reward
         "pairs": {"keep": 1.0, "easiest": 1.0},
         "train": {
-            "epochs": 1, "schedule": "constant", "warmup_ratio": 0.0,  # with a warm-up the only step would have a rate of 0
+            "epochs": 1, "schedule": "constant",
             "batch_pairs": together * math.ceil(PROMPTS / together), "replay": 0.0, "min_update": 0.0,
         },
         "evaluate": {"prompts": PROMPTS, "audit_every": 0, "suites": []},

@@ -38,7 +38,7 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Shape of the learning rate over a round."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of a round's steps with a rising learning rate."""
+    """Share of a round's steps with a rising learning rate, from 0 on. A round of one step has none."""
     epochs: Positive = 1
     """Passes over a round's pairs."""
     batch_pairs: Positive = 128

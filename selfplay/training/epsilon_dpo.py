@@ -73,6 +73,11 @@ class EpsilonDPOConfig(DPOConfig):
         super().__post_init__()
         check_limits(self)
 
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """At most all steps but one. A warm-up begins at a learning rate of 0, at which the only step would change nothing."""
+        steps: int = super().get_warmup_steps(num_training_steps)
+        return min(steps, num_training_steps - 1)
+
 
 class EpsilonDPOTrainer(Passes, DPOTrainer):
     """DPOTrainer with the ε-DPO loss and schedule of β.

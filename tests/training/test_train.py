@@ -275,6 +275,16 @@ def test_a_short_last_micro_batch_counts_by_its_pairs(tmp_path: Path) -> None:
         torch.testing.assert_close(weights_of(uneven)[name], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("count", "rates"), [(8, [1.0]), (16, [0.0, 1.0])])
+def test_a_warm_up_leaves_a_step_at_the_full_rate(tmp_path: Path, count: int, rates: list[float]) -> None:
+    """Steps of 8 pairs: a warm-up begins at 0, so the only step has none."""
+    trainer = make(
+        tmp_path, pairs(count), num_train_epochs=1, warmup_steps=0.1, lr_scheduler_type="constant_with_warmup"
+    )
+    trainer.train()
+    assert [log["learning_rate"] for log in trainer.state.log_history[:-1]] == [rate * 1e-2 for rate in rates]
+
+
 def test_the_drop_of_the_chosen_is_averaged_over_the_last_steps(tmp_path: Path) -> None:
     """Ten steps' means of log π/π_ref, which a checkpoint carries on; the reference of the first step is the policy."""
     whole = make(

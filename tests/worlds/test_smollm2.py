@@ -118,7 +118,7 @@ def test_a_round_on_the_real_model(smollm2: Path, tmp_path: Path) -> None:
         "prompts.per_round=16", "generate.engines=1", "generate.candidates=4", "generate.max_tokens=32", "generate.engine.max_model_len=256",
         "pairs.keep=1.0", "pairs.cut_off=reject", "train.epochs=1", "train.micro_batch_pairs=4",
         "evaluate.prompts=4", "evaluate.audit_prompts=4",
-        "train.warmup_ratio=0", "evaluate.gate.max_cut_off=1",
+        "evaluate.gate.max_cut_off=1",
         "evaluate.gate.win_rate_lower=0", "evaluate.gate.reward_up=false", "evaluate.gate.max_length_ratio=9",
         f"policy.model={smollm2 / 'policy'}", *(f"prompts.{key}={smollm2 / 'prompts' / file}.jsonl" for key, file in (
             ("source", "train"), ("heldout", "heldout"), ("audit", "audit"))),
