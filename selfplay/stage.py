@@ -1,6 +1,6 @@
 """What a stage of a round declares of itself, beside the function that does it.
 
-The frame of a round (`rounds/round.py`) asks this declaration, and nothing else, what a stage needs and leaves behind:
+The frame of a round (`rounds/frame.py`) asks this declaration, and nothing else, what a stage needs and leaves behind:
 what has to be whole before it starts, what its folder has to hold when it ends, what is made from it and goes with it when
 it is damaged, how much space it may take, which log tells more, and what its progress counts.
 """
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from selfplay.config import Config
+from selfplay.config import Config
 
 Metrics = dict[str, float]
 
