@@ -31,6 +31,8 @@ class Stage:
     name: str
     reads: tuple[str, ...] = ()
     """Files of earlier stages that it is made from, as «stage/file»."""
+    reads_if_done: tuple[str, ...] = ()
+    """The same of stages that not every round has."""
     writes: tuple[str, ...] = ()
     """Files that its folder holds when it is done. It may hold others."""
     unit: str = ""
@@ -43,7 +45,7 @@ class Stage:
     @property
     def made_from(self) -> frozenset[str]:
         """Names of the stages that it reads."""
-        return frozenset(path.partition("/")[0] for path in self.reads)
+        return frozenset(path.partition("/")[0] for path in (*self.reads, *self.reads_if_done))
 
 
 def made_from(stages: Iterable[Stage], name: str) -> list[str]:

@@ -11,7 +11,9 @@ from selfplay.stage import Metrics, Stage
 from selfplay.storage import folders
 from selfplay.types import Policy
 
-PROMOTE = Stage(name="promote", reads=("evaluate/verdict.json",), log="generator")
+PROMOTE = Stage(
+    name="promote", reads=("evaluate/verdict.json",), reads_if_done=("suite/verdict.json",), log="generator"
+)
 
 
 def decided(gate: Path, suites: Path) -> tuple[bool, list[str]]:
