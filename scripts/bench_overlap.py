@@ -97,7 +97,7 @@ def measure(run: Run, repeats: int) -> dict[str, list[float]]:
         for stale in [*steps.frame.dir.glob("*.shards"), *(steps.frame.path(n) for n in ("generate", "score"))]:
             shutil.rmtree(stale, ignore_errors=True)
         together = repeat % 2 == 1
-        steps.rewarding.begin_early = early if together else lambda: None  # type: ignore[method-assign]
+        steps.rewarding.begin_early = early if together else lambda before: None  # type: ignore[method-assign]
         took = []
         for stage, work in ((GENERATE, steps.generate), (SCORE, steps.score)):
             began = time.monotonic()

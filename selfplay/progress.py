@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from selfplay.types import RoundReport
-
-if TYPE_CHECKING:
-    from selfplay.storage.ledger import Store
 
 
 class Line(Protocol):
@@ -60,9 +57,6 @@ class Display(Protocol):
 
     def round_table(self, report: RoundReport) -> None:
         """Show how a round ended."""
-
-    def run_table(self, store: Store, last: int = 20) -> None:
-        """Show the last rounds of a run."""
 
 
 @contextmanager

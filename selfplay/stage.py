@@ -1,6 +1,6 @@
 """What a stage of a round declares of itself, beside the function that does it.
 
-The frame of a round (`rounds/round.py`) asks this declaration, and nothing else, what a stage needs and leaves behind:
+The frame of a round (`rounds/frame.py`) asks this declaration, and nothing else, what a stage needs and leaves behind:
 what has to be whole before it starts, what its folder has to hold when it ends, what is made from it and goes with it when
 it is damaged, how much space it may take, which log tells more, and what its progress counts.
 """
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from selfplay.config import Config
+from selfplay.config import Config
 
 Metrics = dict[str, float]
 
@@ -33,6 +31,8 @@ class Stage:
     name: str
     reads: tuple[str, ...] = ()
     """Files of earlier stages that it is made from, as «stage/file»."""
+    reads_if_done: tuple[str, ...] = ()
+    """The same of stages that not every round has."""
     writes: tuple[str, ...] = ()
     """Files that its folder holds when it is done. It may hold others."""
     unit: str = ""
@@ -45,7 +45,7 @@ class Stage:
     @property
     def made_from(self) -> frozenset[str]:
         """Names of the stages that it reads."""
-        return frozenset(path.partition("/")[0] for path in self.reads)
+        return frozenset(path.partition("/")[0] for path in (*self.reads, *self.reads_if_done))
 
 
 def made_from(stages: Iterable[Stage], name: str) -> list[str]:

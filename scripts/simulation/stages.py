@@ -68,7 +68,7 @@ class SimulatedSteps(Steps):
         return {}
 
     def generate(self, out: Path, line: Line) -> Metrics:
-        sampler = Ahead(self.run, self.answers).sampler(self.champion, self._drawn)
+        sampler = Ahead(self.answers, self.run.draws, self.run.policies).sampler(self.champion, self._drawn)
         self.run.store.set_sampler(self.index, sampler)
         shards = self.answers.shards("generate", sampler, self._drawn)
         engine = self.run.serving.engine()
@@ -113,7 +113,7 @@ class SimulatedSteps(Steps):
         step = folders.read_json(save) if save.is_file() else 0
         if self.config.schedule.ahead:
             following = SimulatedSteps(self.run, self.index + 1, self.champion).answers
-            Ahead(self.run, following).sample(self.champion, line, lambda: None)
+            Ahead(following, self.run.draws, self.run.policies).sample(self.champion, line, lambda: None)
         while step < STEPS:
             self.run.trainer.step(f"step {step}")  # type: ignore[attr-defined]
             step += 1

@@ -36,7 +36,7 @@ class EvaluateConfig(Section):
     """Another reward than the one that trains. Without one the gate is not independent, and says so."""
     gold: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """A rubric `module:function`. It is given (messages, response, meta) and returns scores, one of which is `total`.
-    They are reported and never decide."""
+    They are reported and never decide. It is called for every held-out prompt, with {} for `meta` where the prompt has none."""
     audit_every: Annotated[int, Field(ge=0)] = 4
     """Rounds between two comparisons with the initial policy on the audit set. 0: never."""
     audit_prompts: Positive = 256

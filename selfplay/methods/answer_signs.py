@@ -10,6 +10,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from selfplay.methods.shaping import repetition
+
 FEWEST = 16  # pairs below which length decides many of them by chance
 
 Rows = NDArray[np.int64]
@@ -61,32 +63,6 @@ def decided_by_length(chosen: ArrayLike, rejected: ArrayLike) -> float:
 
 
 def repeated(tokens: ArrayLike, starts: ArrayLike, ngram: int) -> float:
-    """Mean over the answers of the share of their n-grams of tokens that occurred in the same answer before.
-
-    tokens (T,): the ids of M answers, one after the other. starts (M + 1,): answer i has the tokens starts[i] … starts[i + 1] − 1.
-    An answer that is too short for an n-gram has none. It is the measure of `shaping.repetition`, for all answers at a time.
-    """
-    ids, bounds = np.asarray(tokens, np.int64), np.asarray(starts, np.int64)
-    if len(bounds) < 2:
-        return math.nan
-    answer = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    count = max(0, len(ids) - ngram + 1)
-    whole = answer[:count] == answer[len(ids) - count :]
-    # A hash instead of answer and tokens: two of 2⁶⁴ are equal by chance so seldom that it does not show in a share.
-    key = _mixed(answer[:count].astype(np.uint64))
-    for place in range(ngram):
-        key = _mixed(key ^ ids[place : place + count].astype(np.uint64))
-    answer, key = answer[:count][whole], key[whole]
-    grams = np.bincount(answer, minlength=len(bounds) - 1)
-    order = np.argsort(key)
-    first = np.ones(len(key), np.bool_)
-    first[1:] = key[order][1:] != key[order][:-1]
-    distinct = np.bincount(answer[order][first], minlength=len(bounds) - 1)
-    share = np.divide(grams - distinct, grams, out=np.zeros(len(grams)), where=grams > 0)
-    return float(share.mean())
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Numbers of 64 bits, scattered one to one."""
-    values = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    return values ^ (values >> np.uint64(29))
+    """Mean of `shaping.repetition` over the answers, whose arguments these are."""
+    shares = repetition(tokens, starts, ngram)
+    return float(shares.mean()) if len(shares) else math.nan

@@ -71,15 +71,39 @@ def length_penalty(lengths: ArrayLike, per_token: float, free: int) -> Array:
     return term
 
 
-def repetition(token_ids: Sequence[int], ngram: int) -> float:
-    """Share of a response's n-grams of tokens that occurred in it before: 0 when none did, towards 1 in a loop."""
-    grams = [tuple(token_ids[i : i + ngram]) for i in range(len(token_ids) - ngram + 1)]
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+def repetition(tokens: ArrayLike, starts: ArrayLike, ngram: int) -> Array:
+    """Share (M,) of each response's n-grams of tokens that occurred in it before: 0 when none did, towards 1 in a loop.
+
+    tokens (T,): the ids of M responses, one after the other. starts (M + 1,): response i has the tokens
+    starts[i] … starts[i + 1] − 1. A response that is too short for an n-gram has none.
+    """
+    ids, bounds = np.asarray(tokens, np.int64), np.asarray(starts, np.int64)
+    response = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    count = max(0, len(ids) - ngram + 1)
+    whole = response[:count] == response[len(ids) - count :]
+    # A hash instead of response and tokens: two of 2⁶⁴ are equal by chance so seldom that it does not show in a share.
+    key = _mixed(response[:count].astype(np.uint64))
+    for place in range(ngram):
+        key = _mixed(key ^ ids[place : place + count].astype(np.uint64))
+    response, key = response[:count][whole], key[whole]
+    grams = np.bincount(response, minlength=len(bounds) - 1)
+    order = np.argsort(key)
+    first = np.ones(len(key), np.bool_)
+    first[1:] = key[order][1:] != key[order][:-1]
+    distinct = np.bincount(response[order][first], minlength=len(bounds) - 1)
+    share: Array = np.divide(grams - distinct, grams, out=np.zeros(len(grams)), where=grams > 0)
+    return share
 
 
-def repetition_penalty(responses: Sequence[Sequence[int]], weight: float, ngram: int) -> Array:
-    """−`weight` × the share of repeated n-grams."""
-    return -weight * np.array([repetition(ids, ngram) for ids in responses], np.float64)
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Numbers of 64 bits, scattered one to one."""
+    values = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    return values ^ (values >> np.uint64(29))
+
+
+def repetition_penalty(tokens: ArrayLike, starts: ArrayLike, weight: float, ngram: int) -> Array:
+    """−`weight` × the share of repeated n-grams (M,). `tokens` and `starts` as in `repetition`."""
+    return -weight * repetition(tokens, starts, ngram)
 
 
 def cut_off_penalty(finish_reasons: Sequence[str], penalty: float) -> Array:

@@ -6,11 +6,10 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from selfplay.methods import answer_signs
 from selfplay.stage import Metrics
-from selfplay.storage import tables
+from selfplay.storage import answers, tables
 from selfplay.storage.candidates import CandidateColumns, RewardColumns, first_of_equals
 from selfplay.types import Candidate
 
@@ -67,7 +66,7 @@ def _token_ids(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     for block in sorted({blocks * i // BLOCKS for i in range(BLOCKS)} if count else ()):
         start = block * tables.GROUP_ROWS
         for table in tables.each_group(path, ["token_ids"], row_type=Candidate, start=start, count=tables.GROUP_ROWS):
-            ids: pa.ListArray = table["token_ids"].combine_chunks()
-            lengths.append(np.diff(tables.to_array(ids.offsets)))
-            parts.append(tables.to_array(ids.flatten()))
+            ids, starts = answers.flat_ids(table["token_ids"])
+            parts.append(ids)
+            lengths.append(np.diff(starts))
     return np.concatenate(parts), np.concatenate([[0], np.cumsum(np.concatenate(lengths))])

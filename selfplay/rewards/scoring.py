@@ -26,7 +26,7 @@ from selfplay.rewards.scorer import Scorer
 from selfplay.rewards.shards import Floats, Shards, contents
 from selfplay.rewards.texts import Texts
 from selfplay.stage import Metrics, Stage
-from selfplay.storage import folders, tables
+from selfplay.storage import answers, folders, tables
 from selfplay.storage.candidates import CandidateColumns, read_candidates
 from selfplay.types import DISAGREEMENT, EXTERNAL, MEMBER, Candidate, Reward
 
@@ -166,9 +166,9 @@ def shape(
         terms["repetition_penalty"] = np.concatenate(
             [
                 shaping.repetition_penalty(
-                    table["token_ids"].to_pylist(), settings.repetition_penalty, settings.repetition_ngram
+                    *answers.flat_ids(table["token_ids"]), settings.repetition_penalty, settings.repetition_ngram
                 )
-                for table in tables.each_group(candidates, ("token_ids",))
+                for table in tables.each_group(candidates, ("token_ids",), row_type=Candidate)
             ]
         )
     if settings.cut_off_penalty:

@@ -18,10 +18,11 @@ from selfplay.errors import InputError
 from selfplay.generation.sampling import sample
 from selfplay.progress import Line
 from selfplay.prompts.draw import drawn_ahead
+from selfplay.prompts.draws import Draws
 from selfplay.rounds.answers import Answers
-from selfplay.rounds.run import Run
 from selfplay.stage import Metrics, samples
-from selfplay.storage import folders, policies
+from selfplay.storage import folders
+from selfplay.storage.policies import Policies, read
 
 STATE = "ahead"  # in the ledger: {round, policy, shards}, the last round that was sampled ahead
 
@@ -29,8 +30,8 @@ STATE = "ahead"  # in the ledger: {round, policy, shards}, the last round that w
 class Ahead:
     """Round `answers.frame.index` as far as it is sampled before it opens."""
 
-    def __init__(self, run: Run, answers: Answers) -> None:
-        self.run, self.answers, self.frame = run, answers, answers.frame
+    def __init__(self, answers: Answers, draws: Draws, policies: Policies) -> None:
+        self.answers, self.frame, self.draws, self.policies = answers, answers.frame, draws, policies
 
     def sample(self, version: int, line: Line, meanwhile: Callable[[], None]) -> Metrics:
         """Sample the round by a policy; what was sampled before a kill is there still.
@@ -39,22 +40,21 @@ class Ahead:
         """
         settings, index, end = self.frame.config.generate, self.frame.index, self.frame.config.schedule.end.rounds
         try:
-            prompt_ids = drawn_ahead(self.run.draws, index, self.frame.config.prompts)
+            prompt_ids = drawn_ahead(self.draws, index, self.frame.config.prompts)
         except InputError:  # no prompts are left: the round that wants some says so
             return {}
         needed = samples(self.frame.config, 0)
-        if (end is not None and index > end) or shutil.disk_usage(self.run.dir).free < 2 * needed:
+        if (end is not None and index > end) or shutil.disk_usage(self.answers.run_dir).free < 2 * needed:
             return {}
         shards = self.answers.shards("generate", version, prompt_ids)
         begun = {"round": index, "policy": version, "shards": shards.name}
-        if self.run.store.state(STATE) != begun:
-            self.run.store.set_state(STATE, begun)
-            self.run.store.event(
-                STATE, f"policy {version} samples round {index}, while round {index - 1} trains", index - 1
-            )
+        if self.frame.store.state(STATE) != begun:
+            self.frame.store.set_state(STATE, begun)
+            text = f"policy {version} samples round {index}, while round {index - 1} trains"
+            self.frame.store.event(STATE, text, index - 1)
         folders.make(shards)
         asked = shards / "asked.parquet"
-        self.run.prompts.write(prompt_ids, asked)
+        self.answers.prompts.write(prompt_ids, asked)
         began = time.monotonic()
 
         def told(done: int) -> None:
@@ -62,15 +62,15 @@ class Ahead:
             line.update(text=f"round {index} is sampled: {done} of {len(prompt_ids)} prompts")
 
         sample(
-            self.run.serving.engine(),
+            self.answers.serving.engine(),
             asked,
             candidates=settings.candidates,
             seed=functools.partial(self.frame.seed, "generate"),
             shards=shards,
             shard_prompts=settings.shard_prompts,
             on_progress=told,
-            before_shard=lambda: self.run.breathe("shard"),
-            policy=self.run.policy(version),
+            before_shard=lambda: self.frame.breathe("shard"),
+            policy=self.policies.get(version),
         )
         return {"ahead_prompts": float(len(prompt_ids)), "ahead_seconds": time.monotonic() - began}
 
@@ -79,17 +79,15 @@ class Ahead:
 
         Candidates that do not fit are dropped, and an event says why.
         """
-        begun: dict[str, Any] | None = self.run.store.state(STATE)
+        begun: dict[str, Any] | None = self.frame.store.state(STATE)
         if begun is None or begun["round"] != self.frame.index:
             return champion
         version = int(begun["policy"])
         shards = self.frame.dir / begun["shards"]
         if (why := self._unfit(version, shards, champion, prompt_ids)) is None:
             return version
-        self.run.store.event(
-            STATE, f"what policy {version} sampled ahead is dropped: {why}", self.frame.index
-        )  # fmt: skip
-        self.run.store.set_state(STATE, None)
+        self.frame.store.event(STATE, f"what policy {version} sampled ahead is dropped: {why}", self.frame.index)
+        self.frame.store.set_state(STATE, None)
         shutil.rmtree(shards, ignore_errors=True)
         return champion
 
@@ -101,6 +99,6 @@ class Ahead:
             return None  # they are what it would sample
         if not self.frame.config.schedule.ahead:
             return "schedule.ahead is off"
-        if policies.read(self.run.policies.folder(champion)).parent != version:
+        if read(self.policies.folder(champion)).parent != version:
             return f"policy {champion}, which serves now, was not made from it"
         return None

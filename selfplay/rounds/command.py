@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,6 +16,7 @@ from selfplay.visible import filter_stderr, say, visible
 
 if TYPE_CHECKING:
     from selfplay.rounds.run import Run
+    from selfplay.storage.ledger import Store
 
 
 def run_rounds(
@@ -51,7 +52,7 @@ def run_rounds(
         run_dir = run_dir or settings.run_dir
         with disk_errors(run_dir), Run(settings, run_dir, display) as run, disk_errors(run_dir):
             run.breathe = interrupt.again
-            _rounds(run, total)
+            _rounds(run, total, display.run_table)
             if report:
                 run.write_report()
         return 0
@@ -88,7 +89,8 @@ def run_rounds(
         return 3
 
 
-def _rounds(run: Run, total: int | None) -> None:
+def _rounds(run: Run, total: int | None, show_table: Callable[[Store], None]) -> None:
+    """`show_table`: shows the last rounds of a run that has all its rounds already."""
     from selfplay.rounds.round import publish_current, run_round
 
     publish_current(run, retry=True)
@@ -98,7 +100,7 @@ def _rounds(run: Run, total: int | None) -> None:
     left = max(target - finished, int(unfinished))
     if not left:
         run.display.note(f"{run.dir} has its {target} rounds already")
-        run.display.run_table(run.store)
+        show_table(run.store)
     for _ in range(left):
         run.display.round_table(run_round(run))
 

@@ -8,9 +8,22 @@ from pathlib import Path
 from selfplay.generation.serving import Serving
 from selfplay.progress import Line
 from selfplay.stage import Metrics, Stage
+from selfplay.storage import folders
 from selfplay.types import Policy
 
-PROMOTE = Stage(name="promote", reads=("evaluate/verdict.json",), log="generator")
+PROMOTE = Stage(
+    name="promote", reads=("evaluate/verdict.json",), reads_if_done=("suite/verdict.json",), log="generator"
+)
+
+
+def decided(gate: Path, suites: Path) -> tuple[bool, list[str]]:
+    """Whether the gate lets the candidate through and no suite vetoes; and why the gate does not, with all vetoes.
+
+    `gate`, `suites`: the verdicts of the stages. A round without suites has none of the second kind.
+    """
+    verdict = folders.read_json(gate)
+    vetoes: list[str] = folders.read_json(suites)["vetoes"] if suites.is_file() else []
+    return bool(verdict["promoted"]) and not vetoes, verdict["reasons"] + vetoes
 
 
 def promote(

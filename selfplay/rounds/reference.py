@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from selfplay.config import Ema, EveryN, TrainConfig
+from selfplay.config import Config, Ema, EveryN, TrainConfig
 from selfplay.errors import CheckpointError
-from selfplay.rounds.run import Run
-from selfplay.storage import folders, hashes, policies, seals
+from selfplay.storage import folders, hashes, seals
 from selfplay.storage.ledger import Store
-from selfplay.storage.policies import Policies
+from selfplay.storage.policies import Policies, verify, weights_sha256
 from selfplay.storage.references import MODEL, References
 from selfplay.training.jobs import BlendJob
+from selfplay.training.service import Trainer
 from selfplay.types import Policy, Reference
 
 
@@ -45,32 +45,41 @@ def policy(settings: TrainConfig, index: int, store: Store, policies: Policies) 
         ) from error
 
 
-def of_round(run: Run, index: int, meanwhile: Callable[[], object] = lambda: None) -> Reference:
+def of_round(
+    index: int,
+    *,
+    config: Config,
+    store: Store,
+    policies: Policies,
+    references: References,
+    trainer: Trainer,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Reference:
     """The reference of round `index`, whose files were checked; a moving average is made where it is not there yet.
 
     meanwhile: work for the engine before it makes room for the trainer, which makes the average.
     """
-    settings, references = run.config.train, References(run.dir)
+    settings = config.train
     if not isinstance(settings.reference, Ema):
-        return _policy(run, policy(settings, index, run.store, run.policies).version)
+        return _policy(policies, policy(settings, index, store, policies).version)
     if references.folder(index).is_dir():
         return references.get(index)
-    champion, before = version(settings, index, run.store), references.before(index)
+    champion, before = version(settings, index, store), references.before(index)
     if before is None and champion == 0:  # an average of the initial policy with itself
-        return _policy(run, 0)
-    last = _policy(run, 0) if before is None else references.get(before)
-    towards, share = _policy(run, champion), settings.reference.ema
+        return _policy(policies, 0)
+    last = _policy(policies, 0) if before is None else references.get(before)
+    towards, share = _policy(policies, champion), settings.reference.ema
     with folders.folder(references.folder(index)) as out:
         job = BlendJob(
-            before=Path(last.path), policy=Path(towards.path), share=share, initial=Path(run.policy(0).path),
-            out=out / MODEL, trust_remote_code=run.config.policy.trust_remote_code,
+            before=Path(last.path), policy=Path(towards.path), share=share, initial=Path(policies.get(0).path),
+            out=out / MODEL, trust_remote_code=config.policy.trust_remote_code,
         )  # fmt: skip
-        found = run.trainer.order("blend", job, meanwhile=meanwhile, last=False)
+        found = trainer.order("blend", job, meanwhile=meanwhile, last=False)
         made_of = {"round": index, "policy": champion, "share": share, "before": before, **found}
         seals.write_json(out / folders.MANIFEST, {**made_of, "files": hashes.hash_files(out / MODEL)})
     made = references.get(index)
     was = "policy 0" if before is None else f"the reference of round {before}"
-    run.store.event(
+    store.event(
         "reference",
         f"the reference is {share:g} of policy {champion} and {1 - share:g} of {was}: {made.sha256[:12]}, "
         f"{found['distance']:.2e} of its norm from that policy",
@@ -79,18 +88,17 @@ def of_round(run: Run, index: int, meanwhile: Callable[[], object] = lambda: Non
     return made
 
 
-def _policy(run: Run, number: int) -> Reference:
+def _policy(policies: Policies, number: int) -> Reference:
     """A policy of the run as a reference, its files checked."""
-    manifest = policies.verify(run.policies.folder(number))
-    return Reference(version=number, path=run.policy(number).path, sha256=policies.weights_sha256(manifest))
+    manifest = verify(policies.folder(number))
+    return Reference(version=number, path=policies.get(number).path, sha256=weights_sha256(manifest))
 
 
-def forget(run: Run, index: int, given_up: bool) -> None:
+def forget(references: References, settings: TrainConfig, index: int, given_up: bool) -> None:
     """After round `index`: delete the averages that no later round moves on from. One that was given up leaves none."""
-    references = References(run.dir)
     if given_up:
         references.delete(index)
-    elif isinstance(run.config.train.reference, Ema):
+    elif isinstance(settings.reference, Ema):
         references.delete_weights(before=references.before(index + 1))
     else:  # an average that begins again later begins with the initial policy
         references.delete_weights()

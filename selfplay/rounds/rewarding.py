@@ -7,64 +7,69 @@ from pathlib import Path
 
 from selfplay.errors import GuardError
 from selfplay.evaluation.judge import Judge, dependence
+from selfplay.evaluation.rubric import Rubric
 from selfplay.progress import Line
 from selfplay.rewards.early import EarlyScoring
 from selfplay.rewards.guard import guard
 from selfplay.rewards.probes import Probes, choose_texts
+from selfplay.rewards.scorer import Scorer
 from selfplay.rewards.scoring import score
 from selfplay.rewards.texts import Item
 from selfplay.rounds.frame import Frame
 from selfplay.rounds.history import History
-from selfplay.rounds.run import Run
 from selfplay.rounds.stages import SCORE
 from selfplay.stage import Metrics
 from selfplay.storage.manifests import require_whole
 
 
 class Rewarding:
-    """The reward of a run in one round."""
+    """The reward and the judge of a run, in one round."""
 
-    def __init__(self, run: Run, frame: Frame, history: History) -> None:
-        self.run, self.frame, self.history, self.config = run, frame, history, frame.config
+    def __init__(
+        self, frame: Frame, history: History, *, reward: Scorer, judge: Scorer, gold: Rubric | None, run_dir: Path
+    ) -> None:
+        """`gold`: the rubric of `evaluate.gold`."""
+        self.frame, self.history, self.config = frame, history, frame.config
+        self._reward, self._judge, self._gold, self._run_dir = reward, judge, gold, run_dir
         self._shards = functools.partial(frame.shards, "score")
 
-    def begin_early(self) -> EarlyScoring | None:
+    def begin_early(self, before: EarlyScoring | None) -> EarlyScoring | None:
         """Begin to score what is handed to the answer, beside other work.
 
-        None where an earlier one has not ended yet, and where engine and reward take turns on the GPUs. Elsewhere it takes no
-        more of a GPU's memory than the stage `score` does, in which the engine is awake too.
+        None where `before`, the last one of the run, has not ended yet, and where engine and reward take turns on the GPUs.
+        Elsewhere it takes no more of a GPU's memory than the stage `score` does, in which the engine is awake too.
         """
-        if self.config.placement.shared or (self.run.early is not None and self.run.early.alive):
+        if self.config.placement.shared or (before is not None and before.alive):
             return None
         probes, scored_before = self._probes(), self._scored_before()
-        self.run.early = EarlyScoring(
-            self.run.reward,
+        return EarlyScoring(
+            self._reward,
             prompts=self._prompts,
             shards=self._shards,
             begins=lambda shard: probes.is_same(
-                self.run.reward, self.frame.index, self._texts(shard), scored_before=scored_before
+                self._reward, self.frame.index, self._texts(shard), scored_before=scored_before
             ),
         )
-        return self.run.early
 
-    def score(self, out: Path, line: Line) -> Metrics:
+    def score(self, out: Path, line: Line, early: EarlyScoring | None) -> Metrics:
+        """`early`: the last of the run, which may still be at its last shard."""
         settings = self.config.generate
-        if self.run.early is not None:
-            line.update(done=self.run.early.scored, text="waits for what was asked while it sampled")
-            self.run.early.finish(self.run.breathe)
+        if early is not None:
+            line.update(done=early.scored, text="waits for what was asked while it sampled")
+            early.finish(self.frame.breathe)
         line.update(text="waits for the reward")
         return score(
             out,
             line,
             prompts=self._prompts,
             candidates=self._candidates,
-            scorer=self.run.reward,
+            scorer=self._reward,
             settings=self.config.reward,
             shards=self._shards,
             shard_items=settings.shard_prompts * settings.candidates,
             probe=self.probe,
-            breathe=self.run.breathe,
-            record_event=lambda kind, text: self.run.store.event(kind, text, self.frame.index),
+            breathe=self.frame.breathe,
+            record_event=lambda kind, text: self.frame.store.event(kind, text, self.frame.index),
         )
 
     def guard(self, out: Path, line: Line) -> Metrics:
@@ -90,11 +95,11 @@ class Rewarding:
     def probe(self) -> Metrics:
         """How far the reward is from the one this run began with."""
         return self._probes().ask(
-            self.run.reward,
+            self._reward,
             self.frame.index,
             self._texts(self._candidates),
             scored_before=self._scored_before,
-            record=lambda text: self.run.store.event("guard", text, self.frame.index),
+            record=lambda text: self.frame.store.event("guard", text, self.frame.index),
             warn=self.warn,
         )
 
@@ -103,7 +108,7 @@ class Rewarding:
         try:
             self.probe()
         except GuardError:
-            self.run.reward.forget_all()
+            self._reward.forget_all()
             raise
 
     def judge(self) -> Judge:
@@ -111,8 +116,8 @@ class Rewarding:
 
         A reward that also trains is probed first, because no replaced reward decides at the gate.
         """
-        run, scorer = self.run, self.run.judge
-        if scorer is run.reward:
+        scorer = self._judge
+        if scorer is self._reward:
             self.probe_or_forget()
         identities = scorer.identities
         names = scorer.described(identities)
@@ -122,17 +127,17 @@ class Rewarding:
                 f"another judge decides at this gate than in round {before[0]}: {', '.join(names)} instead of "
                 f"{', '.join(before[1])}",
             )
-        dependent = dependence(self.frame.path("score/reward.json"), run.reward, scorer, identities)
-        if dependent is not None and scorer is run.reward:
-            run.store.event("evaluate", dependent, self.frame.index)
-            run.display.note(dependent)
+        dependent = dependence(self.frame.path("score/reward.json"), self._reward, scorer, identities)
+        if dependent is not None and scorer is self._reward:
+            self.frame.store.event("evaluate", dependent, self.frame.index)
+            self.frame.display.note(dependent)
         elif dependent is not None:
             self.warn(dependent)
         return Judge(
             scorer=scorer,
             identities=identities,
             max_missing=self.config.reward.max_missing,
-            gold=run.gold,
+            gold=self._gold,
             gold_name=self.config.evaluate.gold or "",
             described={"members": scorer.members, "identities": identities, "names": names},
             dependent=dependent,
@@ -140,8 +145,8 @@ class Rewarding:
 
     def warn(self, text: str) -> None:
         """Tell a person of the reward, and the ledger."""
-        self.run.store.event("guard", text, self.frame.index)
-        self.run.display.warn(f"round {self.frame.index}: {text}")
+        self.frame.store.event("guard", text, self.frame.index)
+        self.frame.display.warn(f"round {self.frame.index}: {text}")
 
     @property
     def _prompts(self) -> Path:
@@ -152,7 +157,7 @@ class Rewarding:
         return self.frame.path("generate/candidates.parquet")
 
     def _probes(self) -> Probes:
-        return Probes(self.run.dir / "reward" / "probes.json", self.config.guard)
+        return Probes(self._run_dir / "reward" / "probes.json", self.config.guard)
 
     def _texts(self, candidates: Path) -> functools.partial[list[Item]]:
         """What the probe texts are chosen from, where there are none yet."""
@@ -160,10 +165,10 @@ class Rewarding:
 
     def _scored_before(self) -> bool:
         """Whether an earlier round was scored, and probed."""
-        return bool(self.run.store.metrics_by_round(["score/probe_change"]))
+        return bool(self.frame.store.metrics_by_round(["score/probe_change"]))
 
     def _stopped(self, known: Metrics) -> None:
         """Keep what a stage that stops would have said of the reward."""
-        self.run.store.record_metrics(self.frame.index, "guard", known)
+        self.frame.store.record_metrics(self.frame.index, "guard", known)
         signs = ", ".join(f"{name} {value:.3g}" for name, value in known.items())
-        self.run.store.event("guard", f"stopped before training; all signs: {signs}", self.frame.index)
+        self.frame.store.event("guard", f"stopped before training; all signs: {signs}", self.frame.index)

@@ -34,6 +34,7 @@ from selfplay.rounds.stages import (
 from selfplay.rounds.steps import Steps
 from selfplay.storage import agreement, closed, folders, policies, retention
 from selfplay.storage.reader import CANCEL
+from selfplay.storage.references import References
 from selfplay.types import Policy, RoundReport
 
 Outcome = Literal["promoted", "rejected", "skipped", "cancelled"]
@@ -84,7 +85,8 @@ def run_round(run: Run) -> RoundReport:
         if steps.does_suites:
             do(SUITE, steps.suites)
         do(PROMOTE, steps.promote)
-    ended = close(steps, "promoted" if steps.promoted else "rejected", steps.reasons)
+    promoted, reasons = steps.decided
+    ended = close(steps, "promoted" if promoted else "rejected", reasons)
     publish_current(run)
     return ended
 
@@ -128,7 +130,7 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
         needed_policies={version for version in needed if version is not None},
         needed_rounds=max(run.config.guard.history, run.config.pairs.history),
     )
-    reference.forget(run, index, given_up=outcome == "cancelled")
+    reference.forget(References(run.dir), run.config.train, index, given_up=outcome == "cancelled")
     closed.write(steps.frame.dir, store, index, state=outcome, policy=current.version, reasons=list(reasons))
     told = "; ".join(reasons) or f"policy {current.version} is current"
     store.close_round(index, outcome, current.version, list(reasons), told)

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -198,13 +198,18 @@ class Run:
         for scorer in self.suite_scorers:
             scorer.make_room()
 
-    def suite_scorer(self, suite: SuiteConfig) -> Scorer:
-        """The reward of a suite, whose server starts when it is asked; it is for the caller to stop."""
+    @contextlib.contextmanager
+    def suite_scorer(self, suite: SuiteConfig) -> Iterator[Scorer]:
+        """The reward of a suite, whose server starts when it is asked and ends with the block."""
         assert suite.reward is not None
         sources = self.config.suite_sources(suite)
         scorer = self._scorer(self.config, f"suite-{suite.name}", sources, suite.reward.ensemble, turn="suites")
         self.suite_scorers.append(scorer)
-        return scorer
+        try:
+            yield scorer
+        finally:
+            scorer.stop()
+            self.suite_scorers.remove(scorer)
 
     def _import(self, out: Path, line: Line) -> None:
         found = ask_importer(

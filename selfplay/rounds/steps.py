@@ -23,13 +23,14 @@ from selfplay.rounds.ahead import Ahead
 from selfplay.rounds.answers import Answers
 from selfplay.rounds.frame import Frame
 from selfplay.rounds.history import History
-from selfplay.rounds.promotion import promote
+from selfplay.rounds.promotion import decided, promote
 from selfplay.rounds.requirements import packages, size
 from selfplay.rounds.rewarding import Rewarding
 from selfplay.rounds.run import Run
 from selfplay.rounds.stages import EVOLVE, PROMOTE, STAGES, SUITE, TRAIN
 from selfplay.stage import Metrics
-from selfplay.storage import agreement, folders, policies, tables
+from selfplay.storage import agreement, policies, tables
+from selfplay.storage.references import References
 from selfplay.training.embedding import representatives
 from selfplay.training.gradients import gradients
 from selfplay.training.stage import train
@@ -54,7 +55,6 @@ class Steps:
             adopted=lambda: self.adopted,
         )
         self.history = History(run.store, run.dir / "rounds", index)
-        self.rewarding = Rewarding(run, self.frame, self.history)
         self.answers = Answers(
             frame=self.frame,
             prompts=run.prompts,
@@ -62,6 +62,12 @@ class Steps:
             run_dir=run.dir,
             champion=lambda: run.policy(champion),
         )
+
+    @functools.cached_property
+    def rewarding(self) -> Rewarding:
+        """What the round asks of reward and judge."""
+        run = self.run
+        return Rewarding(self.frame, self.history, reward=run.reward, judge=run.judge, gold=run.gold, run_dir=run.dir)
 
     @property
     def adopted(self) -> bool:
@@ -96,12 +102,13 @@ class Steps:
     def generate(self, out: Path, line: Line) -> Metrics:
         prompts = self.frame.path("prompts/prompts.parquet")
         prompt_ids = tables.read_column(prompts, "prompt_id")
-        sampler = Ahead(self.run, self.answers).sampler(self.champion, prompt_ids)
+        sampler = Ahead(self.answers, self.run.draws, self.run.policies).sampler(self.champion, prompt_ids)
         self.run.store.set_sampler(self.index, sampler)
         shards = self.answers.shards("generate", sampler, prompt_ids)
         with waiting(line, "the engine"):
             engine = self.run.serving.engine()
-        early = self.rewarding.begin_early()
+        if (early := self.rewarding.begin_early(self.run.early)) is not None:
+            self.run.early = early
 
         def on_shard(start: int, file: Path) -> None:
             if early is not None:
@@ -139,7 +146,7 @@ class Steps:
         return metrics
 
     def score(self, out: Path, line: Line) -> Metrics:
-        return self.rewarding.score(out, line)
+        return self.rewarding.score(out, line, self.run.early)
 
     def guard(self, out: Path, line: Line) -> Metrics:
         return self.rewarding.guard(out, line)
@@ -209,7 +216,8 @@ class Steps:
                 self._champion_answers()
             if self.config.schedule.ahead:
                 following = Steps(self.run, self.index + 1, self.champion).answers
-                sampled_ahead.update(Ahead(self.run, following).sample(self.champion, line, self.run.trainer.hear))
+                ahead = Ahead(following, self.run.draws, self.run.policies)
+                sampled_ahead.update(ahead.sample(self.champion, line, self.run.trainer.hear))
 
         metrics = train(
             out,
@@ -264,7 +272,16 @@ class Steps:
         return self.frame.done(SUITE) or bool(due)
 
     def suites(self, out: Path, line: Line) -> Metrics:
-        with benchmarks.opened(self.run, self.frame, benchmarks.due(self.config, self.index)) as due:
+        services = benchmarks.Services(
+            frame=self.frame,
+            serving=self.run.serving,
+            run_dir=self.run.dir,
+            tokenizer=self.run.tokenizer,
+            render=self.run.render,
+            encode=self.run.encode,
+            scorer=self.run.suite_scorer,
+        )
+        with benchmarks.opened(benchmarks.due(self.config, self.index), services) as due:
             return suites(
                 out,
                 line,
@@ -277,7 +294,7 @@ class Steps:
             )
 
     def promote(self, out: Path, line: Line) -> Metrics:
-        promoted = self.promoted
+        promoted, _ = self.decided
         return promote(
             out,
             line,
@@ -288,21 +305,9 @@ class Steps:
         )
 
     @property
-    def promoted(self) -> bool:
-        """Whether the gate lets the candidate through, and no suite vetoes."""
-        return not self._vetoes and bool(folders.read_json(self.frame.path("evaluate/verdict.json"))["promoted"])
-
-    @property
-    def reasons(self) -> list[str]:
-        """Why the gate does not, and the vetoes of the suites."""
-        found: list[str] = folders.read_json(self.frame.path("evaluate/verdict.json"))["reasons"]
-        return found + self._vetoes
-
-    @property
-    def _vetoes(self) -> list[str]:
-        path = self.frame.path("suite/verdict.json")
-        found: list[str] = folders.read_json(path)["vetoes"] if path.is_file() else []
-        return found
+    def decided(self) -> tuple[bool, list[str]]:
+        """Whether the candidate is promoted, and why it is not."""
+        return decided(gate=self.frame.path("evaluate/verdict.json"), suites=self.frame.path("suite/verdict.json"))
 
     # what they use
 
@@ -362,7 +367,15 @@ class Steps:
         """This round's reference, whose files were checked."""
         # Where they share a GPU the engine sleeps from the first order of these on.
         colocated = self.config.placement.colocated
-        return reference.of_round(self.run, self.index, self._champion_answers if colocated else lambda: None)
+        return reference.of_round(
+            self.index,
+            config=self.config,
+            store=self.run.store,
+            policies=self.run.policies,
+            references=References(self.run.dir),
+            trainer=self.run.trainer,
+            meanwhile=self._champion_answers if colocated else lambda: None,
+        )
 
     def _first_beta(self) -> float:
         return reference.first_beta(self.config.train, self.index, self.run.policy(self.champion))

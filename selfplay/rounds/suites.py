@@ -7,23 +7,24 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from selfplay.config import Config, SuiteConfig
 from selfplay.errors import InputError
 from selfplay.evaluation import harness, suite_files
 from selfplay.evaluation.suites import Suite
+from selfplay.generation.serving import Serving
 from selfplay.prompts import draw, references
 from selfplay.prompts import suites as files
+from selfplay.rewards.scorer import Scorer
 from selfplay.rounds.frame import Frame
 from selfplay.rounds.suite_engine import SuiteEngine
 from selfplay.storage import folders, seals, tables
 from selfplay.storage.manifests import require_whole
-from selfplay.types import Prompt, SuiteAnswer
-
-if TYPE_CHECKING:
-    from selfplay.rounds.run import Run
+from selfplay.types import Message, Prompt, SuiteAnswer
 
 
 def require_suites(config: Config) -> None:
@@ -52,29 +53,46 @@ def read(config: Config, suite: SuiteConfig) -> list[Prompt]:
     return rows
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What the suites of a round are asked with."""
+
+    frame: Frame
+    serving: Serving
+    run_dir: Path
+    tokenizer: dict[str, Any]
+    """What a child loads the policy's tokenizer by (`evaluation.harness.Task`)."""
+    render: Callable[[Sequence[list[Message]]], list[list[int] | str]]
+    """Token ids of each conversation by the policy's chat template, or why it has none."""
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    """Token ids of each text, as a part of an answer."""
+    scorer: Callable[[SuiteConfig], AbstractContextManager[Scorer]]
+    """The reward of a suite. It ends with the block."""
+
+
 @contextlib.contextmanager
-def opened(run: Run, frame: Frame, settings: Sequence[SuiteConfig]) -> Iterator[list[Suite]]:
+def opened(settings: Sequence[SuiteConfig], services: Services) -> Iterator[list[Suite]]:
     """The suites with these settings, ready to be asked. Their rewards end with the block."""
-    engine = SuiteEngine(frame=frame, serving=run.serving)
-    try:
-        yield [_suite(run, engine, each) for each in settings]
-    finally:
-        for scorer in run.suite_scorers:
-            scorer.stop()
-        run.suite_scorers.clear()
+    with contextlib.ExitStack() as rewards:
+        yield [_suite(each, services, rewards) for each in settings]
 
 
-def _suite(run: Run, engine: SuiteEngine, settings: SuiteConfig) -> Suite:
-    config = run.config
+def _suite(settings: SuiteConfig, services: Services, rewards: contextlib.ExitStack) -> Suite:
+    config = services.frame.config
+    engine = SuiteEngine(frame=services.frame, serving=services.serving)
     max_tokens = settings.max_tokens or config.generate.max_tokens
     if settings.file is None:
         return harness.Task(
-            settings=settings, engine=engine, run_dir=run.dir, tokenizer=run.tokenizer, max_tokens=max_tokens
+            settings=settings,
+            engine=engine,
+            run_dir=services.run_dir,
+            tokenizer=services.tokenizer,
+            max_tokens=max_tokens,
         )
-    rows = _rows(run, settings)
+    rows = _rows(settings, services)
     if settings.reward is None:
         return suite_files.Choices(settings=settings, rows=rows, engine=engine)
-    scorer = run.suite_scorer(settings)
+    scorer = rewards.enter_context(services.scorer(settings))
     scorer.start()  # it imports while the engine answers
     return suite_files.Answered(
         settings=settings,
@@ -83,32 +101,33 @@ def _suite(run: Run, engine: SuiteEngine, settings: SuiteConfig) -> Suite:
         scorer=scorer,
         max_tokens=max_tokens,
         max_missing=config.reward.max_missing,
-        breathe=run.breathe,
+        breathe=services.frame.breathe,
     )
 
 
-def _rows(run: Run, settings: SuiteConfig) -> suite_files.Rows:
+def _rows(settings: SuiteConfig, services: Services) -> suite_files.Rows:
     """The rows of a suite's file with token ids. They are made once for the run, and again where the file has changed."""
     assert settings.file is not None
-    prompts = read(run.config, settings)
+    config = services.frame.config
+    prompts = read(config, settings)
     content = hashlib.sha256(settings.file.read_bytes()).hexdigest()
-    decides = [content, settings.prompts, run.config.run.seed, run.config.policy.model_dump(mode="json")]
+    decides = [content, settings.prompts, config.run.seed, config.policy.model_dump(mode="json")]
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    kept = run.dir / "suites" / f"{digest[:16]}.parquet"
+    kept = services.run_dir / "suites" / f"{digest[:16]}.parquet"
     if not seals.is_whole(kept):
         kept.parent.mkdir(exist_ok=True)
         if settings.prompts is not None:
-            ids = draw.subset([prompt.prompt_id for prompt in prompts], settings.prompts, run.config.run.seed, "suite")
+            ids = draw.subset([prompt.prompt_id for prompt in prompts], settings.prompts, config.run.seed, "suite")
             prompts = [prompt for prompt in prompts if prompt.prompt_id in set(ids)]
-        tables.write_rows(kept, _rendered(run, settings, prompts), Prompt)
+        tables.write_rows(kept, _rendered(settings, prompts, services), Prompt)
         seals.seal(kept)
     found = tables.read_rows(kept, Prompt)
     choices = [prompt.meta["choice_ids"] for prompt in found] if files.CHOICES in found[0].meta else []
     return suite_files.Rows(prompts=found, choices=choices, digest=digest)
 
 
-def _rendered(run: Run, settings: SuiteConfig, prompts: Sequence[Prompt]) -> list[Prompt]:
-    ids = run.render([prompt.messages for prompt in prompts])
+def _rendered(settings: SuiteConfig, prompts: Sequence[Prompt], services: Services) -> list[Prompt]:
+    ids = services.render([prompt.messages for prompt in prompts])
     if bad := [why for why in ids if isinstance(why, str)]:
         raise InputError(f"suite {settings.name}: a row {bad[0]}", f"mend {settings.file}")
     found = [
@@ -118,7 +137,7 @@ def _rendered(run: Run, settings: SuiteConfig, prompts: Sequence[Prompt]) -> lis
     ]
     if settings.reward is not None:
         return found
-    texts = iter(run.encode([text for prompt in found for text in prompt.meta[files.CHOICES]]))
+    texts = iter(services.encode([text for prompt in found for text in prompt.meta[files.CHOICES]]))
     return [
         dataclasses.replace(
             prompt, meta=prompt.meta | {"choice_ids": [next(texts) for _ in prompt.meta[files.CHOICES]]}

@@ -5,12 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from selfplay.processes import children
-
-if TYPE_CHECKING:
-    from selfplay.service.daemon import Daemon
 
 CUT_SECONDS = 10.0  # from the end of all children to the end of a service that waits for something else still
 
@@ -50,11 +46,11 @@ class Stop:
         self._cut.start()
 
 
-def handle_signals(daemon: Daemon) -> None:
-    """SIGTERM and SIGINT stop the service, SIGHUP has it read its configuration anew.
+def handle_signals(stop: Callable[[], object], reload: Callable[[], object]) -> None:
+    """SIGTERM and SIGINT stop the service (`stop`), SIGHUP has it read its configuration anew (`reload`).
 
     The stop is another thread's: it takes locks, which the thread that is interrupted here may hold.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: threading.Thread(target=daemon.stop).start())
-    signal.signal(signal.SIGHUP, lambda *_: daemon.reload())
+        signal.signal(number, lambda *_: threading.Thread(target=stop).start())
+    signal.signal(signal.SIGHUP, lambda *_: reload())

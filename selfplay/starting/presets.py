@@ -53,6 +53,7 @@ DECIDING: Settings = {
     "evaluate.prompts": (512, "held-out prompts of the gate: `selfplay check` says what it can tell with them"),
     "evaluate.audit_prompts": (512, "prompts that never gate, for the comparison with the initial policy"),
     "retention.candidates_rounds": (20, "older rounds keep pairs and verdicts, and lose their other answers"),
+    "retention.pair_rows_rounds": (200, "older rounds leave the lists of the page; their pairs stay in their folders"),
     "schedule.mode": ("continuous", "a round follows a round; or interval, or cron"),
 }
 LORA: Settings = {

@@ -49,6 +49,14 @@ def each_ids(column: pa.ChunkedArray) -> Iterator[NDArray[np.int32]]:
             yield values[low:high]
 
 
+def flat_ids(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The token ids of all rows of a column of lists, one row after the other (T,), and where each row begins, with the end of
+    the last (M + 1,)."""
+    rows: pa.ListArray = column.combine_chunks()
+    ends = np.cumsum(np.diff(tables.to_array(rows.offsets)), dtype=np.int64)
+    return tables.to_array(rows.flatten()), np.concatenate([[0], ends])
+
+
 def ids_column(rows: Sequence[NDArray[np.int32]]) -> pa.ListArray:
     """A column of lists of token ids, from the ids (T,) of each row."""
     offsets = np.zeros(len(rows) + 1, np.int32)

@@ -37,7 +37,7 @@ def serve(config: Path, overrides: Sequence[str] = (), run_dir: Path | None = No
         systemd.keep_watchdog(f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}")
         systemd.tell("READY=1")
         daemon.end_with(lambda: leave(0))  # all that is finished is on disk, and no child is left
-        handle_signals(daemon)
+        handle_signals(daemon.stop, daemon.reload)
         try:
             daemon.serve()
         finally:

@@ -50,12 +50,15 @@ def test_length_decides_where_the_shorter_or_the_longer_answer_always_wins():
 
 
 @pytest.mark.parametrize("ngram", [1, 2, 4])
-def test_repetition_of_all_answers_at_a_time_is_the_mean_of_each(ngram):
+def test_repetition_of_all_answers_at_a_time_is_that_of_each(ngram):
     rng = np.random.default_rng(1)
     answers = [rng.integers(0, 3, rng.integers(0, 30)).tolist() for _ in range(50)]
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in answers])])
-    found = repeated(np.concatenate([np.array(ids, np.int32) for ids in answers]), starts, ngram)
-    assert found == pytest.approx(np.mean([repetition(ids, ngram) for ids in answers]))
+    tokens = np.concatenate([np.array(ids, np.int32) for ids in answers])
+    grams = [[tuple(ids[i : i + ngram]) for i in range(len(ids) - ngram + 1)] for ids in answers]
+    expected = [1 - len(set(own)) / len(own) if own else 0.0 for own in grams]
+    np.testing.assert_allclose(repetition(tokens, starts, ngram), expected, atol=1e-12)
+    assert repeated(tokens, starts, ngram) == pytest.approx(np.mean(expected))
     assert repeated([7] * 10, [0, 10], ngram) == pytest.approx(1 - 1 / (11 - ngram))
     assert repeated([1, 2], [0, 2], 4) == 0.0
     assert math.isnan(repeated([], [0], ngram))

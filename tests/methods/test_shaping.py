@@ -52,8 +52,8 @@ def test_length_control_decides_nothing_between_answers_with_the_same_reward():
 def test_penalties():
     np.testing.assert_allclose(shaping.length_penalty([5, 10, 13], 0.1, 10), [0, 0, -0.3])
     np.testing.assert_allclose(shaping.cut_off_penalty(["stop", "length"], 2.0), [0, -2])
-    # 1 2 1 2 1: bigrams 12 21 12 21, two of four occurred before
-    assert shaping.repetition([1, 2, 1, 2, 1], 2) == 0.5
-    assert shaping.repetition([1, 2, 3], 2) == 0.0
-    assert shaping.repetition([1], 2) == 0.0
-    np.testing.assert_allclose(shaping.repetition_penalty([[7, 7, 7], [1, 2, 3]], 3.0, 1), [-2, 0])
+    # 1 2 1 2 1: bigrams 12 21 12 21, two of four occurred before. No bigram of one response counts in another.
+    tokens, starts = [1, 2, 1, 2, 1, 1, 2, 3, 1], [0, 5, 8, 9]
+    np.testing.assert_array_equal(shaping.repetition(tokens, starts, 2), [0.5, 0, 0])
+    assert shaping.repetition([], [0], 2).shape == (0,)
+    np.testing.assert_allclose(shaping.repetition_penalty([7, 7, 7, 1, 2, 3], [0, 3, 6], 3.0, 1), [-2, 0])

@@ -16,7 +16,19 @@ from selfplay.errors import CheckpointError, DiskError, InputError, Interrupted,
 from selfplay.reporting.terminal import Display
 from selfplay.rounds.frame import GIVE_UP, Frame
 from selfplay.rounds.round import run_round
-from selfplay.rounds.stages import DEPTH, EVALUATE, GENERATE, GUARD, PAIRS, PROMOTE, PROMPTS, SCORE, STAGES, TRAIN
+from selfplay.rounds.stages import (
+    DEPTH,
+    EVALUATE,
+    GENERATE,
+    GUARD,
+    PAIRS,
+    PROMOTE,
+    PROMPTS,
+    SCORE,
+    STAGES,
+    SUITE,
+    TRAIN,
+)
 from selfplay.stage import Stage, made_from
 from selfplay.storage import folders, hashes, policies
 from selfplay.storage.ledger import Store
@@ -176,10 +188,11 @@ def test_what_is_made_from_a_stage_follows_from_what_the_stages_read():
 
     assert after(PROMPTS) == [stage.name for stage in STAGES]
     assert after(PROMOTE) == ["promote"]
+    assert after(SUITE) == ["suite", "promote"]  # a veto decides as the gate does
     assert after(TRAIN) == ["train", "evaluate", "suite", "promote"]
     assert set(after(SCORE)) == {"score", "guard", "pairs", "evolve", "depth", "train", "evaluate", "suite", "promote"}
     for stage in STAGES:
-        for path in stage.reads:  # each reads what an earlier one declares that it writes
+        for path in (*stage.reads, *stage.reads_if_done):  # each reads what an earlier one declares that it writes
             name, _, file = path.partition("/")
             (source,) = [s for s in STAGES if s.name == name]
             assert file in source.writes and STAGES.index(source) < STAGES.index(stage), path

@@ -116,12 +116,12 @@ class World(Opened):
     def ahead(self, steps):
         self.generator.serve(self.policy(steps.champion))
         following = Steps(self, steps.index + 1, steps.champion).answers
-        return Ahead(self, following).sample(steps.champion, LINE, lambda: None)
+        return Ahead(following, self.draws, self.policies).sample(steps.champion, LINE, lambda: None)
 
     def generate(self, steps):
         """The stage; what it says, and its file."""
         steps = Steps(self, steps.index, steps.champion)  # another process perhaps
-        steps.rewarding.begin_early = lambda: None
+        steps.rewarding.begin_early = lambda before: None
         out = steps.frame.path("generate")
         folders.make(out)
         return steps.generate(out, LINE), (out / "candidates.parquet").read_bytes()

@@ -106,7 +106,7 @@ def server():
 def test_rewards_come_while_others_are_sampled_and_are_the_same(server, tmp_path):
     """The probes of the first round are four texts of its first shard: asked before the first score, and twice by `score`."""
     plain = sampling(opened(tmp_path / "plain", server.url), lambda shard: None)
-    plain.rewarding.begin_early = lambda: None
+    plain.rewarding.begin_early = lambda before: None
     assert "scored" not in generated(plain)
     assert shards(plain) == []
     expected = scored(plain)

@@ -35,9 +35,6 @@ class World(Opened):
             )  # fmt: skip
             folders.write_json(path / folders.MANIFEST, dataclasses.asdict(manifest))
 
-    def policy(self, version):
-        return self.policies.get(version)
-
     def order(self, name, job, meanwhile, last):
         """What the trainer does with an order, on NumPy arrays."""
         assert name == "blend" and isinstance(job, BlendJob) and not last
@@ -50,10 +47,20 @@ class World(Opened):
 
     def round(self, index, champion):
         self.store.open_round(index, champion, (0, 0), "f", {})
-        return reference.of_round(self, index)
+        return self.reference(index)
+
+    def reference(self, index):
+        return reference.of_round(
+            index,
+            config=self.config,
+            store=self.store,
+            policies=self.policies,
+            references=References(self.dir),
+            trainer=self.trainer,
+        )
 
     def end(self, index, outcome="promoted"):
-        reference.forget(self, index, given_up=outcome == "cancelled")
+        reference.forget(References(self.dir), self.config.train, index, given_up=outcome == "cancelled")
         self.store.close_round(index, outcome, index, [])
 
 
@@ -80,7 +87,7 @@ def test_the_reference_of_a_round_is_that_of_the_round_before_moved_towards_the_
     for index, expected in ((2, 5.0), (3, 12.5), (4, 21.25)):
         found = world.round(index, index - 1)
         assert (found.version, weight(found)) == (None, expected)
-        assert found == reference.of_round(world, index)  # it is there now: nothing is averaged once more
+        assert found == world.reference(index)  # it is there now: nothing is averaged once more
         manifest = folders.read_json(References(world.dir).folder(index) / folders.MANIFEST)
         assert (manifest["policy"], manifest["share"], manifest["round"]) == (index - 1, 0.5, index)
         (event,) = [e["text"] for e in world.store.events(index) if e["kind"] == "reference"]
@@ -113,10 +120,10 @@ def test_a_reference_that_is_damaged_is_told_and_made_again(world):
     (References(world.dir).folder(2) / "model" / "model.safetensors").write_bytes(b"other")
     hashes.forget()
     with pytest.raises(CheckpointError) as error:
-        reference.of_round(world, 2)
+        world.reference(2)
     assert "made again from the one before" in error.value.hint
     References(world.dir).delete(2)
-    assert reference.of_round(world, 2).sha256 == made.sha256
+    assert world.reference(2).sha256 == made.sha256
 
 
 def test_without_an_average_nothing_of_it_stays(world):
@@ -124,7 +131,7 @@ def test_without_an_average_nothing_of_it_stays(world):
     world.end(1)
     world.round(2, 1)
     world.config = world.config.model_copy(update={"train": TrainConfig()})
-    assert reference.of_round(world, 2).version == 1
+    assert world.reference(2).version == 1
     world.end(2)
     assert References(world.dir).before(9) is None
 

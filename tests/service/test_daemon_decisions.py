@@ -196,7 +196,7 @@ def test_signals_stop_the_service_and_have_it_read_its_configuration_anew(world,
     service = world()
     stops = []
     monkeypatch.setattr(service.daemon, "stop", lambda: stops.append(threading.current_thread()))
-    handle_signals(service.daemon)
+    handle_signals(service.daemon.stop, service.daemon.reload)
     os.kill(os.getpid(), signal.SIGHUP)
     until(lambda: service.daemon._reloading)
     service.daemon._write_down()

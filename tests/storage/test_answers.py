@@ -28,6 +28,17 @@ def test_a_table_of_answers_is_made_of_columns(tmp_path):
     assert [r.n_tokens for r in rows] == [2, 0, 3, 2] and {r.policy for r in rows} == {4}
 
 
+def test_ids_of_all_rows_lie_one_after_the_other_also_those_of_a_part(tmp_path):
+    column = tables.read_table(written(tmp_path / "a.parquet"), ["token_ids"])["token_ids"]
+    for part, ids, starts in (
+        (column, [5, 2, 149_999, 7, 2, 5, 2], [0, 2, 2, 5, 7]),
+        (column.slice(2), [149_999, 7, 2, 5, 2], [0, 3, 5]),
+        (column.slice(4), [], [0]),
+    ):
+        found = answers.flat_ids(part)
+        assert found[0].dtype == np.int32 and [each.tolist() for each in found] == [ids, starts]
+
+
 def test_a_digest_is_63_bits_of_the_ids_as_int32(tmp_path):
     expected = int.from_bytes(hashlib.blake2b(bytes([5, 0, 0, 0, 2, 0, 0, 0]), digest_size=8).digest(), "big") >> 1
     found = answers.digests(written(tmp_path / "a.parquet"))
