@@ -19,10 +19,10 @@ from selfplay.types import Candidate, Prompt, RankedPair, Reward
 class Told:
     """The progress of a stage: what it said last."""
 
-    text = ""
+    text, done, total = "", 0, None
 
-    def update(self, *, done: int | None = None, text: str | None = None, total: int | None = None) -> None:
-        self.text = text or self.text
+    def update(self, **said: Any) -> None:
+        vars(self).update(said)
 
 
 def response(

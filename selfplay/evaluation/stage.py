@@ -45,9 +45,14 @@ class Engine(Protocol):
         """The answers to each of what is asked. `on_progress` gets how many are there, of all together."""
 
     def logps(
-        self, prompts: Sequence[Prompt], answers: Sequence[Candidate], policies: Sequence[Policy]
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Candidate],
+        policies: Sequence[Policy],
+        on_progress: Callable[[int], None],
     ) -> list[list[float]]:
-        """Log-probability of each answer (nats, summed), under each of the policies."""
+        """Log-probability of each answer (nats, summed), under each of the policies. `on_progress` gets how many are there, of
+        all policies together."""
 
 
 def evaluate(
@@ -72,7 +77,9 @@ def evaluate(
     in most rounds. initial_answers: the initial policy's answers to these. judge: gives the judge. It is called when all answers
     are there: where roles take turns on the GPUs, the engine has done all it has to do, and the judge loads once.
     """
-    line.update(text="candidate and champion answer", total=2 * len(held_out) + len(audit))
+    others = [champion] if initial.version == champion.version else [champion, initial]
+    answers = 2 * len(held_out) + len(audit)
+    line.update(text="candidate and champion answer", total=answers + len(others) * len(held_out))
     champion_rows, rows, audit_rows = engine.side_by_side(
         [
             Asked(name="champion", prompts=held_out, policy=champion),
@@ -82,8 +89,7 @@ def evaluate(
         lambda done: line.update(done=done),
     )
     line.update(text="KL to the current and the initial policy")
-    others = [champion] if initial.version == champion.version else [champion, initial]
-    logps = engine.logps(held_out, rows, others)
+    logps = engine.logps(held_out, rows, others, lambda done: line.update(done=answers + done))
     kl_current, kl_initial = _kl(rows, logps[0]), _kl(rows, logps[-1])
     initial_rows = initial_answers() if audit else []
 

@@ -94,9 +94,14 @@ class Answers:
         )
 
     def logps(
-        self, prompts: Sequence[Prompt], answers: Sequence[Candidate], policies: Sequence[Policy]
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Candidate],
+        policies: Sequence[Policy],
+        on_progress: Callable[[int], None],
     ) -> list[list[float]]:
-        """Log-probability of each answer (nats, summed), under each of the policies."""
+        """Log-probability of each answer (nats, summed), under each of the policies. `on_progress` gets how many are there, of
+        all policies together."""
         folder = self.frame.shards("logps")
         folders.make(folder)
         asked, said = folder / "asked.parquet", folder / "answers.parquet"
@@ -109,6 +114,7 @@ class Answers:
             len(answers),
             per_prompt=1,
             policies=policies,
+            on_progress=on_progress,
             before_piece=lambda: self.frame.breathe("shard"),
         )
         return [logps.tolist() for logps in found]

@@ -42,8 +42,9 @@ class Engine:
         on_progress(sum(len(each.prompts) for each in asked))
         return [[answer(p, "word " * (1 + each.policy.version)) for p in each.prompts] for each in asked]
 
-    def logps(self, prompts, answers, policies):
+    def logps(self, prompts, answers, policies, on_progress):
         self.asked += [("logps", policy.version, [p.prompt_id for p in prompts]) for policy in policies]
+        on_progress(len(answers) * len(policies))
         return [[-1.0 - (2 - policy.version) for _ in answers] for policy in policies]
 
 
@@ -73,6 +74,7 @@ def run(out, *, champion, audit=(), judge_says=longer, dependent=None, **gate):
             breathe=lambda where: None,
         )  # fmt: skip
     assert all((out / name).is_file() for name in EVALUATE.writes)
+    assert line.done == line.total
     return metrics, engine.asked, folders.read_json(out / "verdict.json"), line.text
 
 

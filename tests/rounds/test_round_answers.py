@@ -45,10 +45,11 @@ class Engine:
             with tables.writing(shard.file, Candidate) as file:
                 file.table(rows)
 
-    def answer_logps(self, prompts, said, start, count, per_prompt, policies, before_piece):
+    def answer_logps(self, prompts, said, start, count, per_prompt, on_progress, policies, before_piece):
         asked, told = (tables.read_column(path, "prompt_id") for path in (prompts, said))
         assert (asked, start, count, per_prompt) == (told, 0, len(asked), 1)
         self.asked += [(policy.version, "logps") for policy in policies]
+        on_progress(count * len(policies))
         return np.array([np.arange(count, dtype=np.float64) + policy.version for policy in policies])
 
 
@@ -158,6 +159,8 @@ def test_another_policy_scores_the_answers_it_is_asked_about(world):
     of = world.of(2)
     prompts = of.gate_prompts()
     found = of.answers("candidate", prompts, policy(2))
-    champion, initial = of.logps(prompts, found, [policy(1), policy(0)])
+    told = []
+    champion, initial = of.logps(prompts, found, [policy(1), policy(0)], told.append)
+    assert told == [12]
     assert champion == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0] and initial == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert world.engine.asked[-2:] == [(1, "logps"), (0, "logps")]
