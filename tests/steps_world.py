@@ -29,7 +29,7 @@ class Opened(Run):
         self.store = Store(run_dir)
         self._open_scorers(self.config)
         self.prompts = SimpleNamespace(ids=lambda split: [], read=lambda ids: [])
-        self.serving = None
+        self.serving = self.draws = None
 
     def policy(self, version: int) -> Policy:
         return Policy(version=version, path=str(self.dir / "policy"), parent=None, round=0, beta=None, reference=None)
