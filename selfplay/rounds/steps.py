@@ -49,7 +49,7 @@ class Steps:
             config=run.config,
             store=run.store,
             display=run.display,
-            breathe=run.breathe,
+            breathe=lambda where: run.breathe(where),  # it may be another one later
             logs=run.dir / "logs",
             weights=functools.cache(lambda: size(Path(run.policy(0).path))),
             adopted=lambda: self.adopted,
