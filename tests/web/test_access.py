@@ -176,7 +176,9 @@ def test_no_page_believes_what_a_request_says_of_a_proxy():
         return PlainTextResponse(" ".join(request.headers))
 
     guard = Guard(Starlette(routes=[Route("/x", names)]), ServiceConfig(), None)
-    said = client(guard).get("/x", headers={"X-Forwarded-Prefix": "//evil.example", "x-forwarded-host": "evil", "x-y": "z"})
+    said = client(guard).get(
+        "/x", headers={"X-Forwarded-Prefix": "//evil.example", "x-forwarded-host": "evil", "x-y": "z"}
+    )
     assert "x-y" in said.text and "x-forwarded" not in said.text
 
 
