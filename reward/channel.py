@@ -15,7 +15,7 @@ import tenacity
 from reward.addresses import InvalidAddress, address
 from reward.endpoints import Endpoint, Endpoints
 from reward.faults import Fault, HttpError, LateAnswer, RewardRefused, RewardUnavailable, TooLarge
-from reward.http import Answer, Http
+from reward.http import Answer, Http, bearer
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class Channel:
     `timeout` is the seconds of one attempt, and `deadline` those of all attempts. `first_wait` and `longest_wait` are the
     seconds between two attempts. The wait doubles each time, and up to `first_wait` is added at random. `connections` are
     kept open. `proxy` is the address of an HTTP proxy on the way. `too_large` are the HTTP statuses that raise TooLarge.
-    Raises ValueError for what is no address.
+    Raises ValueError for what is no address, and for a key that no header can hold.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Channel:
         exponential = tenacity.wait_exponential(multiplier=first_wait, max=longest_wait)
         self._jitter = exponential + tenacity.wait_random(0, first_wait)
         self._endpoints = Endpoints(self.urls, first_rest=first_wait, longest_rest=longest_wait)
-        self._http = Http(connections, {"authorization": f"Bearer {api_key}"} if api_key else None, proxy)
+        self._http = Http(connections, {"authorization": bearer(api_key)} if api_key else None, proxy)
 
     def move(self, url: str) -> None:
         """Ask at another address from now on, instead of the only one so far."""

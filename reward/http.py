@@ -21,7 +21,17 @@ from reward.faults import ConnectError, HttpError, LateAnswer, ProtocolError
 from reward.proxies import proxy_address, tunnel
 from reward.wire import Wire, connect
 
-__all__ = ["Answer", "ConnectError", "Http", "HttpError", "InvalidAddress", "LateAnswer", "ProtocolError", "ask"]
+__all__ = [
+    "Answer",
+    "ConnectError",
+    "Http",
+    "HttpError",
+    "InvalidAddress",
+    "LateAnswer",
+    "ProtocolError",
+    "ask",
+    "bearer",
+]
 
 HEADS = 64 * 2**10  # bytes of headers, of trailers, or of one line of a chunk
 INTERIM = 16  # answers such as 100 Continue before the real one
@@ -159,6 +169,17 @@ def ask(
         return answer
 
 
+def bearer(key: str) -> str:
+    """The value of the Authorization header for a key. A line end or blanks around it are no part of it: a file often ends so.
+
+    Raises ValueError for what no header can hold. Its text leaves the key out.
+    """
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ValueError("the key is empty, or has characters that no header of HTTP can hold")
+    return f"Bearer {key}"
+
+
 def _connection(to: Address, proxy: Address | None, end: float) -> _Connection:
     first = proxy or to
     wire = connect(first.host, first.port, end)
@@ -178,7 +199,10 @@ def _exchange(
 ) -> tuple[Answer, bool]:
     """The answer, and whether the connection could take another request after it."""
     wire, spoken = connection.wire, connection.spoken
-    said = spoken.send(h11.Request(method=method, target=target, headers=list(headers.items())))
+    try:
+        said = spoken.send(h11.Request(method=method, target=target, headers=list(headers.items())))
+    except (h11.LocalProtocolError, UnicodeEncodeError):  # its text quotes the header, which may be a secret
+        raise ProtocolError("the request has a header that HTTP does not allow") from None
     said = b"".join(
         [said or b"", (spoken.send(h11.Data(body)) if body else b"") or b"", spoken.send(h11.EndOfMessage()) or b""]
     )

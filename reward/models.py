@@ -29,6 +29,7 @@ from reward.scorer import ModelRefused, Score, Stopped
 __all__ = ["ModelRefused", "RewardModel", "Score", "Stopped", "batches", "load", "load_all"]
 
 BESIDE = ["consolidated*", "adapter_*", "*/*.safetensors"]  # files of a model on the Hub that are not read
+LARGEST_HEADER = 32 << 20  # bytes of a safetensors header, which is parsed as a whole; large models need a third of it
 UNLIMITED = 10**9  # A tokenizer without a limit says 10**30.
 DEFAULT_MAX_TOKENS = 4096  # of a model that names no limit
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # A batch takes twice as long if the cache of a CPU cannot hold it.
@@ -281,6 +282,12 @@ def _weight_files(name: str, folder: Path) -> dict[str, str]:
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
         raise ModelRefused(f"{name}: the index names {', '.join(missing[:3])}, which the folder lacks")
+    for each in names:
+        with (folder / each).open("rb") as file:
+            if (length := int.from_bytes(file.read(8), "little")) > LARGEST_HEADER:
+                raise ModelRefused(
+                    f"{name}: {each} is damaged, or no weights: it says that its header has {length} bytes"
+                )
     return {n: _sha256(folder / n) for n in names}
 
 

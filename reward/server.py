@@ -31,6 +31,13 @@ PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 
 
+class Visible(logging.Formatter):
+    """Puts � in the place of characters that a terminal obeys or that nobody sees: an error may quote what a client sent."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in super().format(record))
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m reward.server", description="Serves a reward model over HTTP.")
     what = options.add_mutually_exclusive_group(required=True)
@@ -119,7 +126,9 @@ def main() -> int:
     # What a library prints goes to stderr, because stdout carries one line only.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    said = logging.StreamHandler(sys.stderr)
+    said.setFormatter(Visible("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[said])
     logging.getLogger("httpx").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, end)
     # torch reads these when a kind imports it

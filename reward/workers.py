@@ -24,6 +24,9 @@ from reward import polling
 PR_SET_PDEATHSIG = 1
 STARTS = 60.0  # seconds that the imports of a process may take
 MOST = 1 << 20  # bytes of an answer
+HANDED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SELFPLAY_RUN")
+"""Variables that the process gets. It reads texts that nobody has read, so it gets no other, such as the key of a judge. By the
+last one a supervisor finds what was left behind."""
 
 
 class TooSlow(Exception):
@@ -50,7 +53,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={n: os.environ[n] for n in HANDED_ON if n in os.environ} | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
         self._is_ready = False
 

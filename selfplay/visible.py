@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any, TextIO, cast
 
 # Controls, marks that reorder text (Trojan Source), blanks without width, tags, and halves of a surrogate pair.
@@ -51,6 +52,9 @@ class _Filtered:
     def write(self, text: str) -> int:
         self._stream.write(visible(text))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -94,9 +94,10 @@ def test_errors_and_log_records(monkeypatch, capsys):
     filter_stderr()
     logging.lastResort.handle(logging.makeLogRecord({"msg": HOSTILE, "levelno": logging.ERROR}))  # as for every logger
     sys.__excepthook__(InputError, InputError(HOSTILE), None)
+    sys.stderr.writelines([HOSTILE, HOSTILE])
     said = capsys.readouterr().err
     assert_clean(said)
-    assert said.count("gnp.exe") == 2
+    assert said.count("gnp.exe") == 4
 
 
 def test_reports_and_cards(run_dir, tmp_path):

@@ -23,7 +23,7 @@ from reward.serving.connections import Connections, Phase
 log = logging.getLogger("reward.serving")
 
 HEAD_BYTES = 16 << 10  # of request line and headers; of one line of a chunk, and of trailers
-SLICE = 8 << 10  # bytes of a head that are parsed at a time
+SLICE = 1 << 10  # bytes of a head that are parsed at a time: a head may be longer than HEAD_BYTES by as much
 HEAD_SECONDS = 10.0  # for request line and headers to be whole
 BODY_SECONDS = 10.0  # in which a body has to end, or to bring as much as this:
 BODY_BYTES = 64 << 10

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reward.client import UNNAMED, RewardClient, RewardRefused, RewardUnavailable
-from reward.http import HttpError, InvalidAddress, ask
+from reward.http import HttpError, ask, bearer
 from reward.proxies import proxy_of
 from reward.scorer import ModelRefused
 from reward.settings import JudgeSettings, Rule
@@ -89,8 +89,8 @@ def _server(key: str, source: RewardSource, url: str) -> Finding:
 def _judge(key: str, judge: JudgeSettings, url: str) -> Finding:
     """Ask a chat endpoint for its list of models. That needs the key too, and costs nothing."""
     secret = os.environ.get(judge.api_key_env) if judge.api_key_env else None
-    headers = {"authorization": f"Bearer {secret}"} if secret else {}
     try:
+        headers = {"authorization": bearer(secret)} if secret else {}
         answer = ask(
             "GET",
             f"{url.rstrip('/')}/v1/models",
@@ -99,7 +99,7 @@ def _judge(key: str, judge: JudgeSettings, url: str) -> Finding:
             limit=MODELS,
             proxy=proxy_of(judge.proxy_env),
         )
-    except (HttpError, InvalidAddress) as error:
+    except (HttpError, ValueError) as error:
         return Finding.error(key, f"the judge at {url} does not answer: {type(error).__name__}: {error}")
     if answer.status in (401, 403):
         return Finding.error(key, f"the judge at {url} refuses the key ({answer.status})")

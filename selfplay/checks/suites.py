@@ -12,9 +12,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import httpx
-
+from reward.http import HttpError, ask
 from selfplay.checks.finding import Finding
 from selfplay.config import Config, SuiteConfig
 from selfplay.evaluation import harness
@@ -71,14 +72,17 @@ def _task(key: str, suite: SuiteConfig) -> Finding:
 
 
 def _no_network() -> str | None:
-    """Why the Hub cannot be reached; None where it can."""
+    """Why the Hub cannot be reached; None where it can. It is reached as a child does it, by the proxy of the environment."""
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") or os.environ.get("HF_DATASETS_OFFLINE", "0") not in (
         "0",
         "",
     ):
         return "HF_HUB_OFFLINE is set"
     try:
-        httpx.head(os.environ.get("HF_ENDPOINT", HUB), timeout=HUB_SECONDS)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        url = os.environ.get("HF_ENDPOINT", HUB)
+        parts = urlsplit(url)
+        proxy = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+        ask("HEAD", url, seconds=HUB_SECONDS, limit=0, proxy=proxy)
+    except (HttpError, ValueError) as error:
         return type(error).__name__
     return None

@@ -24,12 +24,14 @@ def doctor(
 
     from selfplay.doctor.look import look
     from selfplay.errors import InputError
+    from selfplay.processes.places import take_own_umask
     from selfplay.reporting.console import TextConsole
     from selfplay.storage import lease
     from selfplay.storage.lock import RunLock
 
     if not any((run / name).exists() for name in ("ledger.sqlite", "pool", "rounds")):
         raise InputError(f"{run} is no run folder", "name the folder of a run, such as runs/tiny")
+    take_own_umask()
     with RunLock(run, "lease" if lease.is_used(run) else "flock"):
         found = look(run)
         if not found:

@@ -1,6 +1,6 @@
 """Hashes of a pool: its manifest names what the importer wrote, and each file of prompts that joined later has its own beside it.
 
-All of it is read and hashed when a run opens. What of it is damaged later is seen at the next start.
+All of it is read and hashed when a run opens. Before each draw what has changed since is read and hashed again.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ def seal(folder: Path) -> None:
     seals.write_json(folder / MANIFEST, {"files": _files(folder)})
 
 
-def require_whole(folder: Path) -> None:
-    """Raise DamagedError where a file of a pool is not what was written. A pool of an earlier version gets its hashes now."""
+def require_whole(folder: Path, anew: bool = True) -> None:
+    """Raise DamagedError where a file of a pool is not what was written. A pool of an earlier version gets its hashes now.
+
+    anew: read all files, and not only those that have changed since this process hashed them.
+    """
     if not (folder / MANIFEST).is_file():
         seal(folder)
-    for path, what in damaged(folder):
+    for path, what in damaged(folder, anew):
         raise DamagedError(path, what, MEND)
 
 
-def damaged(folder: Path) -> list[tuple[Path, str]]:
-    """The damaged files of a pool, and what is wrong with each."""
+def damaged(folder: Path, anew: bool = True) -> list[tuple[Path, str]]:
+    """The damaged files of a pool, and what is wrong with each; `anew` as in `require_whole`."""
     found: list[tuple[Path, str]] = []
     try:
         files: dict[str, str] = seals.read_json(folder / MANIFEST, ("files",))["files"]
@@ -37,7 +40,7 @@ def damaged(folder: Path) -> list[tuple[Path, str]]:
         return [(folder / MANIFEST, error.what if isinstance(error, DamagedError) else "it is gone")]
     for name, expected in files.items():
         try:
-            hashes.verify_files(folder, {name: expected}, CheckpointError, anew=True)
+            hashes.verify_files(folder, {name: expected}, CheckpointError, anew)
         except CheckpointError as error:
             found.append((folder / name, f"it {str(error).removeprefix(f'{folder / name} ')}"))
     for beside in sorted((folder / ADDED).glob(f"*{seals.BESIDE}")):
@@ -46,7 +49,7 @@ def damaged(folder: Path) -> list[tuple[Path, str]]:
             if path.with_name(f".{path.name}.partial").is_file():
                 continue  # its writer was killed before it had its name, and nobody knows of it
             found.append((path, "it is gone"))
-        elif not seals.is_sealed(path):
+        elif not seals.is_sealed(path, anew):
             found.append((path, "its SHA-256 differs from the one beside it"))
     return found
 

@@ -21,8 +21,8 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")  # of an earlier policy,
 
 
 def require_token() -> str:
-    """The token. Raises InputError where there is none."""
-    if not (token := os.environ.get(TOKEN)):
+    """The token, without the line end that a file may have left. Raises InputError where there is none."""
+    if not (token := os.environ.get(TOKEN, "").strip()):
         raise InputError(
             f"${TOKEN} is not set, and nothing is written to the Hub without it", f"export {TOKEN} with a write token"
         )

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from reward.http import Answer, HttpError, InvalidAddress, ask
+from reward.http import Answer, HttpError, InvalidAddress, ask, bearer
 from reward.proxies import proxy_of
 from selfplay.errors import PublishError
 
@@ -24,11 +24,14 @@ DEV = "start it with VLLM_SERVER_DEV_MODE=1, at an address that only this machin
 
 
 class Server:
-    """One server. All methods raise PublishError."""
+    """One server. Making it and all methods raise PublishError."""
 
     def __init__(self, url: str, key: str | None, proxy_env: str | None) -> None:
         self.url = url.rstrip("/")
-        self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+        try:
+            self._headers = {"content-type": "application/json"} | ({"authorization": bearer(key)} if key else {})
+        except ValueError as error:
+            raise PublishError(f"{self.url} cannot be asked: {error}", "look at publish.api_key_env") from None
         self._proxy_env = proxy_env
         self._model = ""
 

@@ -15,6 +15,7 @@ from selfplay.generation.sampling import generate
 from selfplay.pairs.deepening import depth
 from selfplay.pairs.stage import pairs
 from selfplay.progress import Line, waiting
+from selfplay.prompts import sealing
 from selfplay.prompts.draw import Embed, prompts
 from selfplay.prompts.evolve import Rewriting, by_function, by_policy, evolve, join
 from selfplay.rounds import reference
@@ -88,6 +89,7 @@ class Steps:
     # the stages, in the order of the round
 
     def prompts(self, out: Path, line: Line) -> Metrics:
+        sealing.require_whole(self.run.dir / "pool", anew=False)  # the run may have been open for weeks
         return prompts(
             out,
             line,

@@ -14,8 +14,8 @@ from selfplay.storage.folders import MANIFEST
 MOST_REMEMBERED = 4096
 THREADS = min(4, os.cpu_count() or 1)  # files that are read and hashed at a time: one cannot keep up with a fast disk
 
-# Not the name of a file: one that was renamed is not read again.
-Identity = tuple[int, int, int, int]
+# Not the name of a file: one whose folder was renamed is not read again.
+Identity = tuple[int, int, int, int, int]
 _remembered: dict[Identity, str] = {}
 
 
@@ -82,6 +82,9 @@ def verify_files(root: Path, files: Mapping[str, str], error: type[SelfplayError
 
 
 def identity(path: Path) -> Identity:
-    """What a file is known by: device, inode, size (bytes) and time of change (ns)."""
+    """What a file is known by: device, inode, size (bytes), and when its content and it itself changed last (ns).
+
+    The first time can be set, and copies put back the one of their source. The second one is the kernel's.
+    """
     stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

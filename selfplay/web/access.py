@@ -88,6 +88,8 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        # The server has taken in what configured proxies say of a client. Nobody behind here is to believe more, from anybody.
+        scope["headers"] = [(name, value) for name, value in scope["headers"] if not name.startswith(b"x-forwarded-")]
         headers = Headers(scope=scope)
         refusal = self._refusal(scope, headers)
         sessions, path = self.sessions, scope["path"]

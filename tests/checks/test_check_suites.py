@@ -1,10 +1,15 @@
 """Looks at the benchmarks between rounds."""
 
+import contextlib
 import json
+import socket
+import threading
+import time
 
 import pytest
 from mini import TINY
 
+from selfplay.checks import suites
 from selfplay.checks.suites import benchmarks
 from selfplay.config import Config, load
 from selfplay.errors import ConfigError, InputError
@@ -52,6 +57,26 @@ def test_settings_of_the_other_kind_are_named(look):
         look(CHOICE, chat=False)
     with pytest.raises(ConfigError, match="is no folder"):
         look(task="t", include_path="/nowhere")
+
+
+def test_a_hub_that_drips_does_not_hold_up_the_check(monkeypatch):
+    def drip(listener):
+        taken, _ = listener.accept()
+        with taken, contextlib.suppress(OSError):
+            taken.sendall(b"HTTP/1.1 200 OK\r\n")
+            for _ in range(40):
+                time.sleep(0.05)
+                taken.sendall(b"x: y\r\n")
+            taken.sendall(b"\r\n")
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(suites, "HUB_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        threading.Thread(target=drip, args=(listener,), daemon=True).start()
+        assert suites._no_network() == "LateAnswer"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`selfplay doctor`: what it finds in a run folder, what it mends, and what it leaves to a person."""
 
+import os
 import shutil
 import sqlite3
 from pathlib import Path
@@ -117,6 +118,16 @@ def test_a_damaged_ledger_stays_where_the_folder_does_not_say_enough_for_another
     store = Store(run_dir)
     assert store.last_round() == 3
     store.close()
+
+
+def test_what_is_made_again_is_for_the_owner_of_the_run_alone(run_dir):
+    (run_dir / "ledger.sqlite").unlink()
+    before = os.umask(0o022)
+    try:
+        assert doctor(run_dir, "--yes")[0] == 0
+    finally:
+        os.umask(before)
+    assert (run_dir / "ledger.sqlite").stat().st_mode & 0o777 == 0o600
 
 
 def test_nothing_is_changed_without_a_yes(run_dir):

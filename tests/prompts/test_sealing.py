@@ -1,13 +1,15 @@
 """Hashes of a pool: what the importer wrote, and what joined later."""
 
 import json
+import time
 
 import pytest
+from steps_world import LINE, Opened
 from storage_world import flip
 
 from selfplay.errors import DamagedError
 from selfplay.prompts import pool, sealing
-from selfplay.storage import folders, seals
+from selfplay.storage import folders, hashes, seals
 from selfplay.types import Prompt
 
 
@@ -39,6 +41,23 @@ def test_a_damaged_pool_stops_the_run_and_is_named(folder, name, how):
     with pytest.raises(DamagedError, match=name.removesuffix(seals.BESIDE)) as error:
         sealing.require_whole(folder)
     assert "back from a copy" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["prompts/000000000.arrow", "added/0001.parquet"])
+def test_what_is_damaged_while_a_run_is_open_is_seen_and_nothing_else_is_read_again(folder, name, monkeypatch):
+    steps = Opened(folder.parent / "run").steps()
+    folder = folder.rename(steps.run.dir / "pool")
+    sealing.require_whole(folder)
+    sealing.require_whole(folder, anew=False)
+    read, digest = [], hashes.digest
+    monkeypatch.setattr(hashes, "digest", lambda path: read.append(path) or digest(path))
+    sealing.require_whole(folder, anew=False)
+    assert read == []
+    time.sleep(0.05)  # longer than the kernel's clock of files stands still
+    flip(folder / name, 12)
+    with pytest.raises(DamagedError, match=name):
+        steps.prompts(folder, LINE)  # before it draws
+    assert read == [folder / name]
 
 
 def test_a_file_that_is_gone_is_named(folder):

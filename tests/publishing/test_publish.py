@@ -269,6 +269,9 @@ def test_check_looks_at_every_target(tmp_path, monkeypatch):
         and "holds other files" in looked[1][2]
         and "does not answer" in looked[2][2]
     )
+    monkeypatch.setenv("VLLM_KEY", f"{TOKEN}\n1")
+    (bad,) = publishing.targets(config(vllm=["http://127.0.0.1:9"], api_key_env="VLLM_KEY"), tmp_path)
+    assert bad.level == "warning" and "no header of HTTP" in bad.text and TOKEN not in bad.text
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with answering({"/v1/models": '{"data": [{"id": "mine", "root": "/m"}]}'}) as url:
         found = publishing.targets(config(hub="me/mine", folder=tmp_path / "new", vllm=[url]), tmp_path)

@@ -211,6 +211,7 @@ def test_a_refused_body_is_read_a_little_further_and_no_more(serve: Callable[...
         b"GET /healthz HTTP/1.1\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
         b"\x00\x01\x02\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * (17 << 10) + b"\r\n\r\n",
     ],
 )
 def test_requests_that_are_none_are_bad_requests(serve: Callable[..., App], head: bytes) -> None:

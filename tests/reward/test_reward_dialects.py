@@ -110,7 +110,7 @@ def test_a_key_is_sent_and_nothing_else_is() -> None:
         send(handler, 200, b'{"scores": [1.0]}')
 
     with fake(default=note) as server:
-        RewardClient(server.url, api_key="secret").score(ITEMS[:1])
+        RewardClient(server.url, api_key="secret\n").score(ITEMS[:1])  # as a file has it
         RewardClient(server.url).score(ITEMS[:1])
     assert keys == ["Bearer secret", None]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from reward import wire
 from reward.addresses import InvalidAddress, address
-from reward.http import ConnectError, Http, LateAnswer, ProtocolError, ask
+from reward.http import ConnectError, Http, LateAnswer, ProtocolError, ask, bearer
 from reward.proxies import proxy_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +130,20 @@ def test_an_answer_of_no_interest_is_not_read() -> None:
         assert ask("POST", f"http://{at}", body=b"{}", seconds=5, limit=0).success
         with pytest.raises(ProtocolError, match="more than 1000 bytes"):
             ask("GET", f"http://{at}", seconds=5, limit=1000)
+
+
+def test_a_key_is_in_no_message() -> None:
+    key = "sk-hush-hush"
+    assert bearer(f" {key}\n") == f"Bearer {key}"
+    for bad in ("\n", f"{key}\x00", f"{key}é", f"{key}\n1"):
+        with pytest.raises(ValueError, match="no header of HTTP") as refused:
+            bearer(bad)
+        assert key not in str(refused.value)
+    with raw(answers(OK)) as at:
+        for value in (f"Bearer {key}\n", f"Bearer {key}é"):
+            with pytest.raises(ProtocolError, match="does not allow") as error:
+                ask("GET", f"http://{at}", seconds=5, limit=100, headers={"authorization": value})
+            assert key not in "".join(traceback.format_exception(error.value))
 
 
 def test_a_name_that_is_not_found_in_time_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,8 @@
 """Answers that math-verify compares, in a process that is killed when it takes too long."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 from reward.mathematics import Mathematics, gold
@@ -17,6 +20,16 @@ def scored(scorer, reference, response):
     messages = [{"role": "user", "content": "How many?"}]
     [score] = scorer.score([Item.model_validate({"messages": messages, "response": response, "reference": reference})])
     return score
+
+
+def test_the_process_that_compares_gets_no_secret(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "hush-hush")
+    [scorer] = Mathematics().scorers()
+    until = time.monotonic() + 60
+    while not (given := Path(f"/proc/{scorer._worker._process.pid}/environ").read_bytes()) and time.monotonic() < until:
+        time.sleep(0.01)  # the kernel shows it a moment after the start
+    scorer._worker.stop()
+    assert b"PYTHONPATH=" in given and b"hush-hush" not in given
 
 
 @pytest.mark.slow

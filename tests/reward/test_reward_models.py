@@ -182,6 +182,11 @@ def test_refusals_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     (cut / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     refused(cut, "cut: ")
 
+    with (cut / "model.safetensors").open("wb") as file:  # a hole, which takes no room on the disk
+        file.write((40 << 20).to_bytes(8, "little") + b"{")
+        file.truncate(60 << 20)
+    refused(cut, "model.safetensors is damaged, or no weights: .* 41943040 bytes")
+
     headless = with_tensor(folder, tmp_path / "headless", lambda tensors: tensors.pop("score.weight"))
     refused(headless, r"no trained reward model, its weight files lack score\.weight")
     policy = shutil.copytree(

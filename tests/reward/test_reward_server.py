@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from reward_world import bare_scores, conversation, reward_model, serving
 from reward.app import values
 from reward.client import RewardClient
 from reward.schema import Health
-from reward.server import bind, is_loopback, parser, serve, url
+from reward.server import Visible, bind, is_loopback, parser, serve, url
 
 pytestmark = pytest.mark.service
 
@@ -174,6 +175,17 @@ def test_what_cannot_be_served_ends_with_code_2_and_a_reason(tmp_path: Path, cap
     assert "device" in ends(reward_model(tmp_path / "good"), "--device", "toaster")
     ends(tmp_path / "nothing", "--host", "0.0.0.0")
     assert "anyone who reaches the port can use the model" in caplog.records[0].getMessage()
+
+
+def test_the_log_has_no_character_that_a_terminal_obeys() -> None:
+    try:
+        raise ValueError("the answer \x1b]0;owned\x07 \u202egnp.exe\r שלום")
+    except ValueError:
+        record = logging.makeLogRecord({"msg": "failed: %s", "args": ("\x9b31m",), "exc_info": sys.exc_info()})
+    said = Visible().format(record)
+    assert said.startswith("failed: �31m\nTraceback") and said.endswith(
+        "ValueError: the answer �]0;owned� �gnp.exe� שלום"
+    )
 
 
 def test_a_port_in_use_and_wrong_options_are_named_at_once() -> None:

@@ -171,6 +171,17 @@ def test_a_name_that_leads_here_by_a_trick_is_turned_away(host):
     assert answer.status_code == 403 and "service.hosts" in answer.json()["detail"]
 
 
+def test_no_page_believes_what_a_request_says_of_a_proxy():
+    async def names(request):
+        return PlainTextResponse(" ".join(request.headers))
+
+    guard = Guard(Starlette(routes=[Route("/x", names)]), ServiceConfig(), None)
+    said = client(guard).get(
+        "/x", headers={"X-Forwarded-Prefix": "//evil.example", "x-forwarded-host": "evil", "x-y": "z"}
+    )
+    assert "x-y" in said.text and "x-forwarded" not in said.text
+
+
 def test_pages_of_other_origins_are_turned_away():
     get, post = client(app()).get, client(app()).post
     json = {"content-type": "application/json"}

@@ -321,7 +321,8 @@ def test_the_page_says_what_retention_deleted(tmp_path, tab):
 
 
 def test_the_page_beside_the_api(served):
-    page = httpx.get(served.url)
+    page = httpx.get(served.url, headers={"x-forwarded-prefix": "//evil.example"})
+    assert "evil.example" not in page.text
     assert page.status_code == 200 and "nonce-" in page.headers["content-security-policy"]
     assert "unsafe-inline" not in page.headers["content-security-policy"].partition("style-src")[0]
     assert page.headers["x-frame-options"] == "DENY" and "server" not in page.headers
