@@ -63,6 +63,7 @@ class Channel:
         exponential = tenacity.wait_exponential(multiplier=first_wait, max=longest_wait)
         self._jitter = exponential + tenacity.wait_random(0, first_wait)
         self._endpoints = Endpoints(self.urls, first_rest=first_wait, longest_rest=longest_wait)
+        self._key = api_key
         self._http = Http(connections, {"authorization": bearer(api_key)} if api_key else None, proxy)
 
     def move(self, url: str) -> None:
@@ -186,7 +187,7 @@ class Channel:
             raise Fault(f"no whole answer within {seconds:.1f} s") from error
         except HttpError as error:
             raise Fault(f"{type(error).__name__}: {error}") from error
-        said = f"HTTP {answer.status}: {answer.content[:300].decode('utf-8', 'replace')}"
+        said = f"HTTP {answer.status}: {answer.said(self._key)}"
         if answer.status in RETRIED:
             wish = _seconds(answer.headers.get("retry-after", ""))
             raise Fault(said, wish, busy=answer.status == 429)

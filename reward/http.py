@@ -55,6 +55,11 @@ class Answer:
     def success(self) -> bool:
         return 200 <= self.status < 300
 
+    def said(self, key: str | None) -> str:
+        """How the content begins, for a message. Some servers repeat the key in it: it is left out."""
+        text = self.content[:2000].decode("utf-8", "replace")
+        return (text.replace(key.strip(), "…") if key else text)[:300]
+
 
 @dataclass(slots=True)
 class _Connection:

@@ -32,7 +32,7 @@ class Server:
             self._headers = {"content-type": "application/json"} | ({"authorization": bearer(key)} if key else {})
         except ValueError as error:
             raise PublishError(f"{self.url} cannot be asked: {error}", "look at publish.api_key_env") from None
-        self._proxy_env = proxy_env
+        self._key, self._proxy_env = key, proxy_env
         self._model = ""
 
     def open(self) -> str:
@@ -106,7 +106,7 @@ class Server:
         if answer.status in (401, 403):
             raise PublishError(f"{self.url} refuses the key ({answer.status})", "name it in publish.api_key_env")
         if not answer.success:
-            said = " ".join(answer.content.decode("utf-8", "replace").split())[:300]
+            said = " ".join(answer.said(self._key).split())
             raise PublishError(f"{self.url} answers {answer.status} to {path.partition('?')[0]}: {said}", "see its log")
         try:
             return json.loads(answer.content) if answer.content else {}

@@ -12,7 +12,7 @@ from fake_reward import ITEMS, QUICK, fake, send, status
 from reward_world import CONTROL, bare_scores, conversation, process_of, reward_model, tokenizer_with
 from transformers import PreTrainedTokenizerFast
 
-from reward.client import RewardClient, RewardUnavailable
+from reward.client import RewardClient, RewardRefused, RewardUnavailable
 from reward.openrlhf import Unrender
 from reward.schema import GetRewardRequest
 
@@ -113,6 +113,13 @@ def test_a_key_is_sent_and_nothing_else_is() -> None:
         RewardClient(server.url, api_key="secret\n").score(ITEMS[:1])  # as a file has it
         RewardClient(server.url).score(ITEMS[:1])
     assert keys == ["Bearer secret", None]
+
+    def repeat(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        send(handler, 401, b"no such key: " + handler.headers["authorization"].encode())
+
+    with fake(default=repeat) as server, pytest.raises(RewardRefused, match="no such key: Bearer …") as refused:
+        RewardClient(server.url, api_key="secret\n").score(ITEMS[:1])
+    assert "secret" not in str(refused.value)
 
 
 def test_openrlhf_texts(policy: Path) -> None:
