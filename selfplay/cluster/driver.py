@@ -27,7 +27,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from selfplay.cluster.host import Host
-from selfplay.cluster.hosted import HostLost
+from selfplay.cluster.hosted import HostLost, NeverUp
 from selfplay.processes.places import lasting
 
 NAMESPACE = "selfplay"
@@ -186,15 +186,17 @@ class Group:
 
 
 def is_up(handle: Any, seconds: float) -> bool:
-    """Whether a host has started; waits that long for it. Raises HostLost where it cannot start there, and with its node."""
+    """Whether a host has started; waits that long for it. Raises HostLost where it cannot start there, and NeverUp where its
+    node is lost."""
     answer = handle.node.remote()
     if not ray.wait([answer], timeout=seconds)[0]:
         return False
     try:
         ray.get(answer)
     except RayActorError as error:
-        why = f"cannot start on its node: {_last_line(error)}" if error.actor_init_failed else "was lost with its node"
-        raise HostLost(why) from error
+        if error.actor_init_failed:
+            raise HostLost(f"cannot start on its node: {_last_line(error)}") from error
+        raise NeverUp("was lost with its node") from error
     return True
 
 

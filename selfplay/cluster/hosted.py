@@ -36,6 +36,10 @@ class HostLost(Exception):
     """A host cannot be reached any more, or never could."""
 
 
+class NeverUp(HostLost):
+    """A host was lost before it was up: with its node, whose end Ray had not noticed when it put the host there."""
+
+
 class Remote(Protocol):
     """A host on a node. Its methods are those of `host.Host`, and raise HostLost where it is gone."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfplay.cluster.hosted import Hosted, HostLost, Remote
+from selfplay.cluster.hosted import Hosted, HostLost, NeverUp, Remote
 from selfplay.config import ClusterConfig, Config
 from selfplay.errors import ConfigError, InputError
 from selfplay.processes.places import HERE, Place, Places, Process
@@ -165,20 +165,29 @@ class Nodes:
         group = self._group(role, need)
         while not group.ready(LOOK):
             waiting.look()
-        numbers = range(need.children) if need.apart else [number]
-        found: list[Any] = []
+
+        def ask(one: int) -> Any:
+            return group.host(one, f"{self._run}/{role}/{one}")
+
+        found: dict[int, Any] = {}
         try:
-            for one in numbers:
-                found.append(group.host(one, f"{self._run}/{role}/{one}"))
-            for handle in found:
-                while not self._driver.is_up(handle, LOOK):
+            for one in range(need.children) if need.apart else [number]:
+                found[one] = ask(one)
+            for one in found:
+                while True:
+                    try:
+                        if self._driver.is_up(found[one], LOOK):
+                            break
+                    except NeverUp:  # Ray knows by now that the node is gone, and keeps other room for it
+                        given_up.wait(LOOK)
+                        found[one] = ask(one)
                     waiting.look()
         except HostLost:
-            for handle in found:
+            for handle in found.values():
                 self._driver.Actor(handle).kill()
             raise
         waiting.over()
-        return [self._driver.Actor(handle) for handle in found]
+        return [self._driver.Actor(handle) for handle in found.values()]
 
     def missing(self, need: Need) -> str:
         """What a child waits for, and what there is."""

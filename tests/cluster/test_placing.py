@@ -8,7 +8,7 @@ import pytest
 from mini import TINY
 
 from selfplay.cluster import placing
-from selfplay.cluster.hosted import HostLost
+from selfplay.cluster.hosted import HostLost, NeverUp
 from selfplay.cluster.placing import Nodes
 from selfplay.config import load
 
@@ -17,7 +17,7 @@ class Shrunk:
     """A cluster of which one node is left for good. No host starts there any more."""
 
     def __init__(self, ready: bool) -> None:
-        self._ready, self.killed = ready, list[str]()
+        self._ready, self.asked, self.killed = ready, list[str](), list[str]()
 
     def nodes(self) -> dict[str, Any]:
         return {"a": {"address": "10.0.0.1", "resources": {"CPU": 4.0}}}
@@ -39,6 +39,7 @@ class Shrunk:
                 return shrunk._ready
 
             def host(self, number: int, name: str) -> str:
+                shrunk.asked.append(name.rpartition("/")[2])
                 return name
 
             def remove(self) -> None:
@@ -82,3 +83,25 @@ def test_a_cluster_that_shrinks_for_good_is_a_child_that_finds_no_room(
     nodes.close()
     with pytest.raises(HostLost, match="the run is at its end"):
         nodes.take("reward", 0, threading.Event())
+
+
+class Late(Shrunk):
+    """A cluster that puts a host on a node whose end it has not noticed yet; the one that is asked for after that starts."""
+
+    def is_up(self, handle: str, seconds: float) -> bool:
+        if len(self.asked) == 1:
+            raise NeverUp("was lost with its node")
+        return True
+
+
+def test_a_host_that_was_put_on_a_node_that_is_gone_is_asked_for_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Late(ready=True)
+    monkeypatch.setattr(placing, "connected", lambda address: late)
+    config = load(TINY, ["cluster.address=auto", "cluster.wait=60", "generate.engines=2"])
+    assert config.cluster is not None
+    nodes = Nodes(config.cluster, lambda: config, tmp_path, lambda text: None)
+    assert len(nodes.take("engine", 1, threading.Event())) == 1
+    assert (late.asked, late.killed) == (["1", "1"], [])
+    nodes.close()
