@@ -8,10 +8,9 @@ from typing import Any
 from selfplay.storage import folders
 from selfplay.storage.ledger import Store
 from selfplay.storage.manifests import require_whole
+from selfplay.storage.schema import GOLD, MEAN_REWARDS
 
 STATE = "scored_by"  # in the ledger: for which rounds the same reward gave the scores
-MEAN_REWARDS = ("score/part_external", "score/reward_mean")  # the external reward: the first of them that a round has
-GOLD = "evaluate/gold_total_champion"
 
 
 class History:

@@ -14,6 +14,7 @@ from selfplay.processes import gpus
 from selfplay.service import schedule
 from selfplay.service.due import next_start
 from selfplay.storage.ledger import Store
+from selfplay.storage.schema import JUDGED
 
 
 class Starts:
@@ -47,7 +48,7 @@ class Starts:
         current, totals = store.serving() or 0, store.all_totals()
         so_far = schedule.SoFar(
             rounds=int(sum(count for state, count in totals.get("rounds", {}).items() if state != "cancelled")),
-            reward=None if end.reward is None else store.metric(current, "evaluate/reward"),
+            reward=None if end.reward is None else store.metric(current, JUDGED),
             tokens=sum(totals.get("tokens", {}).values()),
             device_seconds=sum(totals.get("stages", {}).values()) * devices(config.placement),
         )

@@ -109,8 +109,7 @@ class Store(Reader):
                 with self._engine.begin() as connection:
                     if not sa.inspect(connection).has_table("schema_version"):
                         require_nothing_made(run_dir, "is empty")
-                    migrate(connection, str(self.path))
-                    hashed_rows.begin(connection)
+                    hashed_rows.begin(connection, migrate(connection, str(self.path)))
                 self._engine.dispose()  # a connection that is opened now keeps the hashes of rows
             except OperationalError:
                 raise

@@ -151,19 +151,26 @@ row_hashes = sa.Table(
 )
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, nullable=False))
 
+MEAN_REWARDS = ("score/part_external", "score/reward_mean")
+"""Metrics that are the mean of the external reward: the first of them that a round has."""
+GOLD = "evaluate/gold_total_champion"
+JUDGED = "evaluate/reward"
+DECIDING = (*MEAN_REWARDS, GOLD, JUDGED)
+"""Metrics that the guard of later rounds or the schedule reads."""
 TOKENS = ("generate/tokens", "evolve/tokens", "evaluate/tokens")
 """Metrics of what a round sampled: the ledger keeps their sums over all rounds."""
 WIDTHS = tuple(2**power for power in range(1, 11))
 """Rounds in a bucket of `trends`: a chart of any length is drawn from the buckets of one width."""
 
 
-def migrate(connection: sa.Connection, what: str) -> None:
+def migrate(connection: sa.Connection, what: str) -> int:
     """Make the tables, or bring those of an earlier version up to date: all or nothing, and by one process.
 
-    `what`: the ledger's name in messages. Raises InputError for a ledger of a newer version.
+    `what`: the ledger's name in messages. Returns the version that it had: 0 for a new one. Raises InputError for a ledger of a
+    newer version.
     """
     if _version(connection) == len(MIGRATIONS):
-        return
+        return len(MIGRATIONS)
     connection.exec_driver_sql("BEGIN IMMEDIATE")
     done = _version(connection)
     if done is not None and done > len(MIGRATIONS):
@@ -175,6 +182,7 @@ def migrate(connection: sa.Connection, what: str) -> None:
             migration(connection)
     changed = schema_version.insert() if done is None else schema_version.update()
     connection.execute(changed.values(version=len(MIGRATIONS)))
+    return done or 0
 
 
 def _version(connection: sa.Connection) -> int | None:
@@ -232,6 +240,10 @@ def _row_hashes(connection: sa.Connection) -> None:
     row_hashes.create(connection, checkfirst=True)
 
 
+def _as_it_is(connection: sa.Connection) -> None:
+    """The tables stay; whoever opens the ledger does what is new (`hashed_rows.begin`)."""
+
+
 MIGRATIONS: list[Callable[[sa.Connection], None]] = [
     metadata.create_all,  # 1: everything above
     _orders_and_pins,  # 2: orders, state, policies.pinned
@@ -240,6 +252,7 @@ MIGRATIONS: list[Callable[[sa.Connection], None]] = [
     _draws,  # 5: what was drawn of the pool
     _champions,  # 6: rounds.champion, which another policy may sample for
     _row_hashes,  # 7: hashes of the rows that decide
+    _as_it_is,  # 8: hashes of orders, sums, and metrics that decide
 ]
 
 

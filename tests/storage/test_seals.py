@@ -112,10 +112,21 @@ def test_a_file_of_an_earlier_round_is_read_only_as_its_manifest_has_it(tmp_path
         "UPDATE runs SET created = '2020-01-01'",
         "DELETE FROM policies WHERE version = 1",
         "INSERT INTO state VALUES ('pause', 'null')",
+        "UPDATE orders SET arguments = '{\"version\": 3}'",
+        "DELETE FROM orders",
+        "UPDATE totals SET value = 1 WHERE of = 'rounds' AND name = 'promoted'",
+        "UPDATE metrics SET value = 0.75 WHERE name = 'evaluate/reward' AND round = 2",
+        "DELETE FROM metrics WHERE name = 'score/reward_mean' AND round = 1",
+        "DELETE FROM draws WHERE round = 1",
     ],
 )
 def test_a_row_that_was_changed_by_other_hands_stops_the_run(tmp_path, change):
     run_dir = finished(tmp_path / "run", rounds=2)
+    with contextlib.closing(Store(run_dir)) as store:
+        store.submit("rollback", {"version": 1}, "cli")
+        store.record_metrics(1, "score", {"reward_mean": 0.25})
+        store.record_metrics(2, "evaluate", {"reward": 0.5})
+        store.record_draw(1, 0, 4, b"levels")
     other = sqlite3.connect(run_dir / "ledger.sqlite")
     other.execute(change)
     other.commit()
@@ -136,5 +147,27 @@ def test_rows_that_the_run_writes_keep_their_hashes(tmp_path):
     store.record_draw(2, 0, 4, b"levels")
     store.record_draw(2, 0, 4, b"others")
     store.change_config(2, "g", {"a": 1})
+    store.event("note", "one")
+    store.record_stage(2, "evaluate", 1.5, {"reward": 0.5, "tokens": 12, "ties": 3})
+    store.record_stage(2, "evaluate", 2.5, {"reward": 0.25, "tokens": 11})
+    order = store.submit("rollback", {"version": 1}, "cli")
+    store.answer(order, "done", "policy 1 serves")
+    store.delete_events(keep=1, most=100)
     assert store.damaged_rows(every=True) == []
     store.close()
+
+
+def test_a_ledger_that_had_no_hashes_of_orders_gets_them(tmp_path):
+    run_dir = finished(tmp_path / "run", rounds=1)
+    with contextlib.closing(Store(run_dir)) as store:
+        store.submit("rollback", {"version": 1}, "cli")
+        store.record_metrics(1, "evaluate", {"reward": 0.5})
+    other = sqlite3.connect(run_dir / "ledger.sqlite")
+    other.execute("DELETE FROM row_hashes WHERE of IN ('orders', 'totals', 'metrics')")
+    other.execute("UPDATE schema_version SET version = 7")
+    other.execute("UPDATE policies SET beta = 0.5 WHERE version = 1")  # which was hashed before, and is not hashed anew
+    other.commit()
+    other.close()
+    with contextlib.closing(Store(run_dir)) as store:
+        store.event("note", "one")
+        assert store.damaged_rows(every=True) == ["the row 1 of its table policies"]

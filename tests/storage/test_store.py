@@ -216,8 +216,8 @@ def test_a_ledger_from_before_there_were_totals_is_counted_once(tmp_path):
     store.close()
     with sqlite3.connect(tmp_path / "ledger.sqlite") as old:
         for kind, name in old.execute(
-            "SELECT type, name FROM sqlite_master WHERE type = 'trigger' OR name IN ('totals', 'trends', 'rounds_by_state',"
-            " 'metrics_by_name', 'events_by_kind', 'events_by_round')"
+            "SELECT type, name FROM sqlite_master WHERE type = 'trigger' OR name IN ('totals', 'trends', 'row_hashes',"
+            " 'rounds_by_state', 'metrics_by_name', 'events_by_kind', 'events_by_round')"
         ).fetchall():
             old.execute(f"DROP {kind} {name}")
         old.execute("UPDATE schema_version SET version = 3")
