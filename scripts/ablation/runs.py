@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -118,6 +119,7 @@ def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str])
     from selfplay.reporting.terminal import Display
     from selfplay.rounds.round import run_round
     from selfplay.rounds.run import Run
+    from selfplay.storage.ledger import Store
 
     folders = {name: work / fingerprint(args, name) for name in args.arms[: args.arms.index(arm) + 1]}
     run_dir = folders.pop(arm)
@@ -125,14 +127,20 @@ def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str])
     if not run_dir.exists() and done:
         partial = work / f".{run_dir.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        Store(partial).close()  # none is made beside a pool
         shutil.copytree(next(iter(done.values())) / "pool", partial / "pool")
-        if alike := [folder for name, folder in done.items() if sampling(name) == sampling(arm)]:
-            for stage in SHARED_STAGES:
-                shutil.copytree(alike[0] / "rounds" / "0001" / stage, partial / "rounds" / "0001" / stage)
         partial.rename(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Store(run_dir)) as store:
+        if not store.last_round():  # nothing, or what a killed process has copied of others
+            shutil.rmtree(run_dir / "rounds", ignore_errors=True)
     usual, last = load(args.config, sets), load(args.config, [*sets, *assignments(LAST)])
     with (run_dir / "display.log").open("a") as log, Run(usual, run_dir, Display(Console(file=log))) as run:
+        alike = [folder for name, folder in done.items() if sampling(name) == sampling(arm)]
+        if alike and not run.store.last_round():
+            for stage in SHARED_STAGES:
+                shutil.copytree(alike[0] / "rounds" / "0001" / stage, run_dir / "rounds" / "0001" / stage)
         while (finished := sum(row["state"] != "running" for row in run.store.rounds())) < args.rounds:
             run.config = last if finished + 1 == args.rounds else usual
             if (ended := run_round(run)).outcome != "promoted":

@@ -1,17 +1,20 @@
 import argparse
+import contextlib
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mini import ROOT
+from mini import ROOT, overrides
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from ablation import arms, intervals, report, results, worlds
+from ablation import arms, intervals, report, results, runs, worlds
 
 from selfplay.config import load
+from selfplay.storage.ledger import Store
 from selfplay.worlds.tiny import questions, rewriter
 from selfplay.worlds.tiny.skills import SKILLS
 
@@ -74,6 +77,33 @@ def test_arms_that_sample_alike_share_their_first_candidates() -> None:
     assert arms.sampling("plain") == arms.sampling("potential+epsilon")
     assert arms.sampling("uniform") == arms.sampling("gradient") == arms.sampling("deep")
     assert arms.sampling("plain") != arms.sampling("breadth") != arms.sampling("breadth+uniform")
+
+
+@pytest.mark.slow
+def test_an_arm_begins_with_what_others_have_sampled(
+    mini_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, small = (
+        str(ROOT / "configs" / "tiny.yaml"),
+        [*overrides(mini_world), "evaluate.gold=selfplay.worlds.tiny:grade"],
+    )
+    args = arguments(tmp_path / "results.jsonl", "plain", "epsilon", rounds=1, config=config, set=small)
+    folders = {}
+    for arm in args.arms:
+        found = runs.one_run(args, tmp_path, arm, [*arms.assignments(arms.overrides(arm)), *small])
+        assert found["answers"] > 100 and math.isfinite(found["reward"])
+        folders[arm] = tmp_path / results.fingerprint(args, arm)
+    plain, epsilon = (
+        {
+            stage: (folders[arm] / "rounds" / "0001" / stage / "manifest.json").read_text()
+            for stage in arms.SHARED_STAGES
+        }
+        for arm in args.arms
+    )
+    assert plain == epsilon
+    for folder in folders.values():
+        with contextlib.closing(Store(folder)) as store:
+            assert store.count_rounds() == {"promoted": 1} and not store.damaged_rows(every=True)
 
 
 def test_a_run_counts_for_the_settings_it_was_made_with(tmp_path: Path) -> None:
