@@ -22,6 +22,7 @@ from selfplay.rounds.stages import STAGES
 from selfplay.storage import agreement, folders, hashes, manifests, policies, seals, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
+from selfplay.storage.schema import DECIDING
 from selfplay.training import saves
 
 PER_ROUND = 16
@@ -49,7 +50,9 @@ def use(run_dir: Path, tell: Callable[[str, str], None]) -> str:
 
 
 def _states(store: Store) -> list[Any]:
-    return store.query("SELECT name, value FROM state ORDER BY name")
+    """What is kept under names, what the schedule's end is counted by, what waits to be done, and the metrics that decide."""
+    asked = ("state ORDER BY name", "totals ORDER BY of, name", "orders ORDER BY id")
+    return [*(store.query(f"SELECT * FROM {each}") for each in asked), store.metrics_by_round(DECIDING)]
 
 
 def _pool(run_dir: Path, store: Store, index: int, is_open: bool) -> list[Any]:
