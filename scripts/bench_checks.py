@@ -36,7 +36,7 @@ def is_sealed(path): return path.is_file()
 def _hash(value): return "0" * 64
 """,
     "storage/fences.py": "def check(path): pass\n",
-    "storage/hashed_rows.py": "def prepare(connection): pass\ndef begin(connection): pass\ndef damaged(connection, every=False): return []\n",
+    "storage/hashed_rows.py": "def prepare(connection): pass\ndef begin(connection, before): pass\ndef damaged(connection, every=False): return []\n",
     "storage/lock.py": "RunLock.check = lambda self: None\n",
     "storage/ledger.py": "def _require_ours(connection, lock): pass\n",
     "storage/agreement.py": "def require(store, run_dir, tell): pass\n",

@@ -66,8 +66,8 @@ def add_round(store: Store, run_dir: Path, index: int) -> None:
         folder = run_dir / "rounds" / f"{index:04d}" / stage
         folder.mkdir(parents=True)
         (folder / "rows.txt").write_text(f"{stage} {index}", encoding="utf-8")
-        sign(folder, index, count=float(index))
-        store.record_stage(index, stage, 1.5, {"count": float(index)})
+        sign(folder, index, count=float(index), reward_mean=0.5)
+        store.record_stage(index, stage, 1.5, {"count": float(index), "reward_mean": 0.5})
     store.record_policy(index, "promoted", round=index, parent=index - 1, reference=0, beta=0.09)
     agreement.set_current(store, Policies(run_dir), index)
     closed.write(run_dir / "rounds" / f"{index:04d}", store, index, state="promoted", policy=index, reasons=[])

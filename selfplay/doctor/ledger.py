@@ -66,10 +66,13 @@ def _without_the_rest(path: Path) -> None:
 def look(run_dir: Path, store: Store) -> Iterator[Finding]:
     """Where rows are damaged, and where the ledger and the folder do not tell the same."""
     if rows := store.damaged_rows(every=True):
-        yield Finding(
-            path=store.path, what=f"{', '.join(rows[:3])}{' and others' * (len(rows) > 3)} is not what was written",
-            mend=FROM_MANIFESTS, repair=functools.partial(rebuild.make, run_dir),
-        )  # fmt: skip
+        what = f"{', '.join(map(str, rows[:3]))}{' and others' * (len(rows) > 3)} is not what was written"
+        if {row.table for row in rows} <= {"metrics", "totals"}:
+            mend = "metrics are taken from the manifests, and sums are counted again"
+            yield Finding(path=store.path, what=what, mend=mend, repair=functools.partial(_count_again, run_dir, store))
+        else:
+            repair = functools.partial(rebuild.make, run_dir)
+            yield Finding(path=store.path, what=what, mend=FROM_MANIFESTS, repair=repair)
         return  # what disagrees may be these rows
     if (wrong := agreement.current(store, run_dir)) is not None:
         version = store.serving()
@@ -128,6 +131,13 @@ def _metrics(run_dir: Path, store: Store) -> Iterator[Finding]:
                     path=store.path, what=f"the metrics of {stage} in round {row['round']} are not those of {path}",
                     mend="they are taken from the manifest", repair=functools.partial(_record, store, row["round"], path),
                 )  # fmt: skip
+
+
+def _count_again(run_dir: Path, store: Store) -> None:
+    for found in _metrics(run_dir, store):
+        assert found.repair is not None
+        found.repair()
+    store.count_again()
 
 
 def _record(store: Store, index: int, path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -20,11 +20,27 @@ from selfplay.storage.schema import DECIDING, draws, metrics, orders, policies, 
 SINCE = {7: (runs, rounds, policies, draws, state), 8: (orders, totals, metrics)}
 """What is hashed, by the version of the ledger that began with it."""
 HASHED: dict[str, sa.Table] = {table.name: table for tables in SINCE.values() for table in tables}
-ONLY = {"metrics": f"{{}}.name IN {DECIDING}"}
+ONLY = {
+    "metrics": f"{{}}.name IN {DECIDING}",
+    "totals": "{}.of != 'events'",
+}  # how many events there were decides nothing
 """Which rows of a table are hashed, where that is not all of them."""
-BY_ROUND = ("rounds", "draws", "metrics")
+BY_ROUND = ("rounds", "draws")
 LAST = 64
-"""Rounds whose rows are looked at when a run opens."""
+"""Of these tables, the rounds whose rows are looked at when a run opens."""
+BY_INDEX = {"orders": ("id", "state = 'pending'"), "rounds": ("round", "state = 'running'")}
+"""What is asked for by an index: a row that is whole is not found where its entry there is damaged."""
+
+
+class Damaged(NamedTuple):
+    """A row that is not what was written."""
+
+    table: str
+    key: str
+    gone: bool = False
+
+    def __str__(self) -> str:
+        return f"the row {self.key} of its table {self.table}{', which is gone' if self.gone else ''}"
 
 
 def prepare(connection: sqlite3.Connection) -> None:
@@ -39,31 +55,40 @@ def prepare(connection: sqlite3.Connection) -> None:
                 f" WHEN {_hashed(name, 'NEW')} BEGIN {_keep(name)}; END"
             )
         connection.execute(
-            f"CREATE TEMP TRIGGER IF NOT EXISTS hash_{name}_DELETE AFTER DELETE ON main.{name} BEGIN"
+            f"CREATE TEMP TRIGGER IF NOT EXISTS hash_{name}_DELETE AFTER DELETE ON main.{name}"
+            f" WHEN {_hashed(name, 'OLD')} BEGIN"
             f" DELETE FROM row_hashes WHERE of = '{name}' AND key = {_key(name, 'OLD')}; END"
         )
 
 
 def begin(connection: sa.Connection, before: int) -> None:
-    """Hash the rows that a ledger of the version `before` had no hashes of, as they are."""
-    for name in (table.name for version, tables in SINCE.items() if version > before for table in tables):
+    """Hash the rows that a ledger of the version `before`, or who wrote into it with that version, had no hashes of."""
+    if before < 7 and connection.exec_driver_sql("SELECT 1 FROM row_hashes LIMIT 1").scalar() is not None:
+        before = 7  # which version it was is damaged: a ledger with hashes has had those
+    hash_again(connection, *(table.name for version, tables in SINCE.items() if version > before for table in tables))
+
+
+def hash_again(connection: sa.Connection, *names: str) -> None:
+    """Hash the rows of these tables as they are."""
+    for name in names:
+        connection.exec_driver_sql(f"DELETE FROM row_hashes WHERE of = '{name}'")
         connection.exec_driver_sql(
-            f"INSERT OR REPLACE INTO row_hashes SELECT '{name}', {_key(name, name)}, {_of(name, name)} FROM {name}"
+            f"INSERT INTO row_hashes SELECT '{name}', {_key(name, name)}, {_of(name, name)} FROM {name} NOT INDEXED"
             f" WHERE {_hashed(name, name)}"
         )
 
 
-def damaged(connection: sa.Connection, every: bool = False) -> Iterable[str]:
-    """Rows that are not what their hashes say, in words: of rounds and draws the newest alone, unless `every` is asked for."""
+def damaged(connection: sa.Connection, every: bool = False) -> Iterable[Damaged]:
+    """Rows that are not what their hashes say: of rounds and draws the newest alone, unless `every` is asked for."""
     for name in HASHED:
         newest = "" if every or name not in BY_ROUND else f" AND round > (SELECT max(round) FROM {name}) - {LAST}"
         rows = connection.exec_driver_sql(
-            f"SELECT found.key FROM (SELECT {_key(name, name)} AS key, {_of(name, name)} AS hash FROM {name}"
+            f"SELECT found.key FROM (SELECT {_key(name, name)} AS key, {_of(name, name)} AS hash FROM {name} NOT INDEXED"
             f" WHERE {_hashed(name, name)}{newest}) AS found"
             f" LEFT JOIN row_hashes ON of = '{name}' AND row_hashes.key = found.key WHERE row_hashes.hash IS NOT found.hash"
         )
         for (key,) in rows:
-            yield f"the row {key} of its table {name}"
+            yield Damaged(name, key)
     gone = connection.exec_driver_sql(
         "SELECT of, key FROM row_hashes WHERE "
         + " AND ".join(
@@ -72,7 +97,13 @@ def damaged(connection: sa.Connection, every: bool = False) -> Iterable[str]:
         )
     )
     for of, key in gone:
-        yield f"the row {key} of its table {of}, which is gone"
+        yield Damaged(of, key, gone=True)
+    for name, (key, asked) in BY_INDEX.items():
+        for table, index in ((f"{name} NOT INDEXED", name), (name, f"{name} NOT INDEXED")):
+            for (number,) in connection.exec_driver_sql(
+                f"SELECT {key} FROM {table} WHERE {asked} EXCEPT SELECT {key} FROM {index} WHERE {asked}"
+            ):
+                yield Damaged(name, str(number))
 
 
 def _key(name: str, row: str) -> str:

@@ -21,7 +21,10 @@ from selfplay.errors import InputError, LockLost
 from selfplay.storage import folders, hashed_rows, sqlite_files, wal
 from selfplay.storage.lock import STATE, RunLock
 from selfplay.storage.reader import ORDER, RUN, Reader, now
+from selfplay.storage.runner import Runner
 from selfplay.storage.schema import (
+    COUNTED_AGAIN,
+    MIGRATIONS,
     draws,
     events,
     metadata,
@@ -73,6 +76,9 @@ class Store(Reader):
     for one that cannot be used.
     """
 
+    version = len(MIGRATIONS)
+    """Of the tables, and of what is hashed in them."""
+
     def __init__(self, run_dir: Path, lock: RunLock | None = None) -> None:
         """lock: of the runner, who is registered in the ledger. From then on each transaction asks whether the folder is held
         still, and each that writes whether the ledger knows of no later runner; LockLost where not. Registering raises
@@ -93,6 +99,7 @@ class Store(Reader):
             self._migrate(run_dir)
         if lock is not None:
             try:
+                self._hash_what_was_not()
                 lock.register(self)
             except BaseException:
                 self.close()
@@ -116,6 +123,13 @@ class Store(Reader):
             except LedgerError as error:
                 hint = "restore the run folder from a backup; without one, `selfplay doctor` makes the ledger again from the manifests"
                 raise InputError(f"{self.path} is damaged: {error.orig}", hint) from error
+
+    def _hash_what_was_not(self) -> None:
+        """Hash what the last runner kept no hashes of: another command may have migrated the ledger while it worked."""
+        before = Runner.read(self.state(STATE))
+        if before is not None and before.ledger < self.version:
+            with self._engine.begin() as connection:
+                hashed_rows.begin(connection, before.ledger)
 
     def open_run(self, name: str, fixed: dict[str, Any], fresh: bool = False) -> None:
         """Record the run, or check that this folder belongs to it. Raises InputError for another policy, split or seed.
@@ -227,8 +241,15 @@ class Store(Reader):
         with self._engine.begin() as connection:
             connection.execute(policies.update().where(policies.c.version.in_(versions)).values(weights=False))
 
-    def damaged_rows(self, every: bool = False) -> list[str]:
-        """Rows that are not what was written, in words (`storage/hashed_rows.py`)."""
+    def count_again(self) -> None:
+        """Make the sums anew from the rows, and take the metrics as they are."""
+        with self._engine.begin() as connection:
+            for statement in COUNTED_AGAIN:
+                connection.exec_driver_sql(statement)
+            hashed_rows.hash_again(connection, "totals", "metrics")
+
+    def damaged_rows(self, every: bool = False) -> list[hashed_rows.Damaged]:
+        """Rows that are not what was written (`storage/hashed_rows.py`)."""
         with self._engine.connect() as connection:
             return list(hashed_rows.damaged(connection, every))
 

@@ -33,6 +33,8 @@ MOVED = "start it again with the folder's new place (--run-dir, or run.dir and r
 class Ledger(Protocol):
     """What the lock needs of the ledger."""
 
+    @property
+    def version(self) -> int: ...
     def state(self, name: str) -> Any: ...
     def set_state(self, name: str, value: Any) -> None: ...
     def event(self, kind: str, text: str) -> None: ...
@@ -122,7 +124,7 @@ class RunLock:
         token = max((before.token if before else 0) + 1, self.lease.token if self.lease else 0)
         if self.lease is not None:
             self.lease.raise_to(token)
-        self.runner = replace(here, token=token)
+        self.runner = replace(here, token=token, ledger=ledger.version)
         self._ledger = ledger
         ledger.set_state(STATE, self.runner.written())
         if before is not None and before.path != here.path:

@@ -33,6 +33,8 @@ class Runner:
     lock: int = 0  # inode of the lock file that it holds; 0 where it holds none
     ended: bool = False
     """It has left the folder by itself."""
+    ledger: int = 0
+    """Version of the ledger whose hashes of rows it keeps; those before 8 do not say so."""
 
     @classmethod
     def here(cls, run_dir: Path, token: int = 0, lock: int = 0) -> Runner:
@@ -58,7 +60,7 @@ class Runner:
         """From the JSON of a file, or from a value of the ledger; None where it is no record of a runner."""
         try:
             found = json.loads(value) if isinstance(value, (str, bytes)) else value
-            return cls(**{field.name: found[field.name] for field in dataclasses.fields(cls)})
+            return cls(**{name: found[name] for field in dataclasses.fields(cls) if (name := field.name) in found})
         except (ValueError, TypeError, KeyError):
             return None
 

@@ -296,12 +296,17 @@ _TRIGGERS = (
     f" {_INTO_TRENDS.format('metrics')} {_EACH_WIDTH} CROSS JOIN metrics WHERE name = OLD.name AND {_FINITE.format('metrics')}"
     f" AND round BETWEEN OLD.round / width * width AND OLD.round / width * width + width - 1 {_WIDEN}; END",
 )
-_COUNTED = (
-    "DELETE FROM totals",
+COUNTED_AGAIN = (
+    "DELETE FROM totals WHERE of != 'events'",
     "INSERT INTO totals SELECT 'rounds', state, count(*) FROM rounds GROUP BY state",
-    "INSERT INTO totals SELECT 'events', kind, count(*) FROM events GROUP BY kind",
     "INSERT INTO totals SELECT 'stages', stage, sum(seconds) FROM stages GROUP BY stage",
     f"INSERT INTO totals SELECT 'tokens', name, sum(value) FROM metrics WHERE name IN ({_NAMES}) GROUP BY name",
+)
+"""The sums, counted from the rows. Those of events stay: retention deletes rows of events."""
+_COUNTED = (
+    *COUNTED_AGAIN,
+    "DELETE FROM totals WHERE of = 'events'",
+    "INSERT INTO totals SELECT 'events', kind, count(*) FROM events GROUP BY kind",
     "DELETE FROM trends",
     f"{_INTO_TRENDS.format('metrics')} {_EACH_WIDTH} CROSS JOIN metrics WHERE {_FINITE.format('metrics')} {_WIDEN}",
 )

@@ -1,5 +1,6 @@
 """`selfplay doctor`: what it finds in a run folder, what it mends, and what it leaves to a person."""
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -185,3 +186,21 @@ def test_a_run_does_not_go_on_without_what_it_needs(run_dir, name):
     shutil.rmtree(run_dir / name)
     code, said = doctor(run_dir, "--yes")
     assert code == 3 and "the ledger is right" in said and "goes on without it" not in said
+
+
+def test_a_damaged_metric_or_sum_costs_no_event(run_dir):
+    with contextlib.closing(Store(run_dir)) as store:
+        store.event("note", "one")
+        before = store.metrics(2), store.count_rounds(), store.totals("stages"), store.events()
+    other = sqlite3.connect(run_dir / "ledger.sqlite")
+    other.execute("UPDATE metrics SET value = 9 WHERE round = 2 AND name = 'score/reward_mean'")
+    other.execute("UPDATE totals SET value = 9 WHERE of = 'rounds'")
+    other.commit()
+    other.close()
+    code, said = doctor(run_dir)
+    assert code == 3 and "of its table metrics" in said
+    code, said = doctor(run_dir, "--yes")
+    assert (code, "mended: 1 of 1" in said) == (0, True), said
+    with contextlib.closing(Store(run_dir)) as store:
+        assert (store.metrics(2), store.count_rounds(), store.totals("stages"), store.events()) == before
+    assert doctor(run_dir) == (0, f"{run_dir}: nothing is wrong\n")

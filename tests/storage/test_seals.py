@@ -11,8 +11,9 @@ from mini import ROOT
 from storage_world import finished, flip
 
 from selfplay.errors import DamagedError, InputError
-from selfplay.storage import agreement, manifests, seals, tables
+from selfplay.storage import agreement, hashed_rows, manifests, seals, tables
 from selfplay.storage.ledger import Store
+from selfplay.storage.lock import RunLock
 from selfplay.types import ReferenceLogp
 
 
@@ -118,6 +119,7 @@ def test_a_file_of_an_earlier_round_is_read_only_as_its_manifest_has_it(tmp_path
         "UPDATE metrics SET value = 0.75 WHERE name = 'evaluate/reward' AND round = 2",
         "DELETE FROM metrics WHERE name = 'score/reward_mean' AND round = 1",
         "DELETE FROM draws WHERE round = 1",
+        "UPDATE metrics SET value = 0.75 WHERE round = 1",  # the policy that serves may be an old one
     ],
 )
 def test_a_row_that_was_changed_by_other_hands_stops_the_run(tmp_path, change):
@@ -170,4 +172,61 @@ def test_a_ledger_that_had_no_hashes_of_orders_gets_them(tmp_path):
     other.close()
     with contextlib.closing(Store(run_dir)) as store:
         store.event("note", "one")
-        assert store.damaged_rows(every=True) == ["the row 1 of its table policies"]
+        assert [*map(str, store.damaged_rows(every=True))] == ["the row 1 of its table policies"]
+
+
+def test_a_version_that_was_damaged_hashes_nothing_anew(tmp_path):
+    run_dir = finished(tmp_path / "run", rounds=1)
+    other = sqlite3.connect(run_dir / "ledger.sqlite")
+    other.execute("UPDATE schema_version SET version = 0")
+    other.execute("UPDATE policies SET beta = 0.5 WHERE version = 1")
+    other.commit()
+    other.close()
+    with contextlib.closing(Store(run_dir)) as store:
+        assert "the row 1 of its table policies" in map(str, store.damaged_rows())
+
+
+def test_what_a_runner_of_an_earlier_version_wrote_after_the_migration_is_no_damage(tmp_path):
+    """`selfplay status` migrates the ledger while an older service works on, whose connections keep fewer hashes."""
+    run_dir = finished(tmp_path / "run", rounds=1)
+    with RunLock(run_dir) as lock, contextlib.closing(Store(run_dir, lock)) as store:
+        order = store.submit("rollback", {"version": 1}, "cli")
+    older = sqlite3.connect(run_dir / "ledger.sqlite")  # it has no triggers of ours
+    (found,) = older.execute("SELECT value FROM state WHERE name = 'runner'").fetchone()
+    runner = json.loads(found)
+    del runner["ledger"]
+    hashed_rows.prepare(older)  # as a runner keeps the hashes of its own record
+    older.execute("UPDATE state SET value = ? WHERE name = 'runner'", (json.dumps(runner),))
+    older.commit()
+    older.close()
+    older = sqlite3.connect(run_dir / "ledger.sqlite")
+    older.execute("UPDATE orders SET state = 'done' WHERE id = ?", (order,))
+    older.execute("UPDATE totals SET value = value + 1 WHERE of = 'stages'")
+    older.commit()
+    older.close()
+    with contextlib.closing(Store(run_dir)) as store:
+        assert store.damaged_rows()
+    with RunLock(run_dir) as lock, contextlib.closing(Store(run_dir, lock)) as store:
+        assert store.damaged_rows(every=True) == []
+
+
+@pytest.mark.parametrize("place", ["table", "index"])
+def test_a_waiting_order_that_cannot_be_found_is_damage(tmp_path, place):
+    run_dir = finished(tmp_path / "run", rounds=1)
+    with contextlib.closing(Store(run_dir)) as store:
+        store.submit("rollback", {"version": 1}, "cli")
+    other = sqlite3.connect(run_dir / "ledger.sqlite")
+    other.execute("PRAGMA journal_mode=DELETE")
+    (page,) = other.execute(
+        "SELECT rootpage FROM sqlite_master WHERE name = ?", ("orders" if place == "table" else "ix_orders_state",)
+    ).fetchone()
+    (size,) = other.execute("PRAGMA page_size").fetchone()
+    other.close()
+    path = run_dir / "ledger.sqlite"
+    content = bytearray(path.read_bytes())
+    at = content.index(b"pending", (page - 1) * size)
+    assert at < page * size
+    content[at + 4] ^= 2
+    path.write_bytes(content)
+    with contextlib.closing(Store(run_dir)) as store:
+        assert "the row 1 of its table orders" in map(str, store.damaged_rows())
