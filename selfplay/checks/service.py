@@ -15,8 +15,9 @@ from selfplay.config import Config
 from selfplay.errors import InUseError
 from selfplay.service.due import next_start
 from selfplay.storage import agreement, filesystem
-from selfplay.storage.ledger import Store, require_nothing_made
+from selfplay.storage.ledger import Store
 from selfplay.storage.lock import RunLock
+from selfplay.storage.manifests import require_nothing_made
 from selfplay.tracking import trackers
 from selfplay.web import access
 

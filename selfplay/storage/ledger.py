@@ -20,6 +20,7 @@ from sqlalchemy.exc import OperationalError
 from selfplay.errors import InputError, LockLost
 from selfplay.storage import folders, hashed_rows, sqlite_files, wal
 from selfplay.storage.lock import STATE, RunLock
+from selfplay.storage.manifests import require_nothing_made
 from selfplay.storage.reader import ORDER, RUN, Reader, now
 from selfplay.storage.runner import Runner
 from selfplay.storage.schema import (
@@ -39,12 +40,10 @@ from selfplay.storage.schema import (
     state,
 )
 
-__all__ = ["RESTARTS", "LedgerError", "PairRow", "Store", "now", "require_nothing_made"]
+__all__ = ["RESTARTS", "LedgerError", "PairRow", "Store", "now"]
 
 RESTARTS = ("engine_restart", "swap_restart", "reward_restart", "trainer_restart")
 """Kinds of events that say that a child was started again."""
-MADE = ("rounds/*/*/manifest.json", "pool/initial.json")
-"""Files that a run folder has only after its ledger."""
 BUSY = 30.0  # seconds to wait for another process that writes
 LONGEST_WAL = 64 << 20  # bytes that the write-ahead log keeps on disk once it was written back
 AFTER_SLASH = chr(ord("/") + 1)
@@ -351,21 +350,6 @@ _POLICY_CHANGED, _POLICY_ADDED = (
     policies.insert(),
 )
 _ORDER_CHANGED, _ORDER_ADDED = orders.update().where(orders.c.id == sa.bindparam("number")), orders.insert()
-
-
-def require_nothing_made(run_dir: Path, what: str) -> None:
-    """Raise InputError where a run folder has a ledger no more, but pool or finished stages.
-
-    A new one would know nothing of pins, orders and which policy serves. Where only ledger.sqlite was copied, all that the
-    ledger said may have been in ledger.sqlite-wal.
-    """
-    made = next((path for name in MADE for path in run_dir.glob(name)), None)
-    if made is not None:
-        raise InputError(
-            f"{run_dir / 'ledger.sqlite'} {what}, and {made} is there: no new ledger is made beside what a run has done",
-            "put ledger.sqlite, with ledger.sqlite-wal where there is one, back from a copy; without a copy, `selfplay doctor` "
-            "makes one from the manifests of the folder",
-        )
 
 
 def _given(order: dict[str, Any]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selfplay.errors import CheckpointError, DamagedError
+from selfplay.errors import CheckpointError, DamagedError, InputError
 from selfplay.storage import folders, hashes, seals
 
+MADE = ("rounds/*/*/manifest.json", "pool/initial.json")
+"""Files that a run folder has only after its ledger."""
 FIELDS = ("stage", "round", "fingerprint", "seconds", "metrics", "files")
 
 
@@ -39,3 +41,18 @@ def require_whole(path: Path) -> Path:
             "put it back from a copy; `selfplay doctor` sets it aside where there is none, and later rounds go on without it",
         ) from error
     return path
+
+
+def require_nothing_made(run_dir: Path, what: str) -> None:
+    """Raise InputError where a run folder has a ledger no more, but pool or finished stages.
+
+    A new one would know nothing of pins, orders and which policy serves. Where only ledger.sqlite was copied, all that the
+    ledger said may have been in ledger.sqlite-wal.
+    """
+    made = next((path for name in MADE for path in run_dir.glob(name)), None)
+    if made is not None:
+        raise InputError(
+            f"{run_dir / 'ledger.sqlite'} {what}, and {made} is there: no new ledger is made beside what a run has done",
+            "put ledger.sqlite, with ledger.sqlite-wal where there is one, back from a copy; without a copy, `selfplay doctor` "
+            "makes one from the manifests of the folder",
+        )
