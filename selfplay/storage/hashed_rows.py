@@ -28,6 +28,8 @@ ONLY = {
 BY_ROUND = ("rounds", "draws")
 LAST = 64
 """Of these tables, the rounds whose rows are looked at when a run opens."""
+READ_FROM = {"metrics": ("NOT INDEXED", "INDEXED BY metrics_by_name")}
+"""Where the values of a row are read from, where that is not the table alone: the guard reads metrics from their index."""
 BY_INDEX = {"orders": ("id", "state = 'pending'"), "rounds": ("round", "state = 'running'")}
 """What is asked for by an index: a row that is whole is not found where its entry there is damaged."""
 
@@ -82,13 +84,14 @@ def damaged(connection: sa.Connection, every: bool = False) -> Iterable[Damaged]
     """Rows that are not what their hashes say: of rounds and draws the newest alone, unless `every` is asked for."""
     for name in HASHED:
         newest = "" if every or name not in BY_ROUND else f" AND round > (SELECT max(round) FROM {name}) - {LAST}"
-        rows = connection.exec_driver_sql(
-            f"SELECT found.key FROM (SELECT {_key(name, name)} AS key, {_of(name, name)} AS hash FROM {name} NOT INDEXED"
-            f" WHERE {_hashed(name, name)}{newest}) AS found"
-            f" LEFT JOIN row_hashes ON of = '{name}' AND row_hashes.key = found.key WHERE row_hashes.hash IS NOT found.hash"
-        )
-        for (key,) in rows:
-            yield Damaged(name, key)
+        for source in READ_FROM.get(name, ("NOT INDEXED",)):
+            rows = connection.exec_driver_sql(
+                f"SELECT found.key FROM (SELECT {_key(name, name)} AS key, {_of(name, name)} AS hash FROM {name} {source}"
+                f" WHERE {_hashed(name, name)}{newest}) AS found LEFT JOIN row_hashes ON of = '{name}'"
+                " AND row_hashes.key = found.key WHERE row_hashes.hash IS NOT found.hash"
+            )
+            for (key,) in rows:
+                yield Damaged(name, key)
     gone = connection.exec_driver_sql(
         "SELECT of, key FROM row_hashes WHERE "
         + " AND ".join(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sqlite3
+import struct
 import tarfile
 
 import pyarrow as pa
@@ -210,23 +211,29 @@ def test_what_a_runner_of_an_earlier_version_wrote_after_the_migration_is_no_dam
         assert store.damaged_rows(every=True) == []
 
 
-@pytest.mark.parametrize("place", ["table", "index"])
-def test_a_waiting_order_that_cannot_be_found_is_damage(tmp_path, place):
+@pytest.mark.parametrize(
+    ("name", "value", "damaged"),
+    [
+        ("orders", b"pending", "the row 1 of its table orders"),
+        ("ix_orders_state", b"pending", "the row 1 of its table orders"),
+        ("metrics", struct.pack(">d", 0.3137), "the row 1 evaluate/reward of its table metrics"),
+        ("metrics_by_name", struct.pack(">d", 0.3137), "the row 1 evaluate/reward of its table metrics"),
+    ],
+)
+def test_a_bit_in_a_table_or_in_the_index_that_is_read_instead_is_damage(tmp_path, name, value, damaged):
     run_dir = finished(tmp_path / "run", rounds=1)
     with contextlib.closing(Store(run_dir)) as store:
         store.submit("rollback", {"version": 1}, "cli")
+        store.record_metrics(1, "evaluate", {"reward": 0.3137})
     other = sqlite3.connect(run_dir / "ledger.sqlite")
     other.execute("PRAGMA journal_mode=DELETE")
-    (page,) = other.execute(
-        "SELECT rootpage FROM sqlite_master WHERE name = ?", ("orders" if place == "table" else "ix_orders_state",)
-    ).fetchone()
+    (page,) = other.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()
     (size,) = other.execute("PRAGMA page_size").fetchone()
     other.close()
     path = run_dir / "ledger.sqlite"
     content = bytearray(path.read_bytes())
-    at = content.index(b"pending", (page - 1) * size)
-    assert at < page * size
+    at = content.index(value, (page - 1) * size, page * size)
     content[at + 4] ^= 2
     path.write_bytes(content)
     with contextlib.closing(Store(run_dir)) as store:
-        assert "the row 1 of its table orders" in map(str, store.damaged_rows())
+        assert damaged in map(str, store.damaged_rows())
