@@ -50,6 +50,7 @@ def require(store: Store, run_dir: Path, tell: Callable[[str, str], None]) -> No
     for found in disagreements(store, run_dir):
         raise InputError(f"{found.path}: {found.what}", f"{found.right}; {DOCTOR}")
     there = Policies(run_dir)
+    there.clean()
     begins = store.state(CURRENT) is None and there.current is None and not store.last_round()
     if (version := store.serving()) is None or begins:
         set_current(store, there, 0)

@@ -136,6 +136,11 @@ class Policies:
                 partial.unlink(missing_ok=True)
                 partial.write_text(f"{version}\n", encoding="utf-8")
 
+    def clean(self) -> None:
+        """Delete what a writer of `current` has left that was ended before it was done."""
+        with folders.disk_errors(self._current):
+            self._current.with_name(f".{self._current.name}.partial").unlink(missing_ok=True)
+
     def import_initial(
         self,
         source: Path,

@@ -76,6 +76,12 @@ def test_a_current_that_its_writer_did_not_come_to_is_set(run_dir):
     assert "it names policy 3" in said and Policies(run_dir).current == 1
 
 
+def test_what_a_killed_writer_of_current_left_is_deleted(run_dir):
+    left = run_dir / ".current.partial"
+    left.write_text("3")
+    assert opened(run_dir) == [] and not left.exists()
+
+
 def test_a_current_that_a_full_disk_kept_behind_is_set_after_a_kill_all_the_same(run_dir, monkeypatch):
     store, policies = Store(run_dir), Policies(run_dir)
 
