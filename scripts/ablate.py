@@ -26,6 +26,9 @@ before selection. The gate lets everything through, so that it cannot hide a bad
 every held-out prompt. The same call goes on where an interrupted one stopped. Each process has one thread, and `--workers`
 runs go on at a time.
 
+**A real model.** With `--world smollm2` the arms run as `configs/smollm2.yaml` says, and the audit prompts, whose topics are not
+trained on, judge: what share of the answers follows all constraints. A round takes a quarter of an hour on two cores.
+
 **Results.** A finished run adds a line to `--results`, and `--report` makes the tables and a picture from these lines. A line
 counts for the settings, the world and the number of rounds that it was made with; a call with others does its own runs.
 Intervals come from a bootstrap of Student's t over the seeds of each world, because a percentile interval of 14 values is too
@@ -42,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ablation.arms import ARMS, CONTROLS, NEIGHBOURS, POOLS, REDUNDANT, overrides
 from ablation.report import report
 from ablation.runs import run_all, unit
+from ablation.worlds import budget, worlds
 
 
 def main() -> None:
@@ -51,24 +55,35 @@ def main() -> None:
         nargs="+",
         help=f"the first is what others are held against; controls: {' '.join(CONTROLS)}; neighbours: {' '.join(NEIGHBOURS)}",
     )
+    parser.add_argument(
+        "--world",
+        choices=["tiny", "smollm2"],
+        default="tiny",
+        help="what kind of world the arms run in (default: tiny)",
+    )
     parser.add_argument("--seeds", type=int, default=7, help="run seeds for each world (default: 7)")
     parser.add_argument("--first-seed", type=int, default=1000, help="the first run seed (default: 1000)")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 3], help="seeds of the worlds (default: 2 3)")
+    parser.add_argument("--worlds", type=int, nargs="+", help="seeds of the tiny worlds (default: 2 3)")
     parser.add_argument("--pool", choices=["usual", *POOLS], default="usual", help="the prompts to draw from")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--config", default="configs/tiny.yaml")
+    parser.add_argument("--config", help="default: configs/tiny.yaml or configs/smollm2.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="for every arm")
     parser.add_argument("--results", type=Path, default=Path("docs/ablations.jsonl"), help="default: %(default)s")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/ablation"), help="folder of the runs (default: %(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: 2 in the tiny worlds, 1 of SmolLM2)")
     parser.add_argument("--report", action="store_true", help="no runs: table and picture of what is there")
     parser.add_argument("--unit", nargs=2, metavar=("WORLD", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.world != "tiny" and (args.pool != "usual" or args.worlds):
+        parser.error("--pool and --worlds are those of the tiny worlds")
+    args.config = args.config or f"configs/{args.world}.yaml"
+    args.worlds = args.worlds or ([2, 3] if args.world == "tiny" else [0])
+    args.workers = args.workers or worlds(args).WORKERS
     args.arms = args.arms or (ARMS if args.pool == "usual" else REDUNDANT)
     for arm in args.arms:
-        overrides(arm)
+        overrides(arm, budget(args))
     if args.unit:
         unit(args, int(args.unit[0]), int(args.unit[1]))
         return

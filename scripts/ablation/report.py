@@ -5,52 +5,60 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ablation.arms import COMPARISONS, METRICS, REDUNDANT_COMPARISONS
 from ablation.intervals import MIN_SEEDS, cell, interval, paired, plus_minus, shown
 from ablation.results import results
+from ablation.worlds import worlds as kind_of
 
 
 def report(args: argparse.Namespace) -> None:
     """Print the tables of the finished runs, and draw the paired differences beside their file."""
     found = {arm: rows for arm in args.arms if (rows := results(args, arm))}
-    plain = args.arms[0]
+    plain, kind = args.arms[0], kind_of(args)
+    metrics = kind.METRICS
     if plain not in found:
         sys.exit(f"{args.results} has no finished run of {plain} with these settings")
-    print("\n| arm | runs | " + " | ".join(METRICS.values()) + " | pairs | tokens generated |")
-    print("|---" * (len(METRICS) + 4) + "|")
+    print("\n| arm | runs | " + " | ".join(metrics.values()) + " | pairs | tokens generated |")
+    print("|---" * (len(metrics) + 4) + "|")
     for arm, rows in found.items():
-        cells = [cell({key: row[m] for key, row in rows.items()}) for m in METRICS]
+        cells = [cell({key: row[m] for key, row in rows.items()}) for m in metrics]
         costs = [f"{statistics.fmean(row[m] for row in rows.values()):.0f}" for m in ("pairs", "generated")]
         print(f"| {arm} | {len(rows)} | " + " | ".join([*cells, *costs]) + " |")
     print(
         f"\nPaired differences to {plain}, mean [95 % interval]; of few seeds, or one world, mean ± standard error:\n"
     )
-    print("| arm | seeds | " + " | ".join(METRICS.values()) + " |")
-    print("|---" * (len(METRICS) + 2) + "|")
+    print("| arm | seeds | " + " | ".join(metrics.values()) + " |")
+    print("|---" * (len(metrics) + 2) + "|")
     worlds = sorted({world for world, _ in found[plain]})
     for arm in list(found)[1:]:
-        both = [paired(found, arm, plain, m) for m in METRICS]
+        both = [paired(found, arm, plain, m) for m in metrics]
         print(f"| {arm} | {len(both[0])} | " + " | ".join(map(cell, both)) + " |")
         for world in worlds if len(worlds) > 1 else []:
             own = [{key: d for key, d in each.items() if key[0] == world} for each in both]
             if len(own[0]) > 1:
                 print(f"| … world {world} | {len(own[0])} | " + " | ".join(map(plus_minus, own)) + " |")
     print("\nWhat was expected before the runs:\n")
-    for arm, against, metric, least in COMPARISONS if args.pool == "usual" else REDUNDANT_COMPARISONS:
+    for arm, against, metric, least in kind.expected(args):
         if arm in found and against in found:
             differences = paired(found, arm, against, metric)
             mean, low, high = interval(differences)
             few = len(differences) < MIN_SEEDS
             verdict = "too few seeds" if few else "shown" if low > least else "refuted" if high < least else "open"
-            print(f"- {arm} − {against}, {METRICS[metric]} > {least:g}: {shown(mean, low, high)}: {verdict}")
+            print(f"- {arm} − {against}, {metrics[metric]} > {least:g}: {shown(mean, low, high)}: {verdict}")
     picture = args.results.with_suffix(".png")
-    draw(found, plain, picture if args.pool == "usual" else picture.with_stem(f"{picture.stem}-{args.pool}"))
+    which = [name for name, usual in ((args.world, "tiny"), (args.pool, "usual")) if name != usual]
+    draw(
+        found,
+        plain,
+        picture.with_stem("-".join([picture.stem, *which])),
+        {name: metrics[name] for name in kind.PICTURED},
+    )
 
 
-def draw(found: dict[str, Any], against: str, path: Path) -> None:
+def draw(found: dict[str, Any], against: str, path: Path, metrics: Mapping[str, str]) -> None:
     """Draw the paired differences of every arm to the one named `against`, a panel for each metric."""
     import matplotlib
 
@@ -60,9 +68,8 @@ def draw(found: dict[str, Any], against: str, path: Path) -> None:
     arms = [arm for arm in found if arm != against]
     if against not in found or not arms:
         return
-    names = ("reward", "gold", "content", "kl", "length")
-    figure, panels = pyplot.subplots(1, len(names), figsize=(3 * len(names), 0.5 * len(arms) + 1.4), sharey=True)
-    for panel, metric in zip(panels, names, strict=True):
+    figure, panels = pyplot.subplots(1, len(metrics), figsize=(3 * len(metrics), 0.5 * len(arms) + 1.4), sharey=True)
+    for panel, metric in zip(panels, metrics, strict=True):
         for row, arm in enumerate(arms):
             differences = paired(found, arm, against, metric)
             mean, low, high = interval(differences)
@@ -71,7 +78,7 @@ def draw(found: dict[str, Any], against: str, path: Path) -> None:
             panel.plot([low, high], [row, row], color="#2563c9", linewidth=2)
             panel.plot(mean, row, "o", color="#2563c9", markersize=5)
         panel.axvline(0, color="#6b7280", linewidth=0.8)
-        panel.set_title(METRICS[metric], fontsize=9)
+        panel.set_title(metrics[metric], fontsize=9)
         panel.tick_params(labelsize=8)
         panel.locator_params(axis="x", nbins=4)
         for side in ("top", "right", "left"):

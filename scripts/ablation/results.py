@@ -8,14 +8,14 @@ import json
 from typing import Any
 
 from ablation.arms import overrides
-from ablation.worlds import ROOT
+from ablation.worlds import ROOT, budget
 
 
 def fingerprint(args: argparse.Namespace, arm: str) -> str:
     """What a run was made with, beside its world and seed. Lines with the same fingerprint may be compared."""
     config = hashlib.sha256((ROOT / args.config).read_bytes()).hexdigest()
     drawn_from = [] if args.pool == "usual" else [args.pool]
-    what = json.dumps([overrides(arm), args.set, args.rounds, config, *drawn_from], sort_keys=True)
+    what = json.dumps([overrides(arm, budget(args)), args.set, args.rounds, config, *drawn_from], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 

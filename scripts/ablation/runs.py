@@ -13,23 +13,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ablation.arms import LAST, SHARED_STAGES, assignments, overrides, sampling
+from ablation.arms import SHARED_STAGES, assignments, overrides, sampling
 from ablation.results import fingerprint, results
-from ablation.worlds import ROOT, built, pool, world_dir, write_pool
+from ablation.tiny import write_pool
+from ablation.worlds import budget, worlds
 
 
 def run_all(args: argparse.Namespace) -> None:
     """Do every unit (world, seed) in a process of its own, `--workers` of them at a time."""
     for world in args.worlds:
-        if not (world_dir(world) / "current").exists():
-            print(f"building the world of seed {world}", flush=True)
-            argv = [sys.executable, str(ROOT / "scripts" / "make_tiny.py"), "--seed", str(world)]
-            subprocess.run([*argv, "--out", str(world_dir(world))], check=True)
+        worlds(args).build(world)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the units are stopped too
     units = [(world, args.first_seed + i) for i in range(args.seeds) for world in args.worlds]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -43,7 +41,7 @@ def run_all(args: argparse.Namespace) -> None:
         if stopping.is_set():
             return
         argv = [sys.executable, *sys.argv, "--unit", str(world), str(seed)]
-        process = subprocess.Popen(argv, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(argv, env=os.environ | worlds(args).ENVIRONMENT)
         running.add(process)
         if process.wait() and not stopping.is_set():
             print(f"world {world} seed {seed} failed; the same command tries it again", flush=True)
@@ -62,53 +60,42 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def unit(args: argparse.Namespace, world: int, seed: int) -> None:
-    """Do all arms of one seed in one world, one after another, with one reward server."""
+    """Do all arms of one seed in one world, one after another, with one reward."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    now = built(world)
+    here = worlds(args)
+    now = here.built(world)
     missing = [arm for arm in args.arms if results(args, arm).get((world, seed), {}).get("built") != now]
     if not missing:
         return
-    work = args.out / f"world-{world}-{now}-seed-{seed}"
-    here = (world_dir(world) / "current").resolve()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "reward.server", "--model", str(here / "reward"), "--dtype", "float32", "--port", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    work = args.out / f"world-{args.world}-{world}-{now}-seed-{seed}"
     try:
-        assert server.stdout is not None
-        url = json.loads(server.stdout.readline())["url"]
-        for arm in missing:
-            began = time.monotonic()
-            settings = overrides(arm) | {
-                "run.seed": seed,
-                "policy.model": str(here / "policy"),
-                "prompts.source": str(pool(args, world)),
-                "prompts.heldout": str(here / "heldout.jsonl"),
-                "reward.model": None,
-                "schedule.end.rounds": args.rounds,  # no round is sampled ahead that will not be
-                "evaluate.judge": None,  # arms are compared by the reward they were trained on, and by gold
-                "reward.url": [url],
-            }
-            found = one_run(args, work, arm, [*assignments(settings), *args.set]) | {
-                "world": world,
-                "seed": seed,
-                "arm": arm,
-                "fingerprint": fingerprint(args, arm),
-                "built": now,
-            }
-            with args.results.open("ab", buffering=0) as file:  # one write: lines of two processes never mix
-                file.write(json.dumps(found).encode() + b"\n")
-            took = time.monotonic() - began
-            print(
-                f"world {world} seed {seed} {arm}: reward {found['reward']:.3f} gold {found['gold']:.3f} {took:.0f} s",
-                flush=True,
-            )
+        with here.reward(world) as reward:
+            for arm in missing:
+                began = time.monotonic()
+                settings = (
+                    overrides(arm, budget(args))
+                    | {
+                        "run.seed": seed,
+                        "schedule.end.rounds": args.rounds,  # no round is sampled ahead that will not be
+                        "evaluate.judge": None,  # arms are compared by the reward they were trained on, and by gold
+                    }
+                    | here.settings(args, world)
+                    | reward
+                )
+                found = one_run(args, work, arm, [*assignments(settings), *args.set]) | {
+                    "world": world,
+                    "seed": seed,
+                    "arm": arm,
+                    "fingerprint": fingerprint(args, arm),
+                    "built": now,
+                }
+                with args.results.open("ab", buffering=0) as file:  # one write: lines of two processes never mix
+                    file.write(json.dumps(found).encode() + b"\n")
+                said = " ".join(f"{name} {found[name]:.3f}" for name in here.PICTURED)
+                print(f"world {world} seed {seed} {arm}: {said} {time.monotonic() - began:.0f} s", flush=True)
         shutil.rmtree(work)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str]) -> dict[str, Any]:
@@ -129,15 +116,19 @@ def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str])
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         Store(partial).close()  # none is made beside a pool
-        shutil.copytree(next(iter(done.values())) / "pool", partial / "pool")
+        before = next(iter(done.values()))
+        for shared in ("pool", "audit"):  # the initial policy's answers are found by what they were sampled with
+            if (before / shared).is_dir():
+                shutil.copytree(before / shared, partial / shared)
         partial.rename(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Store(run_dir)) as store:
         if not store.last_round():  # nothing, or what a killed process has copied of others
             shutil.rmtree(run_dir / "rounds", ignore_errors=True)
-    usual, last = load(args.config, sets), load(args.config, [*sets, *assignments(LAST)])
+    usual_budget = budget(args)
+    usual, last = load(args.config, sets), load(args.config, [*sets, *assignments(worlds(args).LAST)])
     with (run_dir / "display.log").open("a") as log, Run(usual, run_dir, Display(Console(file=log))) as run:
-        alike = [folder for name, folder in done.items() if sampling(name) == sampling(arm)]
+        alike = [folder for name, folder in done.items() if sampling(name, usual_budget) == sampling(arm, usual_budget)]
         if alike and not run.store.last_round():
             for stage in SHARED_STAGES:
                 shutil.copytree(alike[0] / "rounds" / "0001" / stage, run_dir / "rounds" / "0001" / stage)
@@ -145,27 +136,14 @@ def one_run(args: argparse.Namespace, work: Path, arm: str, sets: Sequence[str])
             run.config = last if finished + 1 == args.rounds else usual
             if (ended := run_round(run)).outcome != "promoted":
                 sys.exit(f"{run_dir}: round {ended.round} was {ended.outcome}: {'; '.join(ended.reasons)}")
-        return measured(run.store, run_dir, args.rounds)
+        metrics = [run.store.metrics(index) for index in range(1, args.rounds + 1)]
+    return worlds(args).measured(run_dir, metrics) | cost(metrics)
 
 
-def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
-    """What a run reached: means over the answers of its last policy to all held-out prompts, and what it cost."""
-    from selfplay.storage import tables
-    from selfplay.types import Scored
-
-    folder = run_dir / "rounds" / f"{rounds:04d}" / "evaluate"
-    answers = [row for name in ("candidate", "audit") for row in tables.read_rows(folder / f"{name}.parquet", Scored)]
-    metrics = [store.metrics(index) for index in range(1, rounds + 1)]
+def cost(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a run cost, and what its methods did, from the metrics of its rounds."""
     end = metrics[-1]
-    gained = end["evaluate/audit_gold_total"] - end["evaluate/audit_gold_total_initial"]
     return {
-        "reward": statistics.fmean(row.reward for row in answers if row.reward is not None),
-        "gold": statistics.fmean(row.reward_parts["total"] for row in answers),
-        "content": statistics.fmean(row.reward_parts["content"] for row in answers),
-        "win": end["evaluate/audit_gold_win_rate"],
-        "kl": end["evaluate/kl_initial"],
-        "gold_per_nat": gained / end["evaluate/kl_initial"],
-        "length": statistics.fmean(row.n_tokens for row in answers),
         "pairs": sum(m["depth/pairs"] for m in metrics),
         "generated": sum(m["generate/tokens"] for m in metrics),
         "beta": end["train/beta"],
@@ -176,5 +154,4 @@ def measured(store: Any, run_dir: Path, rounds: int) -> dict[str, Any]:
         "closeness_to_others": end.get("depth/closeness_to_others"),
         "most": end.get("depth/most"),
         "evenness": end.get("prompts/cluster_evenness"),
-        "answers": len(answers),
     }

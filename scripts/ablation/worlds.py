@@ -1,52 +1,66 @@
-"""The worlds that arms run in, and the prompts that they draw from."""
+"""What kinds of worlds arms run in, and what the ablation asks each of them."""
 
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, Protocol
+
+from ablation.arms import Budget
 
 ROOT = Path(__file__).resolve().parents[2]
+Expected = tuple[str, str, str, float]
+"""A difference that was expected before the runs: arm, against which other, in what, and the least lower bound of its interval."""
 
 
-def world_dir(seed: int) -> Path:
-    """The folder that `make_tiny.py` builds the world of this seed in."""
-    return ROOT / ".cache" / ("tiny" if seed == 0 else f"tiny-{seed}")
+class Worlds(Protocol):
+    """Base policies with their prompts and rewards, by numbers."""
+
+    METRICS: Mapping[str, str]
+    """What a run is measured by: column → name."""
+    PICTURED: Sequence[str]
+    """Those of them that the picture shows."""
+    LAST: Mapping[str, Any]
+    """What the last round of a run evaluates."""
+    WORKERS: int
+    """Runs that go on at a time by default."""
+    ENVIRONMENT: Mapping[str, str]
+    """That of a run, beside what there is."""
+
+    def build(self, world: int) -> None:
+        """Make a world unless it is there."""
+
+    def built(self, world: int) -> str:
+        """The hash of what a world was made of."""
+
+    def settings(self, args: argparse.Namespace, world: int) -> dict[str, Any]:
+        """What every arm has in a world."""
+
+    def reward(self, world: int) -> AbstractContextManager[dict[str, Any]]:
+        """The reward at work, and the settings that lead to it."""
+
+    def expected(self, args: argparse.Namespace) -> Sequence[Expected]: ...
+
+    def measured(self, run_dir: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """What the last policy of a finished run reached. `metrics`: those of its rounds, the last of which has an audit."""
 
 
-def built(world: int) -> str:
-    """The hash of the recipe that a world was built by."""
-    return (world_dir(world) / "current").resolve().name
+def worlds(args: argparse.Namespace) -> Worlds:
+    """Those that a call runs in."""
+    from ablation import smollm2, tiny
+
+    return smollm2 if args.world == "smollm2" else tiny
 
 
-def pool(args: argparse.Namespace, world: int) -> Path:
-    """The file of the prompts to draw from."""
-    if args.pool == "usual":
-        return world_dir(world) / "current" / "train.jsonl"
-    return Path(args.out / f"world-{world}-{built(world)}-{args.pool}.jsonl")
+def budget(args: argparse.Namespace) -> Budget:
+    """What each arm of a call samples in a round."""
+    from selfplay.config import load
 
-
-def write_pool(args: argparse.Namespace, world: int) -> None:
-    """Write the file of a pool that is not the usual one.
-
-    Of each skill it has one question in all its wordings, and twelve others, or as many as there are, in one wording each.
-    """
-    from selfplay.worlds.tiny import questions, rewriter
-    from selfplay.worlds.tiny.skills import SKILLS
-
-    wordings: dict[str, dict[str, list[str]]] = {}  # skill → matter → prompts
-    for line in (world_dir(world) / "current" / "train.jsonl").read_text().splitlines():
-        text = json.loads(line)["messages"][-1]["content"]
-        parsed = rewriter.parse(text)
-        assert parsed is not None, f"{text!r} is not of the tiny world"
-        skill, _, matter = parsed
-        wordings.setdefault(skill, {}).setdefault(matter, []).append(text)
-    found: list[str] = []
-    for skill, matters in wordings.items():
-        if args.pool == "learnable" and SKILLS[skill].regime == "hopeless":
-            continue
-        popular, *others = sorted(matters, key=lambda matter: questions.unit("redundant", skill, matter))
-        found += rewriter.wordings(skill, popular)
-        found += [matters[matter][0] for matter in others[:12]]
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in found if not questions.held_out(text)]
-    pool(args, world).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load(ROOT / args.config, args.set)
+    return Budget(
+        prompts=config.prompts.per_round,
+        candidates=config.generate.candidates,
+        shard_prompts=config.generate.shard_prompts,
+    )

@@ -52,6 +52,7 @@ LOOKS: tuple[tuple[str, Look], ...] = (
     ("webhook", webhook.answers),
     ("disk", machine.disk),
     ("memory", machine.memory),
+    ("precision", machine.precision),
     ("gpu", gpus.gpus),
     ("utilisation", timeline.idle),
     ("cluster", cluster.nodes),

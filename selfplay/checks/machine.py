@@ -18,6 +18,7 @@ from selfplay.planning.memory import GIB
 from selfplay.training import launch
 
 MASTERS, REFERENCE, OPTIMIZER = 4, 4, 12  # bytes a parameter, fp32; the optimizer: gradient and two moments
+CPUINFO = Path("/proc/cpuinfo")
 SAVE = 12  # bytes a parameter that a save of the trainer takes: weights and two moments
 
 
@@ -42,6 +43,22 @@ def batches(config: Config, run_dir: Path) -> Iterator[Finding]:
         yield Finding.error("train.batch_pairs", f"{said}: not a multiple of {together}")
     else:
         yield Finding.ok("training", said)
+
+
+def precision(config: Config, run_dir: Path) -> Iterator[Finding]:
+    """Whether a processor that samples or trains computes in bfloat16, where it is asked to."""
+    asked = {
+        "policy.dtype: float32": config.policy.dtype == "bfloat16",
+        "train.bf16: false": config.train.bf16,
+    }
+    if config.cluster is not None or shutil.which("nvidia-smi") or not any(asked.values()) or not CPUINFO.is_file():
+        return
+    if "bf16" in CPUINFO.read_text(encoding="utf-8"):  # avx512_bf16, amx_bf16, or that of an ARM processor
+        return
+    faster = " and ".join(setting for setting, wanted in asked.items() if wanted)
+    yield Finding.warning(
+        "precision", f"this processor does not compute in bfloat16, so it is much slower in it: set {faster}"
+    )
 
 
 def disk(config: Config, run_dir: Path) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ import pytest
 from mini import ROOT, overrides
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from ablation import arms, intervals, report, results, runs, worlds
+from ablation import arms, intervals, report, results, runs, tiny, worlds
 
 from selfplay.config import load
 from selfplay.storage.ledger import Store
@@ -19,6 +19,8 @@ from selfplay.worlds.tiny import questions, rewriter
 from selfplay.worlds.tiny.skills import SKILLS
 
 ARMS = sorted({*arms.ARMS, *arms.CONTROLS, *arms.NEIGHBOURS, *arms.REDUNDANT})
+BUDGET = arms.Budget(prompts=192, candidates=8, shard_prompts=64)
+"""Of the tiny world."""
 
 
 def arguments(file: Path, *names: str, **changes: object) -> argparse.Namespace:
@@ -27,23 +29,28 @@ def arguments(file: Path, *names: str, **changes: object) -> argparse.Namespace:
         "rounds": 3,
         "config": "configs/tiny.yaml",
         "pool": "usual",
+        "world": "tiny",
         "results": file,
         "arms": [*names],
     }
     return argparse.Namespace(**(settings | changes))
 
 
+@pytest.mark.parametrize("world", ["tiny", "smollm2"])
 @pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_has_the_same_budgets(arm: str) -> None:
-    config = load(ROOT / "configs" / "tiny.yaml", arms.assignments(arms.overrides(arm)))
-    assert config.prompts.per_round * config.generate.candidates == 192 * 8
+def test_every_arm_has_the_same_budgets(arm: str, world: str, tmp_path: Path) -> None:
+    file = f"configs/{world}.yaml"
+    budget = worlds.budget(arguments(tmp_path, world=world, config=file))
+    config = load(ROOT / file, arms.assignments(arms.overrides(arm, budget)))
+    assert config.prompts.per_round * config.generate.candidates == budget.prompts * budget.candidates
     kept = config.pairs.keep * config.pairs.easiest * config.prompts.per_round * (1 + config.train.replay)
-    assert kept * (1 if config.depth.method == "none" else config.depth.pairs_per_prompt) == pytest.approx(96)
+    pairs = kept * (1 if config.depth.method == "none" else config.depth.pairs_per_prompt)
+    assert pairs == pytest.approx(budget.prompts / 2)
 
 
 def test_controls_differ_from_their_arms_in_the_method_alone() -> None:
     def differ(a: str, b: str) -> set[str]:
-        one, other = arms.overrides(a), arms.overrides(b)
+        one, other = arms.overrides(a, BUDGET), arms.overrides(b, BUDGET)
         return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
     assert differ("gradient", "others") == {"depth.closeness"}
@@ -53,7 +60,7 @@ def test_controls_differ_from_their_arms_in_the_method_alone() -> None:
     assert differ("plain", "replay") == {"train.replay", "pairs.keep"}
     assert differ("deep", "uniform") == {"pairs.keep", "depth.method", "depth.pairs_per_prompt"}
     with pytest.raises(SystemExit, match="unknown component 'other'"):
-        arms.overrides("potential+other")
+        arms.overrides("potential+other", BUDGET)
 
 
 @pytest.mark.slow
@@ -61,10 +68,10 @@ def test_controls_differ_from_their_arms_in_the_method_alone() -> None:
 def test_a_redundant_pool_asks_few_questions_in_many_ways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(worlds, "world_dir", lambda seed: ROOT / ".cache" / "tiny-mini")
+    monkeypatch.setattr(tiny, "world_dir", lambda seed: ROOT / ".cache" / "tiny-mini")
     args = argparse.Namespace(out=tmp_path, pool=kind)
-    worlds.write_pool(args, 0)
-    found = [json.loads(line)["messages"][-1]["content"] for line in worlds.pool(args, 0).read_text().splitlines()]
+    tiny.write_pool(args, 0)
+    found = [json.loads(line)["messages"][-1]["content"] for line in tiny.pool(args, 0).read_text().splitlines()]
     assert len(found) == len(set(found)) and not any(map(questions.held_out, found))
     asked = Counter((parsed[0], parsed[2]) for text in found if (parsed := rewriter.parse(text)))
     often = [question for question, count in asked.items() if count > 1]
@@ -74,9 +81,13 @@ def test_a_redundant_pool_asks_few_questions_in_many_ways(
 
 
 def test_arms_that_sample_alike_share_their_first_candidates() -> None:
-    assert arms.sampling("plain") == arms.sampling("potential+epsilon")
-    assert arms.sampling("uniform") == arms.sampling("gradient") == arms.sampling("deep")
-    assert arms.sampling("plain") != arms.sampling("breadth") != arms.sampling("breadth+uniform")
+    sampled = {
+        arm: arms.sampling(arm, BUDGET)
+        for arm in ("plain", "potential+epsilon", "uniform", "gradient", "deep", "breadth", "breadth+uniform")
+    }
+    assert sampled["plain"] == sampled["potential+epsilon"]
+    assert sampled["uniform"] == sampled["gradient"] == sampled["deep"]
+    assert sampled["plain"] != sampled["breadth"] != sampled["breadth+uniform"]
 
 
 @pytest.mark.slow
@@ -90,7 +101,7 @@ def test_an_arm_begins_with_what_others_have_sampled(
     args = arguments(tmp_path / "results.jsonl", "plain", "epsilon", rounds=1, config=config, set=small)
     folders = {}
     for arm in args.arms:
-        found = runs.one_run(args, tmp_path, arm, [*arms.assignments(arms.overrides(arm)), *small])
+        found = runs.one_run(args, tmp_path, arm, [*arms.assignments(arms.overrides(arm, worlds.budget(args))), *small])
         assert found["answers"] > 100 and math.isfinite(found["reward"])
         folders[arm] = tmp_path / results.fingerprint(args, arm)
     plain, epsilon = (

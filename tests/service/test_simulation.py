@@ -34,7 +34,10 @@ SHOWN = {
     ),
     "the same by a kill": (424, "87=kill"),
     "a full disk and then a kill left a folder that did not open any more": (4, "95=full 136=kill"),
-    "a kill while `current` was written, and then a round that was given up, left half of it": (3214, "10=order-cancel"),
+    "a kill while `current` was written, and then a round that was given up, left half of it": (
+        3214,
+        "10=order-cancel",
+    ),
 }
 """What was wrong, and the seed and plan that showed it. The moments are those of the product of that time."""
 

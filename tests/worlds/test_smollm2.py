@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct: how it is got, and a round on it in miniature."""
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -14,7 +15,12 @@ from tokenizers import Tokenizer
 from selfplay.errors import InputError
 from selfplay.storage.checkpoints import tensors
 from selfplay.storage.folders import read_json
+from selfplay.storage.ledger import Store
 from selfplay.worlds.smollm2 import checkpoint, wheel
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from ablation import runs
+from ablation.smollm2 import METRICS, measured
 
 CACHE = ROOT / ".cache" / "smollm2"
 
@@ -124,10 +130,8 @@ def test_a_round_on_the_real_model(smollm2: Path, tmp_path: Path) -> None:
             ("source", "train"), ("heldout", "heldout"), ("audit", "audit"))),
     ]  # fmt: skip
     if not {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split()):
-        settings += [
-            "policy.dtype=float32",
-            "train.bf16=false",
-        ]  # such a processor takes minutes for 64 answers in bfloat16
+        # Such a processor takes minutes for 64 answers in bfloat16.
+        settings += ["policy.dtype=float32", "train.bf16=false"]
     run = tmp_path / "run"
     config = ROOT / "configs" / "smollm2.yaml"
     code, said = script("round.py", "--config", config, "--run-dir", run, *sets(*settings), timeout=900)
@@ -144,5 +148,10 @@ def test_a_round_on_the_real_model(smollm2: Path, tmp_path: Path) -> None:
     }
     assert all(5 < value <= 32 for value in values["tokens an answer"])
     assert all(1.5 < value < 60 for value in values["initial policy's perplexity"])
+    with contextlib.closing(Store(run)) as store:
+        metrics = [store.metrics(1)]
+    found = measured(run, metrics)  # as the ablation tells a run on this model
+    assert found.keys() >= METRICS.keys() and found["answers"] == 4 and 0 <= found["strict"] <= found["loose"] <= 1
+    assert runs.cost(metrics)["pairs"] > 0 and values["tokens an answer"][1] == pytest.approx(found["length"], abs=1e-3)
     shutil.rmtree(run)
     assert script("compare_answers.py", run)[0] == 2
