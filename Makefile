@@ -14,7 +14,7 @@ demo: setup
 FLOAT32 := $(if $(shell grep -m 1 bf16 /proc/cpuinfo),,--set policy.dtype=float32 --set train.bf16=false)
 demo-smollm: setup
 	$(PY) scripts/get_smollm2.py
-	$(PY) scripts/round.py --config configs/smollm2.yaml $(FLOAT32) --rounds 4 --report
+	$(PY) scripts/round.py --config configs/smollm2.yaml $(FLOAT32) --rounds 3 --report
 	$(PY) scripts/compare_answers.py runs/smollm2
 
 # The tests that need no engine and no service. Three processes share them by packages, so that one of them alone imports torch,

@@ -1,17 +1,22 @@
-"""Say what a run has changed: the initial policy and the last promoted one on the same prompts of the audit set.
+"""Say what a run has changed: the initial policy and the last promoted one on the same prompts.
 
     python scripts/compare_answers.py runs/smollm2 [--show 4]
+    python scripts/compare_answers.py runs/smollm2 --file benchmarks/ifeval.jsonl [--max-tokens 512]
 
-The prompts need constraints (`instruction_id_list`, `kwargs`), and the run needs `evaluate.audit_every`. Nothing is sampled:
-the answers are those that the evaluation kept. Intervals are paired bootstrap intervals over prompts (95 %). Exit code 2 for a
-run without such answers.
+The prompts need constraints (`instruction_id_list`, `kwargs`). Without `--file` they are those of the audit set, and nothing is
+sampled: the answers are those that the evaluation kept, so the run needs `evaluate.audit_every`. With `--file` an engine has both
+policies answer its prompts greedily; nothing may work on the run meanwhile, and nothing is kept. Intervals are paired
+bootstrap intervals over prompts (95 %). Exit code 2 for a run without such answers, and for a file that cannot be asked.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import math
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,22 +31,25 @@ from selfplay.methods import gate
 from selfplay.prompts.pool import Pool
 from selfplay.reporting.history import Round, read
 from selfplay.storage import tables
-from selfplay.types import Prompt, Scored
+from selfplay.storage.ledger import Store
+from selfplay.types import Candidate, Prompt, Scored
 from selfplay.visible import visible
 
 SAMPLES, CONFIDENCE = 2000, 0.95
+Answer = Scored | Candidate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """Two policies' answers to the same prompts, (N,) each."""
 
+    where: str
+    """What prompts these are, and who answers."""
     prompts: list[Prompt]
-    initial: list[Scored]
-    trained: list[Scored]
-    round: Round
-    folder: Path
-    """Of the round whose candidate `trained` is."""
+    initial: Sequence[Answer]
+    trained: Sequence[Answer]
+    perplexity: float | None = None
+    """Of the initial policy on what the trained one says, where that was measured."""
 
 
 def load(run_dir: Path) -> Compared:
@@ -58,10 +66,69 @@ def load(run_dir: Path) -> Compared:
     if not all(prompt.reference for prompt in prompts):
         raise InputError(f"the prompts of {run_dir} have no constraints", "compare runs with instruction prompts")
     initial = tables.read_rows(folder / "audit_initial.parquet", Scored)
-    return Compared(prompts=prompts, initial=initial, trained=trained, round=chosen, folder=folder)
+    where = f"the audit set: the initial policy, and the candidate of round {chosen.index}"
+    if chosen.state != "promoted":
+        where += "\nno candidate with an audit was promoted: this one is the last, and it does not serve"
+    found = initial_perplexity(folder, chosen)
+    return Compared(where=where, prompts=prompts, initial=initial, trained=trained, perplexity=found)
 
 
-def followed(prompts: Sequence[Prompt], answers: Sequence[Scored], *, loose: bool) -> list[list[bool]]:
+def asked(run_dir: Path, file: Path, max_tokens: int) -> Compared:
+    """What both policies answer to the prompts of a file now. Raises InputError."""
+    from rich.console import Console
+
+    from selfplay.config import Config
+    from selfplay.generation.generator import Sampling
+    from selfplay.generation.sampling import Request, ask
+    from selfplay.prompts import suites
+    from selfplay.reporting.terminal import Display
+    from selfplay.rounds.run import Run
+
+    rows = suites.read(file)
+    for number, row in enumerate(rows, 1):
+        try:
+            constraints(row.reference)
+        except ValueError as error:
+            raise InputError(f"{file}, row {number}: {error}") from None
+    if (last := read(run_dir).rounds[-1:]) == []:
+        raise InputError(f"{run_dir} has no round", "run one, and compare then")
+    with contextlib.closing(Store(run_dir)) as store:
+        config = Config.model_validate(store.config(last[0].index))
+    display = Display(Console(stderr=True))
+    with Run(config, run_dir, display) as run:
+        prompts = []
+        for number, (row, ids) in enumerate(zip(rows, run.render([row.messages for row in rows]), strict=True), 1):
+            if isinstance(ids, str):
+                raise InputError(f"{file}, row {number} {ids}")
+            prompts.append(dataclasses.replace(row, prompt_ids=ids))
+        longest = max(len(prompt.prompt_ids) for prompt in prompts)
+        engine = config.generate.engine.model_copy(update={"max_model_len": longest + max_tokens})
+        run.reconfigure(config.model_copy(update={"generate": config.generate.model_copy(update={"engine": engine})}))
+        policies = [run.policy(0), run.current]
+        with tempfile.TemporaryDirectory() as there:
+            requests = [
+                Request(
+                    rows=prompts,
+                    policy=policy,
+                    seed=lambda prompt_id: 0,
+                    shards=Path(there) / str(policy.version),
+                    max_tokens=max_tokens,
+                    sampling=Sampling(temperature=0),
+                )
+                for policy in policies
+            ]
+            with display.stage(None, "answers", len(prompts) * len(policies), "answers") as line:
+                before, after = ask(
+                    run.serving.engine,
+                    requests,
+                    shard_prompts=config.generate.shard_prompts,
+                    on_progress=lambda done: line.update(done=done),
+                )
+    where = f"{file}: policies 0 and {policies[1].version}, greedy, up to {max_tokens} tokens"
+    return Compared(where=where, prompts=prompts, initial=before, trained=after)
+
+
+def followed(prompts: Sequence[Prompt], answers: Sequence[Answer], *, loose: bool) -> list[list[bool]]:
     """For each answer whether it follows each constraint of its prompt."""
     return [
         follows(p.reference, p.messages[-1]["content"], a.text, loose=loose)
@@ -100,17 +167,20 @@ def table(found: Compared) -> list[tuple[str, float, float, str]]:
     paired("4-grams said before", *([repeated(a.token_ids) for a in side] for side in sides))
     before, after = (gate.distinct_n([a.token_ids for a in side]) for side in sides)
     lines.append(("distinct 2-grams", before, after, f"{after / before - 1:+.1%}" if before else ""))
-    before = perplexity([a.logp for a in found.initial], [a.n_tokens for a in found.initial])
-    after = initial_perplexity(found)
-    lines.append(("initial policy's perplexity", before, after, f"{after / before - 1:+.1%}"))
+    if found.perplexity is not None:
+        before, after = (
+            perplexity([a.logp for a in found.initial], [a.n_tokens for a in found.initial]),
+            found.perplexity,
+        )
+        lines.append(("initial policy's perplexity", before, after, f"{after / before - 1:+.1%}"))
     return lines
 
 
-def initial_perplexity(found: Compared) -> float:
+def initial_perplexity(folder: Path, of: Round) -> float:
     """Of the initial policy on what the trained one answers to the prompts of the gate, where the evaluation scored them:
     log π₀(y) is on average log π(y) less the KL that it measured."""
-    answers = tables.read_rows(found.folder / "candidate.parquet", Scored)
-    kl = found.round.metrics["evaluate/kl_initial"]
+    answers = tables.read_rows(folder / "candidate.parquet", Scored)
+    kl = of.metrics["evaluate/kl_initial"]
     return perplexity([a.logp - kl for a in answers], [a.n_tokens for a in answers])
 
 
@@ -127,11 +197,7 @@ def by_constraint(found: Compared) -> list[tuple[str, int, float, float]]:
 
 def show(found: Compared, count: int) -> None:
     """Print the comparison, and some answers side by side: prompts on which the two differ come first."""
-    print(
-        f"{len(found.prompts)} prompts of the audit set: the initial policy, and the candidate of round {found.round.index}"
-    )
-    if found.round.state != "promoted":
-        print("no candidate with an audit was promoted: this one is the last, and it does not serve")
+    print(f"{len(found.prompts)} prompts of {found.where}")
     print(f"{'':<30}{'before':>9}{'after':>9}  difference")
     for what, before, after, change in table(found):
         print(f"{what:<30}{before:>9.3f}{after:>9.3f}  {change}")
@@ -150,9 +216,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="folder of a run, such as runs/smollm2")
     parser.add_argument("--show", type=int, default=4, help="prompts whose answers are printed (default: %(default)s)")
+    parser.add_argument("--file", type=Path, help="prompts in the format of IFEval, which both policies answer now")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of such an answer (default: %(default)s)")
     options = parser.parse_args()
     try:
-        show(load(options.run_dir), options.show)
+        if options.file is None:
+            found = load(options.run_dir)
+        else:
+            found = asked(options.run_dir, options.file, options.max_tokens)
+        show(found, options.show)
     except SelfplayError as error:
         print(f"compare_answers: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
