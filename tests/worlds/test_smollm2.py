@@ -153,5 +153,13 @@ def test_a_round_on_the_real_model(smollm2: Path, tmp_path: Path) -> None:
     found = measured(run, metrics)  # as the ablation tells a run on this model
     assert found.keys() >= METRICS.keys() and found["answers"] == 4 and 0 <= found["strict"] <= found["loose"] <= 1
     assert runs.cost(metrics)["pairs"] > 0 and values["tokens an answer"][1] == pytest.approx(found["length"], abs=1e-3)
+    file = tmp_path / "benchmark.jsonl"
+    file.write_text('{"prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}\n')
+    code, said = script("compare_answers.py", run, "--file", file, "--max-tokens", 8, timeout=300)
+    assert code == 0, said
+    assert f"1 prompts of {file}: policies 0 and 1, greedy, up to 8 tokens" in said and "punctuation:no_comma" in said
+    file.write_text('{"prompt": "Say it.", "instruction_id_list": ["no:such"], "kwargs": [{}]}\n')
+    code, said = script("compare_answers.py", run, "--file", file)
+    assert code == 2 and f"{file}, row 1: " in said and "no:such" in said
     shutil.rmtree(run)
     assert script("compare_answers.py", run)[0] == 2
