@@ -61,6 +61,7 @@ class RunLock:
         self._note, self._take_over = note, take_over
         self._folder: int | None = None  # descriptors that hold locks; None where the file system has no such lock
         self._file: int | None = None
+        self._inodes: dict[int, tuple[int, int] | None] = {}  # of both, by descriptor: as long as it is open, it stays
         self.lease: Lease | None = None
         self.runner: Runner | None = None
         self._ledger: Ledger | None = None
@@ -137,7 +138,7 @@ class RunLock:
             self.lease.check()
             return
         self._require_place()
-        if self._file is not None and _inode(self.dir / FILE) != _inode(self._file):
+        if self._file is not None and _inode(self.dir / FILE) != self._inodes[self._file]:
             if self._folder is None:
                 raise LockLost(
                     f"{self.dir / FILE} was deleted or replaced while this process worked there, so another one may work now",
@@ -147,13 +148,13 @@ class RunLock:
 
     def _require_place(self) -> None:
         """Raise LockLost where the folder, which this process has locked, is no longer where it was."""
-        if self._folder is not None and _inode(self.dir) != _inode(self._folder):
+        if self._folder is not None and _inode(self.dir) != self._inodes[self._folder]:
             raise LockLost(f"{self.dir} was moved, deleted or replaced while this process worked in it", MOVED)
 
     def _restore(self) -> None:
         """Make the lock file anew: the lock of the folder keeps others out, and the file says to them who has it."""
         with self._restoring:
-            if self._file is not None and _inode(self.dir / FILE) == _inode(self._file):
+            if self._file is not None and _inode(self.dir / FILE) == self._inodes[self._file]:
                 return  # another thread was quicker
             if self._file is not None:
                 os.close(self._file)
@@ -205,7 +206,7 @@ class RunLock:
         while True:
             path = self.dir / FILE
             file = self._locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), needed=self._locks == "flock")
-            if file is None or _inode(path) == _inode(file):
+            if file is None or _inode(path) == self._inodes[file]:
                 return file
             os.close(file)  # it was replaced between the two calls
 
@@ -221,10 +222,11 @@ class RunLock:
                 error.filename = str(self.dir / FILE)
                 raise
             return None
+        self._inodes[descriptor] = _inode(descriptor)
         return descriptor
 
     def _here(self) -> Runner:
-        inode = None if self._file is None else _inode(self._file)
+        inode = None if self._file is None else self._inodes[self._file]
         return Runner.here(self.dir, lock=inode[1] if inode else 0)
 
     def _holder(self) -> str:

@@ -49,7 +49,7 @@ class Runner:
             pid=os.getpid(),
             started=_started(os.getpid()) or 0,
             since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            path=str(run_dir.resolve()),
+            path=os.path.realpath(run_dir),
             device=folder.st_dev,
             inode=folder.st_ino,
             lock=lock,
