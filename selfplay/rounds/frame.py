@@ -80,8 +80,7 @@ class Frame:
         else:
             self.breathe("stage")
             with self.display.stage(self.index, stage.name, total, stage.unit) as line:
-                self._run(stage, target, work, line)
-            manifest = self.manifest(stage)
+                manifest = self._run(stage, target, work, line)
         self.store.record_stage(self.index, stage.name, manifest["seconds"], manifest["metrics"])
 
     def record_finished(self) -> None:
@@ -112,7 +111,8 @@ class Frame:
             return GIVE_UP
         return f"delete {', '.join(after)} in {self.dir} to have that done again"
 
-    def _run(self, stage: Stage, target: Path, work: Work, line: Line) -> None:
+    def _run(self, stage: Stage, target: Path, work: Work, line: Line) -> dict[str, Any]:
+        """Returns what the stage says of itself in its manifest."""
         started = time.monotonic()
         try:
             folders.require_free(self.dir.parent.parent, stage.space(self.config, self.weights()))
@@ -124,17 +124,15 @@ class Frame:
                 assert not absent, f"{stage.name} has not written {absent}"
                 # A policy in the folder has a manifest of its own, and leaves it for policies/.
                 files = {n: h for n, h in hashes.hash_files(folder).items() if not n.startswith("policy/")}
-                seals.write_json(
-                    folder / folders.MANIFEST,
-                    {
-                        "stage": stage.name,
-                        "round": self.index,
-                        "fingerprint": self.config.fingerprint(),
-                        "seconds": time.monotonic() - started,
-                        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-                        "files": files,
-                    },
-                )
+                manifest = {
+                    "stage": stage.name,
+                    "round": self.index,
+                    "fingerprint": self.config.fingerprint(),
+                    "seconds": time.monotonic() - started,
+                    "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+                    "files": files,
+                }
+                seals.write_json(folder / folders.MANIFEST, manifest)
         except Exception as error:
             known = error if isinstance(error, SelfplayError) else explained(error)
             if known is None:
@@ -145,6 +143,7 @@ class Frame:
                 self.store.event("failed", f"{stage.name}: {known}", self.index)
             raise StageFailed(stage.name, self.index, known, log) from error
         self._tell_repairs()
+        return manifest
 
     def _tell_repairs(self) -> None:
         """Record what a stage has found damaged and makes again."""

@@ -182,9 +182,11 @@ class Store(Reader):
         """
         this = {"index": index, "name": stage}
         with self._engine.begin() as connection:
-            if connection.scalar(_STAGE_SECONDS, this) == seconds:
+            known = connection.scalar(_STAGE_SECONDS, this)
+            if known == seconds:
                 return
-            connection.execute(_STAGE_DELETED, this)
+            if known is not None:
+                connection.execute(_STAGE_DELETED, this)
             connection.execute(_STAGE_ADDED, {"round": index, "stage": stage, "ended": now(), "seconds": seconds})
             self._replace_metrics(connection, index, stage, values)
 
