@@ -8,6 +8,7 @@ the next start.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sqlite3
 from collections.abc import Iterable
@@ -82,31 +83,49 @@ def hash_again(connection: sa.Connection, *names: str) -> None:
 
 def damaged(connection: sa.Connection, every: bool = False) -> Iterable[Damaged]:
     """Rows that are not what their hashes say: of rounds and draws the newest alone, unless `every` is asked for."""
+    for name, asked in _others(every):
+        for (key,) in connection.exec_driver_sql(asked):
+            yield Damaged(name, key)
+    for of, key in connection.exec_driver_sql(_gone()):
+        yield Damaged(of, key, gone=True)
+    for name, asked in _in_one_alone():
+        for (number,) in connection.exec_driver_sql(asked):
+            yield Damaged(name, str(number))
+
+
+@functools.cache
+def _others(every: bool) -> list[tuple[str, str]]:
+    """For each table what finds the keys of rows that are not what their hashes say, once for each place to read it from."""
+    found = []
     for name in HASHED:
         newest = "" if every or name not in BY_ROUND else f" AND round > (SELECT max(round) FROM {name}) - {LAST}"
         for source in READ_FROM.get(name, ("NOT INDEXED",)):
-            rows = connection.exec_driver_sql(
+            asked = (
                 f"SELECT found.key FROM (SELECT {_key(name, name)} AS key, {_of(name, name)} AS hash FROM {name} {source}"
                 f" WHERE {_hashed(name, name)}{newest}) AS found LEFT JOIN row_hashes ON of = '{name}'"
                 " AND row_hashes.key = found.key WHERE row_hashes.hash IS NOT found.hash"
             )
-            for (key,) in rows:
-                yield Damaged(name, key)
-    gone = connection.exec_driver_sql(
-        "SELECT of, key FROM row_hashes WHERE "
-        + " AND ".join(
-            f"(of != '{name}' OR key NOT IN (SELECT {_key(name, name)} FROM {name} WHERE {_hashed(name, name)}))"
-            for name in HASHED
-        )
+            found.append((name, asked))
+    return found
+
+
+@functools.cache
+def _gone() -> str:
+    """What finds the hashes of rows that are not there."""
+    return "SELECT of, key FROM row_hashes WHERE " + " AND ".join(
+        f"(of != '{name}' OR key NOT IN (SELECT {_key(name, name)} FROM {name} WHERE {_hashed(name, name)}))"
+        for name in HASHED
     )
-    for of, key in gone:
-        yield Damaged(of, key, gone=True)
-    for name, (key, asked) in BY_INDEX.items():
-        for table, index in ((f"{name} NOT INDEXED", name), (name, f"{name} NOT INDEXED")):
-            for (number,) in connection.exec_driver_sql(
-                f"SELECT {key} FROM {table} WHERE {asked} EXCEPT SELECT {key} FROM {index} WHERE {asked}"
-            ):
-                yield Damaged(name, str(number))
+
+
+@functools.cache
+def _in_one_alone() -> list[tuple[str, str]]:
+    """For each index what finds the rows that it has and its table has not, and those that the table alone has."""
+    return [
+        (name, f"SELECT {key} FROM {table} WHERE {asked} EXCEPT SELECT {key} FROM {index} WHERE {asked}")
+        for name, (key, asked) in BY_INDEX.items()
+        for table, index in ((f"{name} NOT INDEXED", name), (name, f"{name} NOT INDEXED"))
+    ]
 
 
 def _key(name: str, row: str) -> str:
