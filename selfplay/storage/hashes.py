@@ -21,7 +21,11 @@ _remembered: dict[Identity, str] = {}
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file. A file that was hashed before and has not changed since is not read again."""
-    known = identity(path)
+    return _of(path, identity(path))
+
+
+def _of(path: Path, known: Identity) -> str:
+    """SHA-256 of a file that is known by this."""
     found = _remembered.get(known)  # asked once: another thread may forget all of them at any moment
     if found is None:
         if len(_remembered) >= MOST_REMEMBERED:
@@ -43,13 +47,13 @@ def forget() -> None:
 
 def sha256_of(paths: Iterable[Path]) -> list[str]:
     """SHA-256 of each file, in order. Several files that are not remembered are read at a time."""
-    files = list(paths)
-    unknown = [path for path in files if identity(path) not in _remembered]
+    files = [(path, identity(path)) for path in paths]
+    unknown = [path for path, known in files if known not in _remembered]
     found: dict[Path, str] = {}
     if len(unknown) > 1:
         with ThreadPoolExecutor(min(THREADS, len(unknown))) as pool:
             found = dict(zip(unknown, pool.map(sha256, unknown), strict=True))
-    return [found.get(path) or sha256(path) for path in files]
+    return [found.get(path) or _of(path, known) for path, known in files]
 
 
 def hash_files(root: Path, ignore: Iterable[str] = (MANIFEST,)) -> dict[str, str]:
