@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfplay.prompts.formats import names
-from selfplay.storage.folders import whole
+from selfplay.storage import folders
 
 WORTH_KEEPING = 4096  # places that take some milliseconds to make; fewer are made again by the next process
 AT_A_TIME = 1 << 16  # hashes whose texts are in memory
@@ -68,7 +68,8 @@ class Orders:
 
     def _read(self, epoch: int, hashes: NDArray[np.int64]) -> NDArray[np.int64]:
         nothing = np.empty(0, np.int64)
-        files = self._folder.glob(f"{epoch:08d}-*.npz") if self._folder else ()
+        there = folders.inside(self._folder) if self._folder else ()
+        files = [file for file in there if file.match(f"{epoch:08d}-*.npz")]
         for file in sorted(files, key=lambda file: int(file.stem.partition("-")[2]), reverse=True):
             try:
                 with np.load(file) as kept:  # it checks the sum of what it reads
@@ -87,7 +88,7 @@ class Orders:
             return
         self._folder.mkdir(exist_ok=True)
         name = f"{epoch:08d}-{len(found)}.npz"
-        with whole(self._folder / name) as partial, partial.open("wb") as file:
+        with folders.whole(self._folder / name) as partial, partial.open("wb") as file:
             np.savez(file, places=found)
         for file_ in self._folder.glob("*.npz"):
             of = int(file_.stem.partition("-")[0])

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from selfplay.storage import folders
+
 PREFIX = ".export-"
 SERVICE = ".publish"
 """That of the run itself, which has the lock of the run."""
@@ -41,7 +43,7 @@ def folder(run_dir: Path) -> Iterator[Path]:
 
 def left(run_dir: Path) -> Iterator[Path]:
     """The folders of commands that were killed. On a file system without locks nobody can tell, and there are none."""
-    for path in sorted(run_dir.glob(f"{PREFIX}*")):
+    for path in sorted(path for path in folders.inside(run_dir) if path.name.startswith(PREFIX)):
         try:
             held = os.open(path, os.O_RDONLY)
         except OSError:  # it has gone meanwhile

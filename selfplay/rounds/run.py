@@ -156,10 +156,10 @@ class Run:
         self.store.record_policy(0, "initial", round=0)
         agreement.require(self.store, self.dir, self.event)
         self.canary_ids: list[list[int]] = initial["canaries"]["token_ids"]
-        if Path(config.policy.model).is_dir() and Path(config.policy.model).resolve() != Path(initial["source"]):
+        model = Path(config.policy.model)
+        if model.is_dir() and (leads_to := model.resolve()) != Path(initial["source"]):
             raise InputError(
-                f"{self.dir} began with the policy in {initial['source']}, policy.model now leads to "
-                f"{Path(config.policy.model).resolve()}",
+                f"{self.dir} began with the policy in {initial['source']}, policy.model now leads to {leads_to}",
                 f"another initial policy needs another folder (--run-dir); to begin anew in this one: rm -r {self.dir}",
             )
 

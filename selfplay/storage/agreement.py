@@ -7,7 +7,6 @@ right, since nobody can tell a mistake from a decision by looking at the folder.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +147,4 @@ def kept_policies(store: Store, run_dir: Path) -> Iterator[Disagreement]:
 
 
 def _numbered(root: Path) -> list[Path]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return [path for path in root.iterdir() if path.name.isdigit()]
-    return []
+    return [path for path in folders.inside(root) if path.name.isdigit()]

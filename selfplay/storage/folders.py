@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,11 @@ def finish(partial: Path, path: Path) -> None:
 
 def make(path: Path) -> None:
     """Make a folder, and those above it that are missing, to stay: every new name is synced."""
-    missing = list(takewhile(lambda new: not new.is_dir(), chain([path], path.parents)))
+    missing: list[Path] = []
+    above = path
+    while not above.is_dir() and above.parent != above:
+        missing.append(above)
+        above = above.parent
     fences.check(path)
     for new in reversed(missing):  # one by one: what was moved away in between is not made anew
         new.mkdir(exist_ok=True)
@@ -74,6 +77,13 @@ def folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full
             raise
         sync(target.parent)
+
+
+def inside(path: Path) -> list[Path]:
+    """What lies in a folder; nothing where it is not there."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return list(path.iterdir())
+    return []
 
 
 def delete(path: Path) -> None:

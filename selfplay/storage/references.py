@@ -28,7 +28,7 @@ class References:
 
     def before(self, index: int) -> int | None:
         """The newest round before `index` whose reference still has its weights."""
-        found = (int(path.name) for path in self.root.glob("[0-9]*") if (path / MODEL).is_dir())
+        found = (int(path.name) for path in self._all() if (path / MODEL).is_dir())
         return max((number for number in found if number < index), default=None)
 
     def get(self, index: int) -> Reference:
@@ -50,9 +50,12 @@ class References:
 
     def delete_weights(self, before: int | None = None) -> None:
         """Delete the weights of all references, or of those of rounds before one. Their manifests stay."""
-        for path in self.root.glob("[0-9]*"):
+        for path in self._all():
             if before is None or int(path.name) < before:
                 shutil.rmtree(path / MODEL, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return [path for path in folders.inside(self.root) if path.name.isdigit()]
 
 
 def _mend(folder: Path) -> str:

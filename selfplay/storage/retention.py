@@ -65,7 +65,7 @@ def delete_weights(policies: Policies, settings: RetentionConfig, store: Store, 
         return
     store.set_state(BEGUN, gone)
     for version in gone:
-        for path in policies.folder(version).glob("*"):
+        for path in folders.inside(policies.folder(version)):
             if path.name != MANIFEST:
                 folders.delete(path)
     store.weights_deleted(gone)
@@ -85,7 +85,7 @@ def delete_candidates(run_dir: Path, store: Store, last: int) -> None:
     store.set_state(STATE, {**found, CANDIDATES: last, FIRST: first})
     for index in range(first, last + 1):
         for stage in SAMPLED:
-            for path in (run_dir / "rounds" / f"{index:04d}" / stage).glob("*"):
+            for path in folders.inside(run_dir / "rounds" / f"{index:04d}" / stage):
                 if path.suffix != ".json":
                     folders.delete(path)
     found.pop(FIRST, None)

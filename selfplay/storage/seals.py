@@ -66,12 +66,16 @@ def read_json(path: Path, fields: Collection[str] | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DamagedError(path, "it holds no mapping")
     seal = found.pop(SEAL, None)
-    older = found.keys() <= set(fields) if fields is not None else all(isinstance(v, dict) for v in found.values())
-    if seal is None and older:
+    if seal is None and _is_older(found, fields):
         return found
     if seal != _hash(found):
         raise DamagedError(path, "its content is not what its own SHA-256 says")
     return found
+
+
+def _is_older(found: dict[str, Any], fields: Collection[str] | None) -> bool:
+    """Whether a file without a hash may be of an earlier version."""
+    return found.keys() <= set(fields) if fields is not None else all(isinstance(v, dict) for v in found.values())
 
 
 def _hash(value: Any) -> str:

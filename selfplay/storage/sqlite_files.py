@@ -82,7 +82,8 @@ def is_new(path: Path) -> bool:
 
 def by_lease(path: Path) -> bool:
     """Whether a file lies in a folder that is held by a lease, or in a folder of that."""
-    return any(lease.is_used(folder) for folder in path.absolute().parents[:2])
+    folder = path.absolute().parent
+    return lease.is_used(folder) or lease.is_used(folder.parent)
 
 
 def _has_log(path: Path) -> bool:
