@@ -95,7 +95,9 @@ class Disk:
     def rmtree(self, path: Any, ignore_errors: bool = False, **kwargs: Any) -> None:
         if os.path.lexists(path):
             self._change("remove", Path(path), "delete")
-        REMOVE(path, ignore_errors=ignore_errors, **kwargs)
+            REMOVE(path, ignore_errors=ignore_errors, **kwargs)
+        elif not ignore_errors:
+            REMOVE(path, **kwargs)
 
     def sync(self, path: Path) -> None:
         """As `folders.sync`."""

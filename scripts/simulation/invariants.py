@@ -140,9 +140,11 @@ def _ahead(world: World, store: Store, rounds: list[dict[str, Any]], events: lis
         if index in begun and not ordered and "generate" in store.seconds(index):
             must(sampler == begun[index], f"round {index} was begun by policy {begun[index]}, and {sampler} sampled it")
     known = {f"{row['round']:04d}" for row in rounds}
-    for folder in world.root.glob("rounds/*"):
-        there = [name for name in os.listdir(folder) if not name.endswith(".shards")]
-        must(folder.name in known or not there, f"round {folder.name} has not opened, and has {there}")
+    rounds_folder = world.root / "rounds"
+    for name in os.listdir(rounds_folder) if rounds_folder.is_dir() else ():
+        if name not in known:
+            there = [stage for stage in os.listdir(rounds_folder / name) if not stage.endswith(".shards")]
+            must(not there, f"round {name} has not opened, and has {there}")
 
 
 def _policies(world: World, store: Store) -> None:
@@ -176,7 +178,9 @@ def _prompts(world: World, rounds: list[dict[str, Any]]) -> None:
     must(len(known) == PROMPTS, "a prompt of the pool is lost")
     times = [drawn[name] for name in known]
     must(max(times) - min(times) <= 1, f"prompts are drawn {sorted(times)} times")
-    added = [name for file in sorted((world.root / "pool" / "added").glob("*")) for name, _ in read(file)]
+    joined = world.root / "pool" / "added"
+    files = sorted(os.listdir(joined)) if joined.is_dir() else []
+    added = [name for file in files for name, _ in read(joined / file)]
     must(len(set(added)) == len(added), "a prompt was added twice")
 
 

@@ -67,8 +67,9 @@ def remove(path: Any, ignore_errors: bool = False, **how: Any) -> None:
     try:
         _empty(os.fspath(path))
         os.rmdir(path)
-    except OSError:
-        RMTREE(path, ignore_errors, **how)
+    except OSError as error:
+        if not (ignore_errors and isinstance(error, FileNotFoundError)):
+            RMTREE(path, ignore_errors, **how)
 
 
 def _empty(folder: str) -> None:

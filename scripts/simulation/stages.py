@@ -195,13 +195,17 @@ class SimulatedPool:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         known = [(name, 0) for name in read(folder / "prompts.json")]
-        for file in sorted((folder / "added").glob("*.json")):
+        added = folder / "added"
+        for file in sorted(added.glob("*.json")) if added.is_dir() else ():
             known += [(name, joined) for name, joined in read(file)]
         self.known: list[tuple[str, int]] = known
+        self._training: tuple[NDArray[np.int64], NDArray[np.int32]] | None = None
 
     def training(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        hashes = np.array([hash_of(name) for name, _ in self.known], np.int64)
-        return hashes, np.array([joined for _, joined in self.known], np.int32)
+        if self._training is None:
+            hashes = np.array([hash_of(name) for name, _ in self.known], np.int64)
+            self._training = hashes, np.array([joined for _, joined in self.known], np.int32)
+        return self._training
 
     def write(self, names: Sequence[str], path: Path) -> None:
         path.write_text(json.dumps(list(names)), encoding="utf-8")
@@ -217,6 +221,7 @@ class SimulatedPool:
             folders.write_json(added / f"{number:04d}.json", new)
             folders.sync(self._folder)
             self.known += new
+            self._training = None
         return len(new)
 
 

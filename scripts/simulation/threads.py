@@ -18,6 +18,8 @@ class Clock:
     def __init__(self) -> None:
         self.thread: int | None = None
         """That of the history. Before the first one there is nothing to stand for."""
+        self._said: tuple[Any, str] = None, ""
+        """The last time that was asked for, and its text: it is asked for more often than it changes."""
 
     def begin(self, world: World) -> None:
         """A history begins, in the thread that calls this."""
@@ -28,7 +30,10 @@ class Clock:
 
     def now(self) -> str:
         """As `ledger.now`."""
-        return self.world.now.isoformat(timespec="milliseconds")
+        now = self.world.now
+        if self._said[0] is not now:
+            self._said = now, now.isoformat(timespec="milliseconds")
+        return self._said[1]
 
 
 CLOCK = Clock()
