@@ -86,6 +86,16 @@ def inside(path: Path) -> list[Path]:
     return []
 
 
+def files_below(root: str | Path) -> Iterator[os.DirEntry[str]]:
+    """The files in a folder and in those below it, also where there are links to files."""
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from files_below(entry.path)
+            elif entry.is_file():
+                yield entry
+
+
 def delete(path: Path) -> None:
     """Delete a folder with all that is in it, or a file."""
     if path.is_dir() and not path.is_symlink():
@@ -146,11 +156,13 @@ def _refused(error: OSError, root: Path) -> DiskError | InputError | None:
 
 
 def sync_tree(root: Path) -> None:
-    for folder, _, files in os.walk(root):
-        for name in files:
-            if not os.path.islink(path := os.path.join(folder, name)):
-                sync(Path(path))
-        sync(Path(folder))
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                sync_tree(Path(entry.path))
+            elif not entry.is_symlink():
+                sync(Path(entry.path))
+    sync(root)
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from selfplay.errors import SelfplayError
-from selfplay.storage.folders import MANIFEST
+from selfplay.storage.folders import MANIFEST, files_below
 
 MOST_REMEMBERED = 4096
 THREADS = min(4, os.cpu_count() or 1)  # files that are read and hashed at a time: one cannot keep up with a fast disk
@@ -59,8 +59,7 @@ def sha256_of(paths: Iterable[Path]) -> list[str]:
 def hash_files(root: Path, ignore: Iterable[str] = (MANIFEST,)) -> dict[str, str]:
     """SHA-256 of every file below `root` by its relative name."""
     above = len(os.path.join(root, ""))
-    found = {os.path.join(folder, name)[above:] for folder, _, there in os.walk(root) for name in there}
-    names = sorted(name for name in found.difference(ignore) if (root / name).is_file())
+    names = sorted({entry.path[above:] for entry in files_below(root)}.difference(ignore))
     return dict(zip(names, sha256_of(root / name for name in names), strict=True))
 
 
