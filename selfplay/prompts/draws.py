@@ -120,6 +120,7 @@ class Draws:
     def __init__(self, pool: Pool, ledger: Ledger, rounds: Path, orders: Orders) -> None:
         """`rounds`: the folder of the rounds, from which draws are read that the ledger does not have yet."""
         self._pool, self._ledger, self._rounds, self.orders = pool, ledger, rounds, orders
+        self._last: tuple[dict[str, Any], Levels] | None = None  # a row of the ledger, and what it says
 
     def cursor(self, index: int) -> Cursor:
         """Where the pool stands when a round opens. Prompts that join in that round are not counted yet."""
@@ -159,6 +160,8 @@ class Draws:
         hashes, first = self._pool.training()
         assert (np.diff(first) >= 0).all(), "prompts that join later stand behind the others"
         there = int(np.searchsorted(first, index, "right"))
+        if there == len(levels.level):  # as in nearly every round
+            return levels
         new = np.unique(first[len(levels.level) : there]).tolist()
         cursors = {
             i: (int(cursor[0]), int(cursor[1]))
@@ -177,6 +180,12 @@ class Draws:
         self._ledger.record_draw(index, epoch, len(packed), zlib.compress(packed.tobytes(), 1))
 
     def _unpacked(self, row: dict[str, Any]) -> Levels:
+        last = self._last
+        if last is None or last[0] != row:
+            last = self._last = row, self._unpack(row)
+        return last[1]
+
+    def _unpack(self, row: dict[str, Any]) -> Levels:
         hashes = self._pool.training()[0][: row["size"]]
         if len(hashes) != row["size"]:  # no prompt ever leaves a pool
             raise InputError(
