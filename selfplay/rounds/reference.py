@@ -9,7 +9,7 @@ from selfplay.config import Config, Ema, EveryN, TrainConfig
 from selfplay.errors import CheckpointError
 from selfplay.storage import folders, hashes, seals
 from selfplay.storage.ledger import Store
-from selfplay.storage.policies import Policies, verify, weights_sha256
+from selfplay.storage.policies import Policies, weights_sha256
 from selfplay.storage.references import MODEL, References
 from selfplay.training.jobs import BlendJob
 from selfplay.training.service import Trainer
@@ -90,8 +90,8 @@ def of_round(
 
 def _policy(policies: Policies, number: int) -> Reference:
     """A policy of the run as a reference, its files checked."""
-    manifest = verify(policies.folder(number))
-    return Reference(version=number, path=policies.get(number).path, sha256=weights_sha256(manifest))
+    found, manifest = policies.verified(number)
+    return Reference(version=number, path=found.path, sha256=weights_sha256(manifest))
 
 
 def forget(references: References, settings: TrainConfig, index: int, given_up: bool) -> None:

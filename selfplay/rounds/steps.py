@@ -30,7 +30,7 @@ from selfplay.rounds.rewarding import Rewarding
 from selfplay.rounds.run import Run
 from selfplay.rounds.stages import EVOLVE, PROMOTE, STAGES, SUITE, TRAIN
 from selfplay.stage import Metrics
-from selfplay.storage import agreement, policies, tables
+from selfplay.storage import agreement, tables
 from selfplay.storage.references import References
 from selfplay.training.embedding import representatives
 from selfplay.training.gradients import gradients
@@ -362,8 +362,7 @@ class Steps:
 
     def _verified(self, version: int) -> Policy:
         """A policy whose files were checked."""
-        policies.verify(self.run.policies.folder(version))
-        return self.run.policy(version)
+        return self.run.policies.verified(version)[0]
 
     def _reference(self) -> Reference:
         """This round's reference, whose files were checked."""

@@ -90,14 +90,25 @@ class Policies:
     def get(self, version: int) -> Policy:
         """The policy with this number; raises CheckpointError when its weights are gone."""
         manifest = read(self.folder(version))
-        path = Path(manifest.source) if manifest.source else self.folder(version)
+        path = self._path(version, manifest)
         if not all((path / name).is_file() for name in manifest.files):
             raise CheckpointError(
                 f"the weights of policy {version} are gone", "pin policies that you need (retention.pinned)"
             )
+        return self._described(version, manifest)
+
+    def verified(self, version: int) -> tuple[Policy, Manifest]:
+        """The policy with this number, whose files are checked (`verify`), and its manifest."""
+        manifest = verify(self.folder(version))
+        return self._described(version, manifest), manifest
+
+    def _path(self, version: int, manifest: Manifest) -> Path:
+        return Path(manifest.source) if manifest.source else self.folder(version)
+
+    def _described(self, version: int, manifest: Manifest) -> Policy:
         return Policy(
             version=version,
-            path=str(path),
+            path=str(self._path(version, manifest)),
             parent=manifest.parent,
             round=manifest.round,
             beta=manifest.beta,
