@@ -43,7 +43,7 @@ class Starts:
     def _ended(self, config: Config, store: Store, now: datetime) -> str | None:
         """Why the schedule has no further round, or None."""
         end = config.schedule.end
-        if all(value is None for value in end.model_dump().values()):
+        if all(value is None for _, value in end):
             return None
         current, totals = store.serving() or 0, store.all_totals()
         so_far = schedule.SoFar(

@@ -240,7 +240,7 @@ class Store(Reader):
 
     def weights_deleted(self, versions: list[int]) -> None:
         with self._engine.begin() as connection:
-            connection.execute(policies.update().where(policies.c.version.in_(versions)).values(weights=False))
+            connection.execute(_POLICY_CHANGED, [{"number": version, "weights": False} for version in versions])
 
     def count_again(self) -> None:
         """Make the sums anew from the rows, and take the metrics as they are."""
@@ -325,7 +325,7 @@ class Store(Reader):
     def pin(self, version: int, pinned: bool) -> None:
         """Have retention keep the weights of a policy, or no longer."""
         with self._engine.begin() as connection:
-            connection.execute(policies.update().where(policies.c.version == version).values(pinned=pinned))
+            connection.execute(_POLICY_CHANGED, {"number": version, "pinned": pinned})
 
 
 # What is written all the time is built once: to build a statement takes longer than to run it.
@@ -380,7 +380,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
     if sqlite_files.by_lease(run_dir / "ledger.sqlite"):
         yield
         return
-    with (run_dir / ".ledger.lock").open("a") as file:
+    with (run_dir / ".ledger.lock").open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

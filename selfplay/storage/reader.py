@@ -71,7 +71,7 @@ class Reader:
             "SELECT (SELECT min(round) FROM rounds WHERE state = 'running') AS open,"
             " EXISTS (SELECT 1 FROM orders WHERE state = 'pending') AS ordered, (SELECT json_group_object(name, json(value))"
             " FROM state WHERE instr(:names, json_quote(name))) AS states",
-            names=json.dumps(names),
+            names=_as_json(tuple(names)),
         )
         return Standing(open=row["open"], ordered=bool(row["ordered"]), states=json.loads(row["states"]))
 
@@ -222,6 +222,7 @@ class Reader:
 
 # What is asked all the time is built once: to build a statement takes longer than to run it.
 _text = functools.lru_cache(256)(sa.text)
+_as_json = functools.lru_cache(16)(json.dumps)
 _STATE = sa.select(state.c.value).where(state.c.name == sa.bindparam("kept"))
 _LAST = sa.select(sa.func.max(rounds.c.round))
 _PENDING = sa.select(orders.c.id, orders.c.time, orders.c.kind).where(orders.c.state == "pending").order_by(orders.c.id)
