@@ -2,8 +2,8 @@
 
 `world.py` has the clock, the faults and the people outside; `disk.py` and `database.py` are the boundary to files and ledger,
 `paths.py` and `texts.py` do what `pathlib` and `json` do in fewer steps,
-`processes.py` and `stages.py` stand for the children, `boundary.py` puts them in their places, `invariants.py` says what has to
-hold, and `history.py` runs a seed.
+`processes.py` and `stages.py` stand for the children, `boundary.py` puts them in their places, `beginnings.py` lays out the
+folders that histories begin with, `invariants.py` says what has to hold, and `history.py` runs a seed.
 
 Real is all that decides and commits:
 - the daemon: its loop, its orders, schedule and starts, failures and retries, stalls, stop and drain, reload;

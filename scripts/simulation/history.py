@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import sqlite3
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,19 +21,19 @@ from selfplay.processes import children
 from selfplay.service.daemon import Daemon
 from selfplay.storage import hashes, seals
 from selfplay.storage.lock import STATE, RunLock
+from simulation.beginnings import Beginning, Folder, listed
 from simulation.boundary import Configs, installed
 from simulation.database import Database, empty, opened
 from simulation.disk import REMOVE, Disk
 from simulation.invariants import check
 from simulation.taps import tapped
 from simulation.threads import CLOCK
-from simulation.world import NOON, Crash, Violation, World, plan_of
+from simulation.world import Crash, Violation, World, plan_of
 
 STARTS = 25  # of the service in one history
 PATIENCE = 80  # looks at a service that has to finish, without faults
 BEGINNINGS = 32  # folders that histories begin with
 CONFIG = Path("selfplay.yaml")
-LEDGER = "ledger.sqlite"  # that it is there is all that is asked of the file
 
 
 class Display:
@@ -71,18 +69,6 @@ class Display:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beginning:
-    """A folder that a killed service left, and its ledger."""
-
-    ledger: sqlite3.Connection
-    now: datetime = NOON
-    folders: list[str] = field(default_factory=list)
-    files: list[tuple[str, str]] = field(default_factory=list)
-    """Name in the folder, and where it is kept."""
-    links: list[tuple[str, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     seed: int
     error: str | None
@@ -106,7 +92,8 @@ class Simulation:
         self._stack = contextlib.ExitStack()
         self._beginnings: dict[int, Beginning] = {}
         self._new = empty()
-        self._empty = Beginning(ledger=opened(self._new))
+        self._nothing = Folder(waits="")
+        self._empty = Beginning(ledger=opened(self._new), folder=self._nothing)
         self._configs: Configs
 
     def __enter__(self) -> Simulation:
@@ -158,7 +145,7 @@ class Simulation:
         if not world.begun:
             return self._empty
         self._configs.schedule, self._configs.ahead = 0, world.ahead
-        history = History(world, Beginning(ledger=opened(self._new)))
+        history = History(world, Beginning(ledger=opened(self._new), folder=self._nothing))
         left, more = rng.choice([0, 1, 1, 2, 2, 3]), rng.randint(1, 130)
 
         def after_round() -> None:
@@ -176,19 +163,20 @@ class Simulation:
         shutil.copytree(world.root, kept, symlinks=True)
         # Histories begin with a copy. That its runner is gone is known where it was, and not in a copy.
         world.database.raw.execute("DELETE FROM state WHERE name = ?", (STATE,))
-        found = _listed(kept, world.database.keep(), world.now)
+        ledger = opened(world.database.keep())
+        folder = listed(kept, self._folder / f"waiting-{base}")
         history.close()
-        return found
+        return Beginning(ledger=ledger, folder=folder, now=world.now)
 
 
 class History:
     """The service in one world."""
 
     def __init__(self, world: World, beginning: Beginning) -> None:
-        self.world, self.starts = world, 0
+        self.world, self.starts, self._beginning = world, 0, beginning
         self.after_round: Callable[[], None] = self._look
         self._finished, self._looks, self._resumed = False, 0, 0
-        _laid(world.root, beginning)
+        beginning.lay(world.root)
         CLOCK.begin(world)
         _forgotten()
         world.now = beginning.now
@@ -238,7 +226,7 @@ class History:
 
     def close(self) -> None:
         self.world.database.close()
-        REMOVE(self.world.root, ignore_errors=True)
+        self._beginning.clear(self.world.root)
 
     def _killed(self) -> None:
         """What the kernel does when a process ends."""
@@ -318,31 +306,3 @@ def _forgotten() -> None:
     children._heard = 0.0
     children._running.clear()
     children.uncut()
-
-
-def _laid(root: Path, beginning: Beginning) -> None:
-    """Make the folder of a run anew, of links to what is kept."""
-    REMOVE(root, ignore_errors=True)
-    os.mkdir(root)
-    for name in beginning.folders:
-        os.mkdir(f"{root}/{name}")
-    for name, kept in beginning.files:
-        os.link(kept, f"{root}/{name}")
-    for name, target in beginning.links:
-        os.symlink(target, f"{root}/{name}")
-    (root / LEDGER).write_bytes(b"in memory")
-    for name in (".lock", ".ledger.lock") if beginning.folders else ():
-        (root / name).touch()
-
-
-def _listed(kept: Path, ledger: bytes, now: datetime) -> Beginning:
-    found = Beginning(ledger=opened(ledger), now=now)
-    for path in sorted(kept.rglob("*")):
-        name = path.relative_to(kept).as_posix()
-        if path.is_symlink():
-            found.links.append((name, os.readlink(path)))
-        elif path.is_dir():
-            found.folders.append(name)
-        elif name not in (".lock", ".ledger.lock", LEDGER):
-            found.files.append((name, str(path)))
-    return found
