@@ -38,8 +38,8 @@ VARIANTS = (
 )
 """What the configuration becomes in turn, when somebody edits it and has it read anew."""
 AHEAD = ("schedule.ahead=1",)
-KEPT = {"run", "policy", "prompts", "pairs", "retention", "schedule", "service"}
-"""The sections that the ledger keeps of a configuration: nothing in a history reads the others."""
+KEPT = {"policy", "retention", "schedule", "service"}
+"""The sections that the ledger keeps of a configuration: that which the importer reads, and those in which they differ."""
 BASE = (
     "evaluate.judge=null", "evaluate.gold=null", "track=none", "guard.history=1", "pairs.history=0", "reward.cache.entries=0",
     "prompts.per_round=3", "service.retries=2", "service.pause_after_rejected=2", "service.retry_seconds=60",

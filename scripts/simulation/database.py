@@ -32,7 +32,8 @@ class Result:
     """As `sqlalchemy.Result`, as far as the ledger asks one."""
 
     def __init__(self, names: Sequence[str], rows: list[tuple[Any, ...]], cursor: sqlite3.Cursor) -> None:
-        self._names, self._rows, self._cursor = names, rows, cursor
+        self._names, self._rows = names, rows
+        self.rowcount, self.inserted_primary_key = cursor.rowcount, (cursor.lastrowid,)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return iter(self._rows)
@@ -46,14 +47,6 @@ class Result:
 
     def scalar(self) -> Any:
         return self._rows[0][0] if self._rows else None
-
-    @property
-    def rowcount(self) -> int:
-        return self._cursor.rowcount
-
-    @property
-    def inserted_primary_key(self) -> tuple[int | None, ...]:
-        return (self._cursor.lastrowid,)
 
 
 class Mappings(list[dict[str, Any]]):
@@ -83,7 +76,7 @@ class Statement:
         self.given: dict[str, Any] = {} if set(order) <= set(keys or ()) else given
         """What the statement itself says of its values, where it needs more than it is given."""
 
-    def run(self, raw: sqlite3.Connection, values: dict[str, Any]) -> Result:
+    def run(self, cursor: sqlite3.Cursor, values: dict[str, Any]) -> Result:
         text, order = self._text, self._order
         if self.expands:
             state = self.compiled.construct_expanded_state(values)
@@ -91,7 +84,7 @@ class Statement:
             order = [(name, self._into.get(name)) for name in state.positiontup]
         given = [values[name] if into is None else into(values[name]) for name, into in order]
         try:
-            cursor = raw.execute(text, given)
+            cursor.execute(text, given)
         except sqlite3.Error as error:
             raise _known(error) from error
         rows = cursor.fetchall()
@@ -115,7 +108,7 @@ class Connection:
     """As `sqlalchemy.Connection`."""
 
     def __init__(self, raw: sqlite3.Connection) -> None:
-        self._raw = raw
+        self._cursor = raw.cursor()  # of all statements, each of which is read to its end at once
         self.connection = SimpleNamespace(driver_connection=raw)
 
     def execute(self, statement: Any, values: Any = None) -> Result:
@@ -132,9 +125,9 @@ class Connection:
         if found is None:
             found = _compiled[known] = Statement(statement, key, None if values is None else list(values))
         if key is None:
-            return found.run(self._raw, {**found.given, **(values or {})} if found.given else values or {})
+            return found.run(self._cursor, {**found.given, **(values or {})} if found.given else values or {})
         given = found.compiled.construct_params(values, extracted_parameters=key.bindparams, escape_names=False)
-        return found.run(self._raw, given)
+        return found.run(self._cursor, given)
 
     def scalar(self, statement: Any, values: Any = None) -> Any:
         return self.execute(statement, values).scalar()
@@ -142,10 +135,9 @@ class Connection:
     def exec_driver_sql(self, text: str, values: Any = None) -> Result:
         if isinstance(values, list):
             for row in values:
-                cursor = _sent(self._raw, text, row)
-            return Result((), [], cursor)
-        cursor = _sent(self._raw, text, values or ())
-        return Result((), cursor.fetchall(), cursor)
+                _sent(self._cursor, text, row)
+            return Result((), [], self._cursor)
+        return Result((), _sent(self._cursor, text, values or ()).fetchall(), self._cursor)
 
 
 @sa.inspection._inspects(Connection)
@@ -154,10 +146,10 @@ def _inspected(connection: Connection) -> SimpleNamespace:
     return SimpleNamespace(has_table=lambda name: True)
 
 
-def _sent(raw: sqlite3.Connection, text: str, values: Sequence[Any]) -> sqlite3.Cursor:
+def _sent(cursor: sqlite3.Cursor, text: str, values: Sequence[Any]) -> sqlite3.Cursor:
     """Run a statement; errors are those of SQLAlchemy."""
     try:
-        return raw.execute(text, values)
+        return cursor.execute(text, values)
     except sqlite3.Error as error:
         raise _known(error) from error
 
@@ -186,19 +178,19 @@ class Transaction(Reading):
 
     def __enter__(self) -> Connection:
         connection = super().__enter__()
-        self._database.raw.execute("SAVEPOINT product")
+        self._database.cursor.execute("SAVEPOINT product")
         return connection
 
     def __exit__(self, *error: object) -> None:
-        raw, holds = self._database.raw, False
+        cursor, holds = self._database.cursor, False
         try:
             if error[0] is None:
                 self._database.world.moment("commit", "ledger")
                 holds = True
         finally:
             if not holds:
-                raw.execute("ROLLBACK TO product")
-            raw.execute("RELEASE product")
+                cursor.execute("ROLLBACK TO product")
+            cursor.execute("RELEASE product")
 
 
 class Engine:
@@ -222,6 +214,7 @@ ENGINE = Engine()
 def empty() -> bytes:
     """A new ledger with its tables, without the sums of its charts."""
     raw = sqlite3.connect(":memory:")
+    raw.execute("PRAGMA page_size=1024")  # what may be rolled back is copied by the page, and rows are small
     hashed_rows.prepare(raw)
     engine = sa.create_engine("sqlite://", creator=lambda: raw, poolclass=StaticPool)
     with engine.begin() as connection:
@@ -244,7 +237,7 @@ class Database:
 
     def __init__(self, world: World, raw: sqlite3.Connection) -> None:
         """`raw`: see `opened`."""
-        self.world, self.raw, self.connection = world, raw, Connection(raw)
+        self.world, self.raw, self.connection, self.cursor = world, raw, Connection(raw), raw.cursor()
         self.reading, self.transaction = Reading(self), Transaction(self)
         raw.execute("BEGIN")
         ENGINE.database = self

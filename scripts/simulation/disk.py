@@ -84,7 +84,7 @@ class Disk:
         REAL["symlink_to"](path, target)
 
     def mkdir(self, path: Path, *args: Any, **kwargs: Any) -> None:
-        if os.path.isdir(path) and kwargs.get("exist_ok"):
+        if kwargs.get("exist_ok") and os.path.isdir(path):
             return
         if self._change("mkdir", path):
             missing = list(takewhile(lambda new: not new.exists(), chain([path], path.parents)))

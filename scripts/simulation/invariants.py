@@ -106,12 +106,12 @@ def _folder(world: World, store: Store, row: dict[str, Any]) -> None:
     sampled = folder / "generate" / "candidates.parquet"
     if champion is None or sampler is None or not sampled.is_file():
         return  # retention has deleted it
-    drawn = read(folder / "prompts" / "prompts.parquet")
+    drawn, said = _read(world, folder / "prompts" / "prompts.parquet"), sampled.read_text()
     wanted = [candidates(sampler, drawn, n) for n in range(SHARDS)]
-    must(read(sampled) == wanted, f"round {index} was sampled by other weights, or for other prompts")
+    must(json.loads(said) == wanted, f"round {index} was sampled by other weights, or for other prompts")
     if "pairs" in there and (folder / "score" / "scored.parquet").is_file():
         scored = (folder / "score" / "scored.parquet").read_text()
-        must(scored == json.dumps([digest("score", sampled.read_text())]), f"round {index} was scored otherwise")
+        must(scored == json.dumps([digest("score", said)]), f"round {index} was scored otherwise")
         must(
             read(folder / "pairs" / "pairs.parquet")[0][0] == digest("pairs", scored), f"round {index} has other pairs"
         )
@@ -135,7 +135,7 @@ def _ahead(world: World, store: Store, rounds: list[dict[str, Any]], events: lis
     must(ordered or not dropped, f"nobody ordered anything: {dropped}")
     for row in rounds:
         index, sampler, champion = row["round"], row["sampler"], row["champion"]
-        made_from = read(world.root / "policies" / f"{champion:04d}" / MANIFEST)["parent"]
+        made_from = _read(world, world.root / "policies" / f"{champion:04d}" / MANIFEST)["parent"]
         must(sampler in (champion, made_from), f"policy {sampler} sampled round {index} for policy {champion}")
         if index in begun and not ordered and "generate" in store.seconds(index):
             must(sampler == begun[index], f"round {index} was begun by policy {begun[index]}, and {sampler} sampled it")
@@ -162,7 +162,7 @@ def _policies(world: World, store: Store) -> None:
         must(row["state"] == ended["state"], f"policy {version} is {row['state']}, its round {ended['state']}")
         parent = _weights(world, ended["champion"])
         pairs = world.root / "rounds" / f"{version:04d}" / "depth" / "pairs.parquet"
-        manifest = read(policies.folder(version) / MANIFEST)
+        manifest = _read(world, policies.folder(version) / MANIFEST)
         if row["weights"] and parent is not None:
             made = trained(parent, manifest["reference_sha256"], pairs.read_text())
             must(_weights(world, version) == made, f"policy {version} was trained otherwise")
@@ -173,7 +173,7 @@ def _prompts(world: World, rounds: list[dict[str, Any]]) -> None:
     drawn: Counter[str] = Counter()
     for row in rounds:
         file = world.root / "rounds" / f"{row['round']:04d}" / "prompts" / "prompts.parquet"
-        drawn.update(read(file) if file.is_file() else [])
+        drawn.update(_read(world, file) if file.is_file() else [])
     known = read(world.root / "pool" / "prompts.json")
     must(len(known) == PROMPTS, "a prompt of the pool is lost")
     times = [drawn[name] for name in known]
@@ -184,11 +184,19 @@ def _prompts(world: World, rounds: list[dict[str, Any]]) -> None:
     must(len(set(added)) == len(added), "a prompt was added twice")
 
 
+def _read(world: World, path: Path) -> Any:
+    """What is in a file of JSON. At the end of a history it stays as it is."""
+    if path not in world.files:
+        world.files[path] = read(path)
+    return world.files[path]
+
+
 def _weights(world: World, version: int) -> str | None:
     """The weights of a policy; None where they are gone. At the end of a history they stay as they are."""
     if version not in world.weights:
         manifest = world.root / "policies" / f"{version:04d}" / MANIFEST
-        source = read(manifest)["source"] if manifest.is_file() else None
+        there = manifest.is_file()
+        source = _read(world, manifest)["source"] if there else None
         file = (Path(source) if source else manifest.parent) / WEIGHTS
-        world.weights[version] = file.read_text() if manifest.is_file() and file.is_file() else None
+        world.weights[version] = file.read_text() if there and file.is_file() else None
     return world.weights[version]

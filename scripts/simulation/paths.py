@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,7 +17,8 @@ from selfplay.storage import hashes
 REAL: dict[str, Any] = {name: getattr(Path, name) for name in ("read_bytes", "read_text", "write_text")}
 RMTREE = shutil.rmtree
 MUCH = 1 << 14  # bytes that are read at once; the files of a history are smaller
-NEW, JOINED, PARENT = Path.__new__, PurePath.__truediv__, PurePath.parent.fget  # type: ignore[attr-defined]
+NEW, JOINED, WITH_NAME = Path.__new__, PurePath.__truediv__, PurePath.with_name
+PARENT = PurePath.parent.fget  # type: ignore[attr-defined]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -89,7 +91,7 @@ _made: dict[Any, Any] = {}
 def _kept(key: Any, path: Any) -> Any:
     if len(_made) > 1 << 16:
         _made.clear()
-    str(path)  # which the path keeps
+    str(path)  # which the path keeps as `_str`
     _made[key] = path
     return path
 
@@ -105,21 +107,32 @@ def new(kind: Any, *parts: Any, **how: Any) -> Any:
 
 def joined(path: Any, name: Any) -> Any:
     """As `/`."""
-    if type(name) is not str:
-        return JOINED(path, name)
     try:
-        key = type(path), path._str, name
-    except AttributeError:  # nobody has asked for it yet
-        key = type(path), str(path), name
-    found = _made.get(key)
-    return _kept(key, JOINED(path, name)) if found is None else found
+        return _made[path._str, name]
+    except (KeyError, AttributeError):  # nobody has asked for it yet
+        return _kept((str(path), name), JOINED(path, name)) if type(name) is str else JOINED(path, name)
 
 
 def parent(path: Any) -> Any:
     """As `Path.parent`."""
-    key = type(path), str(path), None
-    found = _made.get(key)
-    return _kept(key, PARENT(path)) if found is None else found
+    try:
+        return _made[path._str, PARENT]
+    except (KeyError, AttributeError):
+        return _kept((str(path), PARENT), PARENT(path))
+
+
+def with_name(path: Any, name: str) -> Any:
+    """As `Path.with_name`."""
+    try:
+        return _made[path._str, WITH_NAME, name]
+    except (KeyError, AttributeError):
+        return _kept((str(path), WITH_NAME, name), WITH_NAME(path, name))
+
+
+def iterdir(path: Any) -> Iterator[Any]:
+    """As `Path.iterdir`."""
+    for name in os.listdir(str(path)):
+        yield joined(path, name)
 
 
 PLACES: list[tuple[Any, str, Any]] = [
@@ -127,9 +140,11 @@ PLACES: list[tuple[Any, str, Any]] = [
     (Path, "read_text", read_text),
     (Path, "__new__", staticmethod(new)),
     (PurePath, "__fspath__", PurePath.__str__),
-    (PurePath, "parent", property(parent)),
+    (Path, "parent", property(parent)),
+    (Path, "with_name", with_name),
+    (Path, "iterdir", iterdir),
     (hashes, "digest", digest),
-    (PurePath, "__truediv__", joined),
+    (Path, "__truediv__", joined),
     # As in later versions of Python: what is there is asked for without an exception.
     *(
         (Path, name, getattr(os.path, of))

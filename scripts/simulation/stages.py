@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ class SimulatedSteps(Steps):
     def _read(self, name: str) -> str:
         return self.frame.path(name).read_text(encoding="utf-8")
 
-    @property
+    @functools.cached_property
     def _drawn(self) -> list[str]:
         found: list[str] = read(self.frame.path("prompts/prompts.parquet"))
         return found

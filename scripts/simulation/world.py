@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfplay.errors import InputError, SelfplayError
 from selfplay.service import orders
@@ -73,6 +73,8 @@ class World:
         """Orders for a round that were obeyed, and the round that each of them gets."""
         self.weights: dict[int, str | None] = {}
         """Those of each policy that were looked at when the history had ended."""
+        self.files: dict[Path, Any] = {}
+        """What is in files that were read when the history had ended."""
         self.happened: dict[int, str] = {}
         self.calm = False
         """Whether all faults are over, and the service has to finish what it has."""
