@@ -65,7 +65,7 @@ def evaluate(
     held_out: Sequence[Prompt],
     audit: Sequence[Prompt],
     engine: Engine,
-    initial_answers: Callable[[], list[Candidate]],
+    initial_answers: Callable[[Callable[[int], None]], list[Candidate]],
     judge: Callable[[], Judge],
     settings: EvaluateConfig,
     seed: int,
@@ -74,8 +74,9 @@ def evaluate(
     """Answer, score, compare, decide; write the answers, judge.json and verdict.json. Leaves any policy in the engine.
 
     held_out: prompts of the gate. audit: prompts that the candidate and the initial policy answer, which never gates; none
-    in most rounds. initial_answers: the initial policy's answers to these. judge: gives the judge. It is called when all answers
-    are there: where roles take turns on the GPUs, the engine has done all it has to do, and the judge loads once.
+    in most rounds. initial_answers: the initial policy's answers to these; it tells its argument how many are there.
+    judge: gives the judge. It is called when all answers are there: where roles take turns on the GPUs, the engine has done
+    all it has to do, and the judge loads once.
     """
     others = [champion] if initial.version == champion.version else [champion, initial]
     answers = 2 * len(held_out) + len(audit)
@@ -91,7 +92,11 @@ def evaluate(
     line.update(text="KL to the current and the initial policy")
     logps = engine.logps(held_out, rows, others, lambda done: line.update(done=answers + done))
     kl_current, kl_initial = _kl(rows, logps[0]), _kl(rows, logps[-1])
-    initial_rows = initial_answers() if audit else []
+
+    def of_the_initial(done: int) -> None:
+        line.update(text=f"{done} of {len(audit)} audit answers of the initial policy")
+
+    initial_rows = initial_answers(of_the_initial) if audit else []
 
     line.update(text="scoring")
     judging = judge()

@@ -46,7 +46,9 @@ class Answers:
         """Have the champion answer this round's gate prompts, ahead of the evaluation."""
         self.answers("champion", self.gate_prompts(), self.champion())
 
-    def of_the_initial(self, audit: Sequence[Prompt], initial: Policy) -> list[Candidate]:
+    def of_the_initial(
+        self, audit: Sequence[Prompt], initial: Policy, on_progress: Callable[[int], None]
+    ) -> list[Candidate]:
         """The initial policy's answers to the audit set: always the same, so sampled once for the run."""
         settings = self.frame.config.generate
         sampling = settings.model_dump(mode="json", exclude={"engine", "shard_prompts", "candidates"})
@@ -54,7 +56,7 @@ class Answers:
         path = self.run_dir / "audit" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
         if not seals.is_whole(path):
             path.parent.mkdir(exist_ok=True)
-            tables.write_rows(path, self.answers("initial", audit, initial), Candidate)
+            tables.write_rows(path, self.answers("initial", audit, initial, on_progress), Candidate)
             seals.seal(path)
         return tables.read_rows(path, Candidate)
 

@@ -257,7 +257,7 @@ class Steps:
             held_out=self.answers.gate_prompts(),
             audit=audit,
             engine=self.answers,
-            initial_answers=lambda: self.answers.of_the_initial(audit, self.run.policy(0)),
+            initial_answers=lambda told: self.answers.of_the_initial(audit, self.run.policy(0), told),
             judge=judge,
             settings=self.config.evaluate,
             seed=self.frame.seed("bootstrap"),

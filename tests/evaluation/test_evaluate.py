@@ -57,7 +57,8 @@ def run(out, *, champion, audit=(), judge_says=longer, dependent=None, **gate):
     engine, line = Engine(), Told()
     gate = {"max_length_ratio": 9, **gate}
 
-    def initial_answers():
+    def initial_answers(told):
+        told(len(audit))
         return [answer(p, "word") for p in audit]
 
     with (

@@ -146,12 +146,13 @@ def test_what_the_champion_answers_beside_the_training_is_there_for_the_evaluati
 
 
 def test_the_initial_policy_answers_the_audit_set_once_for_the_run(world):
-    found = world.of(3).of_the_initial(world.of(3).audit_prompts(), policy(0))
-    assert len(found) == 4 and {a.policy for a in found} == {0}
-    assert world.of(6).of_the_initial(world.of(6).audit_prompts(), policy(0)) == found
+    told = []
+    found = world.of(3).of_the_initial(world.of(3).audit_prompts(), policy(0), told.append)
+    assert len(found) == 4 and {a.policy for a in found} == {0} and told == [0]
+    assert world.of(6).of_the_initial(world.of(6).audit_prompts(), policy(0), told.append) == found
     assert world.engine.asked == [(0, 4)]
     warmer = world.of(6, "generate.temperature=0.7")
-    warmer.of_the_initial(warmer.audit_prompts(), policy(0))
+    warmer.of_the_initial(warmer.audit_prompts(), policy(0), told.append)
     assert world.engine.asked == [(0, 4), (0, 4)]
 
 
