@@ -101,8 +101,10 @@ def asked(run_dir: Path, file: Path, max_tokens: int) -> Compared:
             if isinstance(ids, str):
                 raise InputError(f"{file}, row {number} {ids}")
             prompts.append(dataclasses.replace(row, prompt_ids=ids))
-        longest = max(len(prompt.prompt_ids) for prompt in prompts)
-        engine = config.generate.engine.model_copy(update={"max_model_len": longest + max_tokens})
+        longest = max(config.prompts.max_tokens, *(len(prompt.prompt_ids) for prompt in prompts))
+        room = longest + max(config.generate.max_tokens, max_tokens) + 1
+        room = max(room, config.generate.engine.max_model_len or 0)
+        engine = config.generate.engine.model_copy(update={"max_model_len": room})
         run.reconfigure(config.model_copy(update={"generate": config.generate.model_copy(update={"engine": engine})}))
         policies = [run.policy(0), run.current]
         with tempfile.TemporaryDirectory() as there:

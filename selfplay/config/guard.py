@@ -34,7 +34,7 @@ class GuardConfig(Section):
     It has no `stop`, because gold is reported and decides nothing."""
     cut_off: Limits = Limits(warn=0.3)
     """Share of the answers that hit generate.max_tokens."""
-    length_gap: Limits = Limits(warn=0.25)
+    length_gap: Limits = Limits(warn=0.5)
     """Share by which chosen answers are shorter than rejected ones, or the other way round (mean tokens of the base pairs)."""
     decided_by_length: Limits = Limits(warn=0.9)
     """Share of the base pairs in which the longer answer wins, or the shorter one, whichever is more. It is 0.5 if
