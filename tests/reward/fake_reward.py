@@ -100,6 +100,7 @@ class FakeServer(ThreadingHTTPServer):
     """Answers with the scripted answers in turn, then with `default` for ever; notes what it was asked."""
 
     daemon_threads = True
+    request_queue_size = 64  # with the usual 5 a connection of many at once may wait a second to be tried again
 
     def __init__(self, *script: Answer, default: Answer = right, port: int = 0) -> None:
         self.script, self.default = list(script), default
