@@ -218,6 +218,9 @@ class ShapingConfig(Section):
     it before."""
     repetition_ngram: Positive = 4
     """Tokens of these n-grams."""
+    repetition_beyond_length: bool = False
+    """Whether only repetition beyond that of answers of the same length counts. Otherwise the shortest of answers with
+    equal rewards is chosen, and the longest rejected."""
     cut_off_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Reward taken off a response that hit the token limit. pairs.cut_off says whether such a response can be in a
     pair."""

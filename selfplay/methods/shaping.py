@@ -101,9 +101,18 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(29))
 
 
-def repetition_penalty(tokens: ArrayLike, starts: ArrayLike, weight: float, ngram: int) -> Array:
-    """−`weight` × the share of repeated n-grams (M,). `tokens` and `starts` as in `repetition`."""
-    return -weight * repetition(tokens, starts, ngram)
+def beyond_length(shares: ArrayLike, lengths: ArrayLike, groups: Sequence[Hashable], whole: ArrayLike) -> Array:
+    """Repetition (N,) less what answers of the same length have: a long answer has said more before, whatever it says.
+
+    The line is fitted within each prompt (`length_slope`) to the answers that are `whole` (N,), because those that were cut off
+    are often loops. Without this the shortest of answers with the same reward is chosen and the longest rejected.
+    """
+    values, n, ended = np.asarray(shares, np.float64), np.asarray(lengths, np.float64), np.asarray(whole, np.bool_)
+    if not ended.any():
+        return values
+    slope = length_slope(np.where(ended, values, np.nan), n, groups)
+    found: Array = values - slope * (n - n[ended].mean())
+    return found
 
 
 def cut_off_penalty(finish_reasons: Sequence[str], penalty: float) -> Array:

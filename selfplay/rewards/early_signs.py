@@ -49,7 +49,7 @@ def advice(name: str, value: float, cut_off: str) -> str:
             else "; pairs.cut_off: drop leaves them out of every pair"
         ),
         "length_gap": f"chosen answers are the {which} ones: set reward.shaping.length_control"
-        + (", and lower reward.shaping.repetition_penalty, which short answers pay less of" if value < 0 else "")
+        + (", and reward.shaping.repetition_beyond_length with a repetition_penalty" if value < 0 else "")
         + (cut if cut_off == "reject" and value < 0 else ""),
         "decided_by_length": f"the {which} answer wins nearly always: set reward.shaping.length_control, or lower pairs.keep to "
         "train on the pairs of highest potential alone" + (cut if cut_off == "reject" and value < 0 else ""),

@@ -163,14 +163,14 @@ def shape(
             columns.n_tokens, settings.length_penalty, settings.length_free
         )
     if settings.repetition_penalty:
-        terms["repetition_penalty"] = np.concatenate(
-            [
-                shaping.repetition_penalty(
-                    *answers.flat_ids(table["token_ids"]), settings.repetition_penalty, settings.repetition_ngram
-                )
-                for table in tables.each_group(candidates, ("token_ids",), row_type=Candidate)
-            ]
-        )
+        repeated = [
+            shaping.repetition(*answers.flat_ids(table["token_ids"]), settings.repetition_ngram)
+            for table in tables.each_group(candidates, ("token_ids",), row_type=Candidate)
+        ]
+        shares = np.concatenate(repeated)
+        if settings.repetition_beyond_length:
+            shares = shaping.beyond_length(shares, columns.n_tokens, columns.prompt.tolist(), columns.whole)
+        terms["repetition_penalty"] = -settings.repetition_penalty * shares
     if settings.cut_off_penalty:
         ends = ["stop" if whole else "length" for whole in columns.whole.tolist()]
         terms["cut_off_penalty"] = shaping.cut_off_penalty(ends, settings.cut_off_penalty)

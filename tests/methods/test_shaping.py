@@ -56,4 +56,16 @@ def test_penalties():
     tokens, starts = [1, 2, 1, 2, 1, 1, 2, 3, 1], [0, 5, 8, 9]
     np.testing.assert_array_equal(shaping.repetition(tokens, starts, 2), [0.5, 0, 0])
     assert shaping.repetition([], [0], 2).shape == (0,)
-    np.testing.assert_allclose(shaping.repetition_penalty([7, 7, 7, 1, 2, 3], [0, 3, 6], 3.0, 1), [-2, 0])
+    np.testing.assert_allclose(shaping.repetition([7, 7, 7, 1, 2, 3], [0, 3, 6], 1), [2 / 3, 0])
+
+
+def test_repetition_beyond_its_length_does_not_depend_on_length():
+    """Two prompts whose answers repeat .001 a token, and one answer of each .1 more; a loop that was cut off has no say."""
+    lengths = np.array([10, 50, 90, 160, 20, 60, 100, 140])
+    groups = list("aaaabbbb")
+    shares = 0.001 * lengths + np.array([0, 0.1, 0, 0.9, 0, 0.1, 0, 0])
+    whole = np.array([True, True, True, False, True, True, True, True])
+    found = shaping.beyond_length(shares, lengths, groups, whole)
+    assert abs(shaping.length_slope(np.where(whole, found, np.nan), lengths, groups)) < 1e-12
+    assert found[3] > 0.8 > found[1] > found[0] and found[1] > found[2]
+    np.testing.assert_allclose(shaping.beyond_length(shares, lengths, groups, np.zeros(8, bool)), shares)
