@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scoring_world import Stage, reward
 
+from selfplay.methods.shaping import length_slope
 from selfplay.types import Candidate
 
 
@@ -115,3 +116,19 @@ def test_rewards_of_many_candidates_are_those_that_are_computed_row_by_row(tmp_p
         assert found[n].reward == sum(parts[name] for name in names)
     assert metrics["missing"] == metrics["unparsable"] - int(np.isnan(given).all(axis=0).sum()) == 5000 - len(there)
     assert metrics["reward_mean"] == pytest.approx(np.mean([expected[n][0] for n in there]), rel=1e-9)
+
+
+def test_repetition_beyond_its_length_says_nothing_of_length(tmp_path):
+    candidates = synthetic(40, 8)
+    with reward(lambda item: 1.0) as server:
+        stage = Stage(
+            tmp_path, server, candidates, repetition_penalty=1.0, repetition_ngram=1, repetition_beyond_length=True
+        )
+        stage.score()
+    terms = np.array([row.reward_parts["repetition_penalty"] for row in stage.rows])
+    whole = np.array([candidate.finish_reason == "stop" for candidate in candidates])
+    lengths, prompts = [c.n_tokens for c in candidates], [c.prompt_id for c in candidates]
+    assert whole.any() and terms[whole].std() > 0.01
+    assert abs(length_slope(np.where(whole, terms, np.nan), lengths, prompts)) < 1e-9
+    repeated = [-(1 - len(set(c.token_ids)) / c.n_tokens) for c in candidates]
+    assert abs(length_slope(np.where(whole, repeated, np.nan), lengths, prompts)) > 1e-4
