@@ -84,6 +84,8 @@ def asked(run_dir: Path, file: Path, max_tokens: int) -> Compared:
     from selfplay.reporting.terminal import Display
     from selfplay.rounds.run import Run
 
+    if max_tokens < 1:
+        raise InputError(f"--max-tokens {max_tokens}: at least 1")
     rows = suites.read(file)
     for number, row in enumerate(rows, 1):
         try:

@@ -20,20 +20,16 @@ from typing import Any
 
 from ablation.arms import SHARED_STAGES, assignments, overrides, sampling
 from ablation.results import fingerprint, results
-from ablation.tiny import write_pool
 from ablation.worlds import budget, worlds
 
 
 def run_all(args: argparse.Namespace) -> None:
     """Do every unit (world, seed) in a process of its own, `--workers` of them at a time."""
+    args.out.mkdir(parents=True, exist_ok=True)
     for world in args.worlds:
-        worlds(args).build(world)
+        worlds(args).build(args, world)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the units are stopped too
     units = [(world, args.first_seed + i) for i in range(args.seeds) for world in args.worlds]
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.pool != "usual":
-        for world in args.worlds:
-            write_pool(args, world)
     running: set[subprocess.Popen[bytes]] = set()
     stopping = threading.Event()
 

@@ -46,7 +46,7 @@ WORKERS = 1
 ENVIRONMENT: Mapping[str, str] = {}
 
 
-def build(world: int) -> None:
+def build(args: argparse.Namespace, world: int) -> None:
     subprocess.run([sys.executable, str(ROOT / "scripts" / "get_smollm2.py"), "--out", str(FOLDER)], check=True)
 
 

@@ -50,11 +50,13 @@ WORKERS = 2
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
-def build(world: int) -> None:
+def build(args: argparse.Namespace, world: int) -> None:
     if not (world_dir(world) / "current").exists():
         print(f"building the world of seed {world}", flush=True)
         argv = [sys.executable, str(ROOT / "scripts" / "make_tiny.py"), "--seed", str(world)]
         subprocess.run([*argv, "--out", str(world_dir(world))], check=True)
+    if args.pool != "usual":
+        write_pool(args, world)
 
 
 def world_dir(seed: int) -> Path:

@@ -29,8 +29,8 @@ class Worlds(Protocol):
     ENVIRONMENT: Mapping[str, str]
     """That of a run, beside what there is."""
 
-    def build(self, world: int) -> None:
-        """Make a world unless it is there."""
+    def build(self, args: argparse.Namespace, world: int) -> None:
+        """Make a world unless it is there, and the prompts that arms draw from."""
 
     def built(self, world: int) -> str:
         """The hash of what a world was made of."""
