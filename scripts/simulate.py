@@ -54,6 +54,7 @@ def many(simulation: Simulation, seeds: range, most: int) -> int:
     for seed in seeds:
         if seed % 200 == 0:
             gc.collect()
+            gc.freeze()
         found = simulation.run(seed)
         done, moments, rounds, starts = done + 1, moments + found.moments, rounds + found.rounds, starts + found.starts
         happened.update(found.happened.values())
