@@ -10,7 +10,7 @@ next history has the ledger as it was, and a connection whose statements and tri
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -39,7 +39,7 @@ class Result:
         return iter(self._rows)
 
     def mappings(self) -> Mappings:
-        return Mappings([dict(zip(self._names, row, strict=True)) for row in self._rows])
+        return Mappings(self._names, self._rows)
 
     def one(self) -> tuple[Any, ...]:
         (row,) = self._rows
@@ -49,13 +49,22 @@ class Result:
         return self._rows[0][0] if self._rows else None
 
 
-class Mappings(list[dict[str, Any]]):
+class Mappings:
+    """As `sqlalchemy.MappingResult`. In a loop its rows are what `dict` makes a mapping of: the ledger asks no more of them."""
+
+    def __init__(self, names: Sequence[str], rows: list[tuple[Any, ...]]) -> None:
+        self._names, self._rows = names, rows
+
+    def __iter__(self) -> Iterator[Iterable[tuple[str, Any]]]:
+        names = self._names
+        return (zip(names, row, strict=True) for row in self._rows)
+
     def first(self) -> dict[str, Any] | None:
-        return self[0] if self else None
+        return next(map(dict, self), None)
 
     def one(self) -> dict[str, Any]:
         (row,) = self
-        return row
+        return dict(row)
 
 
 class Statement:
@@ -90,7 +99,9 @@ class Statement:
         rows = cursor.fetchall()
         if self._out:
             rows = [self._read(row) for row in rows]
-        return Result(self.names or [column[0] for column in cursor.description or ()], rows, cursor)
+        if not self.names and cursor.description:  # it is a text, whose columns only SQLite knows
+            self.names = [column[0] for column in cursor.description]
+        return Result(self.names, rows, cursor)
 
     def _read(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
         values = list(row)
@@ -162,12 +173,12 @@ def _known(error: sqlite3.Error) -> Exception:
 class Reading:
     """As `Engine.connect`: a look at the ledger."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, world: World, connection: Connection) -> None:
+        self._moment, self._connection = world.moment, connection
 
     def __enter__(self) -> Connection:
-        self._database.world.moment("read", "ledger")
-        return self._database.connection
+        self._moment("read", "ledger")
+        return self._connection
 
     def __exit__(self, *error: object) -> None:
         pass
@@ -176,21 +187,25 @@ class Reading:
 class Transaction(Reading):
     """As `Engine.begin`: what it writes holds where it ends without an error."""
 
+    def __init__(self, world: World, connection: Connection, cursor: sqlite3.Cursor) -> None:
+        super().__init__(world, connection)
+        self._sent = cursor.execute
+
     def __enter__(self) -> Connection:
-        connection = super().__enter__()
-        self._database.cursor.execute("SAVEPOINT product")
-        return connection
+        self._moment("read", "ledger")
+        self._sent("SAVEPOINT product")
+        return self._connection
 
     def __exit__(self, *error: object) -> None:
-        cursor, holds = self._database.cursor, False
+        holds = False
         try:
             if error[0] is None:
-                self._database.world.moment("commit", "ledger")
+                self._moment("commit", "ledger")
                 holds = True
         finally:
             if not holds:
-                cursor.execute("ROLLBACK TO product")
-            cursor.execute("RELEASE product")
+                self._sent("ROLLBACK TO product")
+            self._sent("RELEASE product")
 
 
 class Engine:
@@ -237,8 +252,9 @@ class Database:
 
     def __init__(self, world: World, raw: sqlite3.Connection) -> None:
         """`raw`: see `opened`."""
-        self.world, self.raw, self.connection, self.cursor = world, raw, Connection(raw), raw.cursor()
-        self.reading, self.transaction = Reading(self), Transaction(self)
+        self.world, self.raw = world, raw
+        connection = Connection(raw)
+        self.reading, self.transaction = Reading(world, connection), Transaction(world, connection, raw.cursor())
         raw.execute("BEGIN")
         ENGINE.database = self
 
