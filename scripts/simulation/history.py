@@ -36,6 +36,18 @@ BEGINNINGS = 32  # folders that histories begin with
 CONFIG = Path("selfplay.yaml")
 
 
+class Line(SimpleNamespace):
+    """As `selfplay.progress.Line`."""
+
+    def __init__(self, shown: Display, **values: object) -> None:
+        super().__init__(**values)
+        self._shown = shown
+
+    def update(self, **values: object) -> None:
+        vars(self).update(values)
+        self._shown.on_line(self)
+
+
 class Display:
     """As `reporting.terminal.Display`, for nobody."""
 
@@ -45,15 +57,9 @@ class Display:
 
     @contextlib.contextmanager
     def stage(self, round_index: int | None, name: str, total: int | None = None, unit: str = "") -> Iterator[Any]:
-        line = SimpleNamespace(round_index=round_index, name=name, done=0, total=total, text="", unit=unit, seconds=0.0)
-
-        def update(**values: object) -> None:
-            vars(line).update(values)
-            self.on_line(line)
-
-        line.update = update
+        line = Line(self, round_index=round_index, name=name, done=0, total=total, text="", unit=unit, seconds=0.0)
         self._world.tell(f"stage {name}")
-        update()
+        line.update()
         yield line
 
     def kept(self, round_index: int, name: str) -> None:
@@ -174,7 +180,7 @@ class History:
 
     def __init__(self, world: World, beginning: Beginning) -> None:
         self.world, self.starts, self._beginning = world, 0, beginning
-        self.after_round: Callable[[], None] = self._look
+        self.after_round: Callable[[], None] | None = None
         self._finished, self._looks, self._resumed = False, 0, 0
         beginning.lay(world.root)
         CLOCK.begin(world)
@@ -200,7 +206,7 @@ class History:
         world.start_process()
         world.tell(f"start {self.starts}")
         try:
-            display: Any = Display(world, lambda: self.after_round())
+            display: Any = Display(world, self.after_round or self._look)
             daemon = Daemon(CONFIG, [], world.root, display, clock=lambda: world.now)
             world.daemon = daemon
             daemon.serve()
@@ -213,7 +219,6 @@ class History:
             world.tell(f"exit {error.exit_code}: {error}")
         finally:
             world.active = world.dead = False
-            world.daemon = None
             self._killed()
         self._look_without_service()
 
@@ -225,11 +230,18 @@ class History:
             return 0
 
     def close(self) -> None:
-        self.world.database.close()
-        self._beginning.clear(self.world.root)
+        world = self.world
+        world.database.close()
+        self._beginning.clear(world.root)
+        del world.database, world.on_idle, world.second  # each of them knows the world
 
     def _killed(self) -> None:
-        """What the kernel does when a process ends."""
+        """What the kernel does when a process ends. What it had in mind goes with it: the circles in that are broken."""
+        daemon, self.world.daemon = self.world.daemon, None
+        if daemon is not None:
+            for owner in (daemon.run, daemon):
+                if owner is not None:
+                    vars(owner).clear()
         for lock in self.world.locks:
             lock._close()
         self.world.locks.clear()

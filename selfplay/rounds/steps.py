@@ -53,7 +53,7 @@ class Steps:
             breathe=lambda where: run.breathe(where),  # it may be another one later
             logs=run.dir / "logs",
             weights=functools.cache(lambda: size(Path(run.policy(0).path))),
-            adopted=lambda: self.adopted,
+            adopted=lambda: run.policies.folder(index).is_dir(),
         )
         self.history = History(run.store, run.dir / "rounds", index)
         self.answers = Answers(
@@ -73,7 +73,7 @@ class Steps:
     @property
     def adopted(self) -> bool:
         """Whether the policy that this round trained has its place among the run's."""
-        return self.run.policies.folder(self.index).is_dir()
+        return self.frame.adopted()
 
     @property
     def evolves(self) -> bool:
