@@ -32,7 +32,7 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
         yield partial
-        finish(partial, path)
+    finish(partial, path)
 
 
 def finish(partial: Path, path: Path) -> None:
@@ -104,24 +104,30 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+class disk_errors:
     """Turn «no space left», the ledger's too, into a DiskError, and what the file system refuses beside or below `path` into an
     InputError, or into a DiskError where it may pass by itself."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "database or disk is full" in str(error):
-            raise DiskError(
-                f"the disk of {path.parent} is full",
-                "free some space and run the same command again: finished stages are kept",
-            ) from error
-        if isinstance(error, OSError):
-            fences.check(path)  # where the folder is not this process's any more, that is the error
-        if isinstance(error, OSError) and (found := _refused(error, path.parent)) is not None:
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and (found := _for_users(error, self._path)) is not None:
             raise found from error
-        raise
+
+
+def _for_users(error: Exception, path: Path) -> DiskError | InputError | None:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "database or disk is full" in str(error):
+        hint = "free some space and run the same command again: finished stages are kept"
+        return DiskError(f"the disk of {path.parent} is full", hint)
+    if not isinstance(error, OSError):
+        return None
+    fences.check(path)  # where the folder is not this process's any more, that is the error
+    return _refused(error, path.parent)
 
 
 REFUSALS = {
