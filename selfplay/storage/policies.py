@@ -64,7 +64,7 @@ def read(path: Path) -> Manifest:
 
 def write(path: Path, manifest: Manifest) -> None:
     """Write the manifest of a policy folder: it is whole with it."""
-    seals.write_json(path / folders.MANIFEST, dataclasses.asdict(manifest))
+    seals.write_json(path / folders.MANIFEST, {name: getattr(manifest, name) for name in FIELDS})
 
 
 def weights_sha256(manifest: Manifest) -> str:

@@ -60,13 +60,13 @@ class Runner:
         """From the JSON of a file, or from a value of the ledger; None where it is no record of a runner."""
         try:
             found = json.loads(value) if isinstance(value, (str, bytes)) else value
-            return cls(**{name: found[name] for field in dataclasses.fields(cls) if (name := field.name) in found})
+            return cls(**{name: found[name] for name in FIELDS if name in found})
         except (ValueError, TypeError, KeyError):
             return None
 
     def written(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in FIELDS}
 
     def is_in(self, folder: Runner) -> bool:
         """Whether it works in the very folder that `folder` names, and not in a copy. A folder that was moved within its
@@ -91,6 +91,9 @@ class Runner:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Runner))
 
 
 def _line(path: str) -> str:
