@@ -118,7 +118,7 @@ def close(steps: Steps, outcome: Outcome, reasons: Sequence[str]) -> RoundReport
             folders.delete(scratch)
     needed = {
         current.version,
-        policies.read(run.policies.folder(current.version)).parent,
+        current.parent,
         steps.champion,
         reference.version(run.config.train, index, store),
     }
