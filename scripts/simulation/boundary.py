@@ -77,8 +77,8 @@ class Inline:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def map(self, what: Callable[..., Any], values: Any) -> Iterator[Any]:
-        return map(what, values)
+    def map(self, what: Callable[..., Any], *values: Any) -> Iterator[Any]:
+        return map(what, *values)
 
 
 def once(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,11 +48,11 @@ def forget() -> None:
 def sha256_of(paths: Iterable[Path]) -> list[str]:
     """SHA-256 of each file, in order. Several files that are not remembered are read at a time."""
     files = [(path, identity(path)) for path in paths]
-    unknown = [path for path, known in files if known not in _remembered]
+    unknown = {path: known for path, known in files if known not in _remembered}
     found: dict[Path, str] = {}
     if len(unknown) > 1:
         with ThreadPoolExecutor(min(THREADS, len(unknown))) as pool:
-            found = dict(zip(unknown, pool.map(sha256, unknown), strict=True))
+            found = dict(zip(unknown, pool.map(_of, unknown, unknown.values()), strict=True))
     return [found.get(path) or _of(path, known) for path, known in files]
 
 
