@@ -72,16 +72,16 @@ class SimulatedSteps(Steps):
         sampler = Ahead(self.answers, self.run.draws, self.run.policies).sampler(self.champion, self._drawn)
         self.run.store.set_sampler(self.index, sampler)
         shards = self.answers.shards("generate", sampler, self._drawn)
-        engine = self.run.serving.engine()
+        engine, policy = self.run.serving.engine(), self.run.policy(sampler)
         files = sample(
             engine,
             self.frame.path("prompts/prompts.parquet"),
             shards=shards,
             before_shard=lambda: self.run.breathe("shard"),
             on_progress=lambda done: line.update(done=done),
-            policy=self.run.policy(sampler),
+            policy=policy,
         )
-        self.run.serving.serve(self.run.policy(self.champion))
+        self.run.serving.serve(policy if sampler == self.champion else self.run.policy(self.champion))
         said = [folders.read_json(file) for file in files]
         (out / "candidates.parquet").write_text(json.dumps(said), encoding="utf-8")
         return {"cut_off_share": 0.0}
