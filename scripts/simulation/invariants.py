@@ -42,13 +42,23 @@ def check(world: World) -> None:
     _rounds(world, rounds, events)
     _orders(world, store, events)
     _current(world, store, rounds, events)
+    stages = _stages(store, rounds)
     for row in rounds:
-        _folder(world, store, row)
-    _policies(world, store)
+        _folder(world, row, stages[row["round"]])
+    _policies(world, store, rounds)
     _prompts(world, rounds)
-    _ahead(world, store, rounds, events)
+    _ahead(world, store, rounds, events, stages)
     left = set(os.listdir(world.root)) - KNOWN
     must(not left, f"the folder has {sorted(left)}")
+
+
+def _stages(store: Store, rounds: list[dict[str, Any]]) -> dict[int, set[str]]:
+    """Names of the stages that the ledger tells of, by round."""
+    found: dict[int, set[str]] = {row["round"]: set() for row in rounds}
+    for row in store.query("SELECT round, stage FROM stages"):
+        must(row["round"] in found, f"the ledger has a stage of round {row['round']}, and no such round")
+        found[row["round"]].add(row["stage"])
+    return found
 
 
 def _rounds(world: World, rounds: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
@@ -89,16 +99,16 @@ def _current(world: World, store: Store, rounds: list[dict[str, Any]], events: l
         elif event["kind"] == "order_done" and event["text"].startswith("rollback "):
             expected = int(event["text"].partition("version=")[2].split()[0])
     current = Policies(world.root).current
-    must(store.serving() == expected, f"policy {store.serving()} serves, and by its events it is {expected}")
+    serving = store.serving()
+    must(serving == expected, f"policy {serving} serves, and by its events it is {expected}")
     must(current == expected, f"the file current names policy {current}, and policy {expected} serves")
 
 
-def _folder(world: World, store: Store, row: dict[str, Any]) -> None:
+def _folder(world: World, row: dict[str, Any], recorded: set[str]) -> None:
     """The folder of a round has what the ledger tells of, and nothing else; and what each file was made from is in it."""
     index, state = row["round"], row["state"]
     folder = world.root / "rounds" / f"{index:04d}"
     there = set(os.listdir(folder)) - {closed.NAME} if folder.is_dir() else set()
-    recorded = set(store.seconds(index))
     must(there == recorded, f"round {index} ({state}) has {sorted(there)}, and the ledger tells of {sorted(recorded)}")
     if state in STAGES:
         must(recorded == set(STAGES[state]), f"round {index} ({state}) has the stages {sorted(recorded)}")
@@ -123,7 +133,9 @@ def _folder(world: World, store: Store, row: dict[str, Any]) -> None:
             )
 
 
-def _ahead(world: World, store: Store, rounds: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+def _ahead(
+    world: World, store: Store, rounds: list[dict[str, Any]], events: list[dict[str, Any]], stages: dict[int, set[str]]
+) -> None:
     """A round is sampled by its champion, or by the policy that its champion was made from. What was sampled ahead is dropped
     for an order alone: not for a rejected candidate, nor for a kill. A round that has not opened has such shards, and no stage."""
     begun: dict[int, int] = {}
@@ -137,7 +149,7 @@ def _ahead(world: World, store: Store, rounds: list[dict[str, Any]], events: lis
         index, sampler, champion = row["round"], row["sampler"], row["champion"]
         made_from = _read(world, world.root / "policies" / f"{champion:04d}" / MANIFEST)["parent"]
         must(sampler in (champion, made_from), f"policy {sampler} sampled round {index} for policy {champion}")
-        if index in begun and not ordered and "generate" in store.seconds(index):
+        if index in begun and not ordered and "generate" in stages[index]:
             must(sampler == begun[index], f"round {index} was begun by policy {begun[index]}, and {sampler} sampled it")
     known = {f"{row['round']:04d}" for row in rounds}
     rounds_folder = world.root / "rounds"
@@ -147,18 +159,19 @@ def _ahead(world: World, store: Store, rounds: list[dict[str, Any]], events: lis
             must(not there, f"round {name} has not opened, and has {there}")
 
 
-def _policies(world: World, store: Store) -> None:
+def _policies(world: World, store: Store, rounds: list[dict[str, Any]]) -> None:
     """Each policy is in the ledger and in its folder, with weights or without, and was trained once from its champion."""
     policies = Policies(world.root)
     rows = {row["version"]: row for row in store.policies()}
-    must(sorted(rows) == policies.versions(), f"policies {policies.versions()}, and in the ledger {sorted(rows)}")
+    versions, ended_as = policies.versions(), {row["round"]: row for row in rounds}
+    must(sorted(rows) == versions, f"policies {versions}, and in the ledger {sorted(rows)}")
     for version, row in rows.items():
         if not version:
             continue
         files = set(os.listdir(policies.folder(version)))
         wanted = {MANIFEST, WEIGHTS} if row["weights"] else {MANIFEST}
         must(files == wanted, f"policy {version} has {sorted(files)}, in the ledger its weights are {row['weights']}")
-        ended = store.round(version)
+        ended = ended_as[version]
         must(row["state"] == ended["state"], f"policy {version} is {row['state']}, its round {ended['state']}")
         parent = _weights(world, ended["champion"])
         pairs = world.root / "rounds" / f"{version:04d}" / "depth" / "pairs.parquet"
