@@ -121,6 +121,7 @@ class Draws:
         """`rounds`: the folder of the rounds, from which draws are read that the ledger does not have yet."""
         self._pool, self._ledger, self._rounds, self.orders = pool, ledger, rounds, orders
         self._last: tuple[dict[str, Any], Levels] | None = None  # a row of the ledger, and what it says
+        self._in_order: NDArray[np.int32] | None = None  # first rounds of the pool that were looked at
 
     def cursor(self, index: int) -> Cursor:
         """Where the pool stands when a round opens. Prompts that join in that round are not counted yet."""
@@ -158,7 +159,9 @@ class Draws:
     def _joined(self, levels: Levels, index: int, known: Mapping[int, Cursor] = MappingProxyType({})) -> Levels:
         """The levels with the prompts that joined up to a round. `known`: cursors that the ledger does not have."""
         hashes, first = self._pool.training()
-        assert (np.diff(first) >= 0).all(), "prompts that join later stand behind the others"
+        if first is not self._in_order:  # the pool has others once prompts have joined
+            assert (np.diff(first) >= 0).all(), "prompts that join later stand behind the others"
+            self._in_order = first
         there = int(np.searchsorted(first, index, "right"))
         if there == len(levels.level):  # as in nearly every round
             return levels
