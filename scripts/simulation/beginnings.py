@@ -19,6 +19,7 @@ from simulation.world import NOON
 
 LEDGER = "ledger.sqlite"  # that it is there is all that is asked of the file
 LOCKS = (".lock", ".ledger.lock")
+NOWHERE = "", 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,20 +33,6 @@ class Folder:
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Where each is kept, and its inode."""
     links: dict[str, str] = field(default_factory=dict)
-
-    def is_at(self, path: str) -> bool:
-        """Whether a folder has what this one has, and nothing else."""
-        with os.scandir(path) as entries:
-            there = {entry.name: entry for entry in entries}
-        if self.links or len(there) != len(self.folders) + len(self.files):
-            return False
-        for name, (_, inode) in self.files.items():
-            if name not in there or there[name].inode() != inode:
-                return False
-        return all(
-            name in there and there[name].is_dir(follow_symlinks=False) and folder.is_at(f"{path}/{name}")
-            for name, folder in self.folders.items()
-        )
 
     def lay(self, path: str) -> None:
         """Make the folder, which is not there."""
@@ -61,17 +48,33 @@ class Folder:
         for name, target in self.links.items():
             os.symlink(target, f"{path}/{name}")
 
-    def save(self, path: str) -> None:
-        """Have the folders in this one wait that are as they were."""
-        for name, folder in self.folders.items():
-            inner = f"{path}/{name}"
-            if not os.path.isdir(inner):
-                continue
-            if folder.is_at(inner):
-                os.rename(inner, folder.waits)
-                folder.waiting = True
-            else:
-                folder.save(inner)
+    def clear(self, path: str) -> bool:
+        """Empty a folder that may have become another one since it was laid. False where it has what this one has, and nothing else:
+        then it is left as it is. Of a folder that is emptied, those in it that are as they were wait for the next history."""
+        rest, same = [], []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    rest.append((entry.path, self.files.get(entry.name, NOWHERE)[1] == entry.inode()))
+                elif (folder := self.folders.get(entry.name)) is None:
+                    REMOVE(entry.path)
+                elif folder.clear(entry.path):
+                    os.rmdir(entry.path)
+                else:
+                    same.append((entry.path, folder))
+        if (
+            not self.links
+            and len(rest) == len(self.files)
+            and len(same) == len(self.folders)
+            and all(kept for _, kept in rest)
+        ):
+            return False
+        for file, _ in rest:
+            os.unlink(file)
+        for inner, folder in same:
+            os.rename(inner, folder.waits)
+            folder.waiting = True
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,7 @@ class Beginning:
 
     def clear(self, root: Path) -> None:
         """Delete the folder of a history that has ended."""
-        self.folder.save(str(root))
+        self.folder.clear(str(root))
         REMOVE(root, ignore_errors=True)
 
 
