@@ -64,6 +64,7 @@ class RunLock:
         self._inodes: dict[int, tuple[int, int] | None] = {}  # of both, by descriptor: as long as it is open, it stays
         self.lease: Lease | None = None
         self.runner: Runner | None = None
+        self._said: Runner | None = None  # what the lock file says of this process
         self._ledger: Ledger | None = None
         self._restoring = threading.Lock()
 
@@ -119,7 +120,7 @@ class RunLock:
         one in which somebody may work, and where somebody may work in it for all that the locks say."""
         if self.runner is not None:
             return
-        before, here = Runner.read(ledger.state(STATE)), self._here()
+        before, here = Runner.read(ledger.state(STATE)), self._said or self._here()
         if before is not None:
             self._require_left(before, here)
         token = max((before.token if before else 0) + 1, self.lease.token if self.lease else 0)
@@ -239,7 +240,8 @@ class RunLock:
     def _write(self) -> None:
         """Have the lock file say who holds it."""
         if self._file is not None:
-            text = json.dumps((self.runner or self._here()).written()).encode()
+            self._said = self.runner or self._here()
+            text = json.dumps(self._said.written()).encode()
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, text, 0)
 
