@@ -41,8 +41,8 @@ def note_repair(text: str) -> None:
 def repairs() -> list[str]:
     """What was said so since the last call."""
     found = []
-    with contextlib.suppress(IndexError):
-        while True:
+    with contextlib.suppress(IndexError):  # another thread may have taken the last one
+        while _repairs:
             found.append(_repairs.popleft())
     return found
 
