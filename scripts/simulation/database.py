@@ -81,17 +81,22 @@ class Statement:
         self._out = [(place, convert) for place, convert in enumerate(found) if convert is not None]
         self._text, order = self.compiled.string, self.compiled.positiontup or ()
         self._order = [(name, self._into.get(name)) for name in order]
+        self._names = None if any(into for _, into in self._order) else list(order)
+        """Of the values, where all of them go in as they are."""
         given = self.compiled.construct_params(escape_names=False, _check=False)
         self.given: dict[str, Any] = {} if set(order) <= set(keys or ()) else given
         """What the statement itself says of its values, where it needs more than it is given."""
 
     def run(self, cursor: sqlite3.Cursor, values: dict[str, Any]) -> Result:
-        text, order = self._text, self._order
+        text = self._text
         if self.expands:
             state = self.compiled.construct_expanded_state(values)
             text, values = state.statement, state.parameters
-            order = [(name, self._into.get(name)) for name in state.positiontup]
-        given = [values[name] if into is None else into(values[name]) for name, into in order]
+            given = self._converted(values, [(name, self._into.get(name)) for name in state.positiontup])
+        elif self._names is None:
+            given = self._converted(values, self._order)
+        else:
+            given = [values[name] for name in self._names]
         try:
             cursor.execute(text, given)
         except sqlite3.Error as error:
@@ -102,6 +107,10 @@ class Statement:
         if not self.names and cursor.description:  # it is a text, whose columns only SQLite knows
             self.names = [column[0] for column in cursor.description]
         return Result(self.names, rows, cursor)
+
+    @staticmethod
+    def _converted(values: dict[str, Any], order: list[tuple[str, Convert]]) -> list[Any]:
+        return [values[name] if into is None else into(values[name]) for name, into in order]
 
     def _read(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
         values = list(row)
