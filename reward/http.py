@@ -8,6 +8,7 @@
 - Redirects are not followed. A proxy is used where one is given, and not because the environment names one.
 """
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -62,7 +63,9 @@ class Answer:
 
 
 @dataclass(slots=True)
-class _Connection:
+class Connection:
+    """A wire, and what was said by HTTP on it."""
+
     wire: Wire
     spoken: h11.Connection = field(default_factory=lambda: h11.Connection(h11.CLIENT, HEADS))
     used: float = 0.0
@@ -76,7 +79,7 @@ class Http:
     def __init__(self, kept: int = 0, headers: Mapping[str, str] | None = None, proxy: str | None = None) -> None:
         self._kept, self._headers = kept, dict(headers or {})
         self._proxy = proxy_address(proxy) if proxy else None
-        self._idle: dict[tuple[str, str, int], list[_Connection]] = {}
+        self._idle: dict[tuple[str, str, int], list[Connection]] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -109,7 +112,7 @@ class Http:
         end = time.monotonic() + seconds
         to = address(url)
         kept = None if fresh else self._take(to)
-        connection = kept or _connection(to, self._proxy, min(end, time.monotonic() + CONNECT))
+        connection = kept or opened(to, self._proxy, min(end, time.monotonic() + CONNECT))
         whole = False
         try:
             given = {"host": to.authority, "accept": "*/*", "accept-encoding": "identity"} | self._headers
@@ -136,7 +139,7 @@ class Http:
             else:
                 connection.wire.close()
 
-    def _take(self, to: Address) -> _Connection | None:
+    def _take(self, to: Address) -> Connection | None:
         """A connection that is whole still."""
         while True:
             with self._lock:
@@ -148,7 +151,7 @@ class Http:
                 return connection
             connection.wire.close()
 
-    def _keep(self, to: Address, connection: _Connection) -> None:
+    def _keep(self, to: Address, connection: Connection) -> None:
         connection.spoken.start_next_cycle()
         connection.used = time.monotonic()
         with self._lock:
@@ -185,22 +188,23 @@ def bearer(key: str) -> str:
     return f"Bearer {key}"
 
 
-def _connection(to: Address, proxy: Address | None, end: float) -> _Connection:
+def opened(to: Address, proxy: Address | None, end: float, trust: ssl.SSLContext | None = None) -> Connection:
+    """A new connection, by TLS where the address says so, to whom `trust` trusts. Raises HttpError."""
     first = proxy or to
     wire = connect(first.host, first.port, end)
     try:
         if proxy is not None:
             tunnel(wire, proxy, to, end)
         if to.scheme == "https":
-            wire.secure(to.host, end)
+            wire.secure(to.host, end, trust)
     except BaseException:
         wire.close()
         raise
-    return _Connection(wire)
+    return Connection(wire)
 
 
 def _exchange(
-    connection: _Connection, method: str, target: str, headers: Mapping[str, str], body: bytes, end: float, limit: int
+    connection: Connection, method: str, target: str, headers: Mapping[str, str], body: bytes, end: float, limit: int
 ) -> tuple[Answer, bool]:
     """The answer, and whether the connection could take another request after it."""
     wire, spoken = connection.wire, connection.spoken

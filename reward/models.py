@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from reward import onednn
+from reward import hub, onednn
 from reward.chat import ChatEncoder
 from reward.schema import Health, Item
 from reward.scorer import ModelRefused, Score, Stopped
@@ -253,6 +253,7 @@ def _folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
         raise ModelRefused(
             f"{name}: there is no such folder; give the folder of a saved model, or owner/name on the Hub"
         )
+    hub.bounded()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

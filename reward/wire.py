@@ -31,10 +31,12 @@ class Wire:
         self._socket = connected
         self._early = bytearray()
 
-    def secure(self, host: str, end: float) -> None:
+    def secure(self, host: str, end: float, trust: ssl.SSLContext | None = None) -> None:
         """Go on by TLS, with a server that proves to be `host`. Raises ConnectError for one that does not."""
         try:
-            self._socket = tls().wrap_socket(self._socket, server_hostname=host, do_handshake_on_connect=False)
+            self._socket = (trust or tls()).wrap_socket(
+                self._socket, server_hostname=host, do_handshake_on_connect=False
+            )
             self._attempt(self._socket.do_handshake, select.POLLIN, end)
         except LateAnswer:
             raise ConnectError("the TLS handshake did not end in time") from None

@@ -3,7 +3,7 @@
 
 A process of its own plays faults on raw sockets, drawn by a seed, in half of its answers: at the accept, in the status line,
 headers, body, chunks and trailers, on kept connections, and with answers that belong to other requests. Many threads score
-conversations, some by a format with ids and some by one without.
+conversations, some by a format with ids and some by one without, and some ask by the connections to the Hub, which try once.
 
 It fails where a score is wrong, where a call passes its deadline by more than a second, where the client's memory grows by
 more than 64 MB, or where a kind of fault was never played. One line of JSON tells what was seen.
@@ -30,10 +30,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import httpx2  # noqa: E402
+
+from reward import hub_transport  # noqa: E402
 from reward.client import RewardClient, RewardRefused, RewardUnavailable  # noqa: E402
 
 TIMEOUT, DEADLINE, GRACE = 0.4, 1.6, 1.0  # seconds of an attempt, of a call of one request, and more than that
 MEMORY = 64  # MB
+WHOLE = 2**20  # bytes of an answer by the connections to the Hub
 THREADS = 16
 HEAD = b"HTTP/1.1 200 OK\r\n"
 NOTHING = b"HTTP/1.1 %b\r\ncontent-length: 0\r\n\r\n"
@@ -209,6 +213,24 @@ class Server:
         return kind in KEEPS
 
 
+class Hub:
+    """Asks the same by the connections to the Hub."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._client = f"{url}/api/score", hub_transport.client()
+
+    def score(self, items: list[tuple[list[dict[str, str]], str]]) -> list[float]:
+        ids = [text for _, text in items]
+        body = {"items": [{"id": text, "response": text} for text in ids]}
+        try:
+            answer = self._client.post(self._url, json=body, timeout=DEADLINE).raise_for_status().json()
+        except (httpx2.HTTPError, ValueError) as error:
+            raise RewardUnavailable(str(error)) from error
+        if answer.get("ids") != ids or len(answer["scores"]) != len(ids):
+            raise RewardUnavailable("an answer to another request")
+        return list(answer["scores"])
+
+
 def memory(field: str) -> float:
     """MB of this process: VmRSS now, or VmHWM at its highest."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
@@ -224,7 +246,7 @@ def attack(requests: int, seed: int) -> dict[str, object]:
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        clients = [
+        clients: list[RewardClient | Hub] = [
             RewardClient(
                 url,
                 dialect=d,
@@ -236,13 +258,15 @@ def attack(requests: int, seed: int) -> dict[str, object]:
             )
             for d in ("selfplay", "openrlhf")
         ]
+        clients.append(Hub(url))
+        hub_transport.WHOLE = WHOLE
 
         def work() -> None:
             while (n := next(numbers)) < requests:
                 items = [([{"role": "user", "content": "q"}], f"answer {2 * n + k + 200}") for k in (0, 1)]
                 began = time.monotonic()
                 try:
-                    scores = clients[n % 2].score(items)
+                    scores = clients[n % 3].score(items)
                     what = "scored"
                     if any(s != (2 * n + k + 200) / 2 for k, s in enumerate(scores)):
                         wrong.append(f"{n}: {scores}")

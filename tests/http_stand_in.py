@@ -1,11 +1,14 @@
-"""HTTP services that cannot be reached from a test: any that answers a few paths, and the Hub as far as it takes a model."""
+"""HTTP services that cannot be reached from a test: any that answers a few paths, the Hub as far as it takes a model, and
+servers on raw sockets, which may be broken or hostile."""
 
 import base64
 import hashlib
 import json
+import socket
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -112,3 +115,43 @@ def _serving(handler: type[Handler], kind: Any = ThreadingHTTPServer) -> Iterato
 def _oid(content: bytes) -> str:
     """What git calls a file by."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+Talk = Callable[[socket.socket], None]
+
+
+@contextmanager
+def raw(talk: Talk) -> Iterator[str]:
+    """The address `host:port` of a server that talks so on each connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve(taken: socket.socket) -> None:
+            with taken, suppress(OSError):
+                taken.settimeout(10)
+                talk(taken)
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def head(taken: socket.socket) -> bytes:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += taken.recv(65536) or b"\r\n\r\n"
+    return data
+
+
+def answers(*parts: bytes) -> Talk:
+    def talk(taken: socket.socket) -> None:
+        head(taken)
+        for part in parts:
+            taken.sendall(part)
+            time.sleep(0.02)
+
+    return talk

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reward import hub
+
 SECONDS = 10.0  # for an answer
 
 
@@ -34,6 +36,7 @@ class Told:
 @functools.cache
 def ask(model: str, revision: str | None = None) -> Told:
     """Ask once about a model `owner/name`. Whatever goes wrong is part of the answer."""
+    hub.bounded()
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -70,6 +73,7 @@ class Dataset:
 @functools.cache
 def dataset(name: str) -> Dataset:
     """Ask once about a dataset. Whatever goes wrong is part of the answer."""
+    hub.bounded()
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -97,6 +101,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 
 def _config(model: str, revision: str | None) -> Mapping[str, Any]:
     """Its config.json, which a round would fetch too; empty where that is refused, as for a gated model without a token."""
+    hub.bounded()
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from reward import hub
 from selfplay.config import SuiteConfig
 from selfplay.errors import InputError, SelfplayError
 from selfplay.models.rendering import Template, load_tokenizer
@@ -33,6 +34,7 @@ SEED = 1234  # of examples that a task draws, the harness's own default
 
 def load(suite: SuiteConfig) -> Any:
     """The tasks of a suite with their data. Raises InputError for one that there is not, or whose data cannot be had."""
+    hub.bounded()
     from lm_eval.tasks import TaskManager
 
     assert suite.task is not None

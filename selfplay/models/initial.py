@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reward import hub
 from selfplay.config.policy import PolicyConfig
 from selfplay.errors import CheckpointError, InputError
 from selfplay.storage import checkpoints
@@ -27,6 +28,7 @@ def initial_folder(model: str, revision: str | None, trust_remote_code: bool = F
         return path.resolve()
     if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise InputError(f"policy.model {model}: no such folder", "relative paths start at the working directory")
+    hub.bounded()
     from huggingface_hub import snapshot_download
 
     small = [f"*{suffix}" for suffix in checkpoints.SMALL if suffix != ".py" or trust_remote_code]

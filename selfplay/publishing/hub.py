@@ -11,6 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from reward import hub
 from selfplay.errors import InputError, PublishError, SelfplayError
 from selfplay.processes.child import PATIENT, Child, ChildDied, ChildError
 from selfplay.processes.logs import last_line
@@ -35,6 +36,7 @@ def upload(folder: Path, repo: str, message: str, private: bool = True) -> str:
     Where all files are there already there is no new commit. Raises InputError without a token, and PublishError.
     """
     token = require_token()
+    hub.bounded()
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 

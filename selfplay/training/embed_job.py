@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from reward import hub
 from selfplay.errors import TrainError
 from selfplay.methods import breadth
 from selfplay.models import weights
@@ -113,6 +114,7 @@ def _by_model(job: EmbedJob, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
             f"breadth.embedding {job.embedding} needs the package sentence-transformers: {error}",
             "pip install sentence-transformers, or set breadth.embedding to policy",
         ) from error
+    hub.bounded()
     try:
         model = SentenceTransformer(
             job.embedding, trust_remote_code=job.trust_remote_code, model_kwargs={"use_safetensors": True}

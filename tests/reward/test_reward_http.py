@@ -8,12 +8,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_stand_in import answers, head, raw
 
 from reward import wire
 from reward.addresses import InvalidAddress, address
@@ -22,45 +21,6 @@ from reward.proxies import proxy_of
 
 ROOT = Path(__file__).resolve().parents[2]
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-
-Talk = Callable[[socket.socket], None]
-
-
-@contextmanager
-def raw(talk: Talk) -> Iterator[str]:
-    """The address `host:port` of a server that talks so on each connection."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve(taken: socket.socket) -> None:
-            with taken, suppress(OSError):
-                taken.settimeout(10)
-                talk(taken)
-
-        def accept() -> None:
-            with suppress(OSError):
-                while True:
-                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-
-
-def head(taken: socket.socket) -> bytes:
-    data = b""
-    while b"\r\n\r\n" not in data:
-        data += taken.recv(65536) or b"\r\n\r\n"
-    return data
-
-
-def answers(*parts: bytes) -> Talk:
-    def talk(taken: socket.socket) -> None:
-        head(taken)
-        for part in parts:
-            taken.sendall(part)
-            time.sleep(0.02)
-
-    return talk
 
 
 @pytest.mark.service

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from reward import hub
 from selfplay.errors import InputError
 from selfplay.prompts.files import columnar, kinds, part, streams
 from selfplay.prompts.files.part import COPIED, Part, parts, ranges
@@ -94,6 +95,7 @@ def from_hub(name: str, config: str | None, split: str, reading: Reading, copy: 
     """
     if copy.is_file():
         return
+    hub.bounded()
     import datasets
 
     try:
