@@ -1,9 +1,13 @@
-"""SHA-256 of files, remembered for as long as a file does not change."""
+"""SHA-256 of files, remembered for an hour, and only as long as a file does not change.
+
+A disk may damage a file without another time of change. So what a service of weeks uses again is read again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +16,12 @@ from selfplay.errors import SelfplayError
 from selfplay.storage.folders import MANIFEST, files_below
 
 MOST_REMEMBERED = 4096
+REMEMBERED = 3600.0  # seconds, from the beginning of the reading
 THREADS = min(4, os.cpu_count() or 1)  # files that are read and hashed at a time: one cannot keep up with a fast disk
 
 # Not the name of a file: one whose folder was renamed is not read again.
 Identity = tuple[int, int, int, int, int]
-_remembered: dict[Identity, str] = {}
+_remembered: dict[Identity, tuple[float, str]] = {}  # when a file was read, and its SHA-256
 
 
 def sha256(path: Path) -> str:
@@ -26,12 +31,19 @@ def sha256(path: Path) -> str:
 
 def _of(path: Path, known: Identity) -> str:
     """SHA-256 of a file that is known by this."""
-    found = _remembered.get(known)  # asked once: another thread may forget all of them at any moment
+    found = _remembered_of(known)
     if found is None:
         if len(_remembered) >= MOST_REMEMBERED:
             _remembered.clear()
-        found = _remembered[known] = digest(path)
+        began = time.monotonic()
+        found = digest(path)
+        _remembered[known] = began, found
     return found
+
+
+def _remembered_of(known: Identity) -> str | None:
+    found = _remembered.get(known)  # asked once: another thread may forget all of them at any moment
+    return found[1] if found is not None and time.monotonic() - found[0] < REMEMBERED else None
 
 
 def digest(path: Path) -> str:
@@ -48,7 +60,7 @@ def forget() -> None:
 def sha256_of(paths: Iterable[Path]) -> list[str]:
     """SHA-256 of each file, in order. Several files that are not remembered are read at a time."""
     files = [(path, identity(path)) for path in paths]
-    unknown = {path: known for path, known in files if known not in _remembered}
+    unknown = {path: known for path, known in files if _remembered_of(known) is None}
     found: dict[Path, str] = {}
     if len(unknown) > 1:
         with ThreadPoolExecutor(min(THREADS, len(unknown))) as pool:

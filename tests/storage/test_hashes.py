@@ -46,6 +46,20 @@ def test_a_file_that_did_not_change_is_read_once(tmp_path, opened):
     assert opened == ["a", "a"]
 
 
+def test_a_disk_that_damages_a_file_silently_is_found_within_the_hour(tmp_path, monkeypatch):
+    path, clock = write(tmp_path / "weights", "one"), [0.0]
+    monkeypatch.setattr(hashes.time, "monotonic", lambda: clock[0])
+    hashes.verify_files(tmp_path, {"weights": of("one")}, CheckpointError)
+    kept = hashes.identity(path)
+    path.write_text("two")
+    monkeypatch.setattr(hashes, "identity", lambda of: kept)  # the disk tells nothing of it
+    clock[0] = hashes.REMEMBERED - 1
+    hashes.verify_files(tmp_path, {"weights": of("one")}, CheckpointError)
+    clock[0] = hashes.REMEMBERED + 1
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        hashes.verify_files(tmp_path, {"weights": of("one")}, CheckpointError)
+
+
 def test_a_file_in_a_renamed_folder_is_not_read_again(tmp_path, opened):
     """A stage is hashed in the folder where it works, which then gets its name."""
     with folders.folder(tmp_path / "stage") as partial:
