@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from selfplay.errors import Interrupted
+from selfplay.rewards.prefetch import prefetched
 from selfplay.rewards.scorer import Scorer
 from selfplay.rewards.shards import Shards, contents
-from selfplay.rewards.texts import Conversations
+from selfplay.rewards.texts import Conversations, Item
 from selfplay.storage import tables
 
 logger = logging.getLogger(__name__)
@@ -100,18 +103,33 @@ class EarlyScoring:
             return
         who = self._scorer.who(identities)
         shards = Shards(folder=self._shards(who), scorer=self._scorer, identities=identities)
-        with Conversations(self._prompts) as conversations:
-            while not self._unwanted.is_set():
-                start, file = self._whole.get()
-                if start == NO_MORE:
-                    return
-                count = tables.count_rows(file)
-                [content] = contents(file, count)
-                if not shards.has(content):
-                    self._asks_since = time.monotonic()
-                    shards.ask(content, conversations.of_file(file), self._still_wanted)
-                    self._seconds, self._asks_since = self.seconds, 0.0
-                self.scored += count
+        with Conversations(self._prompts) as conversations, ThreadPoolExecutor(1, "early-scores") as beside:
+
+            def whole() -> Iterator[tuple[str, int, list[Item] | None]]:
+                while (shard := self._whole.get())[0] != NO_MORE:
+                    count = tables.count_rows(shard[1])
+                    [content] = contents(shard[1], count)
+                    yield content, count, None if shards.has(content) else conversations.of_file(shard[1])
+
+            # While the reward is at a shard, the next one is read, and the scores of the last one are written.
+            written: list[Future[None]] = []
+            with contextlib.closing(prefetched(whole())) as wanted:
+                try:
+                    for content, count, items in wanted:
+                        if self._unwanted.is_set():
+                            return
+                        if items is not None:
+                            self._asks_since = time.monotonic()
+                            answer = shards.ask(items, self._still_wanted)
+                            self._seconds, self._asks_since = self.seconds, 0.0
+                            for last in written:
+                                last.result()
+                            written = [beside.submit(shards.keep, content, answer)]
+                        self.scored += count
+                finally:
+                    self._whole.put((NO_MORE, Path()))  # nobody waits for the next one any more
+            for last in written:
+                last.result()
 
     def _still_wanted(self, done: int) -> None:
         if self._unwanted.is_set():

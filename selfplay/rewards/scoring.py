@@ -7,11 +7,13 @@ scale, and the reward is shaped. A reward that is missing stays missing: it is n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,10 @@ from selfplay.config import RewardConfig, ShapingConfig
 from selfplay.errors import GuardError, RewardError
 from selfplay.methods import shaping
 from selfplay.progress import Line
-from selfplay.rewards.scorer import Scorer
+from selfplay.rewards.prefetch import prefetched
+from selfplay.rewards.scorer import Answer, Scorer
 from selfplay.rewards.shards import Floats, Shards, contents
-from selfplay.rewards.texts import Texts
+from selfplay.rewards.texts import Item, Texts
 from selfplay.stage import Metrics, Stage
 from selfplay.storage import answers, folders, tables
 from selfplay.storage.candidates import CandidateColumns, read_candidates
@@ -114,22 +117,37 @@ def _given(
 ) -> tuple[Floats, Counter[str]]:
     """Every member's scores (M, N) as they came, NaN where there is none, and why. Shards that are scored are not asked for
     again; `inside`: the content of each shard."""
-    reasons: Counter[str] = Counter()
-    found: list[Floats] = []
-    with Texts(prompts, candidates) as texts:
-        for content, rows in zip(inside, _ranges(tables.count_rows(candidates), shard_items), strict=True):
-            if not known.has(content):
-                breathe("shard")
+    there: list[Future[tuple[Floats, Counter[str]]]] = []
 
-                def progress(done: int, start: int = rows.start) -> None:
-                    line.update(done=start + done, text="")
+    def kept(content: str, answer: Answer | None) -> tuple[Floats, Counter[str]]:
+        if answer is not None:
+            known.keep(content, answer)
+        return known.read(content)
 
-                known.ask(content, texts.read(rows), progress)
-            scores, why = known.read(content)
-            found.append(scores)
-            reasons += why
-            line.update(done=rows.stop, text="")
-    return np.concatenate(found, axis=1) if found else np.zeros((len(known.identities), 0)), reasons
+    with Texts(prompts, candidates) as texts, ThreadPoolExecutor(1, "scores") as beside:
+
+        def shards() -> Iterator[tuple[str, range, list[Item] | None]]:
+            for content, rows in zip(inside, _ranges(tables.count_rows(candidates), shard_items), strict=True):
+                yield content, rows, None if known.has(content) else texts.read(rows)
+
+        # While the reward is at a shard, the next one is read, and the scores of the last one are written.
+        with contextlib.closing(prefetched(shards())) as wanted:
+            for content, rows, items in wanted:
+                answer = None
+                if items is not None:
+                    breathe("shard")
+
+                    def progress(done: int, start: int = rows.start) -> None:
+                        line.update(done=start + done, text="")
+
+                    answer = known.ask(items, progress)
+                for last in there[-1:]:
+                    last.result()
+                there.append(beside.submit(kept, content, answer))
+                line.update(done=rows.stop, text="")
+    found = [shard.result() for shard in there]
+    scores = [of_shard for of_shard, _ in found] or [np.zeros((len(known.identities), 0))]
+    return np.concatenate(scores, axis=1), sum((why for _, why in found), Counter[str]())
 
 
 def _ranges(count: int, shard_items: int) -> list[range]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from selfplay.errors import GuardError
-from selfplay.rewards.scorer import Scorer
+from selfplay.rewards.scorer import Answer, Scorer
 from selfplay.rewards.texts import Item
 from selfplay.storage import folders, seals, tables
 from selfplay.types import Candidate
@@ -66,8 +66,8 @@ class Shards:
         for path in (self.path(content), seals.beside(self.path(content))):
             path.unlink(missing_ok=True)
 
-    def ask(self, content: str, items: Sequence[Item], on_progress: Callable[[int], None]) -> None:
-        """Have items scored into their file. Raises as `Scorer.ask`, and GuardError where another reward answers."""
+    def ask(self, items: Sequence[Item], on_progress: Callable[[int], None]) -> Answer:
+        """Their scores. Raises as `Scorer.ask`, and GuardError where another reward answers."""
         answer = self.scorer.ask(items, on_progress)
         if answer.identities != self.identities:
             raise GuardError(
@@ -75,6 +75,10 @@ class Shards:
                 f"{self.identities}",
                 "see that one and the same model serves, then run the same command again: finished shards are kept",
             )
+        return answer
+
+    def keep(self, content: str, answer: Answer) -> None:
+        """Write the scores of a shard into its file."""
         scores = pa.table({f"score_{member}": own for member, own in enumerate(answer.scores)})
         folders.make(self.folder)
         tables.write_table(
