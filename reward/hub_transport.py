@@ -35,8 +35,8 @@ else:  # one of several libraries with this interface
 
 T = TypeVar("T")
 
-PATIENCE = 60.0  # seconds, for a request that says nothing itself
-RATE = 128 * 2**10  # bytes a second
+PATIENCE = 300.0  # seconds, for a request that says nothing itself: a commit of many gigabytes may take minutes
+RATE = 64 * 2**10  # bytes a second
 WHOLE = 64 * 2**20
 PIECE = 2**20  # bytes that are sent with one wait
 
