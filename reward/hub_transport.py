@@ -1,9 +1,9 @@
 """How requests to the Hub go: by HTTP/1.1 as in `reward.http`, but with contents that stream, for weights have gigabytes.
 
 - Each request has a connection of its own, so no answer can be taken for that of another request.
-- What is waited for in all is bounded by PATIENCE and the bytes that moved: below RATE a transfer ends, however it drips. The
-  library goes on with a file where it ended.
-- An answer that is kept in memory has WHOLE bytes at most. Nothing is decompressed: none is asked for, and what comes so is
+- An answer that is kept in memory has PATIENCE seconds in all, or those that its request says. Weights stream: below RATE they
+  end, however they drip, and the library goes on with a file where it ended.
+- An answer that is kept in memory, or does not say how long it is, has WHOLE bytes at most. Nothing is decompressed: none is asked for, and what comes so is
   refused.
 - A proxy is used where the environment names one (HTTPS_PROXY, NO_PROXY), as the tools of the Hub do. Redirects are followed by
   the library, which sends the key to no other host.
@@ -13,10 +13,10 @@ import importlib
 import ssl
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import certifi
 import h11
@@ -33,12 +33,10 @@ if TYPE_CHECKING:
 else:  # one of several libraries with this interface
     httpx = importlib.import_module(type(DEFAULT).__module__.partition(".")[0])
 
-T = TypeVar("T")
-
 PATIENCE = 300.0  # seconds, for a request that says nothing itself: a commit of many gigabytes may take minutes
 RATE = 64 * 2**10  # bytes a second
 WHOLE = 64 * 2**20
-PIECE = 2**20  # bytes that are sent with one wait
+PIECE = 2**20  # bytes that are sent with one wait, or handed on
 
 
 class Client(httpx.Client):
@@ -61,55 +59,83 @@ class Transport(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         with _errors(request):
-            to = address(str(request.url))
-            pace = Pace((request.extensions.get("timeout") or {}).get("read") or PATIENCE)
-            proxy = _proxy(to)
-            connection = pace.wait(lambda end: opened(to, proxy, min(end, time.monotonic() + CONNECT), _tls()))
+            to, limit = address(str(request.url)), request.extensions["limit"]
+            pace = Pace((request.extensions.get("timeout") or {}).get("read") or PATIENCE, streams=limit is None)
+            connection = opened(to, _proxy(to), min(pace.end, time.monotonic() + CONNECT), _tls())
             try:
                 _send(connection, request, to, pace)
                 head = _head(connection, pace)
             except BaseException:
                 connection.wire.close()
                 raise
+        if not any(name == b"content-length" for name, _ in head.headers):
+            limit = WHOLE  # also of what streams: it would fill the disk
         return httpx.Response(
             head.status_code, headers=head.headers.raw_items(), extensions={"http_version": b"HTTP/1.1"},
-            stream=Content(request, connection, pace, request.extensions["limit"]),
+            stream=Content(request, connection, pace, limit),
         )  # fmt: skip
 
 
 class Pace:
-    """What a transfer may still take. `patience`: seconds until it begins, and between two pieces of it."""
+    """How long a transfer may take. `patience`: seconds until an answer begins, and between two pieces of one that streams; of one
+    that is kept in memory, for all of it. What is sent earns time, and so does what streams."""
 
-    def __init__(self, patience: float) -> None:
-        self._patience, self._waited = min(patience, PATIENCE), 0.0
-        self.moved = 0
-        """Bytes that came or went."""
+    def __init__(self, patience: float, *, streams: bool) -> None:
+        self._patience, self._streams = min(patience, PATIENCE), streams
+        self._until = time.monotonic() + self._patience
 
-    def wait(self, work: Callable[[float], T]) -> T:
-        """Do what waits for the other side, and ends at the given time.monotonic(). What the reader does between is not counted."""
+    @property
+    def end(self) -> float:
+        """When the next wait is over, by time.monotonic()."""
+        return min(self._until, time.monotonic() + self._patience)
+
+    def check(self) -> None:
+        """Raise LateAnswer where the time is over: thousands of small pieces in what came at once take time, too."""
+        if time.monotonic() > self._until:
+            raise LateAnswer("no whole answer in time")
+
+    def sent(self, count: int) -> None:
+        self._until += count / RATE
+
+    def came(self, count: int) -> None:
+        self._until += count / RATE if self._streams else 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What its reader takes is not the server's time."""
         began = time.monotonic()
-        left = self._patience + self.moved / RATE - self._waited
-        try:
-            return work(began + min(left, self._patience))
-        finally:
-            self._waited += time.monotonic() - began
+        yield
+        self._until += time.monotonic() - began
 
 
 class Content(httpx.SyncByteStream):
-    """The content of an answer, piece by piece. limit: its most bytes."""
+    """The content of an answer, in pieces of what has come. limit: its most bytes."""
 
     def __init__(self, request: httpx.Request, connection: Connection, pace: Pace, limit: int | None) -> None:
         self._request, self._connection, self._pace, self._limit = request, connection, pace, limit
 
     def __iter__(self) -> Iterator[bytes]:
-        came = 0
+        spoken, pace = self._connection.spoken, self._pace
+        piece, length = bytearray(), 0
         with _errors(self._request):
-            while not isinstance(event := _next(self._connection, self._pace), h11.EndOfMessage):
-                assert isinstance(event, h11.Data), "content comes after a head"
-                came += len(event.data)
-                if self._limit is not None and came > self._limit:
-                    raise ProtocolError(f"an answer of more than {self._limit} bytes")
-                yield bytes(event.data)
+            while not isinstance(event := spoken.next_event(), h11.EndOfMessage):
+                if isinstance(event, h11.Data):
+                    piece += event.data
+                    length += len(event.data)
+                    pace.came(len(event.data))
+                    if self._limit is not None and length > self._limit:
+                        raise ProtocolError(f"an answer of more than {self._limit} bytes")
+                    if len(piece) < PIECE:
+                        pace.check()
+                        continue
+                if piece:
+                    with pace.paused():
+                        yield bytes(piece)
+                    piece.clear()
+                if event is h11.NEED_DATA:
+                    spoken.receive_data(self._connection.wire.receive(pace.end))
+            if piece:
+                yield bytes(piece)
 
     def close(self) -> None:
         self._connection.wire.close()
@@ -122,8 +148,8 @@ def _send(connection: Connection, request: httpx.Request, to: Address, pace: Pac
 
     def send(event: h11.Request | h11.Data | h11.EndOfMessage) -> bool:
         said = connection.spoken.send(event) or b""
-        whole = pace.wait(lambda end: connection.wire.send(said, end))
-        pace.moved += len(said)
+        whole = connection.wire.send(said, pace.end)
+        pace.sent(len(said))
         return whole
 
     assert isinstance(request.stream, httpx.SyncByteStream)
@@ -137,7 +163,8 @@ def _send(connection: Connection, request: httpx.Request, to: Address, pace: Pac
 
 def _head(connection: Connection, pace: Pace) -> h11.Response:
     for _ in range(INTERIM):
-        event = _next(connection, pace)
+        while (event := connection.spoken.next_event()) is h11.NEED_DATA:
+            connection.spoken.receive_data(connection.wire.receive(pace.end))
         if isinstance(event, h11.Response):
             encodings = [value.lower() for name, value in event.headers if name == b"content-encoding"]
             if not set(encodings) <= {b"", b"identity"}:
@@ -146,15 +173,6 @@ def _head(connection: Connection, pace: Pace) -> h11.Response:
         if not isinstance(event, h11.InformationalResponse):
             break
     raise ProtocolError("no answer begins")
-
-
-def _next(connection: Connection, pace: Pace) -> h11.Event:
-    """The next event of the answer."""
-    while not isinstance(event := connection.spoken.next_event(), h11.Event):  # it needs data
-        data = pace.wait(connection.wire.receive)
-        pace.moved += len(data)
-        connection.spoken.receive_data(data)
-    return event
 
 
 @contextmanager

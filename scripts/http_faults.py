@@ -15,6 +15,7 @@ import argparse
 import gzip
 import itertools
 import json
+import os
 import random
 import re
 import socket
@@ -29,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "0"  # what is asked is a process of its own
 
 import httpx2  # noqa: E402
 

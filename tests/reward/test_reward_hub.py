@@ -101,6 +101,32 @@ def test_what_does_not_stream_is_bounded(client) -> None:
                 assert len(answer.read()) == 70_000
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_answer_that_does_not_say_how_long_it_is_is_bounded(client, streams) -> None:
+    def talk(taken: socket.socket) -> None:
+        head(taken)
+        taken.sendall(CHUNKED)
+        while True:
+            taken.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
+
+    with raw(talk) as at, pytest.raises(httpx.RemoteProtocolError, match="more than 65536 bytes"):
+        if streams:
+            with client.stream("GET", f"http://{at}/a") as answer:
+                answer.read()
+        else:
+            client.get(f"http://{at}/a")
+
+
+def test_chunks_of_a_byte_neither_take_the_memory_nor_the_time(client, monkeypatch) -> None:
+    """Parsing them is what takes long: 64 MB of content would be an hour of it."""
+    monkeypatch.setattr(hub_transport, "WHOLE", 2**26)
+    chunks = b"1\r\n \r\n" * 10_000
+    began = time.monotonic()
+    with raw(drips(CHUNKED, chunks)) as at, pytest.raises(httpx.TimeoutException):
+        client.get(f"http://{at}/a")
+    assert time.monotonic() - began < 3
+
+
 def test_nothing_is_decompressed(client) -> None:
     packed = answers(OK + b"content-encoding: gzip\r\ncontent-length: 2\r\n\r\nxx")
     with raw(packed) as at, pytest.raises(httpx.RemoteProtocolError, match="compressed"):
