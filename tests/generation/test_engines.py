@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -187,18 +188,25 @@ def test_two_policies_answer_side_by_side_each_from_an_engine_of_its_own(two, po
 def test_an_engine_killed_in_mid_swap_joins_again_with_the_new_weights(
     two, asked, golden, policies, events, tmp_path, monkeypatch
 ):
-    order = installing.WarmEngine.order
+    order, load, swapped = installing.WarmEngine.order, installing.WarmEngine.load, threading.Event()
 
     def killed(self, name, /, *args, **fields):
         if name == "reload" and self is two.engines[1].warm:
             monkeypatch.undo()
+            monkeypatch.setattr(installing.WarmEngine, "load", late)
             kill(two.engines[1])
         return order(self, name, *args, **fields)
+
+    def late(self, *args):
+        if self is two.engines[1].warm:
+            assert swapped.wait(60), "the swap does not wait for this one"
+        return load(self, *args)
 
     monkeypatch.setattr(installing.WarmEngine, "order", killed)
     report = two.swap(policies[2])
     assert report.method == "canaries" and not report.restarted  # of the engine that was not killed
     assert two.engines[0].ready and not two.engines[1].ready
+    swapped.set()
     answered = sample(two, asked, tmp_path / "two")
     settle(two)
     assert [kind for kind, _ in events] == ["swap_restart"] and two.engines[1].warm.policy == policies[2]
