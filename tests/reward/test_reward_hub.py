@@ -22,10 +22,14 @@ FILE = bytes(range(256)) * 3 * 2**15  # 24 MB: the library keeps pieces of 10 MB
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_transport, "PATIENCE", 0.5)
+def bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_transport, "WHOLE", 2**16)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_transport, "PATIENCE", 0.25)
 
 
 @pytest.fixture
@@ -63,29 +67,30 @@ CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
     ],
     ids=["status", "headers", "interim", "content", "chunks", "trailers", "silence", "no word"],
 )  # fmt: skip
-def test_nothing_stretches_an_answer(client, talk) -> None:
+def test_nothing_stretches_an_answer(client, impatient, talk) -> None:
     began = time.monotonic()
     with raw(talk) as at, pytest.raises((httpx.TimeoutException, httpx.RemoteProtocolError)):
         client.get(f"http://{at}/api/models/a")
     assert time.monotonic() - began < 2
 
 
-def test_a_question_has_the_patience_that_it_says(client, monkeypatch) -> None:
-    monkeypatch.setattr(hub_transport, "PATIENCE", 60.0)
+def test_a_question_has_the_patience_that_it_says(client) -> None:
     began = time.monotonic()
     with raw(drips(b"", b"H")) as at, pytest.raises(httpx.TimeoutException):
         client.get(f"http://{at}/api/models/a", timeout=0.3)
     assert time.monotonic() - began < 2
 
 
-def test_a_reader_that_takes_its_time_is_not_the_servers_fault(client) -> None:
-    pieces = (OK + b"content-length: 200000\r\n\r\n" + b"x" * 100_000, b"x" * 100_000)
+@pytest.mark.service
+def test_a_reader_that_takes_its_time_is_not_the_servers_fault(client, monkeypatch) -> None:
+    monkeypatch.setattr(hub_transport, "PATIENCE", 1.0)
+    pieces = (OK + b"content-length: 20000\r\n\r\n" + b"x" * 10_000, b"x" * 10_000)
     with raw(answers(*pieces)) as at, client.stream("GET", f"http://{at}/a/resolve/main/b") as answer:
         came = 0
         for piece in answer.iter_bytes():
             came += len(piece)
-            time.sleep(0.2)
-    assert came == 200_000
+            time.sleep(1.3)
+    assert came == 20_000
 
 
 def test_what_does_not_stream_is_bounded(client) -> None:
@@ -117,7 +122,7 @@ def test_an_answer_that_does_not_say_how_long_it_is_is_bounded(client, streams) 
             client.get(f"http://{at}/a")
 
 
-def test_chunks_of_a_byte_neither_take_the_memory_nor_the_time(client, monkeypatch) -> None:
+def test_chunks_of_a_byte_neither_take_the_memory_nor_the_time(client, impatient, monkeypatch) -> None:
     """Parsing them is what takes long: 64 MB of content would be an hour of it."""
     monkeypatch.setattr(hub_transport, "WHOLE", 2**26)
     chunks = b"1\r\n \r\n" * 10_000
@@ -171,6 +176,7 @@ def test_without_a_network_by_wish_nothing_is_asked(client, monkeypatch) -> None
         client.get("http://127.0.0.1:9/api/models/a")
 
 
+@pytest.mark.service
 def test_a_large_file_comes_whole_though_its_server_hangs_up(tmp_path, monkeypatch) -> None:
     """By the library's own download: it goes on where the first connection ended."""
     asked = []
