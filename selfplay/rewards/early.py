@@ -63,8 +63,8 @@ class EarlyScoring:
         self._whole.put((start, file))
 
     def finish(self, breathe: Callable[[str], None]) -> None:
-        """Let it end with the shard that it is at, and wait for that. `breathe("shard")` is called meanwhile; what it raises
-        ends the wait."""
+        """Let it end with the shard that it is at and the one that is read already, and wait for that. `breathe("shard")` is called
+        meanwhile; what it raises ends the wait."""
         self._whole.put((NO_MORE, Path()))
         while self.alive:
             breathe("shard")
