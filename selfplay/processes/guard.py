@@ -131,19 +131,23 @@ def _watch(claim: str, seconds: float) -> None:
 
 
 def _end_all(code: int) -> int:
-    """Kill everything below this process until nothing is left; returns `code`."""
-    while left := descendants(os.getpid()):
-        for pid in left:
-            try:
+    """Kill everything below this process, and reap it, until nothing is left; returns `code`.
+
+    Nobody else may reap it: in a container the first process is often the controller itself.
+    """
+    while True:
+        living = descendants(os.getpid())
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        time.sleep(0.01)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:
+        except ChildProcessError:  # Whatever lives below is below a child, so nothing does.
             break
+        if not living:
+            break
+        time.sleep(0.01)
     if _log is not None:
         _log.join(LAST_WORDS_SECONDS)
     if _scratch is not None:

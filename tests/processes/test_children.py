@@ -1,13 +1,17 @@
 """What concerns all children of a process."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from child_world import start
 
-from selfplay.processes import children
+from selfplay.processes import children, scratch
 from selfplay.processes.child import ChildDied
+from selfplay.processes.guard import PR_SET_CHILD_SUBREAPER
 from selfplay.processes.reaping import marked
 
 
@@ -44,3 +48,28 @@ def test_all_children_end_together(tmp_path):
     both = [start(folder) for folder in folders]
     children.stop_all()
     assert not any(child.alive for child in both) and not any(marked(folder) for folder in folders)
+
+
+def test_a_guard_leaves_nothing_to_reap(tmp_path):
+    child = (
+        "import subprocess, time; large = bytearray(300 << 20)\n"  # It takes a while to die.
+        "for _ in range(3): subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "print('started', flush=True); time.sleep(600)"
+    )
+    parent = f"""
+import ctypes, os, signal, subprocess, sys
+ctypes.CDLL(None).prctl({PR_SET_CHILD_SUBREAPER}, 1)  # As the first process of a container: what is left comes to it.
+for _ in range(5):
+    argv = [sys.executable, "-m", "selfplay.processes.guard", str(os.getpid()), "--", sys.executable, "-c", {child!r}]
+    guard = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    guard.stdout.readline()
+    guard.send_signal(signal.SIGUSR1)
+    guard.wait()
+    try:
+        raise SystemExit(f"left: {{os.waitpid(-1, 0)}}")
+    except ChildProcessError:
+        pass
+"""
+    subprocess.run(
+        [sys.executable, "-c", parent], check=True, env=os.environ | scratch.variables(tmp_path), timeout=120
+    )
