@@ -130,7 +130,7 @@ def waiting_service(run_dir: Path) -> tuple[Callable[[], object], Callable[[], N
     service.POLL_SECONDS = 0.0  # between two turns; only the work in them is measured
     daemon = service.Daemon(TINY, [SCHEDULE], run_dir, silent())
     daemon._open_ledger()
-    daemon.run = Run(daemon.config, run_dir, daemon.display, daemon._lock)
+    daemon.run = Run(daemon.config, run_dir, daemon.display, daemon._lock, daemon.store)
 
     def turn() -> None:
         daemon._turn()

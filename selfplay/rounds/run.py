@@ -56,10 +56,12 @@ class Run:
     Raises InputError when the folder is in use or was made for another policy, data split or seed.
     """
 
-    def __init__(self, config: Config, run_dir: Path, display: Display, lock: RunLock | None = None) -> None:
-        """`lock`: the folder's, where the caller holds it already."""
+    def __init__(
+        self, config: Config, run_dir: Path, display: Display, lock: RunLock | None = None, store: Store | None = None
+    ) -> None:
+        """`lock` and `store`: the folder's lock and ledger, where the caller has them already; they stay open."""
         self.config, self.dir, self.display = config, run_dir, display
-        self._given_lock = lock
+        self._given_lock, self._given_store = lock, store
         withhold_secrets(config)
         self.policies = Policies(run_dir)
         self.gold: Rubric | None = None
@@ -106,7 +108,7 @@ class Run:
         self._lock = contextlib.ExitStack()
         lock = self._given_lock or self._lock.enter_context(RunLock.of(self.config.run, self.dir, self.display.note))
         try:
-            self.store = Store(self.dir, lock)
+            self.store = self._given_store or self._lock.enter_context(contextlib.closing(Store(self.dir, lock)))
             children.end_with(lock.claim)
             if reaped := reap(self.dir):  # not before: it is sure now that nobody else works here
                 self.display.note(f"ended {reaped} processes that an earlier, killed run left behind")
@@ -128,8 +130,6 @@ class Run:
         self._close_tracker()
         if self._cache is not None:
             self._cache.close()
-        if hasattr(self, "store"):
-            self.store.close()
         self._lock.close()
 
     def _open(self) -> None:

@@ -184,7 +184,7 @@ class Daemon:
             self._reloading = False
 
     def _open_run(self) -> None:
-        run = Run(self.config, self.run_dir, self.display, self._lock)
+        run = Run(self.config, self.run_dir, self.display, self._lock, self.store)
         run.breathe, run.alert = self._breathe, self._alert
         self.run = run.__enter__()
         self._failures.forget()
