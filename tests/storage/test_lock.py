@@ -218,6 +218,17 @@ def test_what_lost_its_folder_commits_no_stage(tmp_path):
     assert not (run_dir / "rounds" / "0001").exists() and not (tmp_path / "moved" / "rounds" / "0001").exists()
 
 
+def test_a_copy_of_links_in_its_place_is_not_the_folder(tmp_path):
+    run_dir = tmp_path / "run"
+    with RunLock(run_dir):
+        run_dir.rename(tmp_path / "moved")
+        run_dir.mkdir()
+        os.link(tmp_path / "moved" / ".lock", run_dir / ".lock")
+        with pytest.raises(LockLost, match="moved, deleted or replaced"):
+            folders.write_json(run_dir / "written.json", {})
+    assert not (run_dir / "written.json").exists()
+
+
 @pytest.mark.parametrize("name", ["logs", "policies", ".lock", "ledger.sqlite"])
 def test_a_file_where_the_run_has_a_folder_is_named_and_the_other_way_round(tmp_path, name):
     run_dir = tmp_path / "run"
