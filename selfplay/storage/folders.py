@@ -68,7 +68,8 @@ def folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     with disk_errors(target):
         try:
-            make(partial)
+            make(partial.parent)
+            partial.mkdir()  # not synced: a name that is to go
             yield partial
             sync_tree(partial)
             fences.check(target)
