@@ -180,7 +180,9 @@ class Draws:
         assert not len(above) or above.max() < 128, "levels lie close together"
         order = self.orders.order(epoch, levels.hashes)
         packed = (above.astype(np.uint8) << 1 | levels.drawn)[order]
-        self._ledger.record_draw(index, epoch, len(packed), zlib.compress(packed.tobytes(), 1))
+        kept = zlib.compress(packed.tobytes(), 1)
+        self._ledger.record_draw(index, epoch, len(packed), kept)
+        self._last = {"round": index, "epoch": epoch, "size": len(packed), "levels": kept}, levels
 
     def _unpacked(self, row: dict[str, Any]) -> Levels:
         last = self._last

@@ -101,5 +101,5 @@ def identity(path: Path) -> Identity:
 
     The first time can be set, and copies put back the one of their source. The second one is the kernel's.
     """
-    stat = path.stat()
+    stat = os.stat(path)
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
