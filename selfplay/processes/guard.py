@@ -94,8 +94,13 @@ def _terminate(child: int) -> None:
         os.kill(child, signal.SIGTERM)
     except ProcessLookupError:
         return
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.signal(signal.SIGALRM, lambda *_: _kill(child))
     signal.alarm(TERM_SECONDS)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _pass_on(written: int) -> None:
@@ -135,11 +140,11 @@ def _end_all(code: int) -> int:
 
     Nobody else may reap it: in a container the first process is often the controller itself.
     """
+    signal.alarm(0)  # what it would kill may be gone, and its number another one's
     while True:
         living = descendants(os.getpid())
         for pid in living:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _kill(pid)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

@@ -70,7 +70,9 @@ def reap(run_dir: Path) -> int:
 
 
 def _state_and_parent(process: Path) -> tuple[str, int]:
-    """The state letter («Z» is a zombie) and the parent's process id, from a folder of /proc."""
+    """The state letter («Z» is a zombie, all of it) and the parent's process id, from a folder of /proc."""
     # The name of the program stands before them in parentheses, and it may itself contain spaces and parentheses.
     fields = (process / "stat").read_text().rpartition(")")[2].split()
-    return fields[0], int(fields[1])
+    # Where the first thread has ended and others go on, the letter is that of the first, and nobody can reap it yet.
+    threads = int(fields[17])
+    return "R" if fields[0] == "Z" and threads > 1 else fields[0], int(fields[1])

@@ -52,7 +52,8 @@ def test_all_children_end_together(tmp_path):
 
 def test_a_guard_leaves_nothing_to_reap(tmp_path):
     child = (
-        "import subprocess, time; large = bytearray(300 << 20)\n"  # It takes a while to die.
+        "import subprocess, threading, time; large = bytearray(300 << 20)\n"  # It takes a while to die.
+        "for _ in range(32): threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
         "for _ in range(3): subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
         "print('started', flush=True); time.sleep(600)"
     )
