@@ -138,26 +138,15 @@ class RunLock:
         if self.lease is not None:
             self.lease.check()
             return
-        if self._has_its_file():
-            return
         self._require_place()
-        if self._file is not None and _inode(self.dir / FILE) != self._inodes[self._file]:
+        file = self._file  # another thread may be making it anew
+        if file is not None and _inode(self.dir / FILE) != self._inodes.get(file):
             if self._folder is None:
                 raise LockLost(
                     f"{self.dir / FILE} was deleted or replaced while this process worked there, so another one may work now",
                     "see that no other process works there, and start again: finished stages are kept",
                 )
             self._restore()
-
-    def _has_its_file(self) -> bool:
-        """Whether the lock file is where it was and has no other name: then the folder is this one, and no copy of links."""
-        if self._file is None:
-            return False
-        try:
-            found = os.stat(self.dir / FILE)
-        except OSError:
-            return False
-        return found.st_nlink == 1 and (found.st_dev, found.st_ino) == self._inodes[self._file]
 
     def _require_place(self) -> None:
         """Raise LockLost where the folder, which this process has locked, is no longer where it was."""

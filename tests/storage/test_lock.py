@@ -223,10 +223,19 @@ def test_a_copy_of_links_in_its_place_is_not_the_folder(tmp_path):
     with RunLock(run_dir):
         run_dir.rename(tmp_path / "moved")
         run_dir.mkdir()
-        os.link(tmp_path / "moved" / ".lock", run_dir / ".lock")
+        (tmp_path / "moved" / ".lock").rename(run_dir / ".lock")
         with pytest.raises(LockLost, match="moved, deleted or replaced"):
             folders.write_json(run_dir / "written.json", {})
     assert not (run_dir / "written.json").exists()
+
+
+def test_threads_that_ask_while_the_lock_is_made_anew_are_not_in_each_others_way(tmp_path):
+    with RunLock(tmp_path / "run") as lock, ThreadPoolExecutor(4) as threads:
+        asking = [threads.submit(lambda: [lock.check() for _ in range(2000)]) for _ in range(4)]
+        while not all(thread.done() for thread in asking):
+            (tmp_path / "run" / ".lock").unlink(missing_ok=True)
+        for thread in asking:
+            thread.result()
 
 
 @pytest.mark.parametrize("name", ["logs", "policies", ".lock", "ledger.sqlite"])
