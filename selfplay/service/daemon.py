@@ -66,7 +66,8 @@ class Daemon:
         self._in_round = False
         self._polled = 0.0
         self._stalls = Stalls(
-            limit=lambda: longest_quiet(self.config), what=self._at_work, tell=self._warn, alert=self._alert,
+            limit=lambda: longest_quiet(self.config), tell=self._warn, alert=self._alert,
+            what=lambda: f"stage {self.progress.get('stage')}" if self._in_round else "the service",
             elsewhere=f"{self.run_dir}, or what the configuration names,",
         )  # fmt: skip
         self._failures = Failures()
@@ -184,6 +185,9 @@ class Daemon:
             self._reloading = False
 
     def _open_run(self) -> None:
+        if self._failures.count:  # somebody may have put another ledger there since
+            before, self._store = self.store, Store(self.run_dir, self._lock)
+            before.close()
         run = Run(self.config, self.run_dir, self.display, self._lock, self.store)
         run.breathe, run.alert = self._breathe, self._alert
         self.run = run.__enter__()
@@ -240,9 +244,6 @@ class Daemon:
         if self._store is not None:
             with contextlib.suppress(LedgerError):
                 self._write_down()
-
-    def _at_work(self) -> str:
-        return f"stage {self.progress.get('stage')}" if self._in_round else "the service"
 
     # --- within a round ----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,10 @@
 
 from datetime import timedelta
 
+import pytest
+
+from selfplay.errors import InputError
+
 
 def test_a_round_that_ends_well_starts_the_count_anew(world):
     service = world("service.retry_seconds=0", "service.retries=1")
@@ -48,6 +52,19 @@ def test_a_pause_for_rejected_rounds_does_not_keep_orders_waiting_for_a_run_that
     service.turn()
     assert service.turn() == "paused"
     assert service.daemon.run is not None
+
+
+def test_a_ledger_that_is_put_away_while_a_run_waits_for_its_next_try_is_missed(world):
+    service = world("service.retry_seconds=60")
+    service.daemon._open_ledger()
+    service.daemon._failures.add(OSError("the disk was full"), service.daemon.config.service, service.now)
+    (service.run_dir / "pool").mkdir()
+    (service.run_dir / "pool" / "initial.json").write_text("{}")
+    for file in service.run_dir.glob("ledger.sqlite*"):
+        file.unlink()
+    service.now += timedelta(seconds=61)
+    with pytest.raises(InputError, match="is gone"):
+        service.turn()
 
 
 def test_skipped_rounds_pause_the_service_and_say_what_to_change(world):
