@@ -65,8 +65,8 @@ def folder(target: Path) -> Iterator[Path]:
     """
     assert not target.exists(), f"{target} exists already"
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     with disk_errors(target):
+        delete(partial)
         try:
             make(partial.parent)
             partial.mkdir()  # not synced: a name that is to go
@@ -98,7 +98,7 @@ def files_below(root: str | Path) -> Iterator[os.DirEntry[str]]:
 
 
 def delete(path: Path) -> None:
-    """Delete a folder with all that is in it, or a file."""
+    """Delete a folder with all that is in it, or a file, where there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -144,7 +144,16 @@ REFUSALS = {
 NOT_THERE = "choose a folder on a local disk (docs/operations.md, File systems)"
 for _number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV, errno.EMLINK):
     REFUSALS[_number] = NOT_THERE
-PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.EREMOTEIO)
+PASSING = (
+    errno.EBUSY,
+    errno.ENOTEMPTY,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
+)
 
 
 def _refused(error: OSError, root: Path) -> DiskError | InputError | None:
