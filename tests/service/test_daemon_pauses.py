@@ -56,6 +56,7 @@ def test_a_pause_for_rejected_rounds_does_not_keep_orders_waiting_for_a_run_that
 
 def test_a_ledger_that_is_put_away_while_a_run_waits_for_its_next_try_is_missed(world):
     service = world("service.retry_seconds=60")
+    service.made()
     service.daemon._open_ledger()
     service.daemon._failures.add(OSError("the disk was full"), service.daemon.config.service, service.now)
     (service.run_dir / "pool").mkdir()
