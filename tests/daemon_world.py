@@ -90,14 +90,15 @@ class Served:
 
 
 class Bare(Run):
-    """A run of which nothing is open but its ledger."""
+    """A run of which nothing is open but its ledger, which is the service's."""
 
     def __enter__(self) -> Run:
-        self.store = Store(self.dir)
+        assert self._given_store is not None
+        self.store = self._given_store
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.store.close()
+        pass
 
 
 class World:
