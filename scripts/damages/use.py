@@ -19,7 +19,7 @@ from selfplay.rewards.cache import ScoreCache
 from selfplay.rewards.probes import Probes
 from selfplay.rounds.history import History
 from selfplay.rounds.stages import STAGES
-from selfplay.storage import agreement, folders, hashes, manifests, policies, seals, tables
+from selfplay.storage import agreement, folders, hashes, manifests, seals, tables
 from selfplay.storage.ledger import Store
 from selfplay.storage.policies import Policies
 from selfplay.storage.schema import DECIDING
@@ -73,8 +73,9 @@ def _policies(run_dir: Path, store: Store) -> list[Any]:
     found = Policies(run_dir)
     serving = store.serving()
     assert serving is not None
-    wanted = {0, serving}  # the reference, and what is trained from
-    return [vars_of(policies.verify(found.folder(version))) for version in sorted(wanted)]
+    trained_from, verified = found.verified(serving)
+    # The initial policy's tokenizer and templates go into every other one; its weights are read where it is swapped in.
+    return [vars_of(trained_from), vars_of(verified), vars_of(found.tokenizing(0))]
 
 
 def _earlier(run_dir: Path, store: Store, index: int) -> list[Any]:

@@ -71,8 +71,8 @@ def of_round(
     towards, share = _policy(policies, champion), settings.reference.ema
     with folders.folder(references.folder(index)) as out:
         job = BlendJob(
-            before=Path(last.path), policy=Path(towards.path), share=share, initial=Path(policies.get(0).path),
-            out=out / MODEL, trust_remote_code=config.policy.trust_remote_code,
+            before=Path(last.path), policy=Path(towards.path), share=share,
+            initial=Path(policies.tokenizing(0).path), out=out / MODEL, trust_remote_code=config.policy.trust_remote_code,
         )  # fmt: skip
         found = trainer.order("blend", job, meanwhile=meanwhile, last=False)
         made_of = {"round": index, "policy": champion, "share": share, "before": before, **found}

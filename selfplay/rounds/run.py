@@ -223,8 +223,8 @@ class Run:
             out=str(out),
             work=str(self.dir / "pool.parts"),
         )
-        for said in found["said"]:
-            self.event("import", said)
+        for kind, said in found["said"]:
+            self.event(kind, said)
             self.display.note(said)
         if found["set_aside"]:
             aside = ", ".join(f"{n} × {why}" for why, n in found["set_aside"].items())
@@ -306,7 +306,7 @@ class Run:
     def tokenizer(self) -> dict[str, Any]:
         """What a child loads the policy's tokenizer by, and renders conversations with."""
         trusted = self.config.policy.trust_remote_code
-        return {"policy": self.policy(0).path, "trust_remote_code": trusted, "template": self._template}
+        return {"policy": self.policies.tokenizing(0).path, "trust_remote_code": trusted, "template": self._template}
 
     def _tokenize(self, order: str, **fields: Any) -> Any:
         """A trainer that waits does it at once; without one it takes a child of its own, and seconds."""

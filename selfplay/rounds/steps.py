@@ -230,7 +230,7 @@ class Steps:
             work=self.frame.path("train.work"),
             policy=self._verified(self.champion),
             reference=against,
-            initial=self.run.policy(0),
+            initial=self.run.policies.tokenizing(0),
             version=self.index,
             beta=self._first_beta(),
             canary_ids=self.run.canary_ids,

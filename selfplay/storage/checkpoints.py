@@ -165,6 +165,7 @@ def hashed(folder: Path) -> dict[str, str]:
     A policy of another run is one too: its masters count, its manifest there does not.
     """
     names = read(folder).files()
+    names += sorted(path.relative_to(folder).as_posix() for path in (folder / TEMPLATES).glob("*") if path.is_file())
     if (folder / MASTERS).is_dir():
         names += [f"{MASTERS}/{name}" for name in read(folder / MASTERS).files()]
     return dict(zip(names, hashes.sha256_of(folder / name for name in names), strict=True))

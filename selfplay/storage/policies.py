@@ -102,6 +102,14 @@ class Policies:
         manifest = verify(self.folder(version))
         return self._described(version, manifest), manifest
 
+    def tokenizing(self, version: int) -> Policy:
+        """The policy with this number for its tokenizer, templates and generation settings: all its files but the weights are
+        checked, for they are copied into the policies that are made after it. Raises CheckpointError."""
+        manifest = read(self.folder(version))
+        beside = {name: sha256 for name, sha256 in manifest.files.items() if not name.endswith(".safetensors")}
+        hashes.verify_files(self._path(version, manifest), beside, CheckpointError)
+        return self._described(version, manifest)
+
     def _path(self, version: int, manifest: Manifest) -> Path:
         return Path(manifest.source) if manifest.source else self.folder(version)
 
