@@ -33,6 +33,12 @@ def look(run_dir: Path, open_round: int | None) -> Iterator[Finding]:
                 yield Finding(
                     path=path, what="it is not what its hash says", mend="it is made again", repair=_deleting(path)
                 )
+    for hashed in sorted((run_dir / "pool.parts").glob(f"*/*{seals.BESIDE}")):  # what a killed import left
+        path = hashed.with_name(hashed.name.removesuffix(seals.BESIDE))
+        if path.is_file() and not seals.is_sealed(path, earlier=False):
+            yield Finding(
+                path=path, what="it is not what its hash says", mend="it is made again", repair=_deleting(path)
+            )
     yield from _leftovers(run_dir, open_round)
 
 

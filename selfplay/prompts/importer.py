@@ -8,8 +8,9 @@ A process of its own because it needs a tokenizer and the initial model, which t
                                                                       token ids of each, or why it has none
     {"order": "encode", "policy": folder, "trust_remote_code": …, "texts": […]}     token ids of each
 
-`template` is what conversations are rendered with (`PolicyConfig.template`). The import reads its sources twice (`survey.py`, `parts.py`), in as many processes as the importer may use processors. Its
-progress is {"text", "done", "total"}. Finished parts stay in `work` until the pool is whole.
+`template` is what conversations are rendered with (`PolicyConfig.template`). The import reads its sources twice (`survey.py`,
+`parts.py`), in as many processes as the importer may use processors. Its progress is {"text", "done", "total"}. Finished parts
+stay in `work` until the pool is whole. What it says of an import are events, as [kind, text].
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from selfplay.prompts.files.sources import files_of, is_local
 from selfplay.prompts.formats import Reading
 from selfplay.prompts.orders import Orders
 from selfplay.prompts.workers import cores
-from selfplay.storage import folders, hashes, tables
+from selfplay.storage import folders, hashes, seals, tables
 from selfplay.types import Split
 
 INITIAL = "initial.json"
 CANARY_TOKENS = 64
-FORMAT = 3  # of a part: another number, and parts that were written before are made again
+FORMAT = 4  # of a part: another number, and parts that were written before are made again
 
 OnProgress = Callable[[str, int, int], None]
 """What is done, how much of it, and of how much."""
@@ -167,7 +168,9 @@ def run_import(config: Config, template: Template, out: Path, work: Path, on_pro
     sealing.seal(out)
     shutil.rmtree(work)
     return {"prompts": dict(splits), "set_aside": dict(set_aside), "dated": dated,
-            "said": [*filter(None, [policy.said]), *(f"prompts: {said}" for said in recognised)]}  # fmt: skip
+            "said": [*(("import", said) for said in [policy.said] if said),
+                     *(("import", f"prompts: {said}") for said in recognised),
+                     *(("repaired", said) for said in seals.repairs())]}  # fmt: skip
 
 
 def _renders(policy: Path) -> dict[str, str]:

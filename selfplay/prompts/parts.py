@@ -2,7 +2,8 @@
 
 A part is one file of the pool, and beside it lies a small file of facts: what draws and admissions ask about a prompt
 without reading it. Parts are kept in a folder of their own until the pool is whole, so an import that was killed goes on
-where it was: a part that has its file is not rendered again.
+where it was: a part that has its file is not rendered again. Both files have their hashes beside them. A part of which one
+is damaged, or has no hash, is made again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from selfplay.config import PromptsConfig
 from selfplay.prompts import rows, survey
 from selfplay.prompts.held_out import WORDS, asked, same
 from selfplay.prompts.workers import each
-from selfplay.storage import tables
+from selfplay.storage import seals, tables
 from selfplay.types import Message, Prompt, Split
 
 BATCH = 128  # conversations that are rendered at a time
@@ -87,7 +88,7 @@ _rendering: list[Render] = []
 def _write(item: tuple[int, survey.Chosen], *, settings: PromptsConfig, run_seed: int, work: Path) -> Made:
     number, chosen = item
     path, facts_path = work / f"{number:06d}.arrow", work / f"{number:06d}.facts"
-    if not path.is_file():
+    if not (seals.is_whole(facts_path, earlier=False) and seals.is_whole(path, earlier=False)):
         set_aside = Counter[str]()
         prompts, facts = [], []
         for batch in _batches(_conversations(chosen), BATCH):
@@ -95,9 +96,11 @@ def _write(item: tuple[int, survey.Chosen], *, settings: PromptsConfig, run_seed
             prompts.append(table_of([prompt for prompt, _ in kept], [ids for _, ids in kept]))
             facts.append(facts_of([prompt for prompt, _ in kept]))
         table = pa.concat_tables([FACTS.empty_table(), *facts])
-        rows.write(facts_path, table.replace_schema_metadata({SET_ASIDE: json.dumps(set_aside)}), FACT_ROWS)
+        rows.write(
+            facts_path, table.replace_schema_metadata({SET_ASIDE: json.dumps(set_aside)}), FACT_ROWS, sealed=True
+        )
         table = pa.concat_tables([tables.schema(Prompt).empty_table(), *prompts])
-        rows.write(path, rows.filled(table))  # last: now it is finished
+        rows.write(path, rows.filled(table), sealed=True)  # last: now it is finished
     splits = [split for batch in rows.columns(facts_path, ["split"]) for split in batch["split"].to_pylist()]
     return Made(
         prompts=path,

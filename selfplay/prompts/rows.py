@@ -20,17 +20,19 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 from numpy.typing import NDArray
 
-from selfplay.storage import tables
-from selfplay.storage.folders import whole
+from selfplay.storage import folders, seals, tables
 from selfplay.types import Prompt
 
 BATCH_ROWS = 4  # of files that are written; those of earlier versions have batches of eight or sixteen
 ARROW, PARQUET = ".arrow", ".parquet"
 
 
-def write(path: Path, table: pa.Table, batch_rows: int = BATCH_ROWS) -> None:
-    """Write a table as an Arrow file, whole or not at all. Every record batch but the last has `batch_rows` rows."""
-    with writing(path, table.schema) as file:
+def write(path: Path, table: pa.Table, batch_rows: int = BATCH_ROWS, sealed: bool = False) -> None:
+    """Write a table as an Arrow file, whole or not at all. Every record batch but the last has `batch_rows` rows.
+
+    sealed: with its hash beside it.
+    """
+    with writing(path, table.schema, sealed) as file:
         file.write_table(table.combine_chunks(), max_chunksize=batch_rows)
 
 
@@ -44,8 +46,9 @@ def filled(table: pa.Table) -> pa.Table:
 
 
 @contextlib.contextmanager
-def writing(path: Path, layout: pa.Schema) -> Iterator[ipc.RecordBatchFileWriter]:
+def writing(path: Path, layout: pa.Schema, sealed: bool = False) -> Iterator[ipc.RecordBatchFileWriter]:
     """Yield a writer of an Arrow file, to which record batches are added; it appears whole or not at all."""
+    whole = seals.whole if sealed else folders.whole
     with whole(path) as partial, ipc.new_file(partial, layout, options=_packed()) as file:
         yield file
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,24 @@ def _hash(value: Any) -> str:
 # files
 
 
-def finish(partial: Path, path: Path) -> None:
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """As `folders.whole`, with the hash of the file beside it. For folders that no earlier version has written to."""
+    partial = path.with_name(f".{path.name}.partial")
+    with folders.disk_errors(path):
+        yield partial
+    finish(partial, path, earlier=False)
+
+
+def finish(partial: Path, path: Path, earlier: bool = True) -> None:
     """Give a file that is written its name, as `folders.finish`, with its hash beside it.
 
-    The hash is not synced: where a power cut takes it, the file counts as damaged, and is made again.
+    The hash is not synced: where a power cut takes it, the file counts as damaged, and is made again. earlier: whether there
+    may be files beside it that an earlier version has left without hashes.
     """
     with folders.disk_errors(path):
-        _list_earlier(path.parent)
+        if earlier:
+            _list_earlier(path.parent)
         beside(path).write_text(hashes.digest(partial), encoding="ascii")
         folders.finish(partial, path)
 
@@ -110,19 +121,21 @@ def seal(path: Path) -> None:
     beside(path).write_text(hashes.digest(path), encoding="ascii")
 
 
-def is_sealed(path: Path, anew: bool = True) -> bool:
+def is_sealed(path: Path, anew: bool = True, earlier: bool = True) -> bool:
     """Whether a file is there and is what its hash says. What an earlier version has left without one counts as it was when
     the first file beside it was sealed, and before that as it is.
 
-    anew: read it, whatever is remembered of it.
+    anew: read it, whatever is remembered of it. earlier: whether an earlier version may have left it.
     """
     try:
         found = hashes.digest if anew else hashes.sha256
         return path.is_file() and beside(path).read_text(encoding="ascii").strip() == found(path)
     except FileNotFoundError:
-        if (earlier := path.with_name(EARLIER)).is_file():
+        if not earlier:
+            return False
+        if (listed := path.with_name(EARLIER)).is_file():
             with contextlib.suppress(DamagedError):
-                return bool(read_json(earlier, None).get(path.name) == hashes.digest(path))
+                return bool(read_json(listed, None).get(path.name) == hashes.digest(path))
             return False
         return not any(path.parent.glob(f"*{BESIDE}"))
     except UnicodeDecodeError:
@@ -138,11 +151,11 @@ def _list_earlier(folder: Path) -> None:
         write_json(folder / EARLIER, {path.name: hashes.digest(path) for path in files})
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path: Path, earlier: bool = True) -> bool:
     """The same, for a file that can be made again: a damaged one is deleted, and told (`repairs`)."""
     if not path.exists():
         return False
-    if is_sealed(path):
+    if is_sealed(path, earlier=earlier):
         return True
     path.unlink()
     beside(path).unlink(missing_ok=True)

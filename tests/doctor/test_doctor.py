@@ -14,7 +14,7 @@ from selfplay.cli import app
 from selfplay.doctor.look import look
 from selfplay.errors import DamagedError, InputError
 from selfplay.publishing import scratch
-from selfplay.storage import agreement, closed, retention
+from selfplay.storage import agreement, closed, retention, seals
 from selfplay.storage.ledger import Store
 from selfplay.storage.lock import RunLock
 from selfplay.storage.policies import Policies
@@ -168,6 +168,19 @@ def test_the_record_of_a_round_is_written_again_and_leftovers_go(run_dir):
         assert len(look(run_dir)) == 4 and one.is_dir() and other.is_dir()
     assert not one.exists() and not other.exists()
     assert doctor(run_dir, "--yes")[0] == 0 and look(run_dir) == []
+
+
+def test_a_damaged_part_that_a_killed_import_left_goes(run_dir):
+    folder = run_dir / "pool.parts" / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    for name in ("000000.facts", "000000.arrow"):
+        with seals.whole(folder / name) as partial:
+            partial.write_bytes(bytes(100))
+    assert look(run_dir) == []
+    flip(folder / "000000.arrow", 3)
+    assert [found.path.name for found in look(run_dir)] == ["000000.arrow"]
+    assert doctor(run_dir, "--yes")[0] == 0 and look(run_dir) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["000000.facts", "000000.facts.sha256"]
 
 
 @pytest.mark.parametrize("name", ["rounds/0002", "policies/0001"])

@@ -1,4 +1,7 @@
-"""Copies that the import makes of what cannot be read in parts: compressed files, large arrays and tables, the Hub's data sets."""
+"""Copies that the import makes of what cannot be read in parts: compressed files, large arrays and tables, the Hub's data sets.
+
+Each has its hash beside it. One that a killed import left, and that is damaged or has no hash, is made again.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from selfplay.prompts.files.part import COPIED, Part, parts, ranges
 from selfplay.prompts.files.sources import files_of
 from selfplay.prompts.formats import Reading
 from selfplay.prompts.workers import each
-from selfplay.storage.folders import whole
+from selfplay.storage import folders, seals
 
 
 def in_parts(source: str, reading: Reading, split: str, config: str | None, copies: Path, workers: int) -> list[Part]:
@@ -28,7 +31,10 @@ def in_parts(source: str, reading: Reading, split: str, config: str | None, copi
     found = files_of(source, split, config)
     if found is None:
         copy = copies.with_name(f"{copies.name}.parquet")
-        from_hub(source, config, split, reading, copy)
+        if not seals.is_whole(copy, earlier=False):
+            for made in copy.parent.glob("[0-9]*.arrow"):
+                folders.delete(made)  # of a copy that is gone: the dataset may be another by now
+            from_hub(source, config, split, reading, copy)
         return parts(copy, reading, split)
     work = partial(_file_in_parts, reading=reading, split=split, copies=copies)
     return [one for some in each(work, list(enumerate(found.paths)), workers) for one in some]
@@ -47,14 +53,14 @@ def _file_in_parts(item: tuple[int, Path], *, reading: Reading, split: str, copi
         return _in_small_groups(path, kind, reading, copy.with_suffix(".parquet"))
     if kind in (kinds.LINES, kinds.TEXT) and packed:
         copy = copy.with_suffix(".lines")
-        if not copy.is_file():
-            with whole(copy) as unfinished, unfinished.open("wb") as out, streams.opened(path) as stream:
+        if not seals.is_whole(copy, earlier=False):
+            with seals.whole(copy) as unfinished, unfinished.open("wb") as out, streams.opened(path) as stream:
                 shutil.copyfileobj(stream, out, streams.BLOCK)
         return ranges(copy, kind, reading)
     if kind in (kinds.LINES, kinds.TEXT) or (not packed and path.stat().st_size <= part.PART_BYTES):
         return parts(path, reading, split)
     copy = copy.with_suffix(".copied")
-    if not copy.is_file():
+    if not seals.is_whole(copy, earlier=False):
         _copy_rows(Part(path=path, kind=kind, reading=reading, split=split), copy)
     return ranges(copy, COPIED, reading)
 
@@ -62,7 +68,7 @@ def _file_in_parts(item: tuple[int, Path], *, reading: Reading, split: str, copi
 def _copy_rows(source: Part, copy: Path) -> None:
     """The columns that count of each row, a line a row."""
     wanted: dict[tuple[str, ...], list[str]] = {}
-    with whole(copy) as unfinished, unfinished.open("w", encoding="ascii") as out:
+    with seals.whole(copy) as unfinished, unfinished.open("w", encoding="ascii") as out:
         for row in source.rows():
             if isinstance(row, str):
                 out.write(json.dumps({"why": row}) + "\n")
@@ -78,7 +84,7 @@ def _copy_rows(source: Part, copy: Path) -> None:
 def _in_small_groups(path: Path, kind: str, reading: Reading, copy: Path) -> list[Part]:
     if not columnar.columns(path, kind, reading):  # a copy without columns would have no rows
         return parts(path, reading)
-    if not copy.is_file():
+    if not seals.is_whole(copy, earlier=False):
         if kind == kinds.PARQUET:
             batches = columnar.parquet_batches(path, reading, size=part.PART_ROWS)
         else:
@@ -93,8 +99,6 @@ def from_hub(name: str, config: str | None, split: str, reading: Reading, copy: 
     first: of how many rows, which are streamed; None: of all, which are downloaded. Without a network both are those of a copy in
     the cache. A slice of a split cannot be streamed: its rows come from the beginning of the split.
     """
-    if copy.is_file():
-        return
     hub.bounded()
     import datasets
 
@@ -125,7 +129,7 @@ def from_hub(name: str, config: str | None, split: str, reading: Reading, copy: 
 
 
 def _copy(tables: Iterable[pa.Table], path: Path, source: Path) -> None:
-    with whole(path) as unfinished:
+    with seals.whole(path) as unfinished:
         writer = None
         for table in tables:
             writer = writer or pq.ParquetWriter(unfinished, table.schema, compression="zstd")
