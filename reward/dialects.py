@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
+from reward import hub
 from reward.faults import Fault
 from reward.schema import GetRewardResponse, Health, Item, ScoreResponse
 
@@ -145,6 +146,7 @@ class Vllm:
 
         from reward.chat import ChatEncoder
 
+        hub.bounded()
         try:
             loaded = PreTrainedTokenizerFast.from_pretrained(tokenizer)
         except Exception as error:  # whatever the readers of its files raise
@@ -218,6 +220,7 @@ class OpenRLHF:
 
             given, today = variables or {}, today or date.today()
             self._variables = with_date(given, today)
+            hub.bounded()
             try:
                 self._tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
                 self._template_sha256 = template_sha256(self._tokenizer, given, today)

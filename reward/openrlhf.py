@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
+from reward import hub
 from reward.schema import GetRewardRequest, Item
 from reward.settings import with_date
 
@@ -28,6 +29,7 @@ class Unrender:
             return
         from transformers import PreTrainedTokenizerFast
 
+        hub.bounded()
         try:
             tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(policy)
             asked, given = [{"role": "user", "content": USER}], with_date(variables or {}, date.today())

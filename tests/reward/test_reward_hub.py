@@ -17,6 +17,7 @@ from reward.hub_transport import httpx
 ROOT = Path(__file__).resolve().parents[2]
 FETCHES = re.compile(
     r"HfApi\(|hf_hub_download\(|snapshot_download\(|load_dataset\(|SentenceTransformer\(|TaskManager\("
+    r"|PreTrainedTokenizerFast\.from_pretrained\("
 )
 FILE = bytes(range(256)) * 3 * 2**15  # 24 MB: the library keeps pieces of 10 MB
 
