@@ -11,7 +11,7 @@ from selfplay.config.base import Positive, Section
 from selfplay.config.reward import JudgeConfig
 
 OF_FILES = ("reward", "temperature", "top_p", "top_k")
-OF_TASKS = ("include_path", "chat")
+OF_TASKS = ("include_path", "chat", "trust_remote_code")
 
 
 class SuiteGate(Section):
@@ -34,6 +34,8 @@ class SuiteConfig(Section):
     """Folder with YAML files of your own tasks."""
     chat: bool = True
     """Whether the requests of a task go through the policy's chat template."""
+    trust_remote_code: bool = False
+    """Let a task take metrics from the library `evaluate`, which fetches them from the Hub as Python code and runs it."""
     reward: JudgeConfig | None = None
     """What scores the answers to the rows of a file, as `evaluate.judge`. Multiple choice needs none."""
     metric: str | None = None

@@ -13,13 +13,14 @@ asks does not depend on the answers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from reward import hub
 from selfplay.config import SuiteConfig
@@ -46,12 +47,38 @@ def load(suite: SuiteConfig) -> Any:
             "python -m lm_eval ls tasks lists those that there are",
         )
     try:
-        return manager.load([suite.task])
+        with _no_code_of_others(suite):
+            return manager.load([suite.task])
+    except InputError:
+        raise
     except Exception as error:  # the harness, its datasets and its tasks raise errors of any type
         raise InputError(
             f"the task {suite.task} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
             "a task whose data lie on the Hub needs a network, or a copy in the cache of an earlier download",
         ) from error
+
+
+class Refused(BaseException):
+    """Not an Exception: the harness would take that for a metric that there is not, and go on."""
+
+
+@contextlib.contextmanager
+def _no_code_of_others(suite: SuiteConfig) -> Iterator[None]:
+    """Raise InputError where a task takes something from the library `evaluate`, unless the suite trusts that."""
+    import evaluate as library
+
+    def refuse(path: str, *args: Any, **kwargs: Any) -> NoReturn:
+        raise Refused(path)
+
+    if not suite.trust_remote_code:
+        library.load = refuse
+    try:
+        yield
+    except Refused as refused:
+        raise InputError(
+            f"the task {suite.task} takes {refused} from the library evaluate, which fetches it from the Hub as code and runs it",
+            "take another task, or set `trust_remote_code: true` at the suite where you trust that code",
+        ) from None
 
 
 def evaluate(order: Event, ask: Callable[..., list[list[str]]]) -> list[str]:
@@ -72,10 +99,11 @@ def evaluate(order: Event, ask: Callable[..., list[list[str]]]) -> list[str]:
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=SEED)
-        found = evaluator.evaluate(
-            lm=model, task_dict=loaded, limit=suite.prompts, bootstrap_iters=0, log_samples=True,
-            apply_chat_template=suite.chat, fewshot_as_multiturn=suite.chat,
-        )  # fmt: skip
+        with _no_code_of_others(suite):
+            found = evaluator.evaluate(
+                lm=model, task_dict=loaded, limit=suite.prompts, bootstrap_iters=0, log_samples=True,
+                apply_chat_template=suite.chat, fewshot_as_multiturn=suite.chat,
+            )  # fmt: skip
         rows = list(graded(suite, loaded["tasks"], found["samples"], version))
         file = folder / f"graded-{version}.parquet"
         tables.write_rows(file, rows, SuiteAnswer)

@@ -80,6 +80,25 @@ def test_a_hub_that_drips_does_not_hold_up_the_check(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["a metric", "a function"])
+def test_a_task_that_fetches_code_is_refused(look, tmp_path, how):
+    metric, target = ("theirs", "answer") if how == "a metric" else ("acc", "!function own.target")
+    (tmp_path / "own.py").write_text(
+        "import evaluate\ntry:\n    evaluate.load('theirs')\nexcept Exception:\n    pass\n"
+    )
+    (tmp_path / "own.jsonl").write_text(json.dumps(CHOICE) + "\n")
+    (tmp_path / "own.yaml").write_text(
+        f"task: mini_own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'own.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        f'doc_to_text: "{{{{question}}}}"\ndoc_to_choice: "{{{{choices}}}}"\ndoc_to_target: {target}\n'
+        f"metric_list:\n  - metric: {metric}\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    ((level, about, text),) = look(task="mini_own", include_path=str(tmp_path))
+    assert (level, about) == ("error", "evaluate.suites s")
+    assert "the task mini_own takes theirs from the library evaluate" in text and "trust_remote_code" in text
+
+
+@pytest.mark.slow
 def test_a_task_that_needs_a_download_is_named(look, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
