@@ -20,7 +20,9 @@ from typing import IO, Any, Protocol
 from selfplay.cluster.host import CHUNK
 from selfplay.processes import children
 from selfplay.processes.guard import LEASE
+from selfplay.processes.logs import open_log
 from selfplay.processes.places import ADDRESS, NODE, PORT
+from selfplay.visible import visible
 
 ASK = 10.0  # Seconds that a question for output waits on the node.
 GREET = 20.0  # Seconds between two words to a host that is asked for nothing, because nobody reads what came last.
@@ -221,8 +223,8 @@ class Hosted:
         self.lost = self.lost or lost
         with contextlib.suppress(OSError):
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a", encoding="utf-8") as log:
-                log.write(f"it {self.lost}\n")
+            with open_log(self._log) as log:
+                log.write(visible(f"it {self.lost}\n").encode())
 
 
 def handed_on() -> dict[str, str]:

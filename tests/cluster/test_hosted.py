@@ -180,6 +180,17 @@ def test_no_room_and_no_folder_are_told_in_the_log_too(tmp_path: Path, monkeypat
     assert "/nonexistent" in (tmp_path / "echo.log").read_text()
 
 
+def test_why_it_ended_is_written_as_a_person_may_see_it_and_through_no_link(tmp_path: Path) -> None:
+    """The text of an error of Ray may hold what the child printed."""
+    other = tmp_path / "other.txt"
+    (tmp_path / "echo.log").symlink_to(other)
+    child = start(tmp_path, [*PYTHON, ECHO], Seated(full="found \x1b]0;mine\x07no room"))
+    with pytest.raises(ChildDied):
+        child.wait_for("ready")
+    log = tmp_path / "echo.log"
+    assert not other.exists() and not log.is_symlink() and log.read_text() == "it found �]0;mine�no room\n"
+
+
 @pytest.mark.slow
 def test_several_nodes_are_one_child(tmp_path: Path) -> None:
     place = Seated(2)
