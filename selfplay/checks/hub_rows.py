@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from selfplay.config.secrets import HUB
 from selfplay.errors import InputError
 from selfplay.processes.children import inherited_environment
 from selfplay.prompts.files import copies
@@ -41,7 +42,7 @@ def first(name: str, config: str | None, split: str, reading: Reading, cached: b
     """Stream them once, by the import's own reader. `cached`: no network is used; they are those of a copy in the cache."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    environment = inherited_environment() | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    environment = inherited_environment(*HUB) | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     if cached:
         environment["HF_HUB_OFFLINE"] = "1"
     with TemporaryDirectory(prefix="selfplay-check-") as scratch:

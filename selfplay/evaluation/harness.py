@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.config import SuiteConfig
+from selfplay.config.secrets import HUB
 from selfplay.errors import ConfigError, InputError, SelfplayError
 from selfplay.evaluation.suite_files import Engine
 from selfplay.generation.generator import Sampling
 from selfplay.processes.child import PATIENT, Child, ChildDied, ChildError
+from selfplay.processes.children import owning
 from selfplay.processes.logs import last_line
 from selfplay.progress import Line
 from selfplay.storage import tables
@@ -59,7 +61,7 @@ class Task:
         """Raises InputError for a task that there is not, that needs a download which fails, or that has no such metric."""
         log = self.run_dir / "logs" / LOG
         child = Child(
-            "harness", [sys.executable, "-m", MODULE], run_dir=self.run_dir, log=log, env={"OMP_NUM_THREADS": "1"},
+            "harness", [sys.executable, "-m", MODULE], run_dir=self.run_dir, log=log, env={"OMP_NUM_THREADS": "1", **owning(*HUB)},
             silence=PATIENT,
         )  # fmt: skip
         folder = self.engine.folder(self.settings.name, self.identity())

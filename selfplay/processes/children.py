@@ -22,7 +22,8 @@ class Running(Protocol):
 
 
 OWN = "SELFPLAY_SECRETS"
-"""An environment variable of a child on another machine: names, with commas between, of variables there with secrets that are its own."""
+"""Where a child is started, it stands among its variables: the names, with commas between, of withheld ones that it gets all the
+same. Their values are those of the machine where it starts. The child itself does not see it."""
 
 _running: set[Running] = set()
 _ending = threading.Event()  # While it is set, no child may start.
@@ -41,12 +42,17 @@ def withheld() -> frozenset[str]:
     return frozenset(_withheld)
 
 
-def inherited_environment() -> dict[str, str]:
-    """The environment of this process, for a child: without the variables that are withheld.
+def owning(*variables: str) -> dict[str, str]:
+    """For the variables of a child whose own these secrets are."""
+    return {OWN: ",".join(sorted(variables))}
+
+
+def inherited_environment(*own: str) -> dict[str, str]:
+    """The environment of this process, for a child: without the variables that are withheld, but with its own.
 
     In it torch.load makes tensors and plain values and runs no code, whatever a library asks it to do.
     """
-    found = {name: value for name, value in os.environ.items() if name not in _withheld} | _lease
+    found = {name: value for name, value in os.environ.items() if name in own or name not in _withheld} | _lease
     found.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     return found | {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 

@@ -154,7 +154,9 @@ def lasting(work: Callable[P, Made], *args: P.args, **named: P.kwargs) -> Made:
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child of this process, with some variables added."""
-    found = {**children.inherited_environment(), **variables}
+    own = variables.get(children.OWN, "").split(",")
+    found = {**children.inherited_environment(*own), **variables}
+    found.pop(children.OWN, None)
     # Without bytecode files the imports of a child take two to three times as long, at every start.
     found.pop("PYTHONDONTWRITEBYTECODE", None)
     # The service may be started in any folder, and its children have to find the package by its name.

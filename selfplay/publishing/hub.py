@@ -14,6 +14,7 @@ from pathlib import Path
 from reward import hub
 from selfplay.errors import InputError, PublishError, SelfplayError
 from selfplay.processes.child import PATIENT, Child, ChildDied, ChildError
+from selfplay.processes.children import owning
 from selfplay.processes.logs import last_line
 from selfplay.processes.protocol import protocol
 
@@ -59,8 +60,9 @@ def upload_in_child(run_dir: Path, folder: Path, repo: str, message: str, privat
     require_token()
     log = run_dir / "logs" / "publish.log"
     child = Child(
-        "publisher", [sys.executable, "-m", "selfplay.publishing.hub"], run_dir=run_dir, log=log, silence=PATIENT
-    )
+        "publisher", [sys.executable, "-m", "selfplay.publishing.hub"], run_dir=run_dir, log=log, silence=PATIENT,
+        env=owning(TOKEN),
+    )  # fmt: skip
     child.start()
     try:
         found: str = child.order("upload", folder=str(folder), repo=repo, message=message, private=private)

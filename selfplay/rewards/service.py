@@ -18,7 +18,7 @@ from reward.proxies import proxy_of
 from selfplay.config import RewardSource, secrets
 from selfplay.errors import InputError, Interrupted, RewardError
 from selfplay.processes.child import PATIENT, Child, ChildDied
-from selfplay.processes.children import OWN
+from selfplay.processes.children import owning
 from selfplay.processes.gpus import count, environment
 from selfplay.processes.logs import last_line
 from selfplay.processes.places import ADDRESS, HERE, Place
@@ -51,9 +51,7 @@ class RewardService:
         self._shared, self._gpus = shared, count() if gpus is None else len(gpus)
         self._everywhere = shared or len(gpus or ()) > 1
         self._place = place  # another place than this machine gives the server its GPUs itself, and has its own secrets
-        own = {OWN: ",".join(sorted(secrets.of(config)))}
-        if place is HERE:
-            own = {name: os.environ[name] for name in secrets.of(config) if name in os.environ}
+        own = owning(*secrets.of(config))
         self._env = {"OMP_NUM_THREADS": "1", **environment(gpus if place is HERE else None), **own}
         self.log = run_dir / "logs" / f"{name}.log"
         self._child: Child | None = None

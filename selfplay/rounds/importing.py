@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from selfplay.config.secrets import HUB
 from selfplay.errors import InputError, SelfplayError
 from selfplay.processes.child import PATIENT, Child, ChildDied, ChildError
+from selfplay.processes.children import owning
 from selfplay.processes.logs import last_line
 
 Tell = Callable[[str, str], None]  # kind and text of an event
@@ -34,6 +36,7 @@ def ask_importer(
             [sys.executable, "-m", "selfplay.prompts.importer"],
             run_dir=run_dir,
             log=log,
+            env=owning(*HUB),
             silence=PATIENT,
         )
         child.start()

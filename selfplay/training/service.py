@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfplay.config import Config
+from selfplay.config.secrets import to_load
 from selfplay.errors import InputError, TrainError
 from selfplay.processes import cores, gpus
 from selfplay.processes.child import Child, ChildDied, ChildError
+from selfplay.processes.children import owning
 from selfplay.processes.logs import last_line
 from selfplay.processes.places import ADDRESS, HERE, NODE, PORT, Places
 from selfplay.storage import seen
@@ -124,6 +126,9 @@ class Trainer:
             **gpus.environment(given),
         }
         clusters = self.config.depth.method == "gradient" or self.config.breadth.method == "clusters"
+        breadth = self.config.breadth
+        if breadth.method == "clusters" and breadth.embedding != "policy":
+            env |= owning(*to_load(breadth.embedding))
         argv = [*launcher, "-m", "selfplay.training.trainer", *([CLUSTERS] if clusters else [])]
         return _Launch(argv=argv, env=env, silence=settings.silence)
 

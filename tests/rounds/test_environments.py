@@ -15,6 +15,7 @@ from selfplay.generation.generator import Generator
 from selfplay.processes import children
 from selfplay.processes.child import Child
 from selfplay.processes.reaping import descendants
+from selfplay.publishing.hub import upload_in_child
 from selfplay.reporting.terminal import Display
 from selfplay.rewards.service import RewardService
 from selfplay.rounds.importing import ask_importer
@@ -22,7 +23,8 @@ from selfplay.rounds.requirements import withhold_secrets
 from selfplay.rounds.run import Run
 from selfplay.training.service import Trainer
 
-SECRETS = ("SELFPLAY_TOKEN", "SELFPLAY_WEBHOOK", "WANDB_API_KEY", "REWARD_KEY", "JUDGE_KEY", "SUITE_KEY", "VLLM_KEY")
+SECRETS = ("SELFPLAY_TOKEN", "SELFPLAY_WEBHOOK", "WANDB_API_KEY", "REWARD_KEY", "JUDGE_KEY", "SUITE_KEY", "VLLM_KEY",
+           "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # fmt: skip
 JUDGE = "{url: ['http://127.0.0.1:9'], model: m, api_key_env: %s, proxy_env: HTTPS_PROXY}"
 SETTINGS = [
     "publish.api_key_env=VLLM_KEY",
@@ -65,11 +67,19 @@ def ways(config, run_dir):
     task = SimpleNamespace(folder=lambda *_: run_dir, room=lambda: 9)
     harness = Task(settings=config.evaluate.suites[1], engine=task, run_dir=run_dir, tokenizer={}, max_tokens=1)
     run = Run(config, run_dir, Display())
+    by_name = load(TINY, ["reward.model=org/reward", "breadth.method=clusters", "breadth.embedding=org/embedding"])
+    here = load(TINY, [f"reward.model={run_dir}"])
+    embeds = Trainer(by_name, run_dir, stub, nothing).start
+    hub = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
     return {
         "engine": (lambda: Generator(config, run_dir, run_dir / "engine.log", on_event=nothing).start(), set()),
         "trainer": (Trainer(config, run_dir, stub, nothing).start, set()),
-        "importer": (lambda: ask_importer(run_dir, "render", nothing), set()),
-        "harness": (lambda: harness.play([], SimpleNamespace()), set()),
+        "importer": (lambda: ask_importer(run_dir, "render", nothing), hub),
+        "harness": (lambda: harness.play([], SimpleNamespace()), hub),
+        "publisher": (lambda: upload_in_child(run_dir, run_dir, "me/mine", "a policy", True), {"HF_TOKEN"}),
+        "trainer that embeds by a model of the Hub": (embeds, hub),
+        "reward of the Hub": (RewardService(by_name.reward_sources()["reward"], run_dir, on_event=nothing).start, hub),
+        "reward of a folder": (RewardService(here.reward_sources()["reward"], run_dir, on_event=nothing).start, set()),
         "report": (run.write_report, set()),
         "reward": (RewardService(reward, run_dir, on_event=nothing).start, {"REWARD_KEY"}),
         "judge": (RewardService(judge, run_dir, name="judge", on_event=nothing).start, {"JUDGE_KEY"}),
@@ -88,7 +98,7 @@ def test_a_child_gets_the_secrets_that_are_its_own(seen, tmp_path, monkeypatch):
         assert len(seen) >= 2, kind
         for given in seen:
             assert {name for name in SECRETS if name in given} == own, kind
-            assert given["PLAIN"] == given["HTTPS_PROXY"] == "there"
+            assert children.OWN not in given and given["PLAIN"] == given["HTTPS_PROXY"] == "there"
             assert given["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1" and "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in given
         temporary = Path(seen[-1]["TMPDIR"])
         assert temporary.name.startswith("selfplay-") and not temporary.exists(), "it goes with the child"
@@ -100,7 +110,10 @@ def test_what_check_starts_gets_no_secret(seen):
     assert not set(SECRETS) & set(children.inherited_environment())
 
 
-def test_the_key_of_the_hub_is_for_all_children_though_a_judge_may_use_it(seen, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "there")
-    withhold_secrets(load(TINY, ["reward.model=null", f"reward.chat_judge={JUDGE % 'HF_TOKEN'}"]))
-    assert children.inherited_environment()["HF_TOKEN"] == "there"
+def test_a_judge_may_use_the_key_of_the_hub(seen, tmp_path):
+    config = load(TINY, ["reward.model=null", f"reward.chat_judge={JUDGE % 'HF_TOKEN'}"])
+    withhold_secrets(config)
+    service = RewardService(config.reward_sources()["reward"], tmp_path, on_event=lambda *_: None)
+    with pytest.raises(Interrupted):
+        service.start()
+    assert all("HF_TOKEN" in given for given in seen) and "HF_TOKEN" not in children.inherited_environment()
