@@ -182,6 +182,40 @@ def test_a_killed_wandb_costs_a_round_and_not_those_after(tmp_path):
     assert "did not take round" in lost  # 2, or 3 where the line to it was not seen to be cut before
 
 
+ENVIRONMENTS = """
+import os, sys
+from pathlib import Path
+from selfplay.config import load
+from selfplay.processes import reaping
+from selfplay.rounds.requirements import withhold_secrets
+from selfplay.tracking import trackers
+config, folder = load(Path(sys.argv[1]), ["track=wandb"]), Path(sys.argv[2])
+withhold_secrets(config)
+tracker = trackers.open_tracker(config, folder, "4f2a")
+trackers.log_round(tracker, 1, {"evaluate/win_rate": 0.5}, [], 1)
+for pid in reaping.descendants(os.getpid()):
+    (folder / f"{pid}.environ").write_bytes(Path(f"/proc/{pid}/environ").read_bytes())
+tracker.close()
+"""
+
+
+def test_what_wandb_starts_gets_its_own_key_and_no_other_secret(tmp_path):
+    pytest.importorskip("wandb")
+    (tmp_path / "git").write_text(f"#!/bin/sh\nenv -0 >{tmp_path}/git-$$.environ\nexit 1\n")
+    (tmp_path / "git").chmod(0o755)
+    others = dict.fromkeys(("SELFPLAY_TOKEN", "SELFPLAY_WEBHOOK", "HF_TOKEN"), "hush-hush")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    alone(
+        ENVIRONMENTS, TINY, tmp_path, home=tmp_path, WANDB_MODE="offline", WANDB_API_KEY="a" * 40, PATH=path, **others
+    )
+    found = {file.name: file.read_bytes().split(b"\0") for file in tmp_path.glob("*.environ")}
+    assert any(name.startswith("git-") for name in found) and len(found) > 1
+    for name, variables in found.items():
+        assert not any(b"hush-hush" in variable for variable in variables), name
+        assert (b"WANDB_API_KEY=" + b"a" * 40 in variables) == (not name.startswith("git-")), name
+        assert f"PATH={path}".encode() in variables
+
+
 REQUIRE = """
 from selfplay.tracking import trackers
 try:
