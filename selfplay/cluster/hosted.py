@@ -21,6 +21,7 @@ from selfplay.cluster.host import CHUNK
 from selfplay.processes import children
 from selfplay.processes.guard import LEASE
 from selfplay.processes.logs import open_log
+from selfplay.processes.pipe import LONGEST_LINE
 from selfplay.processes.places import ADDRESS, NODE, PORT
 from selfplay.visible import visible
 
@@ -164,6 +165,8 @@ class Hosted:
         try:
             while (data := host.call("read", ASK)) is not None:
                 lines, newline, rest = (rest + data).rpartition(b"\n")
+                if len(rest) > LONGEST_LINE:
+                    raise HostLost(f"wrote a line of more than {LONGEST_LINE} bytes on one of its nodes")
                 self._put_out(lines + newline)
             while (code := host.call("exit_code", ASK)) is None:
                 continue

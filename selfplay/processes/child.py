@@ -15,7 +15,7 @@ from selfplay.errors import Interrupted
 from selfplay.processes import children
 from selfplay.processes.guard import GUARDED, NO_SCRATCH
 from selfplay.processes.logs import last_line, open_log
-from selfplay.processes.pipe import Pipe
+from selfplay.processes.pipe import LONGEST_LINE, Pipe
 from selfplay.processes.places import HERE, Place, Process
 from selfplay.processes.protocol import Event, encode_line, parse_line
 from selfplay.processes.reaping import RUN_MARKER
@@ -195,6 +195,8 @@ class Child:
             except TimeoutError as error:
                 raise self._hung() from error
             if line is None:
+                if self._pipe.overlong:
+                    raise self._died()
                 return
             event = self._parse(line)
             del line  # It may be as large as the event, which is all that is needed from here on.
@@ -215,6 +217,9 @@ class Child:
 
     def _died(self) -> ChildDied:
         """Clean up after a child that has ended or closed its output; returns the error to raise, which tells how."""
+        if self._pipe is not None and self._pipe.overlong:
+            self.stop(grace=0)
+            return ChildDied(self.name, f"wrote a line of more than {LONGEST_LINE} bytes and was ended", self.log)
         code, lost = None, ""
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):

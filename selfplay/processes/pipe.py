@@ -13,6 +13,8 @@ from typing import IO
 from reward import polling
 from selfplay.processes import children
 
+LONGEST_LINE = 256 << 20
+"""In bytes. The longest lines have some numbers for each prompt or answer of a shard or a round, and a million of them take 20 MB."""
 READ_BYTES = 1 << 20  # The most that is read at a time. A pipe usually holds 64 KiB.
 
 
@@ -26,6 +28,9 @@ class Pipe:
         self._source, self._sink = source, sink
         self._lines: deque[bytes] = deque()  # Whole lines that nobody has asked for yet.
         self._pieces: list[bytes] = []  # What has come of the line that has not ended yet.
+        self._length = 0  # Of these pieces, in bytes.
+        self.overlong = False
+        """Whether a line came that is longer than any may be. Then the output counts as closed."""
         for stream in (source, sink):
             os.set_blocking(stream.fileno(), False)
 
@@ -42,10 +47,10 @@ class Pipe:
 
         Returns whether the child still has its output open.
         """
-        while polling.wait({self._source: polling.READ}, 0):
+        while not self.overlong and polling.wait({self._source: polling.READ}, 0):
             if not self._read():
                 return False
-        return True
+        return not self.overlong
 
     @property
     def source(self) -> IO[bytes]:
@@ -97,5 +102,10 @@ class Pipe:
         for end in ends:
             self._lines.append(b"".join([*self._pieces, end]))
             self._pieces.clear()
+            self._length = 0
         self._pieces.append(rest)
-        return bool(chunk)
+        self._length += len(rest)
+        if self._length > LONGEST_LINE:  # It would fill the memory of the controller.
+            self._pieces.clear()
+            self.overlong = True
+        return bool(chunk) and not self.overlong

@@ -8,9 +8,11 @@ import threading
 import time
 
 import pytest
-from child_world import start
+from child_world import gone, start
 
 from reward import polling
+from selfplay.processes import pipe as pipe_module
+from selfplay.processes.child import ChildDied
 from selfplay.processes.pipe import Pipe
 
 
@@ -100,6 +102,34 @@ for order in channel.orders():
     assert time.process_time() - before < 1
     child.stop()
     assert answer == "x" * 48_000_000
+
+
+def test_a_line_without_an_end_ends_the_output(ends, monkeypatch):
+    monkeypatch.setattr(pipe_module, "LONGEST_LINE", 1000)
+    pipe, says, _ = ends
+    says.write(b"a" * 1000 + b"\n" + b"b" * 900 + b"\n" + b"c" * 600)
+    assert [len(pipe.read_line(silence=1)) for _ in range(2)] == [1000, 900]
+    says.write(b"c" * 401)
+    assert pipe.read_line(silence=1) is None and pipe.overlong
+    assert pipe.lines_so_far() == ([], False) and not pipe._pieces
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["order", "heard", "wait"])
+def test_a_child_that_ends_no_line_is_ended_with_a_reason(tmp_path, monkeypatch, way):
+    for module in ("pipe", "child"):
+        monkeypatch.setattr(f"selfplay.processes.{module}.LONGEST_LINE", 1 << 20)
+    endless = "import sys\nwhile True: sys.stdout.write('x' * 4096)"
+    child = start(tmp_path, [sys.executable, "-c", endless])
+    began = time.monotonic()
+    with pytest.raises(ChildDied, match="the echo process wrote a line of more than 1048576 bytes and was ended"):
+        if way == "wait":
+            child.wait()
+        order = child.send("anything")
+        while way == "heard":
+            child.heard()
+        child.result(order)
+    assert time.monotonic() - began < 10 and gone(tmp_path)
 
 
 def test_a_wait_without_an_end_ends_when_something_comes():
