@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from selfplay.storage import folders, hashes
 from selfplay.storage.policies import Manifest
 
 LIST, CURRENT = "published.json", "current"
+NAME = re.compile(r"[0-9]{4,}")  # of the folder of a policy. Whoever can write to LIST cannot have others deleted.
 
 
 def put(run_dir: Path, run: str, manifest: Manifest, root: Path) -> Path:
@@ -79,14 +81,18 @@ def listed(root: Path, run: str) -> set[str]:
     found = folders.read_json(root / LIST)
     if found["run"] != run:
         raise InputError(f"publish.folder: {root} is that of the run {found['run']}", "name another folder")
-    return set(found["versions"])
+    if strange := [name for name in found["versions"] if not NAME.fullmatch(str(name))]:
+        hint = f"take it out of {root / LIST}, or name another folder: what is listed there is deleted in time"
+        raise InputError(f"publish.folder: {root / LIST} names {strange[0]!r}, which is no policy", hint)
+    return set(map(str, found["versions"]))
 
 
 def _target(root: Path) -> str | None:
     try:
-        return Path(os.readlink(root / CURRENT)).name
+        name = Path(os.readlink(root / CURRENT)).name
     except FileNotFoundError:
         return None
+    return name if NAME.fullmatch(name) else None
 
 
 def _is(out: Path, manifest: Manifest) -> bool:

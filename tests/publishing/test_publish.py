@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -107,6 +108,29 @@ def test_a_folder_gets_each_policy_and_goes_back_with_a_rollback(run, tmp_path):
     assert folder._is(root / "0002", manifest(run, 2)) and os.readlink(root / "current") == "0002"
     assert len(run.events("published")) == 4
     assert run.publish(2, folder=root) == "2 done" and len(run.events("published")) == 4, "once is enough"
+
+
+@pytest.mark.parametrize("name", ["../mine", "/mine", "mine", "", ".", "1", "0001/..", "0001\n", 7])
+def test_what_the_list_of_a_folder_names_is_deleted_only_where_it_is_a_policy(run, tmp_path, name):
+    root = tmp_path / "served"
+    (tmp_path / "mine").mkdir()
+    run.publish(1, folder=root)
+    run.publish(2, folder=root)
+    listed = root / folder.LIST
+    listed.write_text(json.dumps({"run": "mine", "versions": ["0001", "0002", name]}))
+    with pytest.raises(InputError, match="names .*, which is no policy"):
+        folder.put(run.run_dir, "mine", manifest(run, 0), root)
+    assert (tmp_path / "mine").is_dir() and (root / "0001").is_dir()
+
+
+def test_a_link_that_leads_elsewhere_is_not_taken_for_a_policy(run, tmp_path):
+    root = tmp_path / "served"
+    run.publish(1, folder=root)
+    (root / "mine").mkdir()
+    (root / "current").unlink()
+    (root / "current").symlink_to("mine")
+    assert run.publish(2, folder=root) == "2 done" and run.publish(0, folder=root) == "0 done"
+    assert (root / "mine").is_dir() and folder.listed(root, "mine") == {"0000", "0002"}
 
 
 def test_a_policy_in_a_folder_can_be_read_by_whoever_can_read_the_folder(run, tmp_path):
