@@ -28,7 +28,7 @@ def specs(file: Path) -> dict[str, TensorSpec]:
     if not file.is_file():
         raise CheckpointError(f"{file} is no file", "put the file with the weights there")
     try:
-        _bound_header(file)
+        bound_header(file)
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
             return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
@@ -38,7 +38,7 @@ def specs(file: Path) -> dict[str, TensorSpec]:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def _bound_header(file: Path) -> None:
+def bound_header(file: Path) -> None:
     """Raise CheckpointError where the header is larger than that of any model. It is read and parsed as a whole."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,16 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from reward import hub
-from selfplay.errors import TrainError
+from selfplay.errors import CheckpointError, TrainError
 from selfplay.methods import breadth
 from selfplay.models import weights
 from selfplay.models.kept import Kept
-from selfplay.storage import tables
+from selfplay.storage import tables, tensors
 from selfplay.training.jobs import EmbedJob
 from selfplay.types import Prompt
 
 logger = logging.getLogger(__name__)
 
+ORGANIZATION = "sentence-transformers"  # on the Hub, of a name that has none
+BESIDE = ["pytorch_model*", "tf_*", "rust_*", "flax_*", "onnx/*", "openvino/*", "coreml/*", "*.onnx", "*.gguf"]
+"""Files on the Hub that are not read: the same weights in other forms."""
 BATCH_TOKENS = 8192  # of a forward pass, padding included
 
 OnDone = Callable[[int], None]  # prompts that are done
@@ -114,14 +118,27 @@ def _by_model(job: EmbedJob, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
             f"breadth.embedding {job.embedding} needs the package sentence-transformers: {error}",
             "pip install sentence-transformers, or set breadth.embedding to policy",
         ) from error
-    hub.bounded()
     try:
+        folder = _folder(job.embedding, job.trust_remote_code)
+        for file in folder.rglob("*.safetensors"):
+            tensors.bound_header(file)
         model = SentenceTransformer(
-            job.embedding, trust_remote_code=job.trust_remote_code, model_kwargs={"use_safetensors": True}
+            str(folder), trust_remote_code=job.trust_remote_code, model_kwargs={"use_safetensors": True}
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         raise TrainError(
             "input", f"breadth.embedding {job.embedding} cannot be loaded: {error}", "give a folder or a Hub id"
         ) from error
     texts = ["\n".join(m["content"] for m in p.messages) for p in prompts]
     return np.asarray(model.encode(texts, convert_to_numpy=True, show_progress_bar=False), np.float32)
+
+
+def _folder(name: str, trust_remote_code: bool) -> Path:
+    """The folder of a model; one of the Hub is downloaded first, so that its files can be looked at before they are loaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    hub.bounded()
+    from huggingface_hub import snapshot_download
+
+    beside = BESIDE if trust_remote_code else [*BESIDE, "*.py"]
+    return Path(snapshot_download(name if "/" in name else f"{ORGANIZATION}/{name}", ignore_patterns=beside))

@@ -13,7 +13,7 @@ from selfplay.errors import TrainError
 from selfplay.methods import breadth
 from selfplay.models.weights import load
 from selfplay.processes.child import Child, ChildError
-from selfplay.storage import tables
+from selfplay.storage import tables, tensors
 from selfplay.training.embed_job import embed, hidden_states
 from selfplay.training.jobs import EmbedJob
 from selfplay.types import Prompt
@@ -165,6 +165,22 @@ def test_of_a_sentence_transformers_model_no_pickle_is_loaded(world, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(TrainError, match="cannot be loaded: .*model.safetensors"):
         embed(job(world[0], embedding=str(folder)), lambda done: None)
+
+
+@pytest.mark.parametrize("of_the_hub", [False, True])
+def test_of_a_sentence_transformers_model_no_header_fills_the_memory(world, tmp_path, monkeypatch, of_the_hub):
+    """A layer of its own has weights in a folder of its own."""
+    pytest.importorskip("sentence_transformers")
+    folder = sentence_model(tmp_path / "model")
+    (folder / "2_Dense").mkdir()
+    with (folder / "2_Dense" / "model.safetensors").open("wb") as file:
+        file.write((tensors.LARGEST_HEADER + 1).to_bytes(8, "little"))
+        file.truncate(tensors.LARGEST_HEADER + 64)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.append(name) or str(folder))
+    with pytest.raises(TrainError, match="cannot be loaded: .*2_Dense.*its header has 33554433 bytes"):
+        embed(job(world[0], embedding="some-model" if of_the_hub else str(folder)), lambda done: None)
+    assert asked == (["sentence-transformers/some-model"] if of_the_hub else [])
 
 
 def test_without_the_package_a_model_of_it_is_a_clear_error(world, monkeypatch):
