@@ -5,8 +5,9 @@
   end, however they drip, and the library goes on with a file where it ended.
 - An answer that is kept in memory, or does not say how long it is, has WHOLE bytes at most. Nothing is decompressed: none is asked for, and what comes so is
   refused.
+- What streams has the bytes that its answer announced, and no more.
 - A proxy is used where the environment names one (HTTPS_PROXY, NO_PROXY), as the tools of the Hub do. Redirects are followed by
-  the library, which sends the key to no other host.
+  the library, which sends the key to no other host. One that leads from TLS to a connection without it is refused.
 """
 
 import importlib
@@ -65,6 +66,7 @@ class Transport(httpx.BaseTransport):
             try:
                 _send(connection, request, to, pace)
                 head = _head(connection, pace)
+                _require_tls_again(request, head)
             except BaseException:
                 connection.wire.close()
                 raise
@@ -175,6 +177,13 @@ def _head(connection: Connection, pace: Pace) -> h11.Response:
     raise ProtocolError("no answer begins")
 
 
+def _require_tls_again(request: httpx.Request, head: h11.Response) -> None:
+    """Whoever can write to a connection without TLS could answer in the place of the Hub."""
+    to = [request.url.join(value.decode("ascii", "replace")) for name, value in head.headers if name == b"location"]
+    if request.url.scheme == "https" and not all(url.scheme == "https" for url in to):
+        raise ProtocolError("a redirect from https to a connection without TLS")
+
+
 @contextmanager
 def _errors(request: httpx.Request) -> Iterator[None]:
     try:
@@ -185,7 +194,7 @@ def _errors(request: httpx.Request) -> Iterator[None]:
         raise httpx.ReadTimeout(str(error), request=request) from error
     except (ProtocolError, h11.ProtocolError) as error:
         raise httpx.RemoteProtocolError(str(error), request=request) from error
-    except InvalidAddress as error:
+    except (InvalidAddress, httpx.InvalidURL) as error:
         raise httpx.UnsupportedProtocol(str(error), request=request) from error
 
 

@@ -1,5 +1,6 @@
 """The library of the Hub on bounded connections: against servers that drip, lie or hang up, and with the library's own calls."""
 
+import dataclasses
 import hashlib
 import re
 import socket
@@ -37,6 +38,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def client():
     with hub_transport.client() as made:
         yield made
+
+
+@pytest.fixture
+def without_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said by https goes over a plain connection. The handshake is tested in test_reward_http.py."""
+    opened = hub_transport.opened
+    monkeypatch.setattr(
+        hub_transport, "opened", lambda to, *rest: opened(dataclasses.replace(to, scheme="http"), *rest)
+    )
 
 
 def drips(start: bytes, drop: bytes) -> Talk:
@@ -151,6 +161,34 @@ def test_a_key_goes_to_no_other_host(client) -> None:
         with raw(answers(away % cdn.partition(":")[2].encode())) as at:
             client.get(f"http://{at}/a/resolve/main/b", headers={"authorization": "Bearer hf_secret"})
     assert b"GET /file" in seen[0] and b"hf_secret" not in seen[0]
+
+
+def test_what_streams_ends_where_its_answer_said(client) -> None:
+    with (
+        raw(answers(OK + b"content-length: 5\r\n\r\n" + b"x" * 70_000, b"y" * 70_000)) as at,
+        client.stream("GET", f"http://{at}/a") as answer,
+    ):
+        assert answer.read() == b"xxxxx"
+
+
+@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize("where", ["http://%s/b", "HTTP://%s/b", "ftp://%s/b"])
+def test_no_redirect_leads_from_tls_to_a_connection_without_it(client, without_handshake, where, follow) -> None:
+    asked = []
+    with raw(lambda taken: asked.append(head(taken))) as by:
+        away = b"HTTP/1.1 302 Found\r\ncontent-length: 0\r\nlocation: %s\r\n\r\n" % (where % by).encode()
+        with raw(answers(away)) as at, pytest.raises(httpx.RemoteProtocolError, match="without TLS"):
+            client.get(f"https://{at}/a", follow_redirects=follow)
+    assert asked == []
+
+
+def test_a_redirect_from_tls_to_tls_is_followed(client, without_handshake) -> None:
+    def talk(taken: socket.socket) -> None:
+        found = b"HTTP/1.1 302 Found\r\ncontent-length: 0\r\nlocation: /b\r\n\r\n"
+        taken.sendall(found if head(taken).startswith(b"GET /a") else OK + b"content-length: 2\r\n\r\nok")
+
+    with raw(talk) as at:
+        assert client.get(f"https://{at}/a").text == "ok"
 
 
 def test_the_proxy_of_the_environment_is_used(client, monkeypatch) -> None:
