@@ -30,14 +30,14 @@ class Damage:
 
 
 def damages(run_dir: Path, per_kind: int, seed: int = 0) -> list[Damage]:
-    """So many damages of each kind of file in a folder, and four more of `current`."""
+    """So many damages of each kind of file in a folder, four more of `current`, and the loss of the manifest of the pool."""
     rng, kinds = random.Random(seed), dict[str, list[Damage]]()
     for path in sorted(run_dir.rglob("*")):
         if path.is_file() and not path.is_symlink() and path.stat().st_size:
             for each in _of_file(path.relative_to(run_dir).as_posix(), path.stat().st_size, rng):
                 kinds.setdefault(each.kind, []).append(each)
     chosen = [each for of_kind in kinds.values() for each in rng.sample(of_kind, min(per_kind, len(of_kind)))]
-    return chosen + list(_of_current())
+    return [*chosen, *_of_current(), Damage(file="pool/manifest.json", how="lost", do=Path.unlink)]
 
 
 def _of_file(name: str, size: int, rng: random.Random) -> Iterator[Damage]:

@@ -57,7 +57,7 @@ def _states(store: Store) -> list[Any]:
 
 def _pool(run_dir: Path, store: Store, index: int, is_open: bool) -> list[Any]:
     folder = run_dir / "pool"
-    sealing.require_whole(folder)
+    sealing.open_pool(folder, store)
     pool = Pool(folder)
     draws = Draws(pool, store, run_dir / "rounds", Orders(0, folder / "orders"))
     levels = draws.levels(index) if is_open else draws.levels_ahead(index)

@@ -167,7 +167,7 @@ def installed(model: Path) -> Iterator[Configs]:
         (run, "Scorer", processes.Scorer),
         (run, "ask_importer", processes.ask_importer),
         (run, "packages", lambda: {}),
-        (run, "sealing", SimpleNamespace(require_whole=lambda folder: None)),
+        (run, "sealing", SimpleNamespace(begins=lambda folder, _: not folder.is_dir(), open_pool=lambda *_: None)),
         (run, "Pool", stages.SimulatedPool),
         (run, "intake", SimpleNamespace(admit=stages.admit, add=stages.add)),
         (steps, "size", lambda path: 1000),

@@ -14,18 +14,20 @@ from selfplay.publishing import scratch
 from selfplay.rewards import cache
 from selfplay.storage import folders, seals, sqlite_files
 from selfplay.storage.folders import MANIFEST
+from selfplay.storage.ledger import Store
 
 CACHE = Path("reward") / "scores.sqlite"
 PROBES = Path("reward") / "probes.json"
 
 
-def look(run_dir: Path, open_round: int | None) -> Iterator[Finding]:
+def look(run_dir: Path, store: Store | None, open_round: int | None) -> Iterator[Finding]:
     """What is damaged or left over."""
-    if (run_dir / "pool" / MANIFEST).is_file():
-        for path, what in sealing.damaged(run_dir / "pool"):
+    pool, known = run_dir / "pool", None if store is None else store.state(sealing.STATE)
+    if not pool.is_dir():
+        yield Finding(path=pool, what="it is gone", mend=sealing.MEND)
+    elif known is not None or (pool / MANIFEST).is_file():  # an earlier version has left none
+        for path, what in sealing.damaged(pool, known=known):
             yield Finding(path=path, what=what, mend=sealing.MEND)
-    elif not (run_dir / "pool").is_dir():
-        yield Finding(path=run_dir / "pool", what="it is gone", mend=sealing.MEND)
     yield from _reward(run_dir)
     for folder in ("audit", "suites"):
         for path in sorted((run_dir / folder).glob("*.parquet")):

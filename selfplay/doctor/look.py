@@ -22,7 +22,7 @@ def look(run_dir: Path) -> list[Finding]:
             open_round = store.last_round() + 1 if is_open is None else is_open["round"]
         found += policies.look(run_dir, store)
         found += stages.look(run_dir, store)
-        found += beside.look(run_dir, open_round)
+        found += beside.look(run_dir, store, open_round)
     finally:
         if store is not None:
             store.close()  # what mends with it opens it again

@@ -113,7 +113,7 @@ class Run:
             if reaped := reap(self.dir):  # not before: it is sure now that nobody else works here
                 self.display.note(f"ended {reaped} processes that an earlier, killed run left behind")
             scratch.sweep_all(self.dir)
-            fresh = not (self.dir / "pool").is_dir()
+            fresh = sealing.begins(self.dir / "pool", self.store)
             self.store.open_run(self.config.run.name, self.config.fixed(), fresh)
             self.places = self._lock.enter_context(places(lambda: self.config, self.dir, self.display.note))
             self._open()
@@ -145,7 +145,7 @@ class Run:
                 line.update(text="prompts and initial policy")
                 with folders.folder(folder) as partial:
                     self._import(partial, line)
-        sealing.require_whole(folder)
+        sealing.open_pool(folder, self.store)
         self.prompts = Pool(folder)
         orders = Orders(config.run.seed, folder / ORDERS)
         self.draws = Draws(self.prompts, self.store, self.dir / "rounds", orders)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from selfplay.cli import app
 from selfplay.doctor.look import look
 from selfplay.errors import DamagedError, InputError
+from selfplay.prompts import sealing
 from selfplay.publishing import scratch
 from selfplay.storage import agreement, closed, retention, seals
 from selfplay.storage.ledger import Store
@@ -168,6 +169,20 @@ def test_the_record_of_a_round_is_written_again_and_leftovers_go(run_dir):
         assert len(look(run_dir)) == 4 and one.is_dir() and other.is_dir()
     assert not one.exists() and not other.exists()
     assert doctor(run_dir, "--yes")[0] == 0 and look(run_dir) == []
+
+
+def test_a_pool_without_its_manifest_is_named_where_the_ledger_knows_of_one(run_dir):
+    manifest = run_dir / "pool" / "manifest.json"
+    manifest.unlink()
+    assert look(run_dir) == []  # an earlier version has left none
+    with contextlib.closing(Store(run_dir)) as store:
+        sealing.open_pool(run_dir / "pool", store)
+    assert look(run_dir) == []
+    manifest.unlink()
+    (found,) = look(run_dir)
+    assert (found.path, found.what, found.repair) == (manifest, "it is gone", None)
+    code, said = doctor(run_dir, "--yes")
+    assert code == 3 and "put the folder pool of the run back from a copy" in said and not manifest.exists()
 
 
 def test_a_damaged_part_that_a_killed_import_left_goes(run_dir):

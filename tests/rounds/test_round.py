@@ -1,5 +1,6 @@
 """Whole rounds on the miniature that nobody disturbed, and what the command refuses."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -112,6 +113,8 @@ def test_what_cannot_run_is_refused_with_exit_code_2(calm, mini_world, tmp_path,
     for text, there in ((whole.replace(str(mini_world), "/an/older/world"), True), (whole, False)):
         initial.write_text(text)
         sealing.seal(calm[0] / "pool")
+        with contextlib.closing(Store(calm[0])) as store:
+            store.set_state(sealing.STATE, None)
         if there:
             assert f"to begin anew in this one: rm -r {calm[0]}" in refused(at=calm[0])
     assert "at least 1" in refused(rounds=0)
