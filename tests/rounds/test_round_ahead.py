@@ -11,7 +11,7 @@ from steps_world import LINE, Opened
 
 from selfplay.errors import Interrupted
 from selfplay.generation.generator import Sampled
-from selfplay.prompts import formats, pool
+from selfplay.prompts import formats, pool, sealing
 from selfplay.prompts.draws import Draws
 from selfplay.prompts.orders import Orders
 from selfplay.rounds.ahead import Ahead
@@ -87,6 +87,7 @@ class World(Opened):
         super().__init__(folder, "schedule.ahead=1", *sizes, *settings)
         (folder / "pool").mkdir()
         tables.write_rows(folder / "pool" / pool.OLD, [prompt(f"p{i}") for i in range(30)], Prompt)
+        sealing.seal(folder / "pool")
         self.prompts = pool.Pool(folder / "pool")
         self.draws = Draws(self.prompts, self.store, folder / "rounds", Orders(7, None))
         self.serving = self.generator = Engine()
