@@ -139,16 +139,17 @@ def test_of_the_secrets_of_its_node_it_gets_its_own(tmp_path: Path, monkeypatch:
     names = ("MY_TOKEN", "MY_KEY", "HF_TOKEN", "MY_WORD")
     for name in names:
         monkeypatch.setenv(name, "secret")
+    monkeypatch.setattr(children, "_withheld", set())  # of a host, which is this process too
     monkeypatch.setattr(
-        children, "withheld", lambda: frozenset({"MY_TOKEN", "MY_KEY"})
-    )  # of the controller, not of a host
+        children, "withheld", lambda: frozenset({"MY_TOKEN", "MY_KEY", "HF_TOKEN"})
+    )  # of the controller
     tells = (
         "import os; from selfplay.processes.protocol import protocol; "
         f"protocol().ready(found=[name for name in {names} if name in os.environ])"
     )
-    for own, found in (("", ["HF_TOKEN", "MY_WORD"]), ("MY_KEY", ["MY_KEY", "HF_TOKEN", "MY_WORD"])):
-        child = start(tmp_path, [*PYTHON, tells], env={children.OWN: own})
-        assert child.wait_for("ready")["found"] == found
+    for own in ((), ("MY_KEY",), ("MY_KEY", "HF_TOKEN")):
+        child = start(tmp_path, [*PYTHON, tells], env=children.owning(*own))
+        assert child.wait_for("ready")["found"] == [*own, "MY_WORD"]
         child.stop()
 
 
