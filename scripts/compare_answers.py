@@ -140,7 +140,7 @@ def followed(prompts: Sequence[Prompt], answers: Sequence[Answer], *, loose: boo
     ]
 
 
-def repeated(token_ids: Sequence[int], n: int = 4) -> float:
+def repeated(token_ids: Sequence[int], n: int) -> float:
     """Share of the n-grams of an answer that it has said before; 0 for an answer without n-grams."""
     return 1 - gate.distinct_n([token_ids], n) if len(token_ids) >= n else 0.0
 
@@ -168,9 +168,10 @@ def table(found: Compared) -> list[tuple[str, float, float, str]]:
         paired(f"{name}: share of constraints", *([float(np.mean(row)) for row in side] for side in kept))
     paired("tokens an answer", *([float(a.n_tokens) for a in side] for side in sides))
     paired("cut off", *([float(a.finish_reason == "length") for a in side] for side in sides))
-    paired("4-grams said before", *([repeated(a.token_ids) for a in side] for side in sides))
+    for n in (2, 4):
+        paired(f"{n}-grams said before", *([repeated(a.token_ids, n) for a in side] for side in sides))
     before, after = (gate.distinct_n([a.token_ids for a in side]) for side in sides)
-    lines.append(("distinct 2-grams", before, after, f"{after / before - 1:+.1%}" if before else ""))
+    lines.append(("distinct 2-grams of all answers", before, after, f"{after / before - 1:+.1%}" if before else ""))
     if found.perplexity is not None:
         before, after = (
             perplexity([a.logp for a in found.initial], [a.n_tokens for a in found.initial]),

@@ -93,7 +93,7 @@ def measured(run_dir: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, f
         "share": statistics.fmean(map(statistics.fmean, kept(False))),
         "kl": kl,
         "strict_per_nat": (strict - initial) / kl,
-        "repeated": statistics.fmean(compare_answers.repeated(answer.token_ids) for answer in found.trained),
+        "repeated": statistics.fmean(compare_answers.repeated(answer.token_ids, 4) for answer in found.trained),
         "length": statistics.fmean(answer.n_tokens for answer in found.trained),
         "answers": len(found.trained),
     }
