@@ -2,8 +2,13 @@
 
 After a kill, what was written last may be in this file alone. A transaction is synced before the next one begins. So where two
 commits stand behind a damaged frame (one, where the frame is a commit itself), that frame was on disk, and what follows it
-would be lost. Damage in the very last transaction looks as a power cut does, and is not told.
-(https://www.sqlite.org/fileformat2.html#walformat)
+would be lost.
+
+The log's index (`-shm`) is in memory that all users of a ledger share, and stays as a file when they are killed. It says how many
+frames hold what was committed, and a commit is synced before the index says so: a log with fewer of them has lost some, the last
+ones too. After a power cut the index is older than the log, or gone; then damage in the very last transaction, and a log that is
+cut off, look as the power cut does.
+(https://www.sqlite.org/fileformat2.html#walformat, https://www.sqlite.org/walformat.html#the_wal_index_file_format)
 """
 
 from __future__ import annotations
@@ -11,16 +16,30 @@ from __future__ import annotations
 import functools
 import struct
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 HEADER, FRAME = 32, 24  # bytes
+INDEX, INDEX_VERSION = struct.Struct("=I8xB3xI12x8s8x"), 3007000  # there twice, then the frames that the ledger has
 AGAIN = 0.1  # seconds
 BIG_ENDIAN, LITTLE_ENDIAN = 0x377F0683, 0x377F0682  # the first four bytes: how checksums read their words
 
 Words = NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Index:
+    """What the index of a log says of it."""
+
+    frames: int
+    """Those up to the last commit."""
+    in_ledger: int
+    """Those that the ledger itself has."""
+    salts: bytes
+    """Of the log that it is the index of."""
 
 
 def damage(wal: Path) -> str | None:
@@ -33,12 +52,14 @@ def damage(wal: Path) -> str | None:
 
 
 def _damage(wal: Path) -> str | None:
+    index = _index(wal.with_name(wal.name.removesuffix("-wal") + "-shm"))  # first: the log only grows meanwhile
     try:
         content = wal.read_bytes()
     except FileNotFoundError:
-        return None
+        content = b""
     if len(content) <= HEADER:
-        return None
+        lost = index.frames - index.in_ledger if index is not None else 0
+        return f"it is gone, with {lost} frames that the ledger does not have" if lost > 0 else None
     magic, _, page, _, salt_1, salt_2, *sums = struct.unpack(">8I", content[:HEADER])
     if magic not in (BIG_ENDIAN, LITTLE_ENDIAN) or page < 512 or page & (page - 1) or page > 65536:
         return "its header is damaged"
@@ -46,7 +67,7 @@ def _damage(wal: Path) -> str | None:
     found = _checksum((0, 0), np.frombuffer(content[:24], words))
     if found != tuple(sums):
         return "its header is damaged"
-    bad, behind, enough = 0, 0, 2
+    bad, behind, enough, whole = 0, 0, 2, 0
     for number, start in enumerate(range(HEADER, len(content) - FRAME - page + 1, FRAME + page), 1):
         _, committed, own_1, own_2, *own_sums = struct.unpack(">6I", content[start : start + FRAME])
         same = (own_1, own_2) == (salt_1, salt_2)
@@ -55,13 +76,31 @@ def _damage(wal: Path) -> str | None:
             found = _checksum(found, np.frombuffer(summed, words))
             if not same or found != tuple(own_sums):
                 bad, enough = number, 1 if committed else 2
+            else:
+                whole = number
         elif same and committed:  # frames of an earlier use of the file have other salts
             behind += 1
-    return (
-        f"frame {bad} is damaged, and at least {behind} transactions behind it would be lost"
-        if behind >= enough
-        else None
-    )
+    if behind >= enough:
+        return f"frame {bad} is damaged, and at least {behind} transactions behind it would be lost"
+    if index is not None and index.salts == content[16:24] and index.frames > whole:
+        return f"of {index.frames} frames with what was committed it has {whole} that are whole"
+    return None
+
+
+def _index(shm: Path) -> Index | None:
+    """What the index of a log says; None where there is none, or one that was being changed when its user was killed."""
+    try:
+        with shm.open("rb") as file:
+            content = file.read(2 * INDEX.size + 4)
+    except FileNotFoundError:
+        return None
+    if len(content) < 2 * INDEX.size + 4 or content[: INDEX.size] != content[INDEX.size : 2 * INDEX.size]:
+        return None
+    version, begun, frames, salts = INDEX.unpack(content[: INDEX.size])
+    if version != INDEX_VERSION or not begun:
+        return None
+    (in_ledger,) = struct.unpack("=I", content[2 * INDEX.size :])
+    return Index(frames=frames, in_ledger=in_ledger, salts=salts)
 
 
 def _checksum(start: tuple[int, int], words: Words) -> tuple[int, int]:

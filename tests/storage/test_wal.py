@@ -33,8 +33,29 @@ def test_a_whole_log_is_whole(run_dir):
     store.close()
 
 
+def test_what_was_committed_last_is_missed_too(run_dir):
+    path, index = run_dir / "ledger.sqlite-wal", run_dir / "ledger.sqlite-shm"
+    whole, indexed = path.read_bytes(), index.read_bytes()
+    for left in (len(whole) - 1, len(whole) // 2, 32, 0):
+        path.write_bytes(whole[:left])
+        with pytest.raises(InputError, match="ledger.sqlite-wal is damaged: .* frames"):
+            Store(run_dir)
+    path.unlink()
+    with pytest.raises(InputError, match="ledger.sqlite-wal is damaged: it is gone"):
+        Store(run_dir)
+    path.write_bytes(whole)
+    for byte in (2, 8, 40):  # one that was being changed, or is no index, says nothing
+        flip(index, byte)
+        assert wal.damage(path) is None
+        index.write_bytes(indexed)
+    Store(run_dir).close()
+    assert wal.damage(path) is None
+
+
 def test_every_damage_before_the_last_transaction_stops_the_run(run_dir):
+    """Also where the log's index is gone, as after a power cut."""
     path = run_dir / "ledger.sqlite-wal"
+    (run_dir / "ledger.sqlite-shm").unlink()
     whole = path.read_bytes()
     page = struct.unpack(">8I", whole[:32])[2]
     frame = 24 + page
