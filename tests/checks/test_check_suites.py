@@ -3,6 +3,8 @@
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -80,22 +82,29 @@ def test_a_hub_that_drips_does_not_hold_up_the_check(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["a metric", "a function"])
-def test_a_task_that_fetches_code_is_refused(look, tmp_path, how):
-    metric, target = ("theirs", "answer") if how == "a metric" else ("acc", "!function own.target")
+def test_a_task_that_fetches_code_is_refused(tmp_path):
+    """By a metric that the harness does not know, and by a function of its own."""
     (tmp_path / "own.py").write_text(
         "import evaluate\ntry:\n    evaluate.load('theirs')\nexcept Exception:\n    pass\n"
     )
     (tmp_path / "own.jsonl").write_text(json.dumps(CHOICE) + "\n")
-    (tmp_path / "own.yaml").write_text(
-        f"task: mini_own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'own.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\n"
-        f'doc_to_text: "{{{{question}}}}"\ndoc_to_choice: "{{{{choices}}}}"\ndoc_to_target: {target}\n'
-        f"metric_list:\n  - metric: {metric}\n    aggregation: mean\n    higher_is_better: true\n"
+    for task, metric, target in (("by_metric", "theirs", "answer"), ("by_function", "acc", "!function own.target")):
+        (tmp_path / f"{task}.yaml").write_text(
+            f"task: {task}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'own.jsonl'}}}}}\n"
+            "test_split: test\noutput_type: multiple_choice\n"
+            f'doc_to_text: "{{{{question}}}}"\ndoc_to_choice: "{{{{choices}}}}"\ndoc_to_target: {target}\n'
+            f"metric_list:\n  - metric: {metric}\n    aggregation: mean\n    higher_is_better: true\n"
+        )
+    loads = (
+        "import sys\nfrom selfplay.config import SuiteConfig\nfrom selfplay.errors import InputError\n"
+        "from selfplay.evaluation.harness_job import load\n"
+        "for task in ('by_metric', 'by_function'):\n"
+        "    try: load(SuiteConfig(name='s', task=task, include_path=sys.argv[1]))\n"
+        "    except InputError as error: print(error, error.hint, sep='; ')\n"
     )
-    ((level, about, text),) = look(task="mini_own", include_path=str(tmp_path))
-    assert (level, about) == ("error", "evaluate.suites s")
-    assert "the task mini_own takes theirs from the library evaluate" in text and "trust_remote_code" in text
+    ran = subprocess.run([sys.executable, "-c", loads, str(tmp_path)], check=True, capture_output=True, text=True)
+    for task, said in zip(("by_metric", "by_function"), ran.stdout.splitlines(), strict=True):
+        assert f"the task {task} takes theirs from the library evaluate" in said and "trust_remote_code: true" in said
 
 
 @pytest.mark.slow
