@@ -30,9 +30,9 @@ def digest(path):
     return _read(path) if path.suffix == ".safetensors" else "0" * 64
 """,
     "storage/seals.py": """
-finish = folders.finish
+def finish(partial, path, earlier=True): folders.finish(partial, path)
 def seal(path): pass
-def is_sealed(path): return path.is_file()
+def is_sealed(path, anew=True, earlier=True): return path.is_file()
 def _hash(value): return "0" * 64
 """,
     "storage/fences.py": "def check(path): pass\n",
