@@ -60,7 +60,7 @@ def test_a_guard_leaves_nothing_to_reap(tmp_path):
     parent = f"""
 import ctypes, os, signal, subprocess, sys
 ctypes.CDLL(None).prctl({PR_SET_CHILD_SUBREAPER}, 1)  # As the first process of a container: what is left comes to it.
-for _ in range(5):
+for _ in range(3):
     argv = [sys.executable, "-m", "selfplay.processes.guard", str(os.getpid()), "--", sys.executable, "-c", {child!r}]
     guard = subprocess.Popen(argv, stdout=subprocess.PIPE)
     guard.stdout.readline()
