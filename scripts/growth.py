@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from chaos import SETTINGS, Served, world  # noqa: E402
 from soak import SMALLEST, open_round, used  # noqa: E402
 
+from selfplay.prompts import added  # noqa: E402
 from selfplay.prompts.formats import prompt_id  # noqa: E402
 from selfplay.prompts.pool import Pool  # noqa: E402
 from selfplay.storage import hashed_rows, schema  # noqa: E402
@@ -44,7 +45,7 @@ from selfplay.types import Message, Prompt  # noqa: E402
 
 JOINS = ["evolve.every=1", "evolve.rewriter=selfplay.worlds.tiny.rewriter:rewrite"]
 EVENTS = 20  # of a round
-BOUNDED = ("temporary", "tensorboard", "pool files", "events", "orders KiB", "descriptors", "sockets", "threads")
+BOUNDED = ("temporary", "tensorboard", "events", "orders KiB", "descriptors", "sockets", "threads")
 COPIED = ("rounds", "stages", "metrics", "pairs", "draws")
 
 Line = dict[str, float]
@@ -77,7 +78,18 @@ def main() -> int:
     grown = [name for name in BOUNDED if lines[-1][name] > lines[0][name] * 1.05 + 4]
     for name in grown:
         print(f"FAULT: {name} grows: {', '.join(f'{line[name]:.4g}' for line in lines)}")
-    return int(bool(grown))
+    joins, files = int(lines[-1]["joins"]), int(lines[-1]["pool files"])
+    if files > (most := most_files(joins)):
+        print(f"FAULT: {joins:,} joins are in {files} files, and {most} are the most that there may be")
+    return int(bool(grown) or files > most)
+
+
+def most_files(joins: int) -> int:
+    """How many files so many joins may have between two merges, with a hash beside each: of each size one less than are merged."""
+    sizes = 1
+    while joins >= added.FILES**sizes:
+        sizes += 1
+    return 2 * (added.FILES - 1) * sizes
 
 
 def give_past(run_dir: Path, rounds: int) -> None:
