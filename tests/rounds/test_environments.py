@@ -64,18 +64,18 @@ def environment(pid: int) -> dict[str, str]:
 
 def ways(config, run_dir):
     """How each kind of child is started, with the secrets that it is to get."""
-    nothing, stub = (lambda *_: None), SimpleNamespace(loaded=False)
+    nothing, serving = (lambda *_: None), SimpleNamespace(loaded=False)
     reward, judge = config.reward_sources()["reward"], config.judge_sources()["evaluate.judge"]
     task = SimpleNamespace(folder=lambda *_: run_dir, room=lambda: 9)
     harness = Task(settings=config.evaluate.suites[1], engine=task, run_dir=run_dir, tokenizer={}, max_tokens=1)
     run = Run(config, run_dir, Display())
     by_name = load(TINY, ["reward.model=org/reward", "breadth.method=clusters", "breadth.embedding=org/embedding"])
     here = load(TINY, [f"reward.model={run_dir}"])
-    embeds = Trainer(by_name, run_dir, stub, nothing).start
+    embeds = Trainer(by_name, run_dir, serving, nothing).start
     hub = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
     return {
         "engine": (lambda: Generator(config, run_dir, run_dir / "engine.log", on_event=nothing).start(), set()),
-        "trainer": (Trainer(config, run_dir, stub, nothing).start, set()),
+        "trainer": (Trainer(config, run_dir, serving, nothing).start, set()),
         "importer": (lambda: ask_importer(run_dir, "render", nothing), hub),
         "harness": (lambda: harness.play([], SimpleNamespace()), hub),
         "publisher": (lambda: upload_in_child(run_dir, run_dir, "me/mine", "a policy", True), {"HF_TOKEN"}),
